@@ -1,0 +1,39 @@
+# `make demo` and `make test` need python3.11 (or 3.12) and pip; they create .venv themselves.
+export PYTHON
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: demo test test-all lint clean
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# Made anew when the locked versions change, and only then. The file is the last thing written: an interrupted
+# installation starts over. --without-pip and `pip --python`: some systems' Python comes without ensurepip.
+$(VENV)/.installed: requirements/cpu.txt requirements/find_python.sh
+	rm -rf $(VENV)
+	python="$$(bash requirements/find_python.sh)" && \
+	"$$python" -m venv --without-pip $(VENV) && \
+	"$$python" -m pip --python $(BIN)/python install --quiet --requirement requirements/cpu.txt
+	touch $@
+
+$(READY): $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,79 @@
+"""How token losses become one number.
+
+Each mode gives every token a weight and every micro-batch a share of one denominator, both additive: the aggregate is
+`sum(weights * loss) / sum(denominator)` over all micro-batches and data-parallel ranks of the mini-batch. Nothing is
+ever divided by a micro-batch's own denominator, so packing and layout cannot change the loss.
+
+A sequence counts when it has at least one counted token; padding and fully masked (overlong-filtered) ones do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def segment_ids(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The sequence of each token, `[length]` int64, from boundaries `[S + 1]`, empty ones allowed. No host sync."""
+    positions = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(positions, cu_seqlens[1:].contiguous(), right=True)
+
+
+def segment_sums(values: Tensor, cu_seqlens: Tensor, ids: Tensor) -> Tensor:
+    """Sum of `values` `[T]` in each sequence, `[S]`; `ids` are `segment_ids`. Differentiable."""
+    return values.new_zeros(cu_seqlens.numel() - 1).index_add(0, ids, values)
+
+
+def token_weights(mode: str, loss_mask: Tensor, cu_seqlens: Tensor, constant_length: int) -> tuple[Tensor, int]:
+    """Weights `[T]` float32 (0 outside `loss_mask`) and what this micro-batch adds to the global denominator.
+
+    `loss_mask` is `[T]` bool, `cu_seqlens` `[S + 1]` from 0 to T, `constant_length` in tokens, read by its mode only.
+
+    - `token_mean`: 1; tokens (DAPO, arXiv 2503.14476, eq. 12).
+    - `seq_mean_token_mean`: 1 / counted tokens of the sequence; sequences (GRPO, arXiv 2402.03300, eq. 3).
+    - `seq_mean_token_sum`: 1; sequences.
+    - `constant_length`: 1 / constant_length; sequences (Dr.GRPO, arXiv 2503.20783, section 3.2).
+
+    Raises: ValueError on an unknown mode, boundaries that do not cover the tokens, or constant_length < 1.
+    """
+    if mode not in AGGREGATIONS:
+        raise ValueError(f"aggregation {mode!r} is unknown; expected one of {', '.join(AGGREGATIONS)}")
+    if loss_mask.dtype != torch.bool or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(loss_mask):
+        raise ValueError(
+            f"expected a bool loss_mask [T] and cu_seqlens from 0 to T, got {loss_mask.dtype} {list(loss_mask.shape)} "
+            f"and boundaries from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+        )
+    if constant_length < 1:
+        raise ValueError(
+            f"constant_length must be at least 1 token (rollout.max_response_tokens), got {constant_length}"
+        )
+    ids = segment_ids(cu_seqlens, len(loss_mask))
+    counts = segment_sums(loss_mask.long(), cu_seqlens, ids)
+    weights, denominator = AGGREGATIONS[mode](loss_mask, counts, ids, constant_length)
+    return torch.where(loss_mask, weights, 0.0).float(), denominator
+
+
+def _token_mean(loss_mask: Tensor, counts: Tensor, ids: Tensor, constant_length: int) -> tuple[Tensor, int]:
+    return torch.ones_like(loss_mask, dtype=torch.float32), int(counts.sum())
+
+
+def _seq_mean_token_mean(loss_mask: Tensor, counts: Tensor, ids: Tensor, constant_length: int) -> tuple[Tensor, int]:
+    return 1.0 / counts.clamp_min(1)[ids], int((counts > 0).sum())
+
+
+def _seq_mean_token_sum(loss_mask: Tensor, counts: Tensor, ids: Tensor, constant_length: int) -> tuple[Tensor, int]:
+    return torch.ones_like(loss_mask, dtype=torch.float32), int((counts > 0).sum())
+
+
+def _constant_length(loss_mask: Tensor, counts: Tensor, ids: Tensor, constant_length: int) -> tuple[Tensor, int]:
+    return torch.full_like(loss_mask, 1.0 / constant_length, dtype=torch.float32), int((counts > 0).sum())
+
+
+AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, int]]] = {
+    "token_mean": _token_mean,
+    "seq_mean_token_mean": _seq_mean_token_mean,
+    "seq_mean_token_sum": _seq_mean_token_sum,
+    "constant_length": _constant_length,
+}

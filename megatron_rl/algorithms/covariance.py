@@ -1,0 +1,227 @@
+"""The Entropy Mechanism's heart: the covariance of each token and the tokens that Clip-Cov and KL-Cov pick, globally.
+
+Per response token i of one optimiser mini-batch (all ranks, all micro-batches), cov_i = (logp_i - mean logp) * (A_i -
+mean A) in float64. Both methods are one primitive, a distributed top-k over a per-token priority, so the layout never
+changes which tokens
+are picked.
+Source: arXiv 2505.22617, equations 10-13.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.hashing import hash_uniform
+from megatron_rl.types import MicroBatch, MiniBatch, TokenStats
+
+if TYPE_CHECKING:
+    from megatron_rl.config import ClipCovLoss, KlCovLoss, LossBase
+
+TOP_FRACTIONS = {"cov/top_0.02pct_mean": 0.0002, "cov/top_0.2pct_mean": 0.002, "cov/top_2pct_mean": 0.02}
+
+
+class SupportsReduce(Protocol):
+    """The two global operations that selection needs; parallel/reduce.py has the real one."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks."""
+        ...
+
+    def top_k(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest values of all ranks and their ids."""
+        ...
+
+
+class LocalReducer:
+    """One micro-batch by itself: what `cov_scope=microbatch`, the authors' code, sees."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def top_k(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """torch's own top-k, as the authors call it."""
+        best = values.topk(min(k, values.numel()))
+        return best.values, ids[best.indices]
+
+
+def covariance(logprobs: Tensor, advantages: Tensor, reducer: SupportsReduce) -> tuple[Tensor, int]:
+    """Centered products `[n_local]` float64 (nats * advantage units) and the global token count N (0 without
+    tokens)."""
+    logp, adv = logprobs.double(), advantages.double()
+    totals = reducer.sum(torch.stack([torch.full_like(logp.sum(), logp.numel()), logp.sum(), adv.sum()]))
+    count = int(totals[0])
+    if count == 0:
+        return logp, 0
+    return (logp - totals[1] / count) * (adv - totals[2] / count), count
+
+
+def quota(select_fraction: float, count: int) -> int:
+    """How many tokens are selected out of `count`: at least one, never more than there are."""
+    return min(count, max(1, math.floor(select_fraction * count)))
+
+
+def select_tokens(
+    mini_batch: MiniBatch,
+    stats: list[TokenStats],
+    loss: LossBase,
+    reducer: SupportsReduce,
+    *,
+    seed: int,
+    step: int,
+    updates_per_step: int,
+) -> tuple[MiniBatch, dict[str, float]]:
+    """Mark the tokens that Clip-Cov or KL-Cov picks in this optimiser mini-batch, and measure the covariance.
+
+    stats: per micro-batch, under the weights that `loss.cov_logprobs` asks for; with sum_p2. reducer: over the
+    data-parallel ranks.
+    Returns the mini-batch (`selected` set for the two methods, untouched for other losses) and global metrics.
+    Identical decisions on every rank. Warns once about configurations in which a method cannot work.
+    """
+    advantages = mini_batch.cat("advantages")
+    logprobs, ids = _cat(mini_batch, [s.logprobs for s in stats]), mini_batch.cat("token_ids_global")
+    cov, count = covariance(logprobs, advantages, reducer)
+    vocab = _cat(mini_batch, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, mini_batch)])
+    metrics = _covariance_metrics(cov, vocab, ids, count, reducer)
+    if loss.type not in PRIORITIES or count == 0:  # type: ignore[attr-defined]
+        return mini_batch, metrics
+    cov_loss: ClipCovLoss | KlCovLoss = loss  # type: ignore[assignment]
+    _guard(mini_batch, cov_loss, count, updates_per_step)
+    counter = (seed, step, mini_batch.index)
+    if cov_loss.cov_scope == "minibatch":
+        chosen = _choose(mini_batch, stats, cov_loss, counter, reducer)
+    else:
+        chosen = [
+            _choose(MiniBatch(mini_batch.index, (mb,)), [s], cov_loss, counter, LocalReducer())[0]
+            for s, mb in _pairs(stats, mini_batch)
+        ]
+    mini_batch = mini_batch.replace_each("selected", chosen)
+    entropy = _cat(mini_batch, [s.entropy for s in stats])
+    return mini_batch, metrics | _selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, reducer)
+
+
+def _choose(
+    part: MiniBatch,
+    stats: list[TokenStats],
+    loss: ClipCovLoss | KlCovLoss,
+    counter: tuple[int, int, int],
+    reducer: SupportsReduce,
+) -> list[Tensor]:
+    """`selected [T]` bool per micro-batch: the top quota of the priority over the tokens of `part` on all ranks."""
+    cov, count = covariance(_cat(part, [s.logprobs for s in stats]), part.cat("advantages"), reducer)
+    if count == 0:
+        return [torch.zeros_like(mb.loss_mask) for mb in part.micro_batches]
+    if loss.cov_estimator == "vocab":
+        cov = _cat(part, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, part)])
+    ids = part.cat("token_ids_global")
+    candidates, priority = PRIORITIES[loss.type](part, stats, cov, loss, counter)
+    _, winners = reducer.top_k(priority[candidates], ids[candidates], quota(loss.select_fraction, count))
+    # padding and prompt positions are no candidates, so masking again drops their ids (the padding id is -1)
+    return [torch.isin(mb.token_ids_global, winners) & mb.loss_mask for mb in part.micro_batches]
+
+
+def kl_cov_priority(
+    part: MiniBatch, stats: list[TokenStats], cov: Tensor, loss: KlCovLoss, counter: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """(candidates, priority) `[n_local]`: every token, by its covariance (paper, equation 13)."""
+    return torch.ones_like(cov, dtype=torch.bool), cov
+
+
+def clip_cov_priority(
+    part: MiniBatch, stats: list[TokenStats], cov: Tensor, loss: ClipCovLoss, counter: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """(candidates, priority) `[n_local]`: tokens inside the bounds that PPO's clip has not cut, in a hashed order
+    (equation 11).
+
+    The order is a pure function of (seed, step, mini-batch, prompt_id, sample_index, position), so every layout draws
+    the same subset.
+    """
+    clipped = _cat(part, [_already_clipped(mb, s.logprobs, loss) for s, mb in _pairs(stats, part)])
+    candidates = (cov > loss.cov_low) & (cov < loss.cov_high) & ~clipped
+    return candidates, hash_uniform(
+        *counter, part.cat("prompt_ids"), part.cat("sample_indices"), part.cat("position_ids")
+    )
+
+
+PRIORITIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"kl_cov": kl_cov_priority, "clip_cov": clip_cov_priority}
+
+
+def _already_clipped(micro_batch: MicroBatch, logprobs: Tensor, loss: ClipCovLoss) -> Tensor:
+    """Tokens `[T]` whose PPO-clip surrogate takes the clipped branch, as the authors' `clip_by_origin`."""
+    if micro_batch.old_logprobs is None:
+        return torch.zeros_like(micro_batch.loss_mask)
+    log_ratio = torch.where(micro_batch.loss_mask, logprobs - micro_batch.old_logprobs, 0.0)
+    ratio, advantages = log_ratio.exp(), micro_batch.advantages
+    return -advantages * ratio.clamp(1 - loss.eps_low, 1 + loss.eps_high) > -advantages * ratio
+
+
+def _covariance_metrics(
+    cov: Tensor, vocab: Tensor, ids: Tensor, count: int, reducer: SupportsReduce
+) -> dict[str, float]:
+    if count == 0:
+        return {}
+    mean, square, vocab_mean = (reducer.sum(torch.stack([cov.sum(), (cov**2).sum(), vocab.sum()])) / count).tolist()
+    top = reducer.top_k(cov, ids, quota(max(TOP_FRACTIONS.values()), count))[0]
+    tops = {name: float(top[: quota(fraction, count)].mean()) for name, fraction in TOP_FRACTIONS.items()}
+    std = math.sqrt(max(0.0, square - mean * mean))
+    return {"cov/mean": mean, "cov/std": std, "cov/vocab_mean": vocab_mean, **tops}
+
+
+def _selection_metrics(
+    selected: Tensor, logprobs: Tensor, entropy: Tensor, count: int, reducer: SupportsReduce
+) -> dict[str, float]:
+    picked = torch.stack([selected.double().sum(), logprobs[selected].double().sum(), entropy[selected].double().sum()])
+    number, logp, ent = reducer.sum(picked).tolist()
+    metrics = {"select/count": number, "select/fraction": number / count}
+    if number:
+        metrics |= {"select/logprob_mean": logp / number, "select/entropy_mean": ent / number}
+    return metrics
+
+
+def _guard(mini_batch: MiniBatch, loss: ClipCovLoss | KlCovLoss, count: int, updates_per_step: int) -> None:
+    if loss.type == "kl_cov" and updates_per_step == 1:
+        _warn_once(
+            "on-policy",
+            "loss.type=kl_cov with one mini-batch per step: the update is on-policy, so |logprobs - old_logprobs| is 0 "
+            "and its gradient vanishes; KL-Cov then does nothing. "
+            "Lower train.prompts_per_minibatch to get several updates a step.",
+        )
+    if loss.cov_scope == "microbatch" and any(mb.num_sequences == 1 for mb in mini_batch.micro_batches):
+        _warn_once(
+            "one sequence",
+            "loss.cov_scope=microbatch with one sequence in a micro-batch: its tokens share one advantage, so their "
+            "covariance is identically 0. Use cov_scope=minibatch, or raise train.micro_batch_tokens.",
+        )
+    selected = quota(loss.select_fraction, count)
+    if loss.select_fraction >= 0.02 and selected > 1000:
+        _warn_once(
+            "percentage",
+            f"loss.select_fraction={loss.select_fraction} selects {selected} of {count} tokens; it is a fraction, "
+            "never a percentage: the paper's 0.2% is 0.002.",
+        )
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(fault: str, message: str) -> None:
+    if fault not in _warned:
+        _warned.add(fault)
+        warnings.warn(message, stacklevel=2)
+
+
+def _pairs(stats: list[TokenStats], mini_batch: MiniBatch) -> list[tuple[TokenStats, MicroBatch]]:
+    return list(zip(stats, mini_batch.micro_batches, strict=True))
+
+
+def _cat(mini_batch: MiniBatch, values: list[Tensor]) -> Tensor:
+    """Response tokens `[n_local]` of per-micro-batch tensors `[T]`."""
+    pairs = zip(values, mini_batch.micro_batches, strict=True)
+    return torch.cat([value[micro_batch.loss_mask] for value, micro_batch in pairs])

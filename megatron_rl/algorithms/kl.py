@@ -1,0 +1,82 @@
+"""Divergences between policies from the log-probabilities of sampled tokens, all in nats and all without a host sync.
+
+Exponents are bounded at 20 nats, as in verl: exp(20) = 4.9e8 stays finite in float32, a ratio that far out carries no
+information, and its gradient is 0 beyond the bound.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0  # nats
+
+
+def safe_exp(log_ratio: Tensor) -> Tensor:
+    """`exp` of a log ratio clamped to +-20 nats, same shape, never inf. NaN stays NaN: a fault upstream must show."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
+    """Estimate of KL(pi || ref) on tokens sampled from pi: `[T]` nats, differentiable in `logprobs` `[T]`.
+
+    With `d = logprobs - ref_logprobs`:
+
+    | kind | value            | derivative | it follows                                                        |
+    |------|------------------|------------|-------------------------------------------------------------------|
+    | k1   | d                | d          | the gradient of KL(pi || ref), as a KL in the reward would        |
+    | k2   | d^2 / 2          | d          | the gradient of KL(pi || ref)                                     |
+    | k3   | e^-d - 1 + d     | 1 - e^-d   | the gradient of KL(ref || pi); near d = 0 the same (GRPO's choice) |
+
+    k1's own derivative is 1, whose expectation under pi is zero: as a loss it would restrain nothing. It therefore has
+    the derivative of k2; k2 and k3 have their own. See `k3` for its bound.
+
+    Raises: ValueError on an unknown kind.
+    Source: joschu.net/blog/kl-approx.html (values); arXiv 2510.01555 (gradients).
+    """
+    difference = logprobs - ref_logprobs
+    k2 = difference**2 / 2
+    if kind == "k1":
+        return k2 - k2.detach() + difference.detach()
+    if kind == "k2":
+        return k2
+    if kind == "k3":
+        return k3(-difference)
+    raise ValueError(f"KL estimator {kind!r} is unknown; expected k1, k2 or k3")
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """`r - 1 - log r >= 0` for `log r = log p - log q` on tokens sampled from q: estimates KL(q || p), nats.
+
+    Constant above +20 nats, where its derivative would exceed 4.9e8; below, the derivative tends to -1. expm1 keeps the
+    small values that matter: at log r = 1e-4 (value 5e-9) `exp - 1` in float32 is noise.
+    """
+    bounded = log_ratio.clamp_max(LOG_RATIO_LIMIT)
+    return bounded.expm1() - bounded
+
+
+def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights `min(exp(old_logprobs - rollout_logprobs), cap)`, `[T]`, detached, without unit.
+
+    They correct for the engine having sampled from slightly other probabilities than the trainer computes (other
+    kernels, other precision, truncated sampling). Source: fengyao.notion.site/off-policy-rl (TIS).
+    """
+    return safe_exp(old_logprobs.detach() - rollout_logprobs.detach()).clamp_max(cap)
+
+
+def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
+    """How far the engine's log-probabilities are from the trainer's on the counted tokens, both of the same weights.
+
+    Inputs `[T]`; `loss_mask` bool. Each value is `[2]` float64 (sum, count): `mismatch/abs_mean`, nats, and
+    `mismatch/kl`, the estimate of KL(rollout || old), nats. Masked positions may hold anything.
+    """
+    difference = torch.where(loss_mask, old_logprobs - rollout_logprobs, 0.0).detach()
+    return {
+        "mismatch/abs_mean": masked_sum_count(difference.abs(), loss_mask),
+        "mismatch/kl": masked_sum_count(k3(difference), loss_mask),
+    }
+
+
+def masked_sum_count(values: Tensor, mask: Tensor) -> Tensor:
+    """`[2]` float64, detached: the sum of `values` `[T]` over `mask` `[T]` bool, and how many there are."""
+    return torch.stack([torch.where(mask, values.detach(), 0.0).double().sum(), mask.double().sum()])

@@ -1,0 +1,216 @@
+"""Policy losses: pure functions of one packed micro-batch.
+
+Each is `loss(inputs, config) -> LossOutputs` and forms, over the counted tokens t,
+
+    loss_sum = sum_t token_weights[t]
+               * (is_weight[t] * surrogate[t] + extra[t] - entropy_coef * H[t] + ref_kl_coef * KL[t])
+
+- `surrogate` is the loss's policy-gradient term. Only it is multiplied by the truncated importance weights of
+  `rollout_is_cap`; the regularisers (entropy, reference KL, KL-Cov's penalty) are not.
+- `extra` is KL-Cov's penalty; 0 elsewhere.
+- The division by the global denominator happens once, outside, so that any split into micro-batches gives the same.
+
+Masked positions may hold anything in any input: they are replaced before the first operation, because inf * 0 is NaN
+and the gradient of exp at a huge value is inf even where the result is later discarded.
+
+Metrics are `[2]` float64 (sum, count) over counted tokens: means per token, whatever the aggregation. Exponents are
+bounded, see kl.py. Nothing here reads a tensor's value on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.aggregation import segment_ids, segment_sums
+from megatron_rl.algorithms.kl import importance_weights, k3, kl_penalty, masked_sum_count, safe_exp
+from megatron_rl.types import LossInputs, LossOutputs
+
+if TYPE_CHECKING:
+    from megatron_rl.config import CispoLoss, ClipCovLoss, GspoLoss, KlCovLoss, LossBase, PpoClipLoss
+
+
+def ppo_clip(inputs: LossInputs, config: PpoClipLoss) -> LossOutputs:
+    """PPO's clipped surrogate `max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high))` with r = pi / pi_old per token.
+
+    With `dual_clip` = c, tokens of A < 0 lose at most `-A c`; beyond it they have no gradient.
+    Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
+    Source: arXiv 1707.06347, eq. 7; dual clip arXiv 1912.09729; separate bounds arXiv 2503.14476, eq. 10.
+    """
+    inputs = _without_masked(inputs)
+    ratio = safe_exp(inputs.logprobs - inputs.old_logprobs)
+    surrogate, metrics = _clipped_surrogate(ratio, inputs, config.eps_low, config.eps_high)
+    if config.dual_clip is not None:
+        bound = -inputs.advantages * config.dual_clip
+        cut = (inputs.advantages < 0) & (surrogate > bound)
+        surrogate = torch.where(cut, bound, surrogate)
+        metrics["loss/dual_clip_fraction"] = masked_sum_count(cut, inputs.loss_mask)
+    return _total(inputs, config, surrogate, metrics, ratio)
+
+
+def clip_cov(inputs: LossInputs, config: ClipCovLoss) -> LossOutputs:
+    """Clip-Cov: PPO's clipped surrogate with factor 0 on `inputs.selected`; those tokens stay in the denominator.
+
+    Raises: ValueError without `selected`, or without `ref_logprobs` when `ref_kl_coef` > 0.
+    Source: arXiv 2505.22617, Clip-Cov; the authors' `compute_policy_loss_clip_cov`.
+    """
+    inputs = _without_masked(inputs)
+    selected = _selected(inputs, "clip_cov")
+    ratio = safe_exp(inputs.logprobs - inputs.old_logprobs)
+    surrogate, metrics = _clipped_surrogate(ratio, inputs, config.eps_low, config.eps_high)
+    surrogate = torch.where(selected, 0.0, surrogate)
+    metrics["loss/selected_fraction"] = masked_sum_count(selected, inputs.loss_mask)
+    return _total(inputs, config, surrogate, metrics, ratio)
+
+
+def kl_cov(inputs: LossInputs, config: KlCovLoss) -> LossOutputs:
+    """KL-Cov: the unclipped surrogate `-A r`, and `kl_coef * |logprobs - old_logprobs|` on `inputs.selected`.
+
+    The penalty's gradient is 0 where the two are equal, so the first update of a step on fresh samples is plain policy
+    gradient. It is not multiplied by the importance weights.
+    Raises: ValueError without `selected`, or without `ref_logprobs` when `ref_kl_coef` > 0.
+    Source: arXiv 2505.22617, KL-Cov; the authors' `compute_policy_loss_kl_cov`.
+    """
+    inputs = _without_masked(inputs)
+    selected = _selected(inputs, "kl_cov")
+    log_ratio = inputs.logprobs - inputs.old_logprobs
+    ratio = safe_exp(log_ratio)
+    distance = torch.where(selected, log_ratio, 0.0).abs()
+    metrics = {
+        "loss/selected_fraction": masked_sum_count(selected, inputs.loss_mask),
+        "loss/selected_abs_log_ratio": masked_sum_count(distance, selected),
+    }
+    return _total(inputs, config, -inputs.advantages * ratio, metrics, ratio, extra=config.kl_coef * distance)
+
+
+def gspo(inputs: LossInputs, config: GspoLoss) -> LossOutputs:
+    """GSPO: PPO's clipped surrogate with one ratio per sequence, `s = exp(mean log(pi / pi_old))` over counted tokens.
+
+    Each token carries `max(-A s, -A clip(s))` with the gradient `-A s` (0 when clipped) on its own log-probability, the
+    paper's GSPO-token form. Advantages are equal within a sequence, so with `aggregation: seq_mean_token_mean`, that
+    of the paper, value and gradient are those of the sequence objective: ds/dlogprobs[t] = s / length is s times
+    the token's weight. A sequence must lie whole in one micro-batch; ratios and clip fractions count tokens.
+    Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
+    Source: arXiv 2507.18071, eq. 5-7 and 13-14.
+    """
+    inputs = _without_masked(inputs)
+    ids = segment_ids(inputs.cu_seqlens, inputs.logprobs.numel())
+    counts = segment_sums(inputs.loss_mask.to(inputs.logprobs.dtype), inputs.cu_seqlens, ids).clamp_min(1)
+    log_ratio = (inputs.logprobs - inputs.old_logprobs).detach()
+    sequence = safe_exp(segment_sums(log_ratio, inputs.cu_seqlens, ids) / counts)[ids]
+    ratio = (
+        sequence * (inputs.logprobs - inputs.logprobs.detach()).exp()
+    )  # value s, derivative s in the token's own logprob
+    surrogate, metrics = _clipped_surrogate(ratio, inputs, config.eps_low, config.eps_high)
+    return _total(inputs, config, surrogate, metrics, ratio)
+
+
+def cispo(inputs: LossInputs, config: CispoLoss) -> LossOutputs:
+    """CISPO: `-sg(clip(r, 1 - eps_low, 1 + eps_high)) * A * logprobs`; the ratio is a weight without gradient.
+
+    Every token keeps a gradient; clipping bounds its size. Clip fractions count ratios outside the bounds, whatever A.
+    Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
+    Source: arXiv 2506.13585, eq. 4-5.
+    """
+    inputs = _without_masked(inputs)
+    ratio = safe_exp(inputs.logprobs - inputs.old_logprobs).detach()
+    low, high = 1 - config.eps_low, 1 + config.eps_high
+    surrogate = -ratio.clamp(low, high) * inputs.advantages * inputs.logprobs
+    metrics = {
+        "loss/clip_fraction_low": masked_sum_count(ratio < low, inputs.loss_mask),
+        "loss/clip_fraction_high": masked_sum_count(ratio > high, inputs.loss_mask),
+    }
+    return _total(inputs, config, surrogate, metrics, ratio)
+
+
+LOSSES: dict[str, Callable[[LossInputs, Any], LossOutputs]] = {
+    "ppo_clip": ppo_clip,
+    "clip_cov": clip_cov,
+    "kl_cov": kl_cov,
+    "gspo": gspo,
+    "cispo": cispo,
+}
+
+
+def sft(inputs: LossInputs, config: object) -> LossOutputs:
+    """Supervised negative log-likelihood `-logprobs`, for warm starts; metric `loss/nll`, nats per token.
+
+    Reads only `logprobs`, `loss_mask` and `token_weights`; `config` makes the signature that of the others, no more.
+    """
+    nll = -torch.where(inputs.loss_mask, inputs.logprobs, 0.0)
+    weights = torch.where(inputs.loss_mask, inputs.token_weights, 0.0)
+    return LossOutputs((weights * nll).sum(), {"loss/nll": masked_sum_count(nll, inputs.loss_mask)})
+
+
+def _without_masked(inputs: LossInputs) -> LossInputs:
+    """The same inputs with 0 outside `loss_mask`: log ratio 0, advantage 0, weight 0, not selected."""
+    mask = inputs.loss_mask
+    names = ("logprobs", "entropy", "old_logprobs", "rollout_logprobs", "advantages", "token_weights")
+    changes: dict[str, Any] = {name: torch.where(mask, getattr(inputs, name), 0.0) for name in names}
+    if inputs.ref_logprobs is not None:
+        changes["ref_logprobs"] = torch.where(mask, inputs.ref_logprobs, 0.0)
+    if inputs.selected is not None:
+        changes["selected"] = inputs.selected & mask
+    return dataclasses.replace(inputs, **changes)
+
+
+def _selected(inputs: LossInputs, name: str) -> Tensor:
+    if inputs.selected is None:
+        raise ValueError(
+            f"{name} needs LossInputs.selected [T] bool, got None: run the covariance selection on the whole "
+            "mini-batch before the loss, or choose loss.type=ppo_clip"
+        )
+    return inputs.selected
+
+
+def _clipped_surrogate(
+    ratio: Tensor, inputs: LossInputs, eps_low: float, eps_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's pessimistic surrogate `[T]`, and the fractions of tokens that its two bounds cut from the gradient."""
+    unclipped = -inputs.advantages * ratio
+    clipped = -inputs.advantages * ratio.clamp(1 - eps_low, 1 + eps_high)
+    cut = clipped > unclipped
+    metrics = {
+        "loss/clip_fraction_low": masked_sum_count(cut & (inputs.advantages < 0), inputs.loss_mask),
+        "loss/clip_fraction_high": masked_sum_count(cut & (inputs.advantages > 0), inputs.loss_mask),
+    }
+    return torch.where(cut, clipped, unclipped), metrics
+
+
+def _total(
+    inputs: LossInputs,
+    config: LossBase,
+    surrogate: Tensor,
+    metrics: dict[str, Tensor],
+    ratio: Tensor,
+    extra: Tensor | None = None,
+) -> LossOutputs:
+    """Add what all losses share to the surrogate `[T]`, weight and sum. `inputs` are free of masked values."""
+    mask = inputs.loss_mask
+    metrics["loss/ratio"] = masked_sum_count(ratio, mask)
+    metrics["loss/approx_kl"] = masked_sum_count(k3((inputs.logprobs - inputs.old_logprobs).detach()), mask)
+    if config.rollout_is_cap is not None:
+        weights = importance_weights(inputs.old_logprobs, inputs.rollout_logprobs, config.rollout_is_cap)
+        surrogate = weights * surrogate
+        metrics["loss/is_weight"] = masked_sum_count(weights, mask)
+        metrics["loss/is_truncated_fraction"] = masked_sum_count(weights >= config.rollout_is_cap, mask)
+    metrics["loss/policy"] = masked_sum_count(surrogate, mask)
+    per_token = surrogate if extra is None else surrogate + extra
+    if config.entropy_coef:
+        bonus = config.entropy_coef * inputs.entropy
+        per_token = per_token - bonus
+        metrics["loss/entropy_bonus"] = masked_sum_count(bonus, mask)
+    if config.ref_kl_coef:
+        if inputs.ref_logprobs is None:
+            raise ValueError(
+                f"loss.ref_kl_coef={config.ref_kl_coef} needs LossInputs.ref_logprobs, got None: run the reference "
+                "forward, or set loss.ref_kl_coef=0"
+            )
+        kl = kl_penalty(inputs.logprobs, inputs.ref_logprobs, config.ref_kl_estimator)
+        per_token = per_token + config.ref_kl_coef * kl
+        metrics["loss/ref_kl"] = masked_sum_count(kl, mask)
+    return LossOutputs((inputs.token_weights * per_token).sum(), metrics)

@@ -1,0 +1,109 @@
+"""The command line: `megatron-rl train` and `megatron-rl report`.
+
+What is slow to import (torch, Megatron) is imported where it is needed: `--help` and `--check` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_rl.config import Config, dump_config, load_config
+from megatron_rl.config_checks import ConfigError
+from megatron_rl.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reinforcement learning on Megatron-Core.",
+)
+
+
+def main(command: Callable[[], None] | None = None) -> None:
+    """Run the command line, or another command that reports errors its way.
+
+    What the user can mend ends in a message and a code (2: the config, 1: the rest).
+    """
+    try:
+        (command or app)()
+    except ConfigError as error:
+        _fail(error, 2)
+    except UserError as error:
+        _fail(error, 1)
+
+
+def _fail(error: UserError, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="a.b=c, for example loss.select_fraction=0.1", show_default=False)
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Validate, print the plan and exit.")] = False,
+) -> None:
+    """Train a policy. Starts its own processes, unless torchrun or Slurm did (RANK and WORLD_SIZE are set)."""
+    resolved = load_config(config, overrides or [])
+    if check:
+        from rich.console import Console
+
+        from megatron_rl.plan.check import plan_table
+
+        Console().print(plan_table(resolved))
+        return
+    sys.exit(run_training(resolved))
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(help="run folders to compare", metavar="RUN_DIR...", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="the page to write; by default report.html in the run's folder, or beside several"),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page on one or more runs."""
+    from megatron_rl.report import build_report
+
+    print(build_report(run_dirs, out))
+
+
+def run_training(config: Config) -> int:
+    """Train with a resolved config: as this rank inside a world, else as the parent of a new one.
+
+    Returns: the exit code.
+    Raises: UserError when this world is not the config's, or another run holds the folder.
+    """
+    from megatron_rl import launch
+
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        path = config.run_dir / "config.yaml"
+        launch.write_atomically(path, dump_config(config))
+        command = [sys.executable, "-m", "megatron_rl", "train", str(path)]
+        return launch.run_world(command, config.parallel.processes, config.run_dir, config.train.grace_seconds)
+    launch.run_worker(lambda: _train_rank(config), config.run_dir)
+    return 0
+
+
+def _train_rank(config: Config) -> None:
+    world = int(os.environ["WORLD_SIZE"])
+    if world != config.parallel.processes:
+        raise ConfigError(
+            f"this world has {world} processes (WORLD_SIZE), the config asks for {config.parallel.processes} "
+            f"(parallel.world_size, or tp * pp); start that many, or set parallel.world_size={world}"
+        )
+    from megatron_rl import train  # torch and Megatron: seconds
+
+    train.main(config)

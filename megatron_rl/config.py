@@ -1,0 +1,400 @@
+"""Every option: type, range, unit and meaning. A run is one YAML file plus `a.b=c` overrides.
+
+`load_config` refuses unknown keys (naming the nearest known one) and layouts that cannot work, before any process
+starts. The resolved copy is saved with the run. All config objects are frozen.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_rl.config_checks import ConfigError, check_consistency
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of options that refuses unknown keys, NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The policy. Either `path` (a Hugging Face folder with config.json and safetensors) or `hf_config` (random
+    weights)."""
+
+    path: str | None = Field(None, description="Hugging Face model folder; its weights are the initial policy")
+    hf_config: dict[str, Any] | None = Field(
+        None, description="contents of a config.json; the policy then starts from random weights drawn from `seed`"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and activations")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
+    logits_block_rows: PositiveInt | None = Field(
+        None, description="rows of logits that the vocabulary statistics treat at once; null: blocks of 2^20 elements"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.hf_config is None):
+            raise ValueError("set exactly one of model.path and model.hf_config")
+        return self
+
+
+class ParallelConfig(Section):
+    """Process layout. The data-parallel size is world_size / (tp * pp)."""
+
+    world_size: PositiveInt | None = Field(
+        None, description="processes; `train` starts that many when not inside torchrun; null: tp * pp"
+    )
+    tp: PositiveInt = Field(1, description="tensor-parallel size")
+    pp: PositiveInt = Field(1, description="pipeline-parallel size")
+    sp: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
+    distributed_optimizer: bool = Field(True, description="shard the optimizer state over data-parallel ranks")
+
+    @property
+    def processes(self) -> int:
+        """Number of processes in the world."""
+        return self.world_size or self.tp * self.pp
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size."""
+        return self.processes // (self.tp * self.pp)
+
+
+class CountdownData(Section):
+    """The countdown game of reasoning-gym: reach a target from given numbers with + - * /. Character tokenizer."""
+
+    type: Literal["countdown"] = "countdown"
+    num_numbers: Annotated[int, Field(ge=2, le=6)] = Field(3, description="numbers per problem")
+    max_number: PositiveInt = Field(9, description="largest given number")
+    max_target: PositiveInt = Field(50, description="largest target")
+    num_train: PositiveInt = Field(4096, description="training problems")
+    num_eval: NonNegativeInt = Field(256, description="held-out problems")
+    max_prompt_tokens: PositiveInt = Field(32, description="a longer prompt is an error")
+
+
+class JsonlData(Section):
+    """JSON lines with `problem` and `answer`; the prompt is the tokenizer's chat template when it has one."""
+
+    type: Literal["jsonl"] = "jsonl"
+    train_path: str = Field(description="training problems")
+    eval_path: str | None = Field(None, description="held-out problems")
+    tokenizer: str | None = Field(None, description="Hugging Face tokenizer folder; null: model.path")
+    system_prompt: str | None = Field(None, description="system message of the chat template")
+    suffix: str = Field("", description="appended to each problem")
+    max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are dealt with by `overlong_prompts`")
+    overlong_prompts: Literal["error", "drop"] = Field("error", description="drop counts and logs what it drops")
+
+
+class RolloutConfig(Section):
+    """Sampling of the training rollouts."""
+
+    engine: Literal["transformers"] = Field("transformers", description="embedded: each rank generates its share")
+    samples_per_prompt: PositiveInt = Field(8, description="n; the group of the advantage estimators")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="divides the logits, in the trainer too")
+    top_p: Fraction = Field(1.0, description="nucleus mass; 1 keeps all tokens")
+    top_k: NonNegativeInt = Field(0, description="keep the k likeliest tokens; 0 keeps all")
+    max_response_tokens: PositiveInt = Field(1024, description="a response is cut here (finish_reason length)")
+    stop_token_ids: tuple[int, ...] | None = Field(None, description="null: the tokenizer's end-of-sequence token")
+    batch_size: PositiveInt = Field(256, description="sequences decoded together on one rank")
+
+
+class RewardConfig(Section):
+    """What scores a response."""
+
+    function: str = Field(
+        "countdown", description="countdown, exact, or module:function taking (response, answer) and returning a float"
+    )
+    max_failures: Fraction = Field(
+        0.1,
+        description="fraction of a step's gradings that may raise or return NaN (scored 0, counted)",
+    )
+
+
+class DynamicSamplingConfig(Section):
+    """DAPO's dynamic sampling: groups whose rewards are all equal carry no gradient; drop and refill them."""
+
+    enabled: bool = False
+    max_batches: PositiveInt = Field(10, description="generation batches per step before the run stops with an error")
+
+
+class OverlongConfig(Section):
+    """Responses cut at the length limit (arXiv 2503.14476, section 3.4)."""
+
+    filter: bool = Field(False, description="mask the loss of responses that were cut")
+    penalty_buffer: NonNegativeInt = Field(
+        0, description="tokens before the limit over which the penalty grows; 0: none"
+    )
+    penalty_factor: Annotated[float, Field(ge=0)] = Field(1.0, description="penalty at the limit, in reward units")
+
+
+class AlgorithmConfig(Section):
+    """From rewards to advantages."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "qae"] = Field("grpo", description="estimator")
+    qae_quantile: Annotated[float, Field(gt=0, lt=1)] = Field(0.4, description="K of the quantile baseline")
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
+    overlong: OverlongConfig = OverlongConfig()
+
+
+class LossBase(Section):
+    """Options that every loss shares."""
+
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant_length"] = Field(
+        "token_mean", description="weights of token losses; constant_length divides by max_response_tokens (Dr.GRPO)"
+    )
+    entropy_coef: float = Field(0.0, description="entropy bonus; the loss gets -entropy_coef * H")
+    ref_kl_coef: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="KL to the initial policy; 0: no reference is kept"
+    )
+    ref_kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="joschu.net/blog/kl-approx.html")
+    rollout_is_cap: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="truncated importance weight min(exp(old_logprobs - rollout_logprobs), cap); null: off"
+    )
+
+
+class PpoClipLoss(LossBase):
+    """PPO-clip with separate bounds (GRPO 0.2/0.2; clip-higher 0.2/0.28)."""
+
+    type: Literal["ppo_clip"] = "ppo_clip"
+    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="ratio lower bound 1 - eps_low")
+    eps_high: Annotated[float, Field(ge=0)] = Field(0.2, description="ratio upper bound 1 + eps_high")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="bound -A * dual_clip for A < 0; null: off"
+    )
+
+
+class CovarianceLoss(LossBase):
+    """Options of the two covariance methods (arXiv 2505.22617)."""
+
+    cov_scope: Literal["minibatch", "microbatch"] = Field(
+        "minibatch", description="tokens over which means, quota and top-k run; microbatch reproduces the authors' code"
+    )
+    cov_logprobs: Literal["current", "old"] = Field("current", description="old is free and one update stale")
+    cov_estimator: Literal["batch", "vocab"] = Field(
+        "batch", description="batch: Theorem 2; vocab: Theorem 1 per state, exact over the vocabulary"
+    )
+
+
+class ClipCovLoss(CovarianceLoss):
+    """Clip-Cov: a random few of the tokens with high covariance leave the gradient."""
+
+    type: Literal["clip_cov"] = "clip_cov"
+    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="PPO-clip below")
+    eps_high: Annotated[float, Field(ge=0)] = Field(1.0, description="PPO-clip above")
+    select_fraction: Fraction = Field(2e-4, description="of the mini-batch's response tokens")
+    cov_low: float = Field(1.0, description="candidates have cov_low < cov < cov_high")
+    cov_high: float = Field(5.0, description="candidates have cov_low < cov < cov_high")
+
+
+class KlCovLoss(CovarianceLoss):
+    """KL-Cov: the tokens of largest covariance pay |log ratio|."""
+
+    type: Literal["kl_cov"] = "kl_cov"
+    select_fraction: Fraction = Field(2e-3, description="of the mini-batch's response tokens")
+    kl_coef: Annotated[float, Field(ge=0)] = Field(1.0, description="of |logprobs - old_logprobs| on selected tokens")
+
+
+class GspoLoss(LossBase):
+    """GSPO (arXiv 2507.18071): sequence-level ratio, clipped."""
+
+    type: Literal["gspo"] = "gspo"
+    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(3e-4, description="sequence ratio lower bound 1 - eps_low")
+    eps_high: Annotated[float, Field(ge=0)] = Field(4e-4, description="sequence ratio upper bound 1 + eps_high")
+
+
+class CispoLoss(LossBase):
+    """CISPO (arXiv 2506.13585): the clipped ratio is a weight without gradient."""
+
+    type: Literal["cispo"] = "cispo"
+    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="weight lower bound 1 - eps_low")
+    eps_high: Annotated[float, Field(ge=0)] = Field(0.28, description="weight upper bound 1 + eps_high")
+
+
+LossConfig = Annotated[
+    PpoClipLoss | ClipCovLoss | KlCovLoss | GspoLoss | CispoLoss,
+    Field(discriminator="type", description="the policy loss"),
+]
+DataConfig = Annotated[CountdownData | JsonlData, Field(discriminator="type", description="problems")]
+
+
+class OptimizerConfig(Section):
+    """Adam as Megatron-Core runs it."""
+
+    lr: Annotated[float, Field(ge=0)] = Field(1e-6, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after warm-up, to 0 at num_steps"
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="optimizer updates of linear warm-up")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm; 0: off")
+
+
+class WarmStartConfig(Section):
+    """Supervised steps on the task's own solutions before RL; cached by the hash of everything they depend on."""
+
+    steps: PositiveInt = Field(300, description="optimizer updates")
+    batch_size: PositiveInt = Field(128, description="sequences per update")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak, linear to 0")
+    cache_dir: str = Field("runs/warm_start", description="where the warmed weights are kept, in Hugging Face format")
+
+
+class TrainConfig(Section):
+    """The RL loop."""
+
+    num_steps: PositiveInt = Field(100, description="RL steps (one generation phase each)")
+    prompts_per_step: PositiveInt = Field(32, description="prompts whose groups form one step")
+    prompts_per_minibatch: PositiveInt = Field(8, description="prompts per optimizer update")
+    micro_batch_tokens: PositiveInt = Field(4096, description="token budget of one packed micro-batch")
+    max_nonfinite_updates: NonNegativeInt = Field(
+        3, description="updates in a row with a non-finite gradient that are skipped and counted before the run ends"
+    )
+    entropy_probe: bool = Field(
+        True, description="one extra forward of the first mini-batch after the updates: realised entropy change"
+    )
+    eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0: never")
+    eval_samples: PositiveInt = Field(1, description="samples per held-out prompt")
+    eval_temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy")
+    save_every: NonNegativeInt = Field(
+        0, description="steps between checkpoints; 0: only when interrupted or at the end"
+    )
+    save_final: bool = Field(True, description="save a checkpoint after the last step")
+    resume: Literal["auto", "never"] = Field("auto", description="auto continues from the newest checkpoint of the run")
+    grace_seconds: Annotated[float, Field(ge=0)] = Field(
+        10.0,
+        description="after Ctrl-C or SIGTERM: time to reach a step's end and checkpoint before processes are killed",
+    )
+
+
+class LoggingConfig(Section):
+    """Where numbers go; metrics.jsonl is always written."""
+
+    run_dir: str = Field("runs/{name}", description="folder of the run; {name} is replaced")
+    tensorboard: bool = Field(True, description="event files under run_dir/tensorboard")
+    wandb_project: str | None = Field(
+        None, description="W&B project; needs the extra `wandb`; WANDB_MODE=offline works"
+    )
+    samples_per_step: NonNegativeInt = Field(4, description="decoded rollouts kept per step in samples.jsonl")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="names the run folder")
+    seed: NonNegativeInt = Field(1, description="of initial weights, data order and sampling")
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    loss: LossConfig = PpoClipLoss()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warm_start: WarmStartConfig | None = None
+    train: TrainConfig = TrainConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.logging.run_dir.format(name=self.name))
+
+    @property
+    def minibatches_per_step(self) -> int:
+        """Optimizer updates in one RL step."""
+        return self.train.prompts_per_step // self.train.prompts_per_minibatch
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read YAML, apply `a.b=c` overrides, validate types, ranges and consistency.
+
+    Raises: ConfigError, with one line per fault: where, what was got, what was expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of options at the top, got {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """Validate a nested dict. Raises: ConfigError."""
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors(include_url=False)]
+        raise ConfigError("the config is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from error
+    check_consistency(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: expected a.b=c, for example loss.select_fraction=0.1")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "config"
+    if item["type"] != "extra_forbidden":
+        got = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
+        return f"{where}: {item['msg']}{got}"
+    known = _fields_at(item["loc"][:-1])
+    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+    return f"{where}: unknown option; {hint}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    sections: list[type[Section]] = [Config]
+    for part in location:
+        found = [s for section in sections if part in section.model_fields for s in _sections_of(section, part)]
+        # pydantic puts a union member's tag into the location; it narrows the candidates to that member
+        tagged = [s for s in sections if "type" in s.model_fields and s.model_fields["type"].default == part]
+        sections = found or tagged or sections
+    return sorted({name for section in sections for name in section.model_fields})
+
+
+def _sections_of(section: type[Section], name: str) -> list[type[Section]]:
+    annotation: Any = section.model_fields[name].annotation
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if is_union else (annotation,)
+    return [m for m in members if isinstance(m, type) and issubclass(m, Section)]

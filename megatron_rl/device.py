@@ -1,0 +1,142 @@
+"""Every difference between cuda and cpu: device, backend, timers, memory, and the shim that lets Megatron-Core run on a
+CPU.
+
+The device is chosen once, at import: a visible GPU, unless MEGATRON_RL_DEVICE=cpu asks for the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import os
+import re
+import resource
+import sys
+from types import CodeType
+from typing import Any
+
+import torch
+
+ON_GPU: bool = os.environ.get("MEGATRON_RL_DEVICE", "") != "cpu" and torch.cuda.is_available()
+BACKEND: str = "nccl" if ON_GPU else "gloo"
+# torch.compile of Megatron's fused pointwise functions needs a C++ compiler on a CPU and gains nothing there
+if not ON_GPU:
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+def device() -> torch.device:
+    """Where this process keeps its tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
+
+
+def set_local_device(local_rank: int) -> None:
+    """Bind the process to its GPU; on a CPU, to one thread unless OMP_NUM_THREADS says more (ranks share the cores)."""
+    if ON_GPU:
+        torch.cuda.set_device(local_rank)
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def synchronize() -> None:
+    """Wait for the device, so that wall-clock phases mean what they say."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Peak device memory allocated by torch, or peak resident memory of the process on a CPU."""
+    if ON_GPU:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def vocab_pad_multiple() -> int:
+    """The padded vocabulary is a multiple of this times the tensor-parallel size (tensor cores like 128 columns)."""
+    return 128 if ON_GPU else 1
+
+
+def transformer_config_options() -> dict[str, Any]:
+    """Options of Megatron's TransformerConfig that depend on the device."""
+    if ON_GPU:
+        return {"bias_activation_fusion": True, "bias_dropout_fusion": True, "masked_softmax_fusion": True}
+    return {
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+    }
+
+
+def prepare_megatron() -> None:
+    """Make `megatron.core` importable and runnable here; call before its first import. Does nothing on CUDA.
+
+    Raises: RuntimeError when megatron.core was imported before, unprepared.
+    """
+    if ON_GPU or any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError(
+            "megatron.core was imported before device.prepare_megatron(); import megatron_rl.policy first"
+        )
+    sys.meta_path.insert(0, _MegatronFinder())
+
+
+# Megatron-Core 0.16.1 names CUDA literally. On a CPU its source is rewritten while it is imported: nothing in torch is
+# patched, so transformers and the engines in the same process see an untouched torch. Each row: what it says, what a
+# CPU needs.
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"torch\.cuda\.current_device\(\)", 'torch.device("cpu")'),
+        (r"""device=(["'])cuda\1""", 'device="cpu"'),
+        (r"""\.init_data\((["'])cuda\1\)""", '.init_data("cpu")'),
+        (r"'torch\.cuda\.(Float|Half|BFloat16)Tensor'", r"'torch.\1Tensor'"),  # optimizer, clip_grads: type checks
+        (r"torch\.cuda\.(Float|Half|BFloat16)Tensor\b", r"torch.\1Tensor"),
+        (r"\.cuda\(\)", ".cpu()"),
+        (r"torch\.cuda\.(synchronize|empty_cache)\(\)", "None"),
+        (r"torch\.cuda\.device_count\(\)", "1"),  # async_utils: rank % device_count
+        (r"torch\.cuda\.manual_seed", "torch.manual_seed"),
+        (r"torch\.cuda\.(random\.)?get_rng_state\((device=device)?\)", "torch.get_rng_state()"),
+        (r"_lazy_call\(cb\)", "torch.set_rng_state(new_state)"),  # tensor_parallel/random.py: _set_cuda_rng_state
+        (r"jit_fuser = torch\.compile", "jit_fuser = noop_decorator"),
+        (r"torch\.cuda\.(Stream|Event)\(", r"_cpu_null("),
+        (r"torch\.cuda\.(current_stream|default_stream)\(\)", "_cpu_null()"),
+        (r"torch\.cuda\.stream\(", "_cpu_null("),
+        (r"tensor\.is_cuda:\n(\s+cpu_tensor)", r"True:\n\1"),  # moe_utils: split sizes become numpy
+    ]
+]
+_NULL = '''
+class _cpu_null:
+    """Stands for a stream or an event: every method does nothing."""
+    def __init__(self, *args, **kwargs): pass
+    def __enter__(self): return self
+    def __exit__(self, *args): pass
+    def elapsed_time(self, other): return 0.0
+    def __getattr__(self, name): return lambda *args, **kwargs: self
+'''
+
+
+class _MegatronLoader(importlib.machinery.SourceFileLoader):
+    def path_stats(self, path: str) -> Any:
+        raise OSError  # neither read nor write .pyc: the cache would outlive the rewrite
+
+    def source_to_code(self, data: Any, path: Any, **options: Any) -> CodeType:  # type: ignore[override]
+        source = data.decode()
+        for pattern, replacement in _REWRITES:
+            source = pattern.sub(replacement, source)
+        if "_cpu_null" in source:
+            source += _NULL  # appended, so that line numbers in tracebacks stay true
+        if self.name == "megatron.core.transformer.moe.moe_utils" and "te_general_gemm" in source:
+            source += "\nte_general_gemm = None\n"  # 0.16.1 reads a name that is bound only when TE imports
+        return super().source_to_code(source.encode(), path, **options)
+
+
+class _MegatronFinder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if not name.startswith("megatron.core") or "megatron_fsdp" in name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _MegatronLoader(spec.loader.name, spec.loader.path)
+        return spec

@@ -1,0 +1,296 @@
+"""Starts the processes of a run on one machine, watches over them, and gives each worker its side of the contract.
+
+A worker reads nothing but torchrun's environment variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR ...), so the same
+worker runs under torchrun on many nodes. On one machine this module stands in for `torchrun --standalone`, which prints
+tracebacks of its own for every signal and every failed rank, gives the survivors of a dead rank a fixed 30 seconds,
+and leaves its workers running when it is killed itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from megatron_rl.errors import UserError
+
+_SUPERVISOR = "MEGATRON_RL_SUPERVISOR_PID"
+_POLL_SECONDS = 0.05
+# What a rank sees when another one died; the same words come from gloo, NCCL and the TCP store.
+_PEER_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|socket (closed|error)|remote process exited|timed? ?out|NCCL|gloo",
+    re.I,
+)
+_SETTLE_SECONDS = 3.0  # after a lost connection: for the rank that caused it to be seen dead or to say why
+_PR_SET_PDEATHSIG = 1
+
+_stop_signals: list[int] = []
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one rank died, as it wrote it down itself."""
+
+    rank: int
+    seconds: float  # on the machine's monotonic clock, to order the ranks
+    message: str
+    traceback: str
+    from_user: bool  # the message stands alone
+    lost_peer: bool  # a consequence of another rank's death, most likely
+
+
+# ---------------------------------------------------------------------------------------------------- worker side
+
+
+def install_stop_handler() -> None:
+    """From here on SIGTERM and SIGINT no longer end this process but turn `stop_requested()` True."""
+
+    def note(signum: int, _frame: FrameType | None) -> None:
+        _stop_signals.append(signum)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+
+
+def stop_requested() -> bool:
+    """Whether this process was asked to stop. Ranks learn it at different moments: agree on it (a max over the world)
+    at the end of each step before acting on it, else one rank leaves while another enters the next collective."""
+    return bool(_stop_signals)
+
+
+def run_worker(main: Callable[[], None], run_dir: Path) -> None:
+    """Run `main` as one rank of a world.
+
+    Stop signals become a flag; a failure is written to run_dir/failures/rank{r}.json and ends the process with code 1
+    at once; and the process dies with the one that started it.
+    """
+    _die_with_parent()
+    install_stop_handler()
+    try:
+        main()
+    except Exception as error:
+        _record_failure(error, run_dir)
+        # No interpreter teardown: destroying a process group waits for peers that may wait for this rank.
+        os._exit(1)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    supervisor = os.environ.get(_SUPERVISOR)
+    if supervisor is not None and os.getppid() != int(supervisor):
+        os._exit(1)  # it died before the line above took effect
+
+
+def _record_failure(error: Exception, run_dir: Path) -> None:
+    text = "".join(traceback.format_exception(error))
+    name = type(error).__name__
+    failure = Failure(
+        rank=int(os.environ.get("RANK", "0")),
+        seconds=time.monotonic(),
+        message=str(error) if isinstance(error, UserError) else f"{name}: {error}",
+        traceback=text,
+        from_user=isinstance(error, UserError),
+        lost_peer=_is_lost_peer(error),
+    )
+    path = run_dir / "failures" / f"rank{failure.rank}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(asdict(failure), indent=1))
+    if _SUPERVISOR not in os.environ or failure.rank > 0:  # rank 0 shares the supervisor's terminal: it prints there
+        sys.stderr.write(
+            f"rank {failure.rank}: {failure.message}\n" if failure.lost_peer or failure.from_user else text
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    is_distributed = any(cls.__name__ == "DistError" for cls in type(error).__mro__)
+    is_connection = isinstance(error, RuntimeError | OSError) and _PEER_LOST.search(str(error)) is not None
+    return is_distributed or is_connection
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that readers see whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------ supervisor side
+
+
+def run_world(command: Sequence[str], processes: int, run_dir: Path, grace_seconds: float) -> int:
+    """Run `command` as `processes` ranks on this machine and wait for them; call from the main thread.
+
+    Rank 0 has the terminal, the others write to run_dir/logs/rank{r}.log. SIGINT, SIGTERM or SIGHUP reach the workers
+    as one SIGTERM; what is left after `grace_seconds`, or at a second signal, is killed. No worker outlives this
+    process.
+
+    Returns: 0 when every rank ended well; 128 + signal when asked to stop; 1 when a rank failed (the reason is printed
+    once).
+    Raises: UserError when another run holds `run_dir`.
+    """
+    logs, failures = run_dir / "logs", run_dir / "failures"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _hold(run_dir), _reserved_port() as port, _noted_signals() as signals:
+        shutil.rmtree(failures, ignore_errors=True)
+        logs.mkdir(exist_ok=True)
+        workers: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(processes):
+                workers.append(_spawn(command, rank, processes, port, logs))
+            return _supervise(workers, run_dir, grace_seconds, signals)
+        finally:
+            _kill(workers)
+
+
+def _spawn(command: Sequence[str], rank: int, processes: int, port: int, logs: Path) -> subprocess.Popen[bytes]:
+    env = dict(os.environ)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    env.setdefault("PYTHONUNBUFFERED", "1")  # a killed rank leaves its last lines in the log
+    env |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), _SUPERVISOR: str(os.getpid())}
+    with contextlib.ExitStack() as stack:
+        log = None if rank == 0 else stack.enter_context((logs / f"rank{rank}.log").open("wb"))
+        # A session of its own: the terminal's Ctrl-C reaches a worker only through the supervisor, once.
+        return subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _supervise(workers: list[subprocess.Popen[bytes]], run_dir: Path, grace_seconds: float, signals: list[int]) -> int:
+    stopping, deadline = False, float("inf")
+    while any(worker.poll() is None for worker in workers):
+        failures = _read_failures(run_dir)
+        if signals and not stopping:
+            stopping, deadline = True, time.monotonic() + grace_seconds
+            _say(f"stopping: up to {grace_seconds:g} s to finish the step; once more to stop at once")
+            for worker in workers:
+                worker.terminate()
+        elif not stopping and any(not failure.lost_peer for failure in failures):
+            break
+        elif not stopping and deadline == float("inf") and (failures or any(worker.poll() for worker in workers)):
+            deadline = time.monotonic() + _SETTLE_SECONDS
+        if len(signals) > 1 or time.monotonic() > deadline:
+            break
+        time.sleep(_POLL_SECONDS)
+    late = [rank for rank, worker in enumerate(workers) if worker.poll() is None]
+    codes = {rank: worker.returncode for rank, worker in enumerate(workers) if worker.returncode}
+    _kill(workers)
+    if late and sys.stdout.isatty():
+        sys.stdout.write("\x1b[?25h")  # a progress display that was killed cannot give the cursor back
+    return _conclude(_read_failures(run_dir), codes, late, run_dir, signals)
+
+
+def _conclude(
+    failures: list[Failure], codes: dict[int, int], late: list[int], run_dir: Path, signals: list[int]
+) -> int:
+    """Say what happened; the exit code."""
+    causes = sorted(failures, key=lambda failure: (failure.lost_peer, failure.seconds))
+    if signals:
+        if late:
+            _say(f"killed: {_ranks(late)} did not stop in time")
+        if causes and not causes[0].lost_peer:  # a checkpoint that failed must not pass for a clean stop
+            _explain(causes[0], run_dir)
+        return 128 + signals[0]
+    silent = {rank: code for rank, code in codes.items() if rank not in {failure.rank for failure in failures}}
+    if causes and not (causes[0].lost_peer and silent):
+        _explain(causes[0], run_dir)
+    elif silent:
+        rank, code = min(silent.items(), key=lambda item: item[1])  # a signal (negative) rather than an exit code
+        _explain_silent(rank, code, run_dir)
+    return 1 if causes or silent else 0
+
+
+def _explain(failure: Failure, run_dir: Path) -> None:
+    if failure.from_user:
+        _say(f"error: {failure.message}")
+        return
+    _say(f"rank {failure.rank} failed:\n{failure.traceback.rstrip()}")
+    _say(f"(this traceback: {run_dir}/failures/rank{failure.rank}.json; what other ranks printed: {run_dir}/logs/)")
+
+
+def _explain_silent(rank: int, code: int, run_dir: Path) -> None:
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    hint = "; the kernel's out-of-memory killer does that" if code == -signal.SIGKILL else ""
+    _say(f"rank {rank} {how} without a Python traceback{hint}")
+    log = run_dir / "logs" / f"rank{rank}.log"
+    if rank > 0:
+        _say(f"the last lines of {log}:")
+        _say("\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-20:]))
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _read_failures(run_dir: Path) -> list[Failure]:
+    return [Failure(**json.loads(path.read_text())) for path in sorted((run_dir / "failures").glob("rank*.json"))]
+
+
+def _kill(workers: list[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:  # those that ended too: a process they started may still be there
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+    for worker in workers:
+        worker.wait()
+
+
+@contextlib.contextmanager
+def _hold(run_dir: Path) -> Iterator[None]:
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run_dir} is in use by a run that is still going; stop it, or give this one another name"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A free port, kept from other processes: bound without listening, it can still be bound by rank 0's store, which
+    sets SO_REUSEADDR as well."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    received: list[int] = []
+    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = [signal.signal(number, lambda signum, _frame: received.append(signum)) for number in watched]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(watched, previous, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,180 @@
+"""Where a run's numbers go: metrics.jsonl, samples.jsonl, TensorBoard, W&B and the terminal.
+
+Only rank 0 writes; on other ranks every method returns at once, so the training loop needs no `if rank == 0`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from megatron_rl.config import Config, dump_config
+from megatron_rl.config_checks import ConfigError
+from megatron_rl.jsonl import cut_from_step, to_line
+
+# what the terminal shows: label, metric, format
+SHOWN = (
+    ("reward", "reward/mean", "{:.3f}"),
+    ("accuracy", "reward/accuracy", "{:.3f}"),
+    ("entropy", "entropy/mean", "{:.3f}"),
+    ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
+)
+
+
+class RunLogger:
+    """The writers of one run; a context manager.
+
+    `start_step`: the first step that this process will log. Rows of that step and later, left by an earlier process
+    that was killed after its last checkpoint, are dropped, so that the files tell one story.
+
+    Raises: ConfigError when logging.wandb_project is set and wandb is not installed; UserError when an existing file
+    has a broken line in its middle.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: Config, *, rank: int = 0, start_step: int = 0, console: Console | None = None
+    ) -> None:
+        """Open the files of the run; config.yaml becomes the resolved `config`."""
+        self._active = rank == 0
+        if not self._active:
+            return
+        self._wandb = _start_wandb(run_dir, config) if config.logging.wandb_project else None
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write_atomically(run_dir / "config.yaml", dump_config(config))
+        self._progress = _ProgressDisplay(console or Console(), config.name, start_step, config.train.num_steps)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if dropped := cut_from_step(run_dir / name, start_step):
+                self.message(
+                    f"{run_dir / name}: dropped {dropped} rows from step {start_step} on, of an earlier process"
+                )
+        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._samples = (run_dir / "samples.jsonl").open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import; not needed without it
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one step everywhere; the metrics.jsonl line is flushed, so it outlives this process from then on."""
+        if not self._active:
+            return
+        self._metrics.write(to_line({"step": step, **{name: metrics[name] for name in sorted(metrics)}}))
+        self._metrics.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+        self._progress.advance(step, metrics)
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Append decoded rollouts to samples.jsonl, one line each, with their step."""
+        if not self._active:
+            return
+        self._samples.writelines(to_line({"step": step, **sample}) for sample in samples)
+        self._samples.flush()
+
+    def message(self, text: str) -> None:
+        """One line to the terminal, above the progress display."""
+        if self._active:
+            self._progress.message(text)
+
+    def close(self) -> None:
+        """Flush and close every writer; a second call does nothing."""
+        if not self._active:
+            return
+        self._active = False
+        self._progress.close()
+        self._metrics.close()
+        self._samples.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> RunLogger:
+        """The logger itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close, also when the run failed: what was logged stays readable."""
+        self.close()
+
+
+class _ProgressDisplay:
+    """A live bar on a terminal, one plain line a step elsewhere (a file, a pipe, a Slurm log)."""
+
+    def __init__(self, console: Console, name: str, start_step: int, num_steps: int) -> None:
+        self._console, self._name, self._num_steps = console, name, num_steps
+        self._start_step, self._start = start_step, time.monotonic()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if console.is_terminal:
+            columns = [TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn()]
+            self._bar = Progress(*columns, TextColumn("{task.fields[shown]}"), console=console)
+            self._task = self._bar.add_task(name, total=num_steps, completed=start_step, shown="starting")
+            self._bar.start()
+
+    def advance(self, step: int, metrics: dict[str, float]) -> None:
+        """Show a finished step."""
+        done = step + 1 - self._start_step
+        left = (time.monotonic() - self._start) / max(done, 1) * (self._num_steps - step - 1)
+        shown = [f"{label} {style.format(metrics[name])}" for label, name, style in SHOWN if name in metrics]
+        text = "  ".join([*shown, f"left {format_duration(left)}"])
+        if self._bar is None:
+            # soft_wrap: a line per step whatever width rich assumes for a file
+            self._console.print(
+                f"{self._name}  step {step + 1}/{self._num_steps}  {text}", soft_wrap=True, highlight=False
+            )
+        else:
+            self._bar.update(self._task, completed=step + 1, shown=text)
+
+    def message(self, text: str) -> None:
+        """Print above the bar."""
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def format_duration(seconds: float) -> str:
+    """`m:ss`, or `h:mm:ss` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _start_wandb(run_dir: Path, config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"logging.wandb_project={config.logging.wandb_project!r} needs wandb, which is not installed: "
+            "pip install megatron-rl[wandb], or remove the option"
+        ) from error
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # Each process is a W&B run of its own (W&B refuses steps that go back); the group holds the resumed ones together.
+    return wandb.init(
+        project=config.logging.wandb_project,
+        name=config.name,
+        group=config.name,
+        dir=str(run_dir),
+        config=config.model_dump(mode="json"),
+    )
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    draft = path.with_suffix(path.suffix + ".tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)

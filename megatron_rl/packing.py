@@ -1,0 +1,341 @@
+"""Rollouts into packed micro-batches: which rank and which forward pass gets which sequence.
+
+Every rank holds the full list of rollouts and computes the same assignment, so packing needs no communication. The
+assignment changes where a token is computed, never its `token_ids_global`, its mini-batch or its weight in the loss.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.aggregation import token_weights
+from megatron_rl.config import Config
+from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What decides the shape of a rank's micro-batches."""
+
+    budget: int  # tokens of one micro-batch, padding included
+    dp_rank: int
+    dp_size: int
+    pad_multiple: int
+    equal_lengths: bool
+    num_micro_batches: int | None
+    aggregation: str
+    constant_length: int
+    stride: int  # token_ids_global = rollout index * stride + position; at least the longest sequence
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dp_rank < self.dp_size:
+            raise ValueError(f"dp_rank={self.dp_rank} is not in [0, dp_size={self.dp_size})")
+        if self.pad_multiple < 1 or (self.num_micro_batches is not None and self.num_micro_batches < 1):
+            raise ValueError(
+                f"pad_multiple={self.pad_multiple} and num_micro_batches={self.num_micro_batches} must be at least 1"
+            )
+        if self.capacity == 0:
+            raise ValueError(
+                f"micro_batch_tokens={self.budget} is below the padding multiple {self.pad_multiple}; raise it"
+            )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit once the length is rounded up to the padding multiple."""
+        return self.budget // self.pad_multiple * self.pad_multiple
+
+
+def pack(
+    rollouts: list[Rollout],
+    advantages: Tensor,
+    config: Config,
+    *,
+    step: int,
+    dp_rank: int,
+    dp_size: int,
+    pad_multiple: int = 1,
+    equal_lengths: bool = False,
+    num_micro_batches: int | None = None,
+) -> TrainBatch:
+    """This data-parallel rank's share of one step.
+
+    `rollouts`: the step's full list, the same on every rank, ordered by prompt then sample. `advantages`: `[B]` float,
+    one per rollout. Mini-batch j holds the j-th run of `train.prompts_per_minibatch` groups. Micro-batches stay within
+    `train.micro_batch_tokens` (padding included), and every rank gets the same number of them per mini-batch, the
+    smallest that longest-processing-time balancing fits. `pad_multiple`: micro-batch lengths are multiples of it
+    (tensor parallel size under sequence parallelism). `equal_lengths`: one length for all micro-batches of a mini-batch
+    on this rank (pipeline parallelism). `num_micro_batches` forces the count per mini-batch.
+
+    Raises: ValueError, naming the rollouts, when groups are incomplete or out of order, a rollout is empty, has no
+    response, exceeds the budget or the configured lengths, or an advantage is not finite.
+    """
+    layout = _Layout(
+        budget=config.train.micro_batch_tokens,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        pad_multiple=pad_multiple,
+        equal_lengths=equal_lengths,
+        num_micro_batches=num_micro_batches,
+        aggregation=config.loss.aggregation,
+        constant_length=config.rollout.max_response_tokens,
+        stride=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+    )
+    _check_groups(rollouts, config)
+    _check_rollouts(rollouts, layout, may_be_masked=config.algorithm.overlong.filter)
+    if advantages.shape != (len(rollouts),):
+        raise ValueError(
+            f"advantages: got shape {tuple(advantages.shape)}, expected [{len(rollouts)}], one per rollout"
+        )
+    if not torch.isfinite(advantages).all():
+        bad = [_name(rollouts[i]) for i in torch.nonzero(~torch.isfinite(advantages)).flatten().tolist()]
+        raise ValueError(f"advantages are not finite for {_listed(bad)}; look at the rewards of these groups")
+    size = config.train.prompts_per_minibatch * config.rollout.samples_per_prompt
+    mini_batches = tuple(
+        _pack_minibatch(index, range(start, start + size), rollouts, advantages, layout)
+        for index, start in enumerate(range(0, len(rollouts), size))
+    )
+    return TrainBatch(step, mini_batches)
+
+
+def pack_supervised(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    micro_batch_tokens: int,
+    dp_rank: int,
+    dp_size: int,
+    index: int = 0,
+    pad_multiple: int = 1,
+    equal_lengths: bool = False,
+    num_micro_batches: int | None = None,
+) -> MiniBatch:
+    """One supervised update: (prompt_ids, response_ids) pairs, the same full list on every rank, token mean.
+
+    Advantages are 1 and rollout_logprobs 0, so that a loss of -advantage * logprobs is the cross entropy of the
+    responses. `prompt_ids` are positions in the list. The other arguments are those of `pack`.
+
+    Raises: ValueError as `pack`.
+    """
+    rollouts = [_as_rollout(i, prompt, response) for i, (prompt, response) in enumerate(sequences)]
+    layout = _Layout(
+        budget=micro_batch_tokens,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        pad_multiple=pad_multiple,
+        equal_lengths=equal_lengths,
+        num_micro_batches=num_micro_batches,
+        aggregation="token_mean",
+        constant_length=micro_batch_tokens,
+        stride=max((len(r.token_ids) for r in rollouts), default=0),
+    )
+    if not rollouts:
+        raise ValueError("no sequences to pack: the supervised data set is empty")
+    _check_rollouts(rollouts, layout, may_be_masked=False)
+    return _pack_minibatch(index, range(len(rollouts)), rollouts, torch.ones(len(rollouts)), layout)
+
+
+def packing_metrics(batch: TrainBatch) -> dict[str, float]:
+    """How well this rank's share is packed.
+
+    `packing/padding_fraction` of all positions; `packing/micro_batches` per mini-batch (mean); `packing/tokens`,
+    without padding; `packing/imbalance`: longest micro-batch of a mini-batch over its mean, minus 1, the worst
+    mini-batch.
+    """
+    positions, tokens, count, imbalance = 0, 0, 0, 0.0
+    for mini_batch in batch.minibatches():
+        filled = [int((mb.token_ids_global >= 0).sum()) for mb in mini_batch.micro_batches]
+        positions += sum(len(mb.token_ids) for mb in mini_batch.micro_batches)
+        tokens += sum(filled)
+        count += len(filled)
+        if sum(filled):
+            imbalance = max(imbalance, max(filled) * len(filled) / sum(filled) - 1.0)
+    return {
+        "packing/padding_fraction": 1.0 - tokens / positions,
+        "packing/micro_batches": count / len(batch.mini_batches),
+        "packing/tokens": float(tokens),
+        "packing/imbalance": imbalance,
+    }
+
+
+def _pack_minibatch(
+    index: int, members: range, rollouts: list[Rollout], advantages: Tensor, layout: _Layout
+) -> MiniBatch:
+    lengths = [len(rollouts[i].token_ids) for i in members]
+    bins = _rank_bins(lengths, layout)
+    totals = [sum(lengths[i] for i in chosen) for chosen in bins]
+    longest = max(totals)
+    micro_batches = []
+    for chosen, total in zip(bins, totals, strict=True):
+        wanted = max(1, longest if layout.equal_lengths else total)
+        padded = -(-wanted // layout.pad_multiple) * layout.pad_multiple
+        indices = [members[i] for i in chosen]
+        micro_batches.append(_micro_batch(indices, rollouts, advantages, padded, layout))
+    return MiniBatch(index, tuple(micro_batches))
+
+
+def _rank_bins(lengths: list[int], layout: _Layout) -> list[list[int]]:
+    """The micro-batches of this rank, as indices into `lengths`, ascending in each."""
+    forced, ranks = layout.num_micro_batches, layout.dp_size
+    count = forced or max(1, -(-sum(lengths) // (layout.capacity * ranks)))
+    bins = _longest_first(lengths, count * ranks)
+    while max(_load(b, lengths) for b in bins) > layout.capacity:
+        if forced:
+            heaviest = max(_load(b, lengths) for b in bins)
+            raise ValueError(
+                f"num_micro_batches={forced} over {ranks} data-parallel ranks needs {heaviest} tokens in one "
+                f"micro-batch; micro_batch_tokens={layout.budget} allows {layout.capacity}; raise either"
+            )
+        count += 1
+        bins = _longest_first(lengths, count * ranks)
+    # Heaviest first, one to each rank per round, the heaviest of a round to the rank with the least so far: equal
+    # counts, balanced ranks, and micro-batches of one round that are alike, so that ranks keep pace.
+    bins.sort(key=lambda b: (-_load(b, lengths), b))
+    mine: list[list[int]] = []
+    totals = [0] * ranks
+    for start in range(0, len(bins), ranks):
+        order = sorted(range(ranks), key=lambda rank: (totals[rank], rank))
+        for rank, chosen in zip(order, bins[start : start + ranks], strict=True):
+            totals[rank] += _load(chosen, lengths)
+            if rank == layout.dp_rank:
+                mine.append(chosen)
+    return mine
+
+
+def _longest_first(lengths: list[int], count: int) -> list[list[int]]:
+    """Longest-processing-time partition into `count` bins: longest first, each to the emptiest bin, ties to the first.
+
+    No bin stays empty while another holds two sequences.
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, which) for which in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, which = heapq.heappop(heap)
+        bins[which].append(i)
+        heapq.heappush(heap, (load + lengths[i], which))
+    return [sorted(chosen) for chosen in bins]
+
+
+def _load(chosen: list[int], lengths: list[int]) -> int:
+    return sum(lengths[i] for i in chosen)
+
+
+def _micro_batch(
+    indices: list[int], rollouts: list[Rollout], advantages: Tensor, length: int, layout: _Layout
+) -> MicroBatch:
+    token_ids, labels, position_ids = (torch.zeros(length, dtype=torch.int64) for _ in range(3))
+    prompt_ids, sample_indices, global_ids = (torch.full((length,), -1, dtype=torch.int64) for _ in range(3))
+    advantage, rollout_logprobs = torch.zeros(length), torch.zeros(length)
+    loss_mask = torch.zeros(length, dtype=torch.bool)
+    boundaries, start = [0], 0
+    for i in indices:
+        rollout, stop = rollouts[i], start + len(rollouts[i].token_ids)
+        predicting = slice(start, stop - 1)  # the last position predicts nothing
+        token_ids[start:stop] = rollout.token_ids
+        labels[predicting] = rollout.token_ids[1:]
+        loss_mask[predicting] = rollout.loss_mask[1:]
+        rollout_logprobs[predicting] = rollout.rollout_logprobs[1:]
+        advantage[start:stop] = float(advantages[i])
+        positions = torch.arange(stop - start)
+        position_ids[start:stop] = positions
+        global_ids[start:stop] = i * layout.stride + positions + 1  # position 0 is never a label, so no two coincide
+        prompt_ids[start:stop] = rollout.prompt_id
+        sample_indices[start:stop] = rollout.sample_index
+        boundaries.append(stop)
+        start = stop
+    if start < length:
+        position_ids[start:] = torch.arange(length - start)
+        boundaries.append(length)
+    for values in (labels, advantage, rollout_logprobs):
+        values.masked_fill_(~loss_mask, 0)
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
+    weights, denominator = token_weights(layout.aggregation, loss_mask, cu_seqlens, layout.constant_length)
+    return MicroBatch(
+        token_ids=token_ids,
+        labels=labels,
+        position_ids=position_ids,
+        cu_seqlens=cu_seqlens,
+        loss_mask=loss_mask,
+        advantages=advantage,
+        rollout_logprobs=rollout_logprobs,
+        token_weights=weights,
+        prompt_ids=prompt_ids,
+        sample_indices=sample_indices,
+        token_ids_global=global_ids,
+        loss_denominator=denominator,
+        num_sequences=len(indices),
+    )
+
+
+def _as_rollout(index: int, prompt: Sequence[int], response: Sequence[int]) -> Rollout:
+    length = len(prompt) + len(response)
+    return Rollout(
+        prompt_id=index,
+        sample_index=0,
+        token_ids=torch.tensor([*prompt, *response], dtype=torch.int64),
+        rollout_logprobs=torch.zeros(length),
+        loss_mask=torch.arange(length) >= len(prompt),
+        finish_reason="stop",
+        weight_version=0,
+    )
+
+
+def _check_groups(rollouts: list[Rollout], config: Config) -> None:
+    groups, samples = config.train.prompts_per_step, config.rollout.samples_per_prompt
+    if len(rollouts) != groups * samples:
+        raise ValueError(
+            f"got {len(rollouts)} rollouts, expected {groups * samples} "
+            f"(train.prompts_per_step={groups} * rollout.samples_per_prompt={samples})"
+        )
+    for start in range(0, len(rollouts), samples):
+        group = rollouts[start : start + samples]
+        order = [r.sample_index for r in group]
+        if len({r.prompt_id for r in group}) > 1 or order != sorted(set(order)):
+            raise ValueError(
+                f"rollouts {start} to {start + samples - 1} are {_listed([_name(r) for r in group])}; expected "
+                f"{samples} "
+                "samples of one prompt with ascending sample_index: order the list by prompt, then sample"
+            )
+
+
+def _check_rollouts(rollouts: list[Rollout], layout: _Layout, *, may_be_masked: bool) -> None:
+    """`may_be_masked`: overlong filtering may have cleared the loss_mask of a response that was cut."""
+    faults = []
+    for rollout in rollouts:
+        length = len(rollout.token_ids)
+        if rollout.loss_mask.shape != (length,) or rollout.rollout_logprobs.shape != (length,):
+            faults.append(
+                f"{_name(rollout)}: token_ids, loss_mask and rollout_logprobs have {length}, "
+                f"{len(rollout.loss_mask)} and "
+                f"{len(rollout.rollout_logprobs)} entries; expected equal lengths"
+            )
+        elif length == 0:
+            faults.append(f"{_name(rollout)}: no tokens")
+        elif not rollout.loss_mask.any() and not (may_be_masked and rollout.finish_reason == "length"):
+            faults.append(f"{_name(rollout)}: the response has length 0 (loss_mask is False everywhere)")
+        elif rollout.loss_mask[0]:
+            faults.append(
+                f"{_name(rollout)}: the response starts at token 0; no position predicts it, so give a prompt"
+            )
+        elif length > layout.capacity:
+            faults.append(
+                f"{_name(rollout)}: {length} tokens exceed micro_batch_tokens={layout.budget} "
+                f"(of which {layout.capacity} are usable with lengths padded to a multiple of {layout.pad_multiple})"
+            )
+        elif length > layout.stride:
+            faults.append(
+                f"{_name(rollout)}: {length} tokens exceed max_prompt_tokens + max_response_tokens = {layout.stride}"
+            )
+    if faults:
+        raise ValueError("rollouts cannot be packed: " + _listed(faults))
+
+
+def _name(rollout: Rollout) -> str:
+    return f"(prompt_id={rollout.prompt_id}, sample_index={rollout.sample_index})"
+
+
+def _listed(items: list[str], most: int = 8) -> str:
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,116 @@
+"""The process groups of one run, as plain data: nothing else in the trainer asks Megatron's global state."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_rl import device
+from megatron_rl.config import ParallelConfig
+
+device.prepare_megatron()
+
+from megatron.core import parallel_state as mpu  # noqa: E402  after the shim
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """This rank's place in the world. `dp` holds the ranks that share weights and see different micro-batches."""
+
+    world: ProcessGroup
+    tp: ProcessGroup
+    pp: ProcessGroup
+    dp: ProcessGroup
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def pp_ranks(self) -> list[int]:
+        """Global ranks of this pipeline, by stage."""
+        return dist.get_process_group_ranks(self.pp)
+
+
+def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
+    """Join the world that torchrun's environment describes and lay out TP, PP and DP (order tp-dp-pp, as Megatron
+    does).
+
+    Raises: RuntimeError when WORLD_SIZE differs from the config's.
+    """
+    device.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        dist.init_process_group(device.BACKEND, timeout=datetime.timedelta(minutes=30))
+    if dist.get_world_size() != parallel.processes:
+        raise RuntimeError(
+            f"torchrun started {dist.get_world_size()} processes, the config asks for "
+            f"parallel.world_size={parallel.processes}"
+        )
+    mpu.initialize_model_parallel(parallel.tp, parallel.pp)
+    model_parallel_cuda_manual_seed(seed)
+    tp, pp, dp = (
+        mpu.get_tensor_model_parallel_group(),
+        mpu.get_pipeline_model_parallel_group(),
+        mpu.get_data_parallel_group(with_context_parallel=True),
+    )
+    return Groups(
+        world=dist.group.WORLD,  # type: ignore[arg-type]
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=dist.get_rank(tp),
+        tp_size=dist.get_world_size(tp),
+        pp_rank=dist.get_rank(pp),
+        pp_size=dist.get_world_size(pp),
+        dp_rank=dist.get_rank(dp),
+        dp_size=dist.get_world_size(dp),
+    )
+
+
+def destroy_groups() -> None:
+    """Leave the world; a later `init_groups` in the same process may lay out another."""
+    mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(groups: Groups) -> None:
+    """Wait for every rank."""
+    dist.barrier(group=groups.world)
+
+
+def broadcast_from_last_stage(
+    tensors: list[torch.Tensor | None], groups: Groups, like: torch.Tensor
+) -> list[torch.Tensor]:
+    """Give every pipeline stage the last stage's tensors (all shaped and typed as `like`), in one broadcast.
+
+    Losses and selection then run the same code on every stage; the traffic is a few floats a token.
+    """
+    if groups.pp_size == 1:
+        return [tensor for tensor in tensors if tensor is not None]
+    last = groups.is_last_stage
+    packed = torch.stack([t if last and t is not None else torch.zeros_like(like) for t in tensors])
+    dist.broadcast(packed, src=groups.pp_ranks[-1], group=groups.pp)
+    return list(packed.unbind(0))

@@ -1,0 +1,132 @@
+"""Global statistics over the ranks that hold different tokens: packed sums, exact quantiles, and the distributed top-k.
+
+Every function gives the same bits on every rank of the group, because all ranks reduce the same gathered data.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class Reducer:
+    """Collectives over one group (None: this process alone), in the form the algorithms ask for them."""
+
+    def __init__(self, group: ProcessGroup | None, device: torch.device | None = None) -> None:
+        """`device`: where tensors that a method makes itself live; None: the CPU."""
+        self.group = group
+        self.device = device or torch.device("cpu")
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks: float64 (or integer) tensor of any shape, a new tensor.
+
+        Ranks are gathered and added in rank order, so that the result does not depend on the backend's reduction tree.
+        """
+        if self.size == 1:
+            return values.clone()
+        return self._gather(values).sum(0)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over ranks."""
+        if self.size == 1:
+            return values.clone()
+        return self._gather(values).amax(0)
+
+    def top_k(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of all ranks' `values [n_local]`; ties go to the smaller token id.
+
+        ids: `[n_local]` int64, unique over all ranks. Returns (values, ids), at most k of each (fewer when fewer
+        exist), sorted by falling value then rising id, identical on every rank. Each rank offers its local best k; one
+        all-gather
+        decides.
+        """
+        count = min(k, values.numel())
+        local_values, local_ids = _best(values.double(), ids, count)
+        if self.size == 1:
+            return local_values, local_ids
+        # the quota bounds what a rank can contribute; -inf with id -1 marks an empty slot
+        packed = torch.zeros(2, k, dtype=torch.int64, device=values.device)
+        padded = torch.full((k,), -torch.inf, dtype=torch.float64, device=values.device)
+        padded[:count] = local_values
+        packed[0] = padded.view(torch.int64)
+        packed[1] = -1
+        packed[1, :count] = local_ids
+        gathered = self._gather(packed)
+        all_values, all_ids = gathered[:, 0].reshape(-1).contiguous().view(torch.float64), gathered[:, 1].reshape(-1)
+        real = all_ids >= 0
+        all_values, all_ids = all_values[real], all_ids[real]
+        return _best(all_values, all_ids, min(k, all_values.numel()))
+
+    def quantiles(self, values: Tensor, fractions: list[float]) -> list[float]:
+        """Exact lower quantiles over all ranks' `values [n_local]` (float32): the element of rank floor(q * (n - 1)).
+
+        Radix selection: four 256-bin histograms, so four small collectives whatever n is. NaN for an empty set.
+        """
+        keys = _ordered_bits(values.float())
+        total = int(self.sum(torch.tensor([keys.numel()], dtype=torch.int64, device=keys.device)))
+        if total == 0:
+            return [float("nan")] * len(fractions)
+        remaining = [int(q * (total - 1)) for q in fractions]
+        prefixes = [0] * len(fractions)
+        for shift in (24, 16, 8, 0):
+            histograms = []
+            for prefix in prefixes:
+                inside = keys if shift == 24 else keys[(keys >> (shift + 8)) == prefix]
+                histograms.append(torch.bincount((inside >> shift) & 255, minlength=256))
+            for i, counts in enumerate(self.sum(torch.stack(histograms)).cumsum(1)):
+                digit = int(torch.searchsorted(counts, remaining[i], right=True))
+                remaining[i] -= int(counts[digit - 1]) if digit else 0
+                prefixes[i] = (prefixes[i] << 8) | digit
+        return [_from_ordered_bits(key) for key in prefixes]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        return bool(self.max(torch.tensor([int(flag)], dtype=torch.int64, device=self.device)))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
+        sizes = (
+            self._gather(torch.tensor([payload.numel()], dtype=torch.int64, device=self.device)).reshape(-1).tolist()
+        )
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
+        padded[: payload.numel()] = payload
+        rows = self._gather(padded).cpu()
+        return [pickle.loads(rows[i, :size].numpy().tobytes()) for i, size in enumerate(sizes)]
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """`[ranks, *values.shape]`."""
+        flat = torch.empty((self.size * values.numel(),), dtype=values.dtype, device=values.device)
+        dist.all_gather_into_tensor(flat, values.contiguous().reshape(-1), group=self.group)
+        return flat.view(self.size, *values.shape)
+
+
+def _best(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values, ties by smaller id: sorting by id first makes the stable sort by value break ties right."""
+    if 0 < k < values.numel():  # sort only what can win
+        contenders = values >= values.topk(k).values[-1]
+        values, ids = values[contenders], ids[contenders]
+    by_id = ids.argsort()
+    by_value = values[by_id].argsort(descending=True, stable=True)[:k]
+    order = by_id[by_value]
+    return values[order], ids[order]
+
+
+def _ordered_bits(values: Tensor) -> Tensor:
+    """Map float32 to int64 in [0, 2^32) such that the integers sort as the floats do."""
+    bits = values.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    return torch.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
+
+
+def _from_ordered_bits(key: int) -> float:
+    bits = key - 0x80000000 if key >= 0x80000000 else 0xFFFFFFFF - key
+    signed = bits - (1 << 32) if bits >= 0x80000000 else bits
+    return float(torch.tensor([signed], dtype=torch.int32).view(torch.float32))

@@ -1,0 +1,255 @@
+"""Log-probabilities and entropy of a softmax whose columns are sharded over tensor-parallel ranks.
+
+One pass over the local logits gives per token m = max x, s = sum e^d, t = sum d e^d with d = (x - m) / temperature, the
+target's logit z and, when asked, q = sum e^2d and u = sum d e^2d. One all-gather of these 4 or 6 floats a token gives
+every rank the exact statistics of the whole vocabulary; the backward pass needs no collective at all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_rl.types import TokenStats
+
+# e^x is exactly 0 in float64 below -746, so clamping here changes no sum; it turns the -inf of a masked logit into a
+# number that 0 can be multiplied with.
+_LOWEST_EXPONENT = -1.0e4
+_BLOCK_ELEMENTS = 2**20
+
+
+def vocab_parallel_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    group: ProcessGroup | None,
+    vocab_start: int,
+    vocab_size: int,
+    temperature: float = 1.0,
+    with_sum_p2: bool = False,
+    block_rows: int | None = None,
+) -> TokenStats:
+    """Exact statistics of pi = softmax(logits / temperature) over the whole, sharded vocabulary.
+
+    THE LOGITS ARE CONSUMED: backward writes their gradient over their own storage. After backward `logits` holds the
+    gradient, no other code may use their values, and a second backward raises. Beyond the logits no tensor of
+    `[T, V_local]` exists in any dtype, only `block_rows` rows of it at a time.
+
+    `logprobs` and `entropy` are differentiable, `sum_p2` and `sum_p2_logp` are not. With unscaled logits x and
+    temperature tau: d logp / dx_a = (1[a = label] - pi_a) / tau and dH / dx_a = -pi_a (log pi_a + H) / tau.
+
+    Args:
+        logits: `[T, V_local]`, this rank's columns before the temperature; contiguous float32, bfloat16 or float16 (the
+            statistics are float32), or float64 (float64). -inf masks a token. T is equal on all ranks of `group`.
+        labels: `[T]` int64 global token ids, equal on all ranks of `group`. Positions without a target carry any valid
+            id (0 by convention). A label outside [0, vocab_size) gets logprob -inf, which makes the loss non-finite:
+            to raise here would stall the device on every call.
+        group: the ranks that hold the shards; None when `logits` holds the whole vocabulary.
+        vocab_start: global id of this rank's first column.
+        vocab_size: real vocabulary; columns with a global id >= vocab_size are padding: they count as -inf and their
+            gradient is exactly 0. A shard may consist of padding alone.
+        temperature: divides the logits.
+        with_sum_p2: also return sum_a pi_a^2 and sum_a pi_a^2 log pi_a.
+        block_rows: rows worked on at once; the scratch memory is two such blocks of float32. None: as many as make
+            a block of 2^20 elements, which stays in a CPU's cache (twice as fast as 256 rows at 76,032 columns).
+
+    Returns: TokenStats of `[T]` tensors, nats, the same on every rank of `group`. A row whose logits are -inf on all
+    ranks has no distribution and gives NaN.
+
+    Raises: ValueError for logits, labels or temperature that cannot work; RuntimeError at a second backward.
+
+    Source: entropy and Theorem 1 of arXiv 2505.22617; the merge is the online softmax of arXiv 1805.02867, with the
+    first moment of the exponents beside the normaliser.
+    """
+    _check(logits, labels, temperature, block_rows)
+    real_columns = min(max(vocab_size - vocab_start, 0), logits.shape[1])
+    if block_rows is None:
+        block_rows = max(1, _BLOCK_ELEMENTS // max(1, real_columns))
+    outputs = _VocabParallelStats.apply(
+        logits, labels - vocab_start, group, real_columns, float(temperature), with_sum_p2, block_rows
+    )
+    return TokenStats(*outputs)
+
+
+def _check(logits: Tensor, labels: Tensor, temperature: float, block_rows: int | None) -> None:
+    if logits.ndim != 2 or not logits.is_contiguous() or not logits.is_floating_point():
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)}, strides {logits.stride()}, {logits.dtype}; expected a "
+            "contiguous floating-point [T, V_local], whose storage the gradient may overwrite"
+        )
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, {labels.dtype}; expected int64 [{logits.shape[0]}], one "
+            "per row of logits"
+        )
+    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "logits is a leaf that requires grad: backward would overwrite its values with its gradient; "
+            "pass logits.clone()"
+        )
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(
+            f"temperature: got {temperature}, expected a finite number > 0; decode greedily with argmax instead"
+        )
+    if block_rows is not None and block_rows < 1:
+        raise ValueError(f"block_rows: got {block_rows}, expected at least 1")
+
+
+class _VocabParallelStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        columns: Tensor,
+        group: ProcessGroup | None,
+        real_columns: int,
+        temperature: float,
+        with_sum_p2: bool,
+        block_rows: int,
+    ) -> tuple[Tensor, ...]:
+        local = _shard_stats(logits, columns, real_columns, temperature, with_sum_p2, block_rows)
+        merged = _merge(_all_gather(local, group), temperature)
+        maximum, log_s, *outputs = (x.to(local.dtype) for x in merged)
+        ctx.save_for_backward(logits, columns, maximum, log_s, outputs[1])
+        ctx.real_columns, ctx.temperature, ctx.block_rows, ctx.consumed = real_columns, temperature, block_rows, False
+        ctx.set_materialize_grads(False)  # None tells that an output is unused, and then its terms cost nothing
+        ctx.mark_non_differentiable(*outputs[2:])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Any, ...]:
+        if ctx.consumed:
+            raise RuntimeError(
+                "second backward through vocab_parallel_stats: the first one overwrote the logits with their gradient; "
+                "add the losses and call backward once, or run the forward pass again"
+            )
+        grad = None
+        if grad_logprobs is not None or grad_entropy is not None:
+            logits, columns, maximum, log_s, entropy = ctx.saved_tensors
+            ctx.consumed = True
+            grad = logits.detach()
+            real = grad[:, : ctx.real_columns]
+            _write_gradient(
+                real, columns, maximum, log_s, entropy, grad_logprobs, grad_entropy, ctx.temperature, ctx.block_rows
+            )
+            grad[:, ctx.real_columns :].zero_()
+        return grad, None, None, None, None, None, None
+
+
+def _shard_stats(
+    logits: Tensor, columns: Tensor, real_columns: int, temperature: float, with_sum_p2: bool, block_rows: int
+) -> Tensor:
+    """`[T, 4 or 6]`: m, s, t, z and, with_sum_p2, q, u of this rank's real columns. m and z are before the temperature;
+    z is -inf where the target is on another shard. A shard without real columns is (-inf, 0, 0, -inf, 0, 0)."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    stats = torch.zeros(logits.shape[0], 6 if with_sum_p2 else 4, dtype=dtype, device=logits.device)
+    real = logits[:, :real_columns]
+    if real.numel() == 0:
+        stats[:, 0] = stats[:, 3] = -math.inf
+        return stats
+    stats[:, 3] = real.gather(1, columns.clamp(0, real_columns - 1)[:, None])[:, 0]
+    stats[:, 3].masked_fill_((columns < 0) | (columns >= real_columns), -math.inf)
+    scratch = torch.empty(2, min(block_rows, real.shape[0]), real_columns, dtype=dtype, device=logits.device)
+    for rows, out in zip(real.split(block_rows), stats.split(block_rows), strict=True):
+        d, e = scratch[:, : rows.shape[0]]
+        out[:, 0] = rows.amax(1)
+        _exponents(rows, out[:, 0], temperature, d)
+        torch.exp(d, out=e)
+        torch.sum(e, 1, out=out[:, 1])
+        torch.sum(d.mul_(e), 1, out=out[:, 2])  # not a matrix product: TF32 would round its inputs to 11 bits
+        if with_sum_p2:
+            torch.sum(d.mul_(e), 1, out=out[:, 5])
+            torch.sum(e.mul_(e), 1, out=out[:, 4])
+    return stats
+
+
+def _exponents(rows: Tensor, maximum: Tensor, temperature: float, out: Tensor) -> None:
+    """out = (rows - maximum) / temperature, finite where a logit or the whole row is -inf."""
+    shift = maximum.masked_fill(maximum == -math.inf, 0.0)
+    torch.sub(rows, shift[:, None], out=out)
+    if temperature != 1.0:
+        out.div_(temperature)
+    out.clamp_(min=_LOWEST_EXPONENT)
+
+
+def _all_gather(local: Tensor, group: ProcessGroup | None) -> Tensor:
+    """`[ranks, T, 4 or 6]`. The one collective of this file."""
+    if group is None or group.size() == 1 or local.numel() == 0:
+        return local[None]
+    gathered = local.new_empty(group.size(), *local.shape)
+    dist.all_gather(list(gathered), local, group=group)
+    return gathered
+
+
+def _merge(shards: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """Global maximum, log S, logprobs, entropy and, when there are 6 columns, sum_p2 and sum_p2_logp; `[T]` float64.
+
+    The maximum and log S stay apart: their sum, one log-sum-exp, has no bits left for log S when logits are large.
+    """
+    m, s, t, z, *p2 = shards.double().unbind(-1)
+    maximum = m.amax(0)
+    delta = ((m - maximum) / temperature).clamp(min=_LOWEST_EXPONENT)
+    w = delta.exp()
+    total = (w * s).sum(0)
+    log_s = total.log()
+    logprobs = (z.amax(0) - maximum) / temperature - log_s
+    entropy = log_s - (w * (t + delta * s)).sum(0) / total
+    if not p2:
+        return maximum, log_s, logprobs, entropy
+    q, u = p2
+    w2 = (w / total).square()
+    sum_p2 = (w2 * q).sum(0)
+    return maximum, log_s, logprobs, entropy, sum_p2, (w2 * (u + delta * q)).sum(0) - log_s * sum_p2
+
+
+def _write_gradient(
+    real: Tensor,
+    columns: Tensor,
+    maximum: Tensor,
+    log_s: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    block_rows: int,
+) -> None:
+    """Overwrite the real columns with the gradient of this rank's logits.
+
+    With e = e^d and pi = e / S both gradients together are e (a + b d), plus grad_logprobs / temperature at the target;
+    a and b are `[T]`.
+    """
+    if real.numel() == 0:
+        return
+    scale = torch.exp(-log_s) / temperature
+    a = torch.zeros_like(scale)
+    b = at_target = None
+    if grad_logprobs is not None:
+        a -= grad_logprobs * scale
+        on_shard = (columns >= 0) & (columns < real.shape[1])
+        at_target = torch.where(on_shard, grad_logprobs / temperature, 0.0)
+        columns = columns.clamp(0, real.shape[1] - 1)
+    if grad_entropy is not None:
+        a -= grad_entropy * (entropy - log_s) * scale
+        b = -grad_entropy * scale
+    scratch_shape = (1 if b is None else 2, min(block_rows, real.shape[0]), real.shape[1])
+    scratch = torch.empty(scratch_shape, dtype=scale.dtype, device=real.device)
+    for start in range(0, real.shape[0], block_rows):
+        at = slice(start, start + block_rows)
+        rows = real[at]
+        d, e = scratch[0, : rows.shape[0]], scratch[-1, : rows.shape[0]]
+        _exponents(rows, maximum[at], temperature, d)
+        torch.exp(d, out=e)
+        if b is None:
+            e.mul_(a[at, None])
+        else:
+            e.mul_(torch.addcmul(a[at, None], d, b[at, None], out=d))
+        if at_target is not None:
+            e.scatter_add_(1, columns[at, None], at_target[at, None])
+        rows.copy_(e)

@@ -1,0 +1,186 @@
+"""From a Hugging Face config to a Megatron-Core GPTModel, its DDP wrapper and its optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megatron_rl import device
+from megatron_rl.config import Config, OptimizerConfig
+from megatron_rl.config_checks import ConfigError
+from megatron_rl.parallel.groups import Groups
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A rank's part of the policy. `gpt` is the bare GPTModel inside `ddp`."""
+
+    hf_config: PretrainedConfig
+    config: TransformerConfig
+    gpt: GPTModel
+    ddp: DistributedDataParallel
+    vocab_size: int  # real
+    vocab_start: int  # first global column of this rank's logits shard
+
+
+def resolve_hf_config(raw: dict[str, Any]) -> PretrainedConfig:
+    """Fill in the architecture's defaults. Raises: ConfigError for features that the Megatron policy would silently
+    drop."""
+    options = dict(raw)
+    hf = AutoConfig.for_model(options.pop("model_type"), **options)
+    refused = {
+        "use_sliding_window": "sliding-window attention",
+        "mlp_bias": "biases in the MLP",
+    }
+    faults = [what for key, what in refused.items() if getattr(hf, key, False)]
+    if getattr(hf, "attention_bias", False):
+        faults.append("a bias on the attention output (attention_bias)")
+    if getattr(hf, "hidden_act", "silu") != "silu":
+        faults.append(f"hidden_act {hf.hidden_act!r} (only silu)")
+    if faults:
+        raise ConfigError(f"model: {hf.model_type} with {', '.join(faults)} is not supported; choose another model")
+    return hf
+
+
+def head_dim(hf: PretrainedConfig) -> int:
+    """Width of one attention head."""
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """The least multiple of tp (times 128 on CUDA) that holds the vocabulary."""
+    multiple = tp * device.vocab_pad_multiple()
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfig:
+    """Megatron's description of the architecture and the layout."""
+    dtype, parallel = DTYPES[config.model.dtype], config.parallel
+    recompute: dict[str, Any] = {}
+    if config.model.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif config.model.recompute == "selective":
+        recompute = {"recompute_granularity": "selective"}
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=head_dim(hf),
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf.model_type == "qwen2",
+        qk_layernorm=hf.model_type == "qwen3",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        sequence_parallel=parallel.sp,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,  # divides by the global count once, after all micro-batches and ranks
+        # Megatron marks a weight as tensor-parallel while it initialises it; without the mark its gradient norm counts
+        # one shard only
+        perform_initialization=True,
+        deterministic_mode=not device.ON_GPU,
+        **recompute,
+        **device.transformer_config_options(),
+    )
+
+
+def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -> Model:
+    """This rank's stage and shard, with uninitialised weights (load them before use), wrapped in Megatron's DDP.
+
+    Raises: ConfigError for an unsupported architecture feature.
+    """
+    from megatron_rl.policy.layers import block_spec
+
+    hf = resolve_hf_config(raw_hf_config)
+    tconfig = transformer_config(hf, config)
+    vocab = padded_vocab_size(hf.vocab_size, groups.tp_size)
+    gpt = GPTModel(
+        tconfig,
+        block_spec(tconfig),
+        vocab_size=vocab,
+        max_sequence_length=hf.max_position_embeddings,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+    )
+    _use_hf_rope(gpt, hf)
+    module = Float16Module(tconfig, gpt) if tconfig.bf16 else gpt
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,  # the update checks the global norm, on all ranks alike, before the weights move
+    )
+    ddp = DistributedDataParallel(tconfig, ddp_config, module)
+    tconfig.finalize_model_grads_func = finalize_model_grads
+    return Model(hf, tconfig, gpt, ddp, hf.vocab_size, groups.tp_rank * (vocab // groups.tp_size))
+
+
+def _use_hf_rope(gpt: GPTModel, hf: PretrainedConfig) -> None:
+    """Take RoPE's inverse frequencies from transformers, so that every rope type it knows is exactly its own."""
+    rope = LlamaRotaryEmbedding(hf)
+    if rope.attention_scaling != 1.0:
+        raise ConfigError(
+            f"model: rope_type {rope.rope_type!r} scales attention by {rope.attention_scaling}; not supported"
+        )
+    gpt.rotary_pos_emb.inv_freq.copy_(rope.inv_freq)
+
+
+def build_optimizer(
+    model: Model, config: Config, total_updates: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Adam and its learning-rate schedule, counted in optimizer updates."""
+    options: OptimizerConfig = config.optimizer
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            min_lr=0.0,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.beta1,
+            adam_beta2=options.beta2,
+            adam_eps=options.eps,
+            clip_grad=options.clip_grad,
+            bf16=config.model.dtype == "bfloat16",
+            params_dtype=DTYPES[config.model.dtype],
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        [model.ddp],
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.lr if options.schedule == "constant" else 0.0,
+        lr_warmup_steps=options.warmup_steps,
+        lr_decay_steps=max(total_updates, options.warmup_steps + 1),
+        lr_decay_style=options.schedule,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=total_updates,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

@@ -1,0 +1,228 @@
+"""The policy: forward statistics, one optimizer update, and its weights as a Hugging Face stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
+
+from megatron_rl import device
+from megatron_rl.config import Config
+from megatron_rl.convert.hf import Source, folder_source, random_source
+from megatron_rl.convert.mapping import load_weights
+from megatron_rl.errors import UserError
+from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
+from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.parallel.vocab import vocab_parallel_stats
+from megatron_rl.parallel.weights import weight_stream
+from megatron_rl.policy.build import build_model, build_optimizer, padded_vocab_size
+from megatron_rl.policy.schedule import run_schedule
+from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, MiniBatch, TokenStats
+
+LossFunction = Callable[[LossInputs, Any], LossOutputs]
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient stopped being finite; the weights are those of the last good update."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What one optimizer update reports: identical on every rank but `sums`, which holds this data-parallel rank's
+    part."""
+
+    sums: dict[str, Tensor]  # metric -> float64 [2], (sum, count)
+    grad_norm: float
+    learning_rate: float
+    skipped: bool  # a non-finite gradient: the weights did not move
+
+
+class MegatronPolicy:
+    """A Megatron-Core model with its optimizer. Every method is collective: call it on all ranks, in the same order."""
+
+    def __init__(self, raw_hf_config: dict[str, Any], config: Config, groups: Groups, *, total_updates: int) -> None:
+        """Build and load the weights. `total_updates`: optimizer updates of the whole run, for the schedule."""
+        self.config, self.groups = config, groups
+        self.model = build_model(raw_hf_config, config, groups)
+        self.hf_config = self.model.hf_config
+        self.temperature = config.rollout.temperature
+        path = config.model.path
+        self.load(folder_source(path) if path is not None else random_source(self.hf_config, config.seed))
+        self._total_updates = total_updates
+        self.reset_optimizer()
+        self._reference: list[Tensor] | None = None
+        self._skipped_in_a_row = 0
+
+    @property
+    def parameters(self) -> list[tuple[str, Tensor]]:
+        """This rank's (local Megatron name, shard) pairs."""
+        return list(self.model.gpt.named_parameters())
+
+    @property
+    def layer_offset(self) -> int:
+        """Layers on earlier pipeline stages."""
+        return self.model.gpt.decoder.layers[0].layer_number - 1
+
+    def reset_optimizer(self) -> None:
+        """A fresh optimizer and schedule, with main weights copied from the current parameters."""
+        self.optimizer, self.scheduler = build_optimizer(self.model, self.config, self._total_updates)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Of the next update only: the schedule sets it again after that."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def load(self, source: Source) -> None:
+        """Fill the weights from Hugging Face tensors; an existing optimizer must be `reset_optimizer` after it.
+
+        Raises: KeyError or ValueError naming a missing or mis-shaped tensor.
+        """
+        load_weights(
+            self.parameters,
+            source,
+            self.hf_config,
+            layer_offset=self.layer_offset,
+            tp_rank=self.groups.tp_rank,
+            tp_size=self.groups.tp_size,
+            padded_vocab=padded_vocab_size(self.hf_config.vocab_size, self.groups.tp_size),
+        )
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream the full (hf_name, tensor) pairs to every rank."""
+        return weight_stream(self.parameters, self.hf_config, self.groups, layer_offset=self.layer_offset)
+
+    def stats(self, mini_batch: MiniBatch, *, with_sum_p2: bool = False) -> list[TokenStats]:
+        """Forward only: statistics of each micro-batch's tokens under the current weights, on every pipeline stage."""
+
+        def collect(logits: Tensor, micro_batch: MicroBatch) -> TokenStats:
+            return self._token_stats(logits, micro_batch, with_sum_p2)
+
+        with torch.no_grad():
+            outputs: list[TokenStats | None] = run_schedule(self.model, mini_batch, collect, forward_only=True)
+        outputs = outputs or [None] * len(mini_batch.micro_batches)
+        return [
+            self._on_every_stage(stats, micro_batch, with_sum_p2)
+            for stats, micro_batch in zip(outputs, mini_batch.micro_batches, strict=True)
+        ]
+
+    def keep_reference(self) -> None:
+        """Freeze a copy of the current weights as the reference policy."""
+        self._reference = [parameter.detach().clone() for _, parameter in self.parameters]
+
+    def ref_logprobs(self, mini_batch: MiniBatch) -> list[Tensor]:
+        """Log-probabilities `[T]` of each micro-batch under the reference. Raises: RuntimeError when none was kept."""
+        if self._reference is None:
+            raise RuntimeError("no reference policy: call keep_reference() first")
+        current = [parameter.detach().clone() for _, parameter in self.parameters]
+        try:
+            self._set_parameters(self._reference)
+            return [stats.logprobs for stats in self.stats(mini_batch)]
+        finally:
+            self._set_parameters(current)
+
+    def update(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any) -> UpdateResult:
+        """One optimizer update: forward, backward, clip, step.
+
+        A non-finite gradient leaves the weights alone and is reported as skipped. Raises: NonFiniteError after
+        train.max_nonfinite_updates of them in a row.
+        """
+
+        def on_logits(logits: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            outputs = loss(loss_inputs(micro_batch, self._token_stats(logits, micro_batch, False)), loss_config)
+            count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=logits.device)
+            return outputs.loss_sum, count, outputs.metrics
+
+        self.model.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
+        collected = run_schedule(self.model, mini_batch, on_logits, forward_only=False)
+        sums = _add_up(collected)
+        if self.groups.pp_size > 1:
+            sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        grad_norm, skipped = self._step()
+        if skipped:
+            self._count_skipped(mini_batch, grad_norm, sums)
+        else:
+            self._skipped_in_a_row = 0
+            self.scheduler.step(increment=1)
+        return UpdateResult(sums, grad_norm, learning_rate, skipped)
+
+    def _step(self) -> tuple[float, bool]:
+        """What ChainedOptimizer.step does, with a look at the norm before anything moves."""
+        overflow = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if overflow or not math.isfinite(grad_norm):
+            return grad_norm, True
+        if self.config.optimizer.clip_grad > 0:
+            parameters = self.optimizer.get_parameters()
+            clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.optimizer.clip_grad, total_norm=grad_norm)
+        if not self.optimizer.step_with_ready_grads():
+            raise RuntimeError("Megatron's optimizer refused a finite gradient")
+        return grad_norm, False
+
+    def _count_skipped(self, mini_batch: MiniBatch, grad_norm: float, sums: dict[str, Tensor]) -> None:
+        self._skipped_in_a_row += 1
+        allowed = self.config.train.max_nonfinite_updates
+        if self._skipped_in_a_row > allowed:
+            bad = [name for name, pair in sums.items() if not torch.isfinite(pair).all()]
+            raise NonFiniteError(
+                f"the gradient norm was {grad_norm} in {self._skipped_in_a_row} updates in a row (mini-batch "
+                f"{mini_batch.index}; non-finite metrics: {', '.join(bad) or 'none'}); "
+                f"train.max_nonfinite_updates={allowed}. The weights are those of the last finite "
+                "update. Look at optimizer.lr, rewards and the train-against-rollout mismatch."
+            )
+
+    def _token_stats(self, logits: Tensor, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
+        return vocab_parallel_stats(
+            logits,
+            micro_batch.labels,
+            group=self.groups.tp if self.groups.tp_size > 1 else None,
+            vocab_start=self.model.vocab_start,
+            vocab_size=self.model.vocab_size,
+            temperature=self.temperature,
+            with_sum_p2=with_sum_p2,
+            block_rows=self.config.model.logits_block_rows,
+        )
+
+    def _on_every_stage(self, stats: TokenStats | None, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
+        fields = ["logprobs", "entropy", *(["sum_p2", "sum_p2_logp"] if with_sum_p2 else [])]
+        tensors = [getattr(stats, field, None) for field in fields]
+        return TokenStats(*broadcast_from_last_stage(tensors, self.groups, like=micro_batch.advantages))
+
+    def _set_parameters(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for (_, parameter), value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
+
+
+def loss_inputs(micro_batch: MicroBatch, stats: TokenStats) -> LossInputs:
+    """What the loss sees of a micro-batch. Raises: ValueError when old_logprobs were never set."""
+    if micro_batch.old_logprobs is None:
+        raise ValueError("micro-batch without old_logprobs; call with_old_logprobs on the batch before updating")
+    return LossInputs(
+        logprobs=stats.logprobs,
+        entropy=stats.entropy,
+        old_logprobs=micro_batch.old_logprobs,
+        rollout_logprobs=micro_batch.rollout_logprobs,
+        ref_logprobs=micro_batch.ref_logprobs,
+        advantages=micro_batch.advantages,
+        loss_mask=micro_batch.loss_mask,
+        token_weights=micro_batch.token_weights,
+        cu_seqlens=micro_batch.cu_seqlens,
+        selected=micro_batch.selected,
+    )
+
+
+def _add_up(collected: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+    for metrics in collected:
+        for name, pair in metrics.items():
+            sums[name] = (
+                sums.get(name, torch.zeros(2, dtype=torch.float64, device=pair.device)) + pair.detach().double()
+            )
+    return sums

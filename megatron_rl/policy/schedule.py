@@ -1,0 +1,70 @@
+"""Driving Megatron's forward-backward schedule over packed micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rl.policy.build import Model
+from megatron_rl.types import MicroBatch, MiniBatch
+
+# from (logits shard [T, V/TP], micro-batch) to Megatron's triple (loss sum, count, what to collect) or, forward only,
+# to any value
+LogitsFunction = Callable[[Tensor, MicroBatch], Any]
+
+
+def run_schedule(model: Model, mini_batch: MiniBatch, on_logits: LogitsFunction, *, forward_only: bool) -> list[Any]:
+    """Run all micro-batches through Megatron's schedule (1F1B when pipelined).
+
+    With forward_only, `on_logits` returns any value and the result lists them; otherwise it returns (loss sum, int
+    count, metrics) and the result lists the metrics. Only the last pipeline stage gets a non-empty list. Gradients end
+    in Megatron's main_grad
+    buffers, divided once by the count over all micro-batches and data-parallel ranks.
+    """
+
+    def step(iterator: Any, ddp: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        micro_batch: MicroBatch = next(iterator)
+        options = (
+            {"fp32_output": False} if model.config.bf16 else {}
+        )  # the statistics upcast row blocks, never all logits
+        output = ddp(
+            micro_batch.token_ids[None],
+            micro_batch.position_ids[None],
+            None,
+            packed_seq_params=_packed(micro_batch),
+            **options,
+        )
+
+        def loss_function(logits: Tensor, non_loss_data: bool = False) -> Any:
+            return on_logits(logits.view(-1, logits.shape[-1]), micro_batch)
+
+        return output, loss_function
+
+    micro_batches = mini_batch.micro_batches
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(micro_batches),
+        model=[model.ddp],
+        num_microbatches=len(micro_batches),
+        seq_length=micro_batches[0].token_ids.numel(),  # pipelined micro-batches share one length, see packing
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _packed(micro_batch: MicroBatch) -> PackedSeqParams:
+    # the true longest sequence: Megatron takes a RoPE table as long as the whole pack for per-token positions
+    longest = int(micro_batch.cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro_batch.cu_seqlens,
+        cu_seqlens_kv=micro_batch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

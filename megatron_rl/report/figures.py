@@ -1,0 +1,259 @@
+"""The figures of the report, as Plotly JSON. A figure whose metrics no run has is a note instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_rl.report.law import LineFit, fit_law, fit_line
+from megatron_rl.report.runs import Run
+
+RUN_COLOURS = ("#4269d0", "#e8780c", "#2f9e62", "#c3489b", "#8a63d2", "#0f9fb5", "#b08900", "#d1495b")
+PHASE_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e")
+PHASES = ("rollout", "reward", "old_logprobs", "select", "update", "sync", "probe", "eval", "checkpoint")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+Trace = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A figure of metrics over steps. `metrics`: (name, meaning) pairs, told apart by their dashes."""
+
+    title: str
+    why: str
+    metrics: tuple[tuple[str, str], ...]
+    unit: str
+    log: bool = False
+    sparse: bool = False  # measured on few steps: markers, no smoothing
+
+
+@dataclass(frozen=True, slots=True)
+class Custom:
+    """A figure with a builder of its own. The builder returns None when no run has `needs`."""
+
+    title: str
+    why: str
+    needs: str
+    build: Callable[[Sequence[Run]], tuple[list[Trace], dict[str, Any], list[list[str]]] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What the page shows in one card, or why it cannot (`missing`)."""
+
+    title: str
+    why: str
+    traces: list[Trace] = field(default_factory=list)
+    layout: dict[str, Any] = field(default_factory=dict)
+    keys: tuple[tuple[str, str], ...] = ()  # (dash, meaning) when lines differ by more than the run
+    table: list[list[str]] = field(default_factory=list)  # first row: header
+    notes: tuple[str, ...] = ()
+    missing: str = ""
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Centred moving average over about a twelfth of the run (at most 21 points), narrower at the ends."""
+    half = min(10, len(values) // 24)
+    windows = ((max(0, i - half), i + half + 1) for i in range(len(values)))
+    return [sum(part) / len(part) for part in (values[start:stop] for start, stop in windows)]
+
+
+def build(spec: Line | Custom, runs: Sequence[Run]) -> Figure:
+    """The figure of a spec. Runs that lack a metric are noted; when all lack it the figure is only that note."""
+    if isinstance(spec, Line):
+        return _line_figure(spec, runs)
+    built = spec.build(runs)
+    if built is None:
+        return Figure(spec.title, spec.why, missing=f"no run has {spec.needs}")
+    traces, layout, table = built
+    return Figure(spec.title, spec.why, traces, layout, table=table)
+
+
+def colour(index: int) -> str:
+    """Of the run at that place in the report."""
+    return RUN_COLOURS[index % len(RUN_COLOURS)]
+
+
+def _line_figure(spec: Line, runs: Sequence[Run]) -> Figure:
+    present = [pair for pair in spec.metrics if any(run.series(pair[0])[0] for run in runs)]
+    names = ", ".join(name for name, _ in spec.metrics)
+    if not present:
+        return Figure(spec.title, spec.why, missing=f"no run logged {names}")
+    notes = [
+        f"{name} was not logged by {run.label}" for run in runs for name, _ in spec.metrics if not run.series(name)[0]
+    ]
+    traces: list[Trace] = []
+    for style, (name, meaning) in enumerate(present):
+        for index, run in enumerate(runs):
+            steps, values = run.series(name)
+            if not steps:
+                continue
+            label = run.label if len(present) == 1 else f"{run.label}, {meaning}"
+            line = {"color": colour(index), "dash": DASHES[style % len(DASHES)], "width": 2}
+            base = {"type": "scatter", "x": steps, "meta": index, "name": label, "hovertemplate": "%{y:.4g}"}
+            if spec.sparse or len(values) < 24:
+                traces.append({**base, "y": values, "mode": "lines+markers", "line": line, "marker": {"size": 5}})
+                continue
+            faint = {
+                "opacity": 0.22,
+                "hoverinfo": "skip",
+                "hovertemplate": None,
+                "line": {**line, "width": 1, "dash": "solid"},
+            }
+            traces.append({**base, "y": values, "mode": "lines", **faint})
+            traces.append({**base, "y": smooth(values), "mode": "lines", "line": line})
+    layout = {**_axes("step", spec.unit), "hovermode": "x unified"}
+    drawn = {y for trace in traces for y in trace["y"]}
+    if len(drawn) == 1 and (value := drawn.pop()) > 0:
+        layout["yaxis"]["range"] = [0, 2 * value]  # Plotly would show value - 1 to value + 1
+    if spec.log:
+        layout["yaxis"].update(type="log", dtick="D2")
+    keys = (
+        tuple((DASHES[i % len(DASHES)], meaning) for i, (_, meaning) in enumerate(present)) if len(present) > 1 else ()
+    )
+    return Figure(spec.title, spec.why, traces, layout, keys, notes=tuple(notes))
+
+
+def _predicted_change(runs: Sequence[Run]) -> tuple[list[Trace], dict[str, Any], list[list[str]]] | None:
+    traces: list[Trace] = []
+    table = [["run", "slope", "correlation", "steps"]]
+    for index, run in enumerate(runs):
+        xs, ys = run.pairs("entropy/predicted_change", "entropy/realised_change")
+        if not xs:
+            continue
+        fit = fit_line(xs, ys)
+        traces.append(_points(index, run, xs, ys))
+        if fit.problem:
+            table.append([run.label, f"no fit: {fit.problem}", "", str(fit.num_points)])
+            continue
+        ends = [min(xs), max(xs)]
+        traces.append(_curve(index, ends, [fit.slope * x + fit.intercept for x in ends]))
+        table.append([run.label, *_line_cells(fit)])
+    if not traces:
+        return None
+    titles = ("predicted change of entropy, nats", "realised change, nats")
+    return traces, _axes(*titles, zeroline=True), table
+
+
+def _law(runs: Sequence[Run]) -> tuple[list[Trace], dict[str, Any], list[list[str]]] | None:
+    traces: list[Trace] = []
+    table = [["run", "a", "b", "b − a", "R²", "σ"]]
+    for index, run in enumerate(runs):
+        fit = fit_law(*run.pairs("entropy/mean", run.reward_metric()))
+        if not fit.entropy:
+            continue
+        name = run.label if run.reward_metric() == "reward/accuracy" else f"{run.label}, mean reward"
+        traces.append(_points(index, run, fit.entropy, fit.reward))
+        if fit.a is None or fit.b is None or fit.residual_std is None:
+            table.append([name, f"no fit: {fit.problem}", "", "", "", ""])
+            continue
+        low, high = min(fit.entropy), max(fit.entropy)
+        grid = [low + (high - low) * i / 60 for i in range(61)]
+        traces.append(_curve(index, grid, fit.at(grid)))
+        r2 = "–" if fit.r2 is None else f"{fit.r2:.3f}"
+        numbers = [f"{fit.a:.4g}", f"{fit.b:.4g}", f"{fit.b - fit.a:.4g}", r2, f"{fit.residual_std:.3g}"]
+        table.append([name, *numbers])
+    return (traces, _axes("entropy H, nats", "reward R"), table) if traces else None
+
+
+def _law_residuals(runs: Sequence[Run]) -> tuple[list[Trace], dict[str, Any], list[list[str]]] | None:
+    traces: list[Trace] = []
+    for index, run in enumerate(runs):
+        fit = fit_law(*run.pairs("entropy/mean", run.reward_metric()))
+        if fit.a is not None:
+            traces.append(_points(index, run, fit.entropy, fit.residuals))
+    return (traces, _axes("entropy H, nats", "R − fit", zeroline=True), []) if traces else None
+
+
+def _phase_times(runs: Sequence[Run]) -> tuple[list[Trace], dict[str, Any], list[list[str]]] | None:
+    """Mean seconds a step: a phase that runs on few steps (evaluation) is spread over all of them."""
+    logged = {name.removeprefix("time/") for run in runs for name in run.metrics() if name.startswith("time/")}
+    phases = [*(p for p in PHASES if p in logged), *sorted(logged - {*PHASES, "total"})]
+    if not logged:
+        return None
+    means = [{p: sum(run.series(f"time/{p}")[1]) / len(run.rows) for p in [*phases, "total"]} for run in runs]
+    if "total" in logged:
+        for mean in means:
+            mean["other"] = max(0.0, mean["total"] - sum(mean[p] for p in phases))
+        phases.append("other")
+    labels = [run.label for run in runs]
+    traces = []
+    for place, phase in enumerate(phases):
+        fill = "#8b8f98" if phase == "other" else PHASE_COLOURS[place % len(PHASE_COLOURS)]
+        seconds = [mean[phase] for mean in means]
+        hover = "%{x:.3g} s<extra>" + phase.replace("_", " ") + "</extra>"
+        bar = {"type": "bar", "orientation": "h", "name": phase.replace("_", " "), "x": seconds, "y": labels}
+        traces.append({**bar, "marker": {"color": fill}, "hovertemplate": hover, "showlegend": True})
+    layout = _axes("seconds a step, mean", "")
+    layout.update(barmode="stack", showlegend=True, legend={"orientation": "h", "y": -0.25, "traceorder": "normal"})
+    layout["yaxis"].update(autorange="reversed")
+    return traces, layout, []
+
+
+def _points(index: int, run: Run, xs: Sequence[float], ys: Sequence[float]) -> Trace:
+    marker = {"size": 6, "opacity": 0.45, "color": colour(index)}
+    hover = "%{x:.4g}, %{y:.4g}"
+    base = {"type": "scatter", "mode": "markers", "meta": index, "name": run.label, "marker": marker}
+    return {**base, "x": list(xs), "y": list(ys), "hovertemplate": hover}
+
+
+def _curve(index: int, xs: Sequence[float], ys: Sequence[float]) -> Trace:
+    line = {"color": colour(index), "width": 2}
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "meta": index,
+        "x": list(xs),
+        "y": list(ys),
+        "line": line,
+        "hoverinfo": "skip",
+    }
+
+
+def _axes(x: str, y: str, *, zeroline: bool = False) -> dict[str, Any]:
+    return {
+        "xaxis": {"title": {"text": x}},
+        "yaxis": {"title": {"text": y}, "zeroline": zeroline},
+        "hovermode": "closest",
+    }
+
+
+def _line_cells(fit: LineFit) -> list[str]:
+    correlation = "–" if math.isnan(fit.correlation) else f"{fit.correlation:.3f}"
+    return [f"{fit.slope:.3g}", correlation, str(fit.num_points)]
+
+
+PREDICTED = Custom(
+    "Predicted against realised entropy change",
+    "Each point is a step: what the covariance predicts for the entropy against what the updates did to it; a high "
+    "correlation means "
+    "the mechanism explains the collapse, and slope 1 means to scale.",
+    "both entropy/predicted_change and entropy/realised_change",
+    _predicted_change,
+)
+LAW = Custom(
+    "Reward bought with entropy: R = −a·eᴴ + b",
+    "The empirical law of the Entropy Mechanism, with training accuracy as R: it is traded for entropy along one "
+    "curve, and entropy 0 ends it at b − a; a run that "
+    "leaves the curve upwards pays less for it.",
+    "entropy/mean together with reward/accuracy or reward/mean",
+    _law,
+)
+LAW_RESIDUALS = Custom(
+    "Residuals of the law",
+    "Reward minus the fitted law: scatter without a pattern means that the law describes the run, a bend that it "
+    "does not; σ in the table is their standard deviation.",
+    "a fitted law",
+    _law_residuals,
+)
+PHASE_TIMES = Custom(
+    "Time per phase",
+    "Where a step's wall time goes, averaged over the run: the price of the selection (select) and of the "
+    "realised-change probe shows "
+    "beside generation and updates.",
+    "time/* metrics",
+    _phase_times,
+)

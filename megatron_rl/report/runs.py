@@ -1,0 +1,139 @@
+"""Reading run folders: config.yaml and metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_rl.errors import UserError
+from megatron_rl.jsonl import read_rows
+from megatron_rl.report.law import fit_law
+
+ENDS = 10  # steps averaged at the start and the end of a run
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run as its folder tells it."""
+
+    path: Path
+    name: str
+    loss: str  # the config's loss.type; "unknown" without a config
+    label: str  # unique in the report
+    config_text: str
+    rows: tuple[dict[str, Any], ...]  # one a step, ascending
+    notes: tuple[str, ...]
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric where it was logged and finite; two empty lists when it never was."""
+        found = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
+        return [step for step, _ in found], [float(value) for _, value in found]
+
+    def pairs(self, first: str, second: str) -> tuple[list[float], list[float]]:
+        """Two metrics at the steps that have both."""
+        xs, ys = dict(zip(*self.series(first), strict=True)), dict(zip(*self.series(second), strict=True))
+        both = [step for step in xs if step in ys]
+        return [xs[step] for step in both], [ys[step] for step in both]
+
+    def metrics(self) -> set[str]:
+        """Names with at least one finite value."""
+        return {name for row in self.rows for name, value in row.items() if isinstance(value, int | float)} - {"step"}
+
+    def reward_metric(self) -> str:
+        """What stands for R: accuracy where the run logs it, else the mean reward (penalties included)."""
+        return "reward/accuracy" if self.series("reward/accuracy")[0] else "reward/mean"
+
+
+def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
+    """Read every folder, in the order given. Raises: UserError when one is not a run or has no complete step."""
+    if not run_dirs:
+        raise UserError("no run folders were given; name at least one folder that `megatron-rl train` wrote")
+    runs = [_load_run(Path(path)) for path in run_dirs]
+    labels = [run.label for run in runs]
+    return [run if labels.count(run.label) == 1 else replace(run, label=f"{run.label} {run.path}") for run in runs]
+
+
+def summarise(run_dirs: Sequence[Path]) -> list[dict[str, Any]]:
+    """One row per run; a number is None where its metric is missing.
+
+    `entropy_first`, `entropy_last` (nats), `accuracy_first`, `accuracy_last` (fraction): means over the first and last
+    10 steps; `eval_first`, `eval_last`: single evaluations; `wall_seconds`, `tokens_per_second`; `law_a`, `law_b`,
+    `law_r2`; also `run`, `loss`, `label`, `steps`.
+
+    Raises: UserError as `load_runs`.
+    """
+    return [summary_of(run) for run in load_runs(run_dirs)]
+
+
+def summary_of(run: Run) -> dict[str, Any]:
+    """The row of `summarise` for a loaded run."""
+    entropy, accuracy = run.series("entropy/mean")[1], run.series("reward/accuracy")[1]
+    evaluations, seconds = run.series("eval/accuracy")[1], run.series("time/total")[1]
+    law = fit_law(*run.pairs("entropy/mean", run.reward_metric()))
+    return {
+        "run": run.name,
+        "loss": run.loss,
+        "label": run.label,
+        "steps": len(run.rows),
+        "entropy_first": _mean(entropy[:ENDS]),
+        "entropy_last": _mean(entropy[-ENDS:]),
+        "accuracy_first": _mean(accuracy[:ENDS]),
+        "accuracy_last": _mean(accuracy[-ENDS:]),
+        "eval_first": evaluations[0] if evaluations else None,
+        "eval_last": evaluations[-1] if evaluations else None,
+        "wall_seconds": sum(seconds) if seconds else None,
+        "tokens_per_second": _mean(run.series("throughput/tokens_per_second")[1]),
+        "law_a": law.a,
+        "law_b": law.b,
+        "law_r2": law.r2,
+    }
+
+
+def _load_run(path: Path) -> Run:
+    metrics = path / "metrics.jsonl"
+    if not metrics.is_file():
+        what = "no such folder" if not path.is_dir() else "no metrics.jsonl in it"
+        raise UserError(f"{path}: {what}; expected a run folder that `megatron-rl train` wrote (logging.run_dir)")
+    rows, notes = read_rows(metrics)
+    if not rows:
+        raise UserError(f"{metrics}: no complete line yet; wait for the run's first step to end")
+    unnumbered = [number for number, row in enumerate(rows, start=1) if not isinstance(row.get("step"), int)]
+    if unnumbered:
+        raise UserError(
+            f'{metrics}, line {unnumbered[0]}: expected an integer "step"; is this a metrics file of a run?'
+        )
+    by_step = {row["step"]: row for row in rows}
+    if len(by_step) < len(rows):
+        notes.append(f"{metrics.name}: {len(rows) - len(by_step)} steps occur twice; the later line counts")
+    lost = sorted({name for row in rows for name in row.get("non_finite", ())})
+    if lost:
+        notes.append(f"non-finite values left out of: {', '.join(lost)}")
+    config_text, config = _load_config(path / "config.yaml", notes)
+    name = str(config.get("name", path.name))
+    loss = config.get("loss")
+    kind = str(loss["type"]) if isinstance(loss, dict) and "type" in loss else "unknown"
+    label = f"{name} ({kind})" if config else name
+    return Run(path, name, kind, label, config_text, tuple(by_step[step] for step in sorted(by_step)), tuple(notes))
+
+
+def _load_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
+    if not path.is_file():
+        notes.append("no config.yaml: the run is named after its folder and its loss is unknown")
+        return "", {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        notes.append("config.yaml is not a YAML mapping: the run is named after its folder and its loss is unknown")
+        return text, {}
+    return text, config
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

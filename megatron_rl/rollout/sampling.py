@@ -1,0 +1,77 @@
+"""Token sampling whose randomness is a counter: the same request gives the same tokens in any batch, on any rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.hashing import hash_uniform
+
+# float64 copies of the logits are made for this many entries at a time: 64 MiB a copy at any vocabulary
+_BLOCK_ENTRIES = 1 << 23
+
+
+def uniforms(seed: int, prompt_ids: Tensor, sample_indices: Tensor, positions: Tensor) -> Tensor:
+    """One number in [0, 1) per token: float64 of the arguments' broadcast shape.
+
+    `positions` count from 0 at the first response token. Nothing else enters, so batches, ranks and the weights do not
+    matter.
+    """
+    return hash_uniform(seed, prompt_ids, sample_indices, positions)
+
+
+def sample_tokens(
+    logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling of one token per row, in vocabulary order and float64.
+
+    Args:
+        logits: [B, V], any floating type; -inf forbids a token.
+        uniform: [B] float64 in [0, 1).
+        temperature: divides the logits; 0 takes the likeliest token and reports its log-probability at temperature 1.
+        top_p: keep the smallest set of likeliest tokens whose mass reaches top_p (of the full distribution); 1 keeps
+        all. top_k: keep the k likeliest tokens; 0 keeps all. With top_p, a token must pass both. Ties go to the lower
+        id.
+
+    Returns: tokens [B] int64 and their log-probabilities [B] float32, nats: temperature-scaled over the full
+        vocabulary, not renormalised over the tokens kept, as SGLang reports them and as the trainer recomputes them.
+        A row with a NaN has a NaN log-probability; the caller must look.
+    """
+    rows = max(1, _BLOCK_ENTRIES // logits.shape[-1])
+    if logits.shape[0] <= rows:
+        return _sample_block(logits, uniform, temperature, top_p, top_k)
+    pairs = zip(logits.split(rows), uniform.split(rows), strict=True)
+    blocks = [_sample_block(block, part, temperature, top_p, top_k) for block, part in pairs]
+    return torch.cat([tokens for tokens, _ in blocks]), torch.cat([logprobs for _, logprobs in blocks])
+
+
+def _sample_block(
+    logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int
+) -> tuple[Tensor, Tensor]:
+    scaled = logits.double() / (temperature or 1.0)
+    logprobs = torch.log_softmax(scaled, dim=-1)
+    if temperature == 0:
+        tokens = logits.argmax(dim=-1)
+    else:
+        probs = logprobs.exp()
+        if top_p < 1 or top_k > 0:
+            probs = _truncate(probs, top_p, top_k)
+        tokens = _inverse_cdf(probs, uniform)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0].float()
+
+
+def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    cdf = probs.cumsum(dim=-1)
+    total = cdf[:, -1:]
+    tokens = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
+    # a product rounded up to the total would fall behind the last token that has mass
+    last = (cdf < total).sum(dim=-1, keepdim=True)
+    return torch.minimum(tokens, last)[:, 0]
+
+
+def _truncate(probs: Tensor, top_p: float, top_k: int) -> Tensor:
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    drop = ranked.cumsum(dim=-1) - ranked >= top_p if top_p < 1 else torch.zeros_like(ranked, dtype=torch.bool)
+    if top_k > 0:
+        drop[:, top_k:] = True
+    return torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(drop, 0.0))

@@ -1,0 +1,255 @@
+"""The embedded engine: each trainer rank holds a full Hugging Face replica and generates its share in process.
+
+Own decoding loop, because Hugging Face's `generate` draws from one RNG stream, which ties a sample to its batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.initialization import no_init_weights
+
+from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, SamplingParams
+from megatron_rl.rollout.sampling import sample_tokens, uniforms
+from megatron_rl.types import Rollout
+
+# finished rows leave the batch once they are this share of it: less often, and decoding computes for nothing;
+# more often, and copying the cache costs more than it saves
+_COMPACT_SHARE = 1 / 8
+# random numbers are hashed for this many positions at once, to keep small kernels out of the token loop
+_UNIFORMS_BLOCK = 64
+
+
+class TransformersEngine:
+    """`RolloutEngine` over a replica of the policy in this process."""
+
+    def __init__(self, hf_config: dict[str, Any], *, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
+        """`hf_config` holds the contents of a config.json; `batch_size` is the most sequences decoded together."""
+        config = transformers.AutoConfig.for_model(**hf_config)
+        # no random initialisation: every parameter must be streamed before use, and the global RNG stays untouched
+        with no_init_weights(), torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model.tie_weights()  # without initialisation transformers leaves them apart
+        self.model = model.eval().requires_grad_(False)
+        self.weight_version = -1
+        self._device = torch.device(device)
+        self._batch_size = batch_size
+        self._trouble = "it has no weights yet; call update_weights"
+        self._asleep = False
+        self._abort = threading.Event()
+
+    def update_weights(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """See `RolloutEngine`. A tied weight may come under one of its names or under both, then with equal values."""
+        if self._asleep:
+            raise EngineError("update_weights: the engine sleeps; call wake first")
+        self._trouble = "its last update_weights failed and left a mixture of weights; update again"
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        canonical = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        seen: set[str] = set()
+        loaded: set[int] = set()
+        with torch.inference_mode():
+            for name, tensor in stream:
+                if name not in parameters:
+                    raise EngineError(f"update_weights: the model has no weight {name!r}; it has {_some(parameters)}")
+                parameter = parameters[name]
+                if name in seen:
+                    raise EngineError(f"update_weights: {name!r} came twice")
+                if tensor.shape != parameter.shape:
+                    raise EngineError(
+                        f"update_weights: {name!r} has shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}"
+                    )
+                if id(parameter) not in loaded:
+                    parameter.copy_(tensor)
+                elif not torch.equal(parameter, tensor.to(parameter)):
+                    raise EngineError(
+                        f"update_weights: {name!r} is tied to {canonical[id(parameter)]!r} but came with other values"
+                    )
+                seen.add(name)
+                loaded.add(id(parameter))
+        missing = [name for key, name in canonical.items() if key not in loaded]
+        if missing:
+            raise EngineError(f"update_weights: {len(missing)} weights did not come: {_some(missing)}")
+        self.weight_version, self._trouble = weight_version, ""
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """See `RolloutEngine`."""
+        self.health()
+        self._abort.clear()
+        self._check_requests(requests)
+        # equal sampling, then similar lengths, then equal prompts: no padding to speak of, and one prefill per prompt
+        order = sorted(range(len(requests)), key=lambda i: _sort_key(requests[i]))
+        rollouts: dict[int, Rollout] = {}
+        for sampling, run in groupby(order, key=lambda i: requests[i].sampling):
+            indices = list(run)
+            for start in range(0, len(indices), self._batch_size):
+                batch = indices[start : start + self._batch_size]
+                rollouts.update(zip(batch, self._decode([requests[i] for i in batch], sampling), strict=True))
+        return [rollouts[i] for i in range(len(requests))]
+
+    def sleep(self) -> None:
+        """See `RolloutEngine`: the replica moves to host memory."""
+        self.model.to("cpu")
+        self._asleep = True
+
+    def wake(self) -> None:
+        """See `RolloutEngine`."""
+        self.model.to(self._device)
+        self._asleep = False
+
+    def flush_cache(self) -> None:
+        """See `RolloutEngine`: nothing to do, no key-value entry outlives a `generate`."""
+
+    def abort(self) -> None:
+        """See `RolloutEngine`: takes effect before the next token."""
+        self._abort.set()
+
+    def health(self) -> None:
+        """See `RolloutEngine`."""
+        if self._trouble:
+            raise EngineError(f"the transformers engine cannot generate: {self._trouble}")
+        if self._asleep:
+            raise EngineError("the transformers engine cannot generate: it sleeps; call wake first")
+
+    def close(self) -> None:
+        """See `RolloutEngine`."""
+        self._trouble = "it was closed"
+        self.model.to("meta")
+
+    def _check_requests(self, requests: Sequence[Request]) -> None:
+        vocab_size = self.model.config.vocab_size
+        for request in requests:
+            if not request.token_ids:
+                raise EngineError(f"generate: prompt {request.prompt_id} is empty; a prompt needs at least one token")
+            if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
+                raise EngineError(
+                    f"generate: prompt {request.prompt_id} has a token id outside [0, {vocab_size}): the tokenizer "
+                    "does not fit the model"
+                )
+
+    @torch.inference_mode()
+    def _decode(self, requests: list[Request], sampling: SamplingParams) -> list[Rollout]:
+        logits, cache, mask = self._prefill(requests, sampling.max_response_tokens)
+        width, count = mask.shape[1] - sampling.max_response_tokens, len(requests)
+        prompt_ids = self._int64([[r.prompt_id] for r in requests])
+        sample_indices = self._int64([[r.sample_index] for r in requests])
+        stops = self._int64(sampling.stop_token_ids)
+        positions = self._int64([[len(r.token_ids)] for r in requests])  # of the next token to be fed
+        rows = torch.arange(count, device=self._device)  # the request of each row still in the batch
+        alive = torch.ones(count, dtype=torch.bool, device=self._device)
+        tokens_out = torch.zeros((count, sampling.max_response_tokens), dtype=torch.int64, device=self._device)
+        logprobs_out = torch.zeros_like(tokens_out, dtype=torch.float32)
+        lengths = torch.zeros(count, dtype=torch.int64, device=self._device)
+        stopped = torch.zeros(count, dtype=torch.bool, device=self._device)
+        padded = not bool(mask.all())
+        for step in range(sampling.max_response_tokens):
+            if self._abort.is_set():
+                raise EngineAborted(f"generate: aborted with {count} responses unfinished")
+            offset = step % _UNIFORMS_BLOCK
+            if offset == 0:
+                block = torch.arange(step, step + _UNIFORMS_BLOCK, device=self._device)
+                draws = uniforms(sampling.seed, prompt_ids, sample_indices, block)
+            uniform = draws[rows, offset]
+            tokens, logprobs = sample_tokens(logits, uniform, sampling.temperature, sampling.top_p, sampling.top_k)
+            # a finished row that is still in the batch goes on writing; its length keeps that out of the result
+            tokens_out[rows, step], logprobs_out[rows, step] = tokens, logprobs
+            lengths[rows] += alive
+            ends = torch.isin(tokens, stops)
+            stopped[rows] |= ends & alive
+            alive = alive & ~ends
+            num_alive = int(alive.sum())
+            if num_alive == 0 or step + 1 == sampling.max_response_tokens:
+                break
+            if num_alive <= (1 - _COMPACT_SHARE) * len(rows):
+                keep = alive.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, tokens, positions, mask, alive = (
+                    rows[keep],
+                    tokens[keep],
+                    positions[keep],
+                    mask[keep],
+                    alive[keep],
+                )
+            output = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=mask[:, : width + step + 1] if padded else None,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits, positions = output.logits[:, -1], positions + 1
+        return self._collect(requests, tokens_out, logprobs_out, lengths, stopped)
+
+    def _prefill(self, requests: list[Request], room: int) -> tuple[Tensor, transformers.DynamicCache, Tensor]:
+        """One forward over the distinct prompts, left-padded; then logits [B, V], cache and mask [B, width + room]."""
+        prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(r.token_ids for r in requests))}
+        width = max(map(len, prompts))
+        token_ids = self._int64([(0,) * (width - len(prompt)) + prompt for prompt in prompts])
+        pads = self._int64([[width - len(prompt)] for prompt in prompts])
+        columns = torch.arange(width + room, device=self._device)
+        mask = columns >= pads
+        output = self.model(
+            input_ids=token_ids,
+            attention_mask=mask[:, :width] if bool(pads.any()) else None,
+            position_ids=(columns[:width] - pads).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits, cache = output.logits[:, -1], output.past_key_values
+        if len(prompts) != len(requests):
+            expand = self._int64([prompts[r.token_ids] for r in requests])
+            cache.batch_select_indices(expand)
+            logits, mask = logits[expand], mask[expand]
+        return logits, cache, mask
+
+    def _collect(
+        self, requests: list[Request], tokens: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor
+    ) -> list[Rollout]:
+        tokens, logprobs = tokens.cpu(), logprobs.cpu()
+        rollouts = []
+        for row, (request, length, stop) in enumerate(zip(requests, lengths.tolist(), stopped.tolist(), strict=True)):
+            prompt = torch.tensor(request.token_ids, dtype=torch.int64)
+            sampled = logprobs[row, :length]
+            if not bool(sampled.isfinite().all()):
+                raise EngineError(
+                    f"generate: prompt {request.prompt_id}, sample {request.sample_index}: a sampled token's "
+                    f"log-probability is not finite under weight version {self.weight_version}; the weights have "
+                    "diverged"
+                )
+            rollouts.append(
+                Rollout(
+                    prompt_id=request.prompt_id,
+                    sample_index=request.sample_index,
+                    token_ids=torch.cat([prompt, tokens[row, :length]]),
+                    rollout_logprobs=torch.cat([torch.zeros(len(prompt)), sampled]),
+                    loss_mask=torch.arange(len(prompt) + length) >= len(prompt),
+                    finish_reason="stop" if stop else "length",
+                    weight_version=self.weight_version,
+                )
+            )
+        return rollouts
+
+    def _int64(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _sort_key(request: Request) -> tuple[Any, ...]:
+    sampling = request.sampling
+    group = (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        sampling.max_response_tokens,
+        sampling.stop_token_ids,
+    )
+    return (*group, sampling.seed, len(request.token_ids), request.token_ids, request.prompt_id, request.sample_index)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,67 @@
+"""What a step reports about its tokens: entropy, its predicted and realised change, and the train-against-rollout
+mismatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.kl import masked_sum_count, mismatch_metrics
+from megatron_rl.config import LossBase
+from megatron_rl.metrics import Metrics
+from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.rollout.collect import CollectResult
+from megatron_rl.types import MiniBatch, TokenStats, TrainBatch
+
+
+def needs_current_stats(loss: LossBase, index: int) -> bool:
+    """Whether selection in mini-batch `index` pays a forward: the first of a step has the weights of old_logprobs."""
+    return index > 0 and getattr(loss, "cov_logprobs", "old") == "current"
+
+
+def add_batch_metrics(
+    metrics: Metrics, batch: TrainBatch, stats: list[list[TokenStats]], data_parallel: Reducer
+) -> None:
+    """Entropy (mean, 10% and 90% quantiles, nats) and mismatch of the step's tokens, under the weights that sampled
+    them."""
+    entropies: list[Tensor] = []
+    worst = 0.0
+    for mini_batch, of_mini_batch in zip(batch.minibatches(), stats, strict=True):
+        for micro_batch, stat in zip(mini_batch.micro_batches, of_mini_batch, strict=True):
+            mask = micro_batch.loss_mask
+            entropies.append(stat.entropy[mask])
+            metrics.add({"entropy/mean": masked_sum_count(stat.entropy, mask)})
+            metrics.add(mismatch_metrics(stat.logprobs, micro_batch.rollout_logprobs, mask))
+            if mask.any():
+                worst = max(worst, float((stat.logprobs - micro_batch.rollout_logprobs)[mask].abs().max()))
+    metrics.max("mismatch/abs_max", worst)
+    p10, p90 = data_parallel.quantiles(torch.cat(entropies), [0.1, 0.9])
+    metrics.set({"entropy/p10": p10, "entropy/p90": p90})
+
+
+def entropy_change(mini_batch: MiniBatch, before: list[TokenStats], after: list[TokenStats]) -> dict[str, Tensor]:
+    """Realised change of the mean entropy over a step's updates, on the tokens of one mini-batch: (sum, count),
+    nats."""
+    change = torch.zeros(2, dtype=torch.float64, device=before[0].entropy.device)
+    for micro_batch, old, new in zip(mini_batch.micro_batches, before, after, strict=True):
+        change += masked_sum_count(new.entropy - old.entropy, micro_batch.loss_mask)
+    return {"entropy/realised_change": change}
+
+
+def samples_for_log(collected: CollectResult, tokenizer: Any, count: int) -> list[dict[str, Any]]:
+    """The first `count` rollouts, decoded."""
+    return [
+        {
+            "prompt_id": rollout.prompt_id,
+            "sample_index": rollout.sample_index,
+            "prompt": tokenizer.decode(collected.prompts_by_id[rollout.prompt_id].token_ids),
+            "response": tokenizer.decode(rollout.token_ids[rollout.loss_mask | (rollout.rollout_logprobs != 0)]),
+            "answer": collected.prompts_by_id[rollout.prompt_id].answer,
+            "score": rollout.score,
+            "reward": rollout.reward,
+            "finish_reason": rollout.finish_reason,
+        }
+        for rollout in collected.rollouts[:count]
+    ]

@@ -1,0 +1,239 @@
+"""One RL step, top to bottom: `run_step`. The loss is three hops away: run_step -> MegatronPolicy.update ->
+LOSSES[...].
+
+Every rank runs this file. Decisions that all ranks must share are made on data that all ranks hold; what differs
+between ranks is which micro-batches they compute.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_rl import device, launch
+from megatron_rl.algorithms.advantages import ADVANTAGES
+from megatron_rl.algorithms.covariance import select_tokens
+from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.config import Config
+from megatron_rl.config_checks import read_hf_config
+from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
+from megatron_rl.logs import RunLogger
+from megatron_rl.metrics import Metrics, Timers
+from megatron_rl.packing import pack, packing_metrics
+from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
+from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.reward import load_reward
+from megatron_rl.rollout.collect import collect, evaluate_prompts
+from megatron_rl.rollout.engine import RolloutEngine, build_engine
+from megatron_rl.step_metrics import add_batch_metrics, entropy_change, needs_current_stats, samples_for_log
+from megatron_rl.types import Prompt, TrainBatch
+from megatron_rl.warm_start import warm_start
+
+
+@dataclass
+class Run:
+    """Everything that a step needs. `weight_version` counts the steps whose updates the weights contain."""
+
+    config: Config
+    groups: Groups
+    world: Reducer  # over all ranks
+    data_parallel: Reducer  # over the ranks that hold different tokens
+    tokenizer: Any
+    policy: MegatronPolicy
+    engine: RolloutEngine
+    cursor: PromptCursor
+    eval_prompts: list[Prompt]
+    reward_fn: Any
+    weight_version: int = 0
+    engine_version: int = -1
+
+
+def main(config: Config) -> None:
+    """Train on the world that torchrun's environment describes."""
+    groups = init_groups(config.parallel, config.seed)
+    train(config, groups)
+    barrier(groups)
+    destroy_groups()
+
+
+def train(config: Config, groups: Groups) -> None:
+    """All steps, from the start or from the newest checkpoint."""
+    run = set_up(config, groups)
+    store = CheckpointStore(config.run_dir / "checkpoints", run.policy, groups)
+    start_step = restore(run, store) if config.train.resume == "auto" else 0
+    timers = Timers(device.synchronize)
+    with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
+        for step in range(start_step, config.train.num_steps):
+            metrics = run_step(run, step, timers, logger)
+            metrics |= evaluate(run, step, timers)
+            stopping = run.world.any(launch.stop_requested())
+            with timers("checkpoint"):
+                checkpoint(run, store, step, stopping=stopping)
+            logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
+            if stopping and step + 1 < config.train.num_steps:
+                logger.message(f"stopped after step {step + 1} of {config.train.num_steps}; the same command continues")
+                break
+    run.engine.close()
+
+
+def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str, float]:
+    """Generate, grade, pack, select, update. Returns the step's metrics, the same on every rank."""
+    config, policy, groups = run.config, run.policy, run.groups
+    metrics = Metrics(device.device())
+    with timers("sync"):
+        sync_weights(run)
+    with timers("rollout"):
+        collected = collect(
+            run.engine,
+            run.cursor,
+            run.reward_fn,
+            run.tokenizer,
+            config,
+            step,
+            groups.rank,
+            groups.world_size,
+            run.world.gather_objects,
+        )
+    metrics.set(collected.metrics)
+    rewards = torch.tensor([rollout.reward for rollout in collected.rollouts], dtype=torch.float64)
+    prompt_ids = torch.tensor([rollout.prompt_id for rollout in collected.rollouts])
+    advantages = ADVANTAGES[config.algorithm.advantage](rewards, prompt_ids, config.algorithm)
+    batch = pack(
+        collected.rollouts,
+        advantages,
+        config,
+        step=step,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        pad_multiple=groups.tp_size if config.parallel.sp else 1,  # sequence parallelism splits the tokens evenly
+        equal_lengths=groups.pp_size > 1,  # pipeline stages exchange activations of one shape
+    ).to(device.device())
+    with timers("old_logprobs"):
+        old_stats = [policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]
+        batch = batch.with_old_logprobs(old_stats)
+        if config.loss.ref_kl_coef > 0:
+            batch = batch.with_ref_logprobs([policy.ref_logprobs(mini_batch) for mini_batch in batch.minibatches()])
+    add_batch_metrics(metrics, batch, old_stats, run.data_parallel)
+    predicted_change = 0.0
+    for mini_batch, stats in zip(batch.minibatches(), old_stats, strict=True):
+        with timers("select"):
+            if needs_current_stats(config.loss, mini_batch.index):
+                stats = policy.stats(mini_batch, with_sum_p2=True)
+            mini_batch, selection = select_tokens(
+                mini_batch,
+                stats,
+                config.loss,
+                run.data_parallel,
+                seed=config.seed,
+                step=step,
+                updates_per_step=config.minibatches_per_step,
+            )
+        metrics.add_means(selection)
+        predicted_change -= selection["cov/vocab_mean"]
+        with timers("update"):
+            result = policy.update(mini_batch, LOSSES[config.loss.type], config.loss)
+        metrics.add(result.sums)
+        metrics.add_means(
+            {"optimizer/grad_norm": result.grad_norm, "optimizer/skipped_fraction": float(result.skipped)}
+        )
+        metrics.set({"optimizer/lr": result.learning_rate})
+    metrics.set({"entropy/predicted_change": predicted_change})  # nats per unit of logit step, over the step's updates
+    run.weight_version = step + 1
+    if config.train.entropy_probe:
+        with timers("probe"):
+            after = policy.stats(batch.mini_batches[0])
+        metrics.add(entropy_change(batch.mini_batches[0], old_stats[0], after))
+    metrics.set(batch_totals(run, batch))
+    logger.log_samples(step, samples_for_log(collected, run.tokenizer, config.logging.samples_per_step))
+    return metrics.reduce(run.data_parallel.sum, run.data_parallel.max)
+
+
+def set_up(config: Config, groups: Groups) -> Run:
+    """Build the data, the policy (warm-started when asked) and the engine."""
+    tokenizer = build_tokenizer(config)
+    problems = load_prompts(config, tokenizer)
+    raw_hf_config = read_hf_config(config)
+    raw_hf_config.setdefault("vocab_size", vocab_size(tokenizer))
+    total_updates = config.train.num_steps * config.minibatches_per_step
+    policy = MegatronPolicy(raw_hf_config, config, groups, total_updates=total_updates)
+    if config.warm_start is not None:
+        warm_start(policy, problems.train, tokenizer)
+    if config.loss.ref_kl_coef > 0:
+        policy.keep_reference()
+    return Run(
+        config=config,
+        groups=groups,
+        world=Reducer(groups.world, device.device()),
+        data_parallel=Reducer(groups.dp, device.device()),
+        tokenizer=tokenizer,
+        policy=policy,
+        engine=build_engine(config, raw_hf_config, device.device()),
+        cursor=PromptCursor(problems.train, config.seed),
+        eval_prompts=problems.eval,
+        reward_fn=load_reward(config.reward.function),
+    )
+
+
+def sync_weights(run: Run) -> None:
+    """Give the engine the current weights, unless it has them."""
+    if run.engine_version != run.weight_version:
+        run.engine.update_weights(run.policy.hf_weights(), run.weight_version)
+        run.engine_version = run.weight_version
+
+
+def evaluate(run: Run, step: int, timers: Timers) -> dict[str, float]:
+    """Held-out accuracy after this step's updates, when due (and after the last step)."""
+    every, last = run.config.train.eval_every, run.config.train.num_steps - 1
+    if not every or ((step + 1) % every and step != last):
+        return {}
+    with timers("sync"):
+        sync_weights(run)
+    with timers("eval"):
+        return evaluate_prompts(
+            run.engine,
+            run.eval_prompts,
+            run.reward_fn,
+            run.tokenizer,
+            run.config,
+            run.groups.rank,
+            run.groups.world_size,
+            run.world.gather_objects,
+        )
+
+
+def checkpoint(run: Run, store: CheckpointStore, step: int, *, stopping: bool) -> None:
+    """Save after this step when it is due: every save_every steps, when stopping, and at the end."""
+    train = run.config.train
+    due = train.save_every and (step + 1) % train.save_every == 0
+    last = step + 1 == train.num_steps
+    if due or stopping or (last and train.save_final):
+        store.save(step + 1, {"cursor": run.cursor.state(), "seed": run.config.seed})
+
+
+def restore(run: Run, store: CheckpointStore) -> int:
+    """Continue from the newest checkpoint: its step, or 0 without one."""
+    found = store.load_newest()
+    if found is None:
+        return 0
+    step, extra = found
+    run.cursor.restore(extra["cursor"])
+    run.weight_version = step
+    return step
+
+
+def batch_totals(run: Run, batch: TrainBatch) -> dict[str, float]:
+    """Tokens and sequences of the step over all data-parallel ranks, and this rank's packing."""
+    micro_batches = list(itertools.chain.from_iterable(mb.micro_batches for mb in batch.minibatches()))
+    mine = [sum(m.token_ids.numel() for m in micro_batches), sum(m.num_tokens for m in micro_batches)]
+    tokens, response_tokens = run.data_parallel.sum(torch.tensor(mine, device=device.device())).tolist()
+    return {
+        "batch/tokens": float(tokens),
+        "batch/response_tokens": float(response_tokens),
+        "memory/peak_bytes": float(device.peak_memory_bytes()),
+        **packing_metrics(batch),
+    }

@@ -1,0 +1,177 @@
+"""The nouns of the RL step, as frozen dataclasses.
+
+Two shapes occur: `[L]` is one sample (prompt and response together), `[T]` the packed tokens of one micro-batch.
+Every `[T]` tensor of a `MicroBatch` is aligned with the *logits*: entry t describes the prediction of `labels[t]`
+made at position t, so `labels[t]` is the token that follows `token_ids[t]` in its sequence. The last position of a
+sequence predicts nothing and has `loss_mask` False.
+
+One spelling for four policies: bare `logprobs` (the current weights), `old_` (at the start of the step), `rollout_`
+(as the engine sampled), `ref_` (the frozen reference). All log-probabilities and entropies are in nats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem. `answer` is what the reward function gets; structured answers are JSON text."""
+
+    prompt_id: int
+    token_ids: tuple[int, ...]
+    answer: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response to one prompt, with what the verifier and the reward shaping made of it."""
+
+    prompt_id: int
+    sample_index: int
+    token_ids: Tensor  # [L] int64, prompt then response (stop token included when one was sampled)
+    rollout_logprobs: Tensor  # [L] float32, nats, of the token at the same index; 0 on the prompt
+    loss_mask: Tensor  # [L] bool, True where the policy sampled the token
+    finish_reason: str  # "stop" or "length"
+    weight_version: int  # of the weights that sampled it
+    score: float = math.nan  # the verifier's verdict
+    reward: float = math.nan  # score plus penalties: what the advantage estimator sees
+    error: str = ""  # why grading failed; such a rollout scores 0 and is counted in the metrics
+
+    @property
+    def response_length(self) -> int:
+        """Sampled tokens."""
+        return int(self.loss_mask.sum())
+
+    def replace(self, **changes: object) -> Rollout:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Packed sequences of one forward pass. All tensors `[T]`, logits-aligned, unless said otherwise."""
+
+    token_ids: Tensor  # int64
+    labels: Tensor  # int64, the next token; 0 where loss_mask is False
+    position_ids: Tensor  # int64, restarts at 0 in each sequence
+    cu_seqlens: Tensor  # [S + 1] int32, sequence boundaries; trailing padding forms a last sequence of its own
+    loss_mask: Tensor  # bool, True where labels[t] was sampled by the policy and counts
+    advantages: Tensor  # float32
+    rollout_logprobs: Tensor  # float32, nats
+    token_weights: Tensor  # float32, the weight that the loss aggregation gives the token; 0 outside loss_mask
+    prompt_ids: Tensor  # int64
+    sample_indices: Tensor  # int64
+    token_ids_global: Tensor  # int64, unique in the step and independent of the layout; -1 on padding
+    loss_denominator: int  # what this micro-batch adds to the global denominator (tokens or sequences)
+    num_sequences: int  # without the padding sequence
+    old_logprobs: Tensor | None = None  # float32, nats
+    ref_logprobs: Tensor | None = None  # float32, nats
+    selected: Tensor | None = None  # bool, the tokens that Clip-Cov or KL-Cov picked
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens that count."""
+        return int(self.loss_mask.sum())
+
+    def replace(self, **changes: object) -> MicroBatch:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """What one optimiser update sees on this data-parallel rank: the same number of micro-batches on every rank."""
+
+    index: int  # within the step, from 0
+    micro_batches: tuple[MicroBatch, ...]
+
+    def replace_each(self, name: str, values: list[Tensor]) -> MiniBatch:
+        """A copy in which micro-batch i has `name` set to `values[i]`."""
+        if len(values) != len(self.micro_batches):
+            raise ValueError(f"{name}: got {len(values)} tensors for {len(self.micro_batches)} micro-batches")
+        pairs = zip(self.micro_batches, values, strict=True)
+        return MiniBatch(self.index, tuple(mb.replace(**{name: value}) for mb, value in pairs))
+
+    def to(self, device: torch.device) -> MiniBatch:
+        """A copy on `device`."""
+        return MiniBatch(self.index, tuple(_to(micro_batch, device) for micro_batch in self.micro_batches))
+
+    def cat(self, name: str) -> Tensor:
+        """Field `name` of the response tokens (`loss_mask`) of all micro-batches, concatenated: `[N_local]`."""
+        return torch.cat([getattr(mb, name)[mb.loss_mask] for mb in self.micro_batches])
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """One step's rollouts on this data-parallel rank, packed."""
+
+    step: int
+    mini_batches: tuple[MiniBatch, ...]
+
+    def minibatches(self) -> Iterator[MiniBatch]:
+        """In the order of the updates."""
+        return iter(self.mini_batches)
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """A copy on `device`."""
+        return TrainBatch(self.step, tuple(mini_batch.to(device) for mini_batch in self.mini_batches))
+
+    def with_old_logprobs(self, stats: list[list[TokenStats]]) -> TrainBatch:
+        """A copy whose old_logprobs are those of `stats`, listed per mini-batch and micro-batch."""
+        return self._with("old_logprobs", [[stat.logprobs for stat in of_mini_batch] for of_mini_batch in stats])
+
+    def with_ref_logprobs(self, logprobs: list[list[Tensor]]) -> TrainBatch:
+        """A copy with the reference policy's logprobs, listed per mini-batch and micro-batch."""
+        return self._with("ref_logprobs", logprobs)
+
+    def _with(self, name: str, values: list[list[Tensor]]) -> TrainBatch:
+        pairs = zip(self.mini_batches, values, strict=True)
+        return TrainBatch(self.step, tuple(mini_batch.replace_each(name, of_it) for mini_batch, of_it in pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """What one forward pass tells about each position: `[T]` float32, nats (the two sums are without unit)."""
+
+    logprobs: Tensor  # log pi(labels[t])
+    entropy: Tensor  # H = -sum_a pi_a log pi_a
+    sum_p2: Tensor | None = None  # sum_a pi_a^2
+    sum_p2_logp: Tensor | None = None  # sum_a pi_a^2 log pi_a
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """All that a loss may look at: one micro-batch, `[T]` float32 unless said otherwise."""
+
+    logprobs: Tensor  # with gradient
+    entropy: Tensor  # with gradient
+    old_logprobs: Tensor
+    rollout_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    advantages: Tensor
+    loss_mask: Tensor  # bool
+    token_weights: Tensor  # of the aggregation; 0 outside loss_mask
+    cu_seqlens: Tensor  # [S + 1] int32
+    selected: Tensor | None  # bool
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutputs:
+    """`loss_sum` is a scalar with gradient: the sum over tokens, never a mean. Each metric is a tensor `[2]`: (sum,
+    count), so that adding micro-batches and ranks and dividing once gives the exact global mean."""
+
+    loss_sum: Tensor
+    metrics: dict[str, Tensor]
+
+
+def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    values = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}
+    return micro_batch.replace(**{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})

@@ -1,0 +1,100 @@
+"""Supervised steps on the task's own solutions, through the same Megatron policy, before RL; cached as a model
+folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl import __version__, device
+from megatron_rl.algorithms.losses import sft
+from megatron_rl.config import Config, WarmStartConfig
+from megatron_rl.convert.hf import folder_source, write_folder
+from megatron_rl.data import countdown_solutions
+from megatron_rl.packing import pack_supervised
+from megatron_rl.parallel.groups import barrier
+from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.types import Prompt
+
+
+def warm_start(policy: MegatronPolicy, prompts: list[Prompt], tokenizer: Any) -> None:
+    """Train the policy on solutions, or load the cached result. The optimizer starts RL afresh afterwards.
+
+    The cache key covers everything that the result depends on but the layout: layouts agree to float tolerance.
+    """
+    config, groups = policy.config, policy.groups
+    options = config.warm_start
+    assert options is not None
+    folder = Path(options.cache_dir) / _cache_key(config, len(prompts))
+    cached = (folder / "model.safetensors").is_file()
+    barrier(groups)  # no rank may look after another has begun to write
+    if not cached:
+        _train(policy, prompts, tokenizer, options)
+        weights = {name: tensor.cpu() for name, tensor in policy.hf_weights()}
+        if groups.rank == 0:
+            tokenizer.save_pretrained(_draft(folder))
+            write_folder(_draft(folder), policy.hf_config, weights)
+            _publish(folder)
+        barrier(groups)
+    # also after training: RL then starts from the same bits whether or not the cache was warm
+    policy.load(folder_source(folder))
+    policy.reset_optimizer()
+
+
+def _train(policy: MegatronPolicy, prompts: list[Prompt], tokenizer: Any, options: WarmStartConfig) -> None:
+    config, groups = policy.config, policy.groups
+    solutions = countdown_solutions(prompts, tokenizer, config.seed)
+    pairs = [(prompt.token_ids, solution) for prompt, solution in zip(prompts, solutions, strict=True)]
+    rng = random.Random(config.seed)
+    for step in range(options.steps):
+        mini_batch = pack_supervised(
+            rng.sample(pairs, min(options.batch_size, len(pairs))),
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            pad_multiple=groups.tp_size if config.parallel.sp else 1,
+            equal_lengths=groups.pp_size > 1,
+        ).to(device.device())
+        policy.set_learning_rate(options.lr * (1 - step / options.steps))
+        zeros = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
+        result = policy.update(mini_batch.replace_each("old_logprobs", zeros), sft, None)
+        if groups.rank == 0 and (step + 1) % max(1, options.steps // 5) == 0:
+            total, count = result.sums["loss/nll"].tolist()
+            print(f"warm start  step {step + 1}/{options.steps}  nll {total / count:.3f} nats", flush=True)
+
+
+def _cache_key(config: Config, num_prompts: int) -> str:
+    parts = {
+        "version": __version__,
+        "seed": config.seed,
+        "model": config.model.model_dump(mode="json", exclude={"recompute", "logits_block_rows"}),
+        "data": config.data.model_dump(mode="json"),
+        "num_prompts": num_prompts,
+        "warm_start": config.warm_start.model_dump(mode="json", exclude={"cache_dir"}) if config.warm_start else None,
+        "adam": config.optimizer.model_dump(
+            mode="json", include={"beta1", "beta2", "eps", "weight_decay", "clip_grad"}
+        ),
+        "temperature": config.rollout.temperature,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _draft(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}")
+
+
+def _publish(folder: Path) -> None:
+    """Rename the finished draft: a killed warm start leaves no half-written cache."""
+    try:
+        _draft(folder).rename(folder)
+    except OSError:
+        if not (folder / "model.safetensors").is_file():
+            raise
+        shutil.rmtree(_draft(folder))  # another run published the same weights first

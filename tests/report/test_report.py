@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+
+from megatron_rl.config import dump_config
+from megatron_rl.errors import UserError
+from megatron_rl.report import build_report, summarise
+from megatron_rl.report.catalogue import sections
+from megatron_rl.report.figures import build, smooth
+from megatron_rl.report.law import fit_law, fit_line
+from megatron_rl.report.runs import load_runs
+from tests.test_packing import make_config
+
+LOGGED = (
+    "entropy/p10 entropy/p90 cov/mean cov/std cov/vocab_mean cov/top_0.02pct_mean cov/top_0.2pct_mean "
+    "cov/top_2pct_mean select/count select/fraction select/logprob_mean select/entropy_mean reward/mean "
+    "response/length_mean loss/clip_low loss/policy optimizer/grad_norm optimizer/lr mismatch/abs_mean "
+    "mismatch/abs_max mismatch/kl time/rollout time/reward time/old_logprobs time/select time/update time/sync "
+    "time/probe time/total throughput/tokens_per_second"
+).split()
+A, B = 0.2, 0.6
+
+
+def write_run(path: Path, loss: str = "kl_cov", steps: int = 30, drop: tuple[str, ...] = ()) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(dump_config(make_config(name=path.name, loss={"type": loss})))
+    with (path / "metrics.jsonl").open("w") as file:
+        for step in range(steps):
+            entropy = 0.7 - 0.01 * step
+            row: dict[str, Any] = {"step": step, **{name: 0.5 + 0.001 * step for name in LOGGED}}
+            row |= {"entropy/mean": entropy, "reward/accuracy": B - A * math.exp(entropy), "time/total": 5.0}
+            row |= {"entropy/predicted_change": -0.01 * step, "entropy/realised_change": -0.02 * step + 0.1}
+            if step % 10 == 0:
+                row["eval/accuracy"] = step / 100
+            file.write(json.dumps({name: value for name, value in row.items() if name not in drop}) + "\n")
+    return path
+
+
+class Page(HTMLParser):
+    """What a browser would load or follow, and the text of headings and notes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.headings: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [str(value) for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
+        self.ids += [str(value) for name, value in attrs if name == "id"]
+        if tag not in ("meta", "line", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag != "line":
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h3":
+            self.headings.append(data)
+
+
+def figures_of(text: str) -> dict[str, Any]:
+    found = re.search(r"<script>const FIGURES = (.*);</script>", text)
+    assert found
+    return json.loads(found.group(1))
+
+
+def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a"),
+        write_run(tmp_path / "b", "clip_cov"),
+        write_run(tmp_path / "c", "ppo_clip"),
+    ]
+    out = build_report(runs)
+    assert out == tmp_path.resolve() / "report.html"
+    text = out.read_text()
+    page = Page(text)
+    assert page.links == [] and page.open == []
+    assert not re.search(r"//cdn\.|jsdelivr|unpkg|cdnjs", text)
+    assert "default-src 'none'" in text
+    expected = [spec.title for _, specs in sections(load_runs(runs)) for spec in specs]
+    assert page.headings == expected and len(expected) == 25
+    figures = figures_of(text)
+    assert sorted(figures) == sorted(i for i in page.ids if i.startswith("figure-"))
+    for figure in figures.values():
+        go.Figure(data=figure["traces"], layout=figure["layout"])  # refuses unknown properties and bad values
+        assert {trace["meta"] for trace in figure["traces"] if "meta" in trace} in ({0, 1, 2}, set())
+    assert "Not shown" not in text and "was not logged" not in text
+    for label in ("a (kl_cov)", "b (clip_cov)", "c (ppo_clip)"):
+        assert label in text
+    assert "prompts_per_minibatch" in text  # the config
+
+
+def test_markup_in_a_run_is_escaped(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "x")
+    config = (run / "config.yaml").read_text().replace("name: x", 'name: "<img src=x></script>"')
+    (run / "config.yaml").write_text(config)
+    page = Page(build_report([run], tmp_path / "sub" / "out.html").read_text())
+    assert page.links == [] and page.open == []
+
+
+def test_missing_metrics_are_noted_not_fatal(tmp_path: Path) -> None:
+    full = write_run(tmp_path / "full")
+    partial = write_run(
+        tmp_path / "partial", drop=("cov/std", "select/count", "entropy/realised_change", "reward/accuracy")
+    )
+    text = build_report([partial]).read_text()
+    assert "Covariance, standard deviation (no run logged cov/std)" in text
+    assert "no run has both entropy/predicted_change and entropy/realised_change" in text
+    assert "partial (kl_cov), mean reward" in text  # the law falls back on reward/mean, and says so
+    text = build_report([full, partial], tmp_path / "both.html").read_text()
+    assert "cov/std was not logged by partial (kl_cov)" in text
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "metrics.jsonl").write_text('{"step": 0}\n')
+    text = build_report([bare]).read_text()
+    assert figures_of(text) == {} and "no config.yaml" in text
+
+
+def test_broken_folders(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        build_report([tmp_path / "absent"])
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        build_report([tmp_path])
+    with pytest.raises(UserError, match="no run folders"):
+        build_report([])
+    run = write_run(tmp_path / "run", steps=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "entropy/me')
+    (loaded,) = load_runs([run])
+    assert len(loaded.rows) == 3 and "incomplete" in loaded.notes[0]
+    assert "last line is incomplete" in build_report([run]).read_text()
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no complete line yet"):
+        load_runs([run])
+    (run / "metrics.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(UserError, match='line 1: expected an integer "step"'):
+        load_runs([run])
+    (run / "metrics.jsonl").write_text('{"step": 0, "x": 1}\n{"step": 0, "x": 2, "y": null, "non_finite": ["y"]}\n')
+    (loaded,) = load_runs([run])
+    assert loaded.series("x") == ([0], [2.0]) and loaded.series("y") == ([], [])
+    assert loaded.notes == (
+        "metrics.jsonl: 1 steps occur twice; the later line counts",
+        "non-finite values left out of: y",
+    )
+
+
+def test_summary_by_hand(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "clip_cov")
+    other = write_run(tmp_path / "elsewhere" / "run", "clip_cov", drop=("entropy/mean",))
+    first, second = summarise([run, other])
+    assert (first["run"], first["loss"], first["steps"]) == ("run", "clip_cov", 30)
+    assert first["entropy_first"] == pytest.approx(0.655) and first["entropy_last"] == pytest.approx(0.455)
+    assert (first["eval_first"], first["eval_last"], first["wall_seconds"]) == (0.0, 0.2, 150.0)
+    assert first["law_a"] == pytest.approx(A) and first["law_b"] == pytest.approx(B)
+    assert second["entropy_first"] is None and second["law_a"] is None
+    assert first["label"] != second["label"]
+
+
+def test_law_recovers_known_parameters() -> None:
+    generator = np.random.default_rng(3)
+    entropy = np.linspace(0.1, 1.2, 400)
+    noise = generator.normal(0, 0.01, 400)
+    reward = -0.3 * np.exp(entropy) + 0.9 + noise
+    fit = fit_law([*entropy, float("nan")], [*reward, 0.5])
+    assert fit.a == pytest.approx(0.3, abs=2e-3) and fit.b == pytest.approx(0.9, abs=4e-3)
+    assert fit.residual_std == pytest.approx(0.01, rel=0.1) and len(fit.residuals) == 400
+    slope, intercept = np.polyfit(np.exp(entropy), reward, 1)
+    assert (-slope, intercept) == pytest.approx((fit.a, fit.b))
+    assert fit.r2 == pytest.approx(np.corrcoef(np.exp(entropy), reward)[0, 1] ** 2)
+    assert fit.at([0.0]) == pytest.approx([fit.b - fit.a])
+    np.testing.assert_allclose(fit.residuals, reward - fit.at(entropy.tolist()), atol=1e-12)
+
+
+def test_law_degenerate() -> None:
+    assert "at least 3" in fit_law([0.1, 0.2], [1, 2]).problem
+    assert "at least 3" in fit_law([], []).problem
+    constant = fit_law([0.5] * 5, [1, 2, 3, 4, 5])
+    assert constant.a is None and "entropy is constant" in constant.problem
+    with pytest.raises(ValueError, match="no fitted law"):
+        constant.at([0.1])
+    flat = fit_law([0.1, 0.2, 0.3], [0.4] * 3)
+    assert flat.a == pytest.approx(0) and flat.r2 is None
+    line = fit_line([1, 2, 4], [1, 3, 2])  # by hand: Sxx 14/3, Sxy 1, Syy 2
+    assert (line.slope, line.intercept) == pytest.approx((3 / 14, 1.5))
+    assert line.correlation == pytest.approx(1 / math.sqrt(28 / 3))
+
+
+def test_predicted_change_slope_and_phases(tmp_path: Path) -> None:
+    runs = load_runs([write_run(tmp_path / "run")])
+    figures = {spec.title: build(spec, runs) for _, specs in sections(runs) for spec in specs}
+    assert figures["Predicted against realised entropy change"].table[1] == ["run (kl_cov)", "2", "1.000", "30"]
+    bars = {trace["name"]: trace["x"][0] for trace in figures["Time per phase"].traces}
+    assert list(bars)[0] == "rollout" and sum(bars.values()) == pytest.approx(5.0)
+    assert bars["other"] == pytest.approx(5.0 - 7 * (0.5 + 0.001 * 14.5))
+
+
+def test_smoothing() -> None:
+    assert smooth([1.0, 2.0]) == [1.0, 2.0]
+    values = [0.0] * 24 + [24.0] + [0.0] * 23  # 48 points: windows of 5
+    assert smooth(values)[21:28] == [0.0, 4.8, 4.8, 4.8, 4.8, 4.8, 0.0]

@@ -1,0 +1,150 @@
+"""The command line, as a person types it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_rl import cli
+from megatron_rl.config import Config, load_config, parse_config
+from megatron_rl.config_checks import ConfigError
+from megatron_rl.plan.check import batch_plan, count_parameters, plan_rows
+from tests.test_config import BASE, raw
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def megatron_rl(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_rl", *arguments],
+        cwd=cwd,
+        env={**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return path
+
+
+def test_check_prints_the_plan_and_starts_nothing(config_path: Path, tmp_path: Path) -> None:
+    result = megatron_rl("train", str(config_path), "parallel.world_size=4", "--check", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "4 (tp 2 x pp 1 x dp 2, distributed optimizer)" in result.stdout
+    assert "8 prompts x 4 samples = 32 sequences, at most 3,072 tokens" in result.stdout
+    assert "kl_cov, token_mean" in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["config.yaml", "train.num_stepz=3", "--check"], "did you mean 'num_steps'?"),
+        (
+            ["config.yaml", "parallel.tp=4"],
+            "num_attention_heads=6 is not divisible by parallel.tp=4; choose tp from [1, 2]",
+        ),
+        (["nonesuch.yaml"], "nonesuch.yaml: no such config file"),
+    ],
+)
+def test_a_bad_config_is_a_message_and_code_2(config_path: Path, arguments: list[str], message: str) -> None:
+    result = megatron_rl("train", *arguments, cwd=config_path.parent)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_world_of_another_size_is_refused_with_the_remedy(config_path: Path, tmp_path: Path) -> None:
+    result = megatron_rl("train", str(config_path), cwd=tmp_path, RANK="0", WORLD_SIZE="3")
+    assert result.returncode == 1
+    assert "this world has 3 processes (WORLD_SIZE), the config asks for 2" in result.stderr
+    assert "parallel.world_size=3" in result.stderr and "Traceback" not in result.stderr
+
+
+STUB = """
+import os, pathlib, time
+from megatron_rl.launch import stop_requested
+def main(config):
+    rank = os.environ["RANK"]
+    (config.run_dir / f"seen{rank}").write_text(f"{config.train.num_steps} {os.environ['WORLD_SIZE']}")
+    while not stop_requested():
+        time.sleep(0.02)
+"""
+
+
+def test_train_starts_the_world_and_stops_it(config_path: Path, tmp_path: Path) -> None:
+    """The real command with the training loop replaced by a stub, through a module that shadows megatron_rl.train."""
+    (tmp_path / "stub.py").write_text(STUB)
+    code = "import sys, stub; sys.modules['megatron_rl.train'] = stub; import megatron_rl; megatron_rl.train = stub"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "megatron_rl", "train", str(config_path), "train.num_steps=7"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    run_dir = tmp_path / "runs" / "t"
+    try:
+        deadline = time.monotonic() + 60
+        while not all((run_dir / f"seen{rank}").exists() for rank in range(2)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+    finally:
+        process.kill()
+        process.communicate()
+    assert [(run_dir / f"seen{rank}").read_text() for rank in range(2)] == ["7 2", "7 2"]
+    assert load_config(run_dir / "config.yaml") == load_config(config_path, ["train.num_steps=7"])
+
+
+def test_batch_arithmetic() -> None:
+    """8 prompts x 4 samples, 4 prompts an update, dp 2: 16 sequences an update, 8 a rank; 5 of 96 tokens fit 512: 2."""
+    plan = batch_plan(parse_config(raw(parallel={"tp": 2, "world_size": 4})))
+    assert (plan.sequences_per_step, plan.sequences_per_update, plan.updates_per_step) == (32, 16, 2)
+    assert (plan.longest_sequence, plan.max_tokens_per_step) == (96, 3072)
+    assert (plan.sequences_per_rank, plan.max_micro_batches) == (8, 2)
+
+
+MODELS: list[dict[str, Any]] = [
+    {"model_type": "qwen2", "tie_word_embeddings": True},
+    {"model_type": "qwen2", "tie_word_embeddings": False},
+    {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    {"model_type": "qwen3"},
+    {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    {"model_type": "llama"},
+]
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=str)
+def test_the_parameter_count_is_that_of_transformers(changes: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hf = {**BASE["model"]["hf_config"], **changes}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf))
+    assert sum(count_parameters(parse_config(raw(model={"hf_config": hf})))) == model.num_parameters()
+
+
+def test_the_plan_of_a_model_without_vocabulary_size_says_so() -> None:
+    hf = {name: value for name, value in BASE["model"]["hf_config"].items() if name != "vocab_size"}
+    rows = dict(plan_rows(parse_config(raw(model={"hf_config": hf}))))
+    assert "and the embeddings of the task's tokenizer" in rows["model"]
+
+
+def test_config_errors_inside_a_world_name_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config: Config = parse_config(raw())
+    with pytest.raises(ConfigError, match="4 processes .* asks for 2"):
+        cli._train_rank(config)

@@ -1,0 +1,185 @@
+"""The layering, read from the source: who may import what, where a word may stand, how long things may be."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "megatron_rl"
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 70
+ALGORITHMS_MAY_IMPORT = {
+    "__future__",
+    "collections.abc",
+    "dataclasses",
+    "math",
+    "torch",
+    "typing",
+    "warnings",
+    "megatron_rl.types",
+}
+# Megatron's own name for seeding its RNG tracker, which it needs on a CPU too
+MEGATRON_NAMES = {"model_parallel_cuda_manual_seed"}
+CUDA = re.compile(r"(?<![a-z])cuda(?![a-z])", re.I)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of all that is imported; `from a import b` gives both a and a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield node.lineno, module
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            if isinstance(node.args[0], ast.Constant):
+                yield node.lineno, str(node.args[0].value)
+
+
+def dotted_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, a.b.c) of each attribute chain."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, ast.unparse(node)
+
+
+def is_within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def type_checking_blocks(tree: ast.AST) -> set[ast.AST]:
+    """All nodes under `if TYPE_CHECKING:`."""
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test).endswith("TYPE_CHECKING")]
+    return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
+
+
+def docstrings(tree: ast.AST) -> set[ast.AST]:
+    """Constants that stand alone as a statement: docstrings."""
+    return {n.value for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+
+
+def words(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, text) of every identifier and every string but docstrings."""
+    skipped = docstrings(tree)
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Name):
+            yield line, node.id
+        elif isinstance(node, ast.Attribute):
+            yield line, node.attr
+        elif isinstance(node, ast.arg | ast.keyword) and node.arg:
+            yield line, node.arg
+        elif isinstance(node, ast.alias):
+            yield from ((line, text) for text in (node.name, node.asname) if text)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield line, node.name
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield line, node.module
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in skipped:
+            yield line, node.value
+
+
+def collectives(name: str, tree: ast.AST) -> list[str]:
+    # device.py chooses the backend of the process group, so it may name the module
+    if name.startswith("parallel/") or name == "device.py":
+        return []
+    found = [*imports(tree), *dotted_names(tree)]
+    return [f"{name}:{line}: {text}" for line, text in found if is_within(text, "torch.distributed")]
+
+
+def megatron_imports(name: str, tree: ast.AST) -> list[str]:
+    if name.startswith("policy/") or name == "parallel/groups.py":
+        return []
+    return [f"{name}:{line}: {text}" for line, text in imports(tree) if is_within(text, "megatron")]
+
+
+def cuda_words(name: str, tree: ast.AST) -> list[str]:
+    if name == "device.py":
+        return []
+    return [
+        f"{name}:{line}: {text!r}" for line, text in words(tree) if CUDA.search(text) and text not in MEGATRON_NAMES
+    ]
+
+
+def algorithm_imports(name: str, tree: ast.AST) -> list[str]:
+    if not name.startswith("algorithms/"):
+        return []
+    lazy, found = type_checking_blocks(tree), []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom) or node in lazy:
+            continue
+        modules = (
+            [a.name for a in node.names] if isinstance(node, ast.Import) else ["." * node.level + (node.module or "")]
+        )
+        allowed = {m for m in modules if m in ALGORITHMS_MAY_IMPORT or is_within(m, "megatron_rl.algorithms")}
+        found += [f"{name}:{node.lineno}: {module}" for module in set(modules) - allowed]
+    return found
+
+
+def long_things(name: str, tree: ast.AST) -> list[str]:
+    faults = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                faults.append(f"{name}:{node.lineno}: {node.name} has {lines} lines, at most {MAX_FUNCTION_LINES}")
+    return faults
+
+
+RULES = (collectives, megatron_imports, cuda_words, algorithm_imports, long_things)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_package_keeps(rule) -> None:
+    faults = [fault for name, path in FILES.items() for fault in rule(name, ast.parse(path.read_text()))]
+    assert not faults, "\n" + "\n".join(faults)
+
+
+def test_files_are_short() -> None:
+    lengths = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
+    assert not {name: length for name, length in lengths.items() if length > MAX_FILE_LINES}
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "code"),
+    [
+        (collectives, "policy/x.py", "import torch.distributed as dist"),
+        (collectives, "train.py", "from torch import distributed"),
+        (collectives, "train.py", "from torch.distributed import all_reduce"),
+        (collectives, "train.py", "import torch\ntorch.distributed.barrier()"),
+        (megatron_imports, "parallel/vocab.py", "from megatron.core import parallel_state"),
+        (megatron_imports, "device.py", "def f():\n    import megatron.core"),
+        (megatron_imports, "train.py", "importlib.import_module('megatron.core')"),
+        (cuda_words, "policy/x.py", "x = tensor.cuda()"),
+        (cuda_words, "policy/x.py", "x = 'cuda:0'"),
+        (cuda_words, "policy/x.py", "f(is_cuda=True)"),
+        (cuda_words, "policy/x.py", "from torch import cuda"),
+        (algorithm_imports, "algorithms/x.py", "from megatron_rl.config import Config"),
+        (algorithm_imports, "algorithms/x.py", "import torch.distributed"),
+        (algorithm_imports, "algorithms/x.py", "from .. import config"),
+        (long_things, "train.py", "def f():\n" + "    pass\n" * MAX_FUNCTION_LINES),
+    ],
+)
+def test_each_rule_finds_its_fault(rule, name: str, code: str) -> None:
+    assert rule(name, ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "code"),
+    [
+        (collectives, "parallel/reduce.py", "import torch.distributed as dist"),
+        (megatron_imports, "train.py", "from megatron_rl.types import Prompt"),
+        (cuda_words, "train.py", '"""Not on cuda."""  # nor on cuda'),
+        (algorithm_imports, "algorithms/x.py", "if TYPE_CHECKING:\n    from megatron_rl.config import Config"),
+        (algorithm_imports, "algorithms/x.py", "from torch import Tensor\nfrom megatron_rl.algorithms.kl import kl"),
+    ],
+)
+def test_each_rule_spares_the_rest(rule, name: str, code: str) -> None:
+    assert rule(name, ast.parse(code)) == []

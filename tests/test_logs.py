@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import io
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_rl.config import load_config
+from megatron_rl.config_checks import ConfigError
+from megatron_rl.errors import UserError
+from megatron_rl.jsonl import cut_from_step, read_rows, to_line
+from megatron_rl.logs import RunLogger, format_duration
+from tests.test_packing import make_config
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def test_lines_are_valid_json() -> None:
+    line = to_line({"step": 1, "a": float("nan"), "b": 2.5, "c": float("-inf")})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    row = json.loads(line, parse_constant=refuse)
+    assert row == {"step": 1, "a": None, "b": 2.5, "c": None, "non_finite": ["a", "c"]}
+
+
+def test_read_and_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "x"')
+    rows, notes = read_rows(path)
+    assert [row["step"] for row in rows] == [0, 1, 2] and "incomplete" in notes[0]
+    assert cut_from_step(path, 2) == 1
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert not list(tmp_path.glob("*.tmp"))
+    assert cut_from_step(tmp_path / "absent.jsonl", 0) == 0
+    path.write_text('{"step": 0}\nrubbish\n{"step": 2}\n')
+    with pytest.raises(UserError, match="line 2: expected a JSON object, got 'rubbish'"):
+        read_rows(path)
+    path.write_text('{"step": 0}\n{"step":\n')
+    assert "broken" in read_rows(path)[1][0]
+
+
+def test_run_and_resume(tmp_path: Path) -> None:
+    config, run_dir = make_config(), tmp_path / "run"
+    with RunLogger(run_dir, config, console=quiet()) as logger:
+        for step in range(3):
+            logger.log(step, {"reward/mean": step / 2, "entropy/mean": 0.5})
+            # flushed: another process sees the line before the writer is closed
+            assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == step + 1
+            logger.log_samples(step, [{"text": "é", "score": 1.0}, {"text": "b", "score": float("nan")}])
+    console = quiet()
+    with RunLogger(run_dir, config, start_step=2, console=console) as logger:
+        logger.log(2, {"reward/mean": 9.0})
+    rows, _ = read_rows(run_dir / "metrics.jsonl")
+    assert [(row["step"], row["reward/mean"]) for row in rows] == [(0, 0.0), (1, 0.5), (2, 9.0)]
+    assert [row["step"] for row in read_rows(run_dir / "samples.jsonl")[0]] == [0, 0, 1, 1]
+    assert "dropped 1 rows from step 2" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert load_config(run_dir / "config.yaml") == config
+    assert len(list((run_dir / "tensorboard").glob("events*"))) == 2
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path / "run", make_config(logging={"wandb_project": "absent"}), rank=1)
+    logger.log(0, {"x": 1.0})
+    logger.log_samples(0, [{}])
+    logger.message("hello")
+    logger.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
+    console = quiet()
+    with RunLogger(
+        tmp_path,
+        make_config(train={"prompts_per_step": 6, "prompts_per_minibatch": 3, "num_steps": 8}),
+        console=console,
+    ) as logger:
+        logger.log(0, {"reward/mean": 0.25, "entropy/mean": 0.7, "throughput/tokens_per_second": 12345.6})
+    (line,) = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert line.startswith("run  step 1/8  reward 0.250  entropy 0.700  tokens/s 12,346  left 0:0")
+
+
+def test_terminal_bar(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    with RunLogger(tmp_path, make_config(), console=console) as logger:
+        logger.log(0, {"reward/accuracy": 0.25})
+        logger.message("a [note]")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1/100" in shown and "accuracy 0.250" in shown and "a [note]" in shown
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(logging={"wandb_project": "p", "tensorboard": False})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"pip install megatron-rl\[wandb\]"):
+        RunLogger(tmp_path / "a", config, console=quiet())
+    logged: list[tuple[dict[str, float], int]] = []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: run))
+    with RunLogger(tmp_path / "b", config, console=quiet()) as logger:
+        logger.log(4, {"x": 1.0})
+    assert logged == [({"x": 1.0}, 4)]
+    assert not (tmp_path / "b" / "tensorboard").exists()
+
+
+def test_durations() -> None:
+    assert [format_duration(s) for s in (0, 59.6, 3661)] == ["0:00", "1:00", "1:01:01"]

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_rl.config import Config, parse_config
+from megatron_rl.packing import pack, pack_supervised, packing_metrics
+from megatron_rl.types import MicroBatch, Rollout, TrainBatch
+
+
+def make_config(
+    prompts: int = 6, per_minibatch: int = 3, samples: int = 4, budget: int = 64, **sections: dict[str, object]
+) -> Config:
+    tiny = {
+        "model_type": "qwen2",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 64,
+    }
+    raw = {
+        "model": {"hf_config": tiny},
+        "data": {"type": "countdown", "max_prompt_tokens": 10},
+        "rollout": {"samples_per_prompt": samples, "max_response_tokens": 20},
+        "train": {"prompts_per_step": prompts, "prompts_per_minibatch": per_minibatch, "micro_batch_tokens": budget},
+    }
+    return parse_config({**raw, **sections})
+
+
+def make_rollout(prompt_id: int, sample_index: int, prompt: list[int], response: list[int]) -> Rollout:
+    length = len(prompt) + len(response)
+    mask = torch.arange(length) >= len(prompt)
+    # -0.1 * index: every position has a logprob of its own, so that a shift by one shows
+    logprobs = torch.arange(length) * -0.1 * mask
+    return Rollout(prompt_id, sample_index, torch.tensor(prompt + response), logprobs, mask, "stop", 0)
+
+
+def make_rollouts(config: Config, seed: int = 0) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    return [
+        make_rollout(100 + p, s, [draw(1, 60) for _ in range(draw(1, 11))], [draw(1, 60) for _ in range(draw(1, 21))])
+        for p in range(config.train.prompts_per_step)
+        for s in range(config.rollout.samples_per_prompt)
+    ]
+
+
+def micro_batches(batch: TrainBatch) -> list[MicroBatch]:
+    return [mb for mini in batch.minibatches() for mb in mini.micro_batches]
+
+
+def test_two_sequences_by_hand() -> None:
+    config = make_config(
+        prompts=1,
+        per_minibatch=1,
+        samples=2,
+        budget=30,
+        loss={"type": "ppo_clip", "aggregation": "seq_mean_token_mean"},
+    )
+    rollouts = [make_rollout(7, 0, [11, 12], [13, 14, 15]), make_rollout(7, 1, [21], [22])]
+    (mini,) = pack(
+        rollouts, torch.tensor([0.5, -2.0]), config, step=3, dp_rank=0, dp_size=1, pad_multiple=5
+    ).minibatches()
+    (mb,) = mini.micro_batches
+    assert mb.token_ids.tolist() == [11, 12, 13, 14, 15, 21, 22, 0, 0, 0]
+    assert mb.labels.tolist() == [0, 13, 14, 15, 0, 22, 0, 0, 0, 0]
+    assert mb.loss_mask.tolist() == [False, True, True, True, False, True, False, False, False, False]
+    assert mb.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2]
+    assert mb.cu_seqlens.tolist() == [0, 5, 7, 10] and mb.cu_seqlens.dtype == torch.int32
+    torch.testing.assert_close(mb.rollout_logprobs, torch.tensor([0, -0.2, -0.3, -0.4, 0, -0.1, 0, 0, 0, 0]))
+    assert mb.advantages.tolist() == [0, 0.5, 0.5, 0.5, 0, -2, 0, 0, 0, 0]
+    assert mb.token_ids_global.tolist() == [1, 2, 3, 4, 5, 31, 32, -1, -1, -1]
+    assert mb.prompt_ids.tolist() == [7] * 7 + [-1] * 3
+    assert mb.sample_indices.tolist() == [0] * 5 + [1] * 2 + [-1] * 3
+    torch.testing.assert_close(mb.token_weights, torch.tensor([0, 1 / 3, 1 / 3, 1 / 3, 0, 1, 0, 0, 0, 0]))
+    assert (mb.loss_denominator, mb.num_sequences, mb.num_tokens) == (2, 2, 4)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+@pytest.mark.parametrize("forced", [None, 4, 9])
+@pytest.mark.parametrize(("pad_multiple", "equal_lengths"), [(1, False), (8, False), (8, True)])
+def test_every_token_exactly_once(dp_size: int, forced: int | None, pad_multiple: int, equal_lengths: bool) -> None:
+    config = make_config(budget=64 if forced is None else 300)
+    rollouts = make_rollouts(config)
+    advantages = torch.arange(len(rollouts)) - 5.5
+    ranks = [
+        pack(rollouts, advantages, config, step=0, dp_rank=rank, dp_size=dp_size, pad_multiple=pad_multiple,
+             equal_lengths=equal_lengths, num_micro_batches=forced)
+        for rank in range(dp_size)
+    ]  # fmt: skip
+    for j in range(2):
+        minis = [batch.mini_batches[j] for batch in ranks]
+        assert len({len(mini.micro_batches) for mini in minis}) == 1
+        assert forced is None or len(minis[0].micro_batches) == forced
+        seen: dict[int, tuple[int, float, float, int, int]] = {}
+        for mini in minis:
+            sizes = [len(mb.token_ids) for mb in mini.micro_batches]
+            assert all(size % pad_multiple == 0 and size <= config.train.micro_batch_tokens for size in sizes)
+            assert not equal_lengths or len(set(sizes)) == 1
+            for mb in mini.micro_batches:
+                assert mb.cu_seqlens[-1] == len(mb.token_ids)
+                real = mb.token_ids_global >= 0
+                assert not mb.loss_mask[~real].any() and not mb.token_ids[~real].any()
+                for t in torch.nonzero(mb.loss_mask).flatten().tolist():
+                    token = int(mb.token_ids_global[t])
+                    assert token not in seen
+                    seen[token] = (int(mb.labels[t]), float(mb.advantages[t]), float(mb.rollout_logprobs[t]),
+                                   int(mb.prompt_ids[t]), int(mb.sample_indices[t]))  # fmt: skip
+        expected = {}
+        for i in range(12 * j, 12 * j + 12):
+            rollout = rollouts[i]
+            for position in torch.nonzero(rollout.loss_mask).flatten().tolist():
+                expected[30 * i + position] = (
+                    int(rollout.token_ids[position]), float(advantages[i]), float(rollout.rollout_logprobs[position]),
+                    rollout.prompt_id, rollout.sample_index)  # fmt: skip
+        assert seen == expected
+
+
+def test_sequences_stay_whole_and_ordered() -> None:
+    config = make_config()
+    rollouts = make_rollouts(config)
+    batch = pack(rollouts, torch.zeros(24), config, step=0, dp_rank=1, dp_size=2, pad_multiple=16)
+    found = 0
+    for mb in micro_batches(batch):
+        for start, stop in zip(mb.cu_seqlens[:-1].tolist(), mb.cu_seqlens[1:].tolist(), strict=True):
+            assert mb.position_ids[start:stop].tolist() == list(range(stop - start))
+            if mb.prompt_ids[start] >= 0:
+                i = (int(mb.prompt_ids[start]) - 100) * 4 + int(mb.sample_indices[start])
+                assert torch.equal(mb.token_ids[start:stop], rollouts[i].token_ids)
+                found += 1
+    assert found == sum(mb.num_sequences for mb in micro_batches(batch)) > 0
+
+
+def test_no_empty_micro_batch_while_another_has_two() -> None:
+    config = make_config(budget=300)
+    counts = [
+        mb.num_sequences
+        for rank in range(2)
+        for mb in pack(
+            make_rollouts(config), torch.zeros(24), config, step=0, dp_rank=rank, dp_size=2, num_micro_batches=6
+        ).mini_batches[0].micro_batches
+    ]  # fmt: skip
+    assert counts == [1] * 12
+
+
+def test_empty_micro_batch_is_valid() -> None:
+    config = make_config(prompts=1, per_minibatch=1, samples=2)
+    rollouts = [make_rollout(0, s, [1, 2], [3, 4, 5]) for s in range(2)]
+    batch = pack(rollouts, torch.ones(2), config, step=0, dp_rank=0, dp_size=1, pad_multiple=4, num_micro_batches=3)
+    empty = batch.mini_batches[0].micro_batches[2]
+    assert empty.cu_seqlens.tolist() == [0, 4] and empty.num_sequences == 0
+    assert not empty.loss_mask.any() and empty.loss_denominator == 0 and not empty.token_weights.any()
+    assert empty.token_ids_global.tolist() == [-1] * 4
+
+
+def test_balance_and_smallest_count() -> None:
+    # 12 sequences of 20 tokens, 60 fit: 4 micro-batches alone, 2 on each of two ranks
+    config = make_config(prompts=1, per_minibatch=1, samples=12, budget=63)
+    rollouts = [make_rollout(0, s, [1] * 5, [2] * 15) for s in range(12)]
+    for dp_size, count in ((1, 4), (2, 2)):
+        for rank in range(dp_size):
+            batch = pack(rollouts, torch.zeros(12), config, step=0, dp_rank=rank, dp_size=dp_size)
+            assert [len(mb.token_ids) for mb in micro_batches(batch)] == [60] * count
+    metrics = packing_metrics(batch)
+    assert metrics == {
+        "packing/padding_fraction": 0.0,
+        "packing/micro_batches": 2.0,
+        "packing/tokens": 120.0,
+        "packing/imbalance": 0.0,
+    }
+    # lengths 20, 5, 5 over two micro-batches: 20 | 10, imbalance 20/15 - 1; equal lengths pad 10 to 20
+    rollouts = [make_rollout(0, s, [1] * 4, [2] * n) for s, n in enumerate((16, 1, 1))]
+    config = make_config(prompts=1, per_minibatch=1, samples=3, budget=300)
+    batch = pack(
+        rollouts, torch.zeros(3), config, step=0, dp_rank=0, dp_size=1, num_micro_batches=2, equal_lengths=True
+    )
+    metrics = packing_metrics(batch)
+    assert metrics["packing/padding_fraction"] == pytest.approx(10 / 40)
+    assert metrics["packing/imbalance"] == pytest.approx(1 / 3)
+
+
+def test_budget_counts_padding() -> None:
+    # budget 31 with multiple 8 leaves 24 usable: 13 + 12 no longer fit together
+    config = make_config(prompts=1, per_minibatch=1, samples=2, budget=31)
+    rollouts = [make_rollout(0, 0, [1], [2] * 12), make_rollout(0, 1, [1], [2] * 11)]
+    unpadded = pack(rollouts, torch.zeros(2), config, step=0, dp_rank=0, dp_size=1)
+    padded = pack(rollouts, torch.zeros(2), config, step=0, dp_rank=0, dp_size=1, pad_multiple=8)
+    assert [len(mb.token_ids) for mb in micro_batches(unpadded)] == [25]
+    assert [len(mb.token_ids) for mb in micro_batches(padded)] == [16, 16]
+
+
+def test_errors_name_what_is_wrong() -> None:
+    config = make_config(prompts=1, per_minibatch=1, samples=2, budget=30)
+    good = [make_rollout(4, s, [1, 2], [3]) for s in range(2)]
+
+    def attempt(rollouts: list[Rollout], advantages: torch.Tensor | None = None, **options: int) -> TrainBatch:
+        advantages = torch.zeros(len(rollouts)) if advantages is None else advantages
+        return pack(rollouts, advantages, config, step=0, **{"dp_rank": 0, "dp_size": 1, **options})
+
+    attempt(good)
+    with pytest.raises(ValueError, match="got 1 rollouts, expected 2"):
+        attempt(good[:1])
+    with pytest.raises(ValueError, match="expected 2 samples of one prompt"):
+        attempt([good[0], make_rollout(5, 1, [1], [2])])
+    with pytest.raises(ValueError, match="ascending sample_index"):
+        attempt(good[::-1])
+    with pytest.raises(ValueError, match=r"prompt_id=4, sample_index=1\): the response has length 0"):
+        attempt([good[0], make_rollout(4, 1, [1, 2], [])])
+    with pytest.raises(ValueError, match=r"sample_index=1\): no tokens"):
+        attempt([good[0], make_rollout(4, 1, [], [])])
+    with pytest.raises(ValueError, match="starts at token 0"):
+        attempt([good[0], make_rollout(4, 1, [], [1])])
+    with pytest.raises(ValueError, match="31 tokens exceed micro_batch_tokens=30"):
+        attempt([good[0], make_rollout(4, 1, [1] * 10, [2] * 21)])
+    with pytest.raises(ValueError, match="29 tokens exceed micro_batch_tokens=30 .*28 are usable"):
+        attempt([good[0], make_rollout(4, 1, [1] * 10, [2] * 19)], pad_multiple=4)
+    with pytest.raises(ValueError, match=r"not finite for \(prompt_id=4, sample_index=1\)"):
+        attempt(good, torch.tensor([0.0, float("nan")]))
+    with pytest.raises(ValueError, match=r"shape \(3,\), expected \[2\]"):
+        attempt(good, torch.zeros(3))
+    with pytest.raises(ValueError, match="dp_rank=1"):
+        attempt(good, dp_rank=1)
+    with pytest.raises(ValueError, match="num_micro_batches=1 over 1 .* needs 36 tokens"):
+        attempt([make_rollout(4, s, [1], [2] * 17) for s in range(2)], num_micro_batches=1)
+
+
+def test_overlong_filter_may_clear_the_mask() -> None:
+    rollouts = [make_rollout(4, s, [1, 2], [3]) for s in range(2)]
+    cut = rollouts[1].replace(loss_mask=torch.zeros(3, dtype=torch.bool), finish_reason="length")
+    sizes = {"prompts": 1, "per_minibatch": 1, "samples": 2}
+    with pytest.raises(ValueError, match="length 0"):
+        pack([rollouts[0], cut], torch.zeros(2), make_config(**sizes), step=0, dp_rank=0, dp_size=1)
+    config = make_config(**sizes, algorithm={"overlong": {"filter": True}})
+    (mb,) = micro_batches(pack([rollouts[0], cut], torch.zeros(2), config, step=0, dp_rank=0, dp_size=1))
+    assert (mb.num_sequences, mb.num_tokens, mb.loss_denominator) == (2, 1, 1)
+
+
+def test_supervised() -> None:
+    mini = pack_supervised(
+        [([5, 6], [7]), ([8], [9, 10])], micro_batch_tokens=16, dp_rank=0, dp_size=1, index=2, pad_multiple=8
+    )
+    (mb,) = mini.micro_batches
+    assert mini.index == 2
+    assert mb.labels.tolist() == [0, 7, 0, 9, 10, 0, 0, 0]
+    assert mb.advantages.tolist() == mb.token_weights.tolist() == [0, 1, 0, 1, 1, 0, 0, 0]
+    assert not mb.rollout_logprobs.any() and mb.loss_denominator == 3
+    assert mb.prompt_ids.tolist() == [0, 0, 0, 1, 1, 1, -1, -1]
+    with pytest.raises(ValueError, match="empty"):
+        pack_supervised([], micro_batch_tokens=16, dp_rank=0, dp_size=1)
