@@ -88,11 +88,14 @@ def run_training(config: Config) -> int:
     from megatron_rl import launch
 
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
         path = config.run_dir / "config.yaml"
-        launch.write_atomically(path, dump_config(config))
-        command = [sys.executable, "-m", "megatron_rl", "train", str(path)]
-        return launch.run_world(command, config.parallel.processes, config.run_dir, config.train.grace_seconds)
+        return launch.run_world(
+            [sys.executable, "-m", "megatron_rl", "train", str(path)],
+            config.parallel.processes,
+            config.run_dir,
+            config.train.grace_seconds,
+            prepare=lambda: launch.write_atomically(path, dump_config(config)),
+        )
     launch.run_worker(lambda: _train_rank(config), config.run_dir)
     return 0
 

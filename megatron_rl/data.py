@@ -74,8 +74,14 @@ def _character_tokenizer() -> Any:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
+    # unk_token: a folder of a Qwen2 model and this tokenizer is loaded as a Qwen2Tokenizer, which would add one of its own
+    # and outgrow the model's vocabulary. The backend above does not use it.
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<pad>",
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import sys
+import warnings
 from types import CodeType
 from typing import Any
 
@@ -80,7 +81,19 @@ def prepare_megatron() -> None:
             "megatron.core was imported before device.prepare_megatron(); import megatron_rl.policy first"
         )
     sys.meta_path.insert(0, _MegatronFinder())
+    for message in _EXPECTED_ON_CPU:
+        warnings.filterwarnings("ignore", message=message)
 
+
+# What Megatron says on every CPU run and nobody can act on. On a GPU a fallback is worth a warning, so nothing is
+# hidden there.
+_EXPECTED_ON_CPU = (
+    r"(Transformer Engine and )?Apex (is|are) not installed",
+    r"full scope is deprecated",
+    r"When using async grad allreduce",
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+)
 
 # Megatron-Core 0.16.1 names CUDA literally. On a CPU its source is rewritten while it is imported: nothing in torch is
 # patched, so transformers and the engines in the same process see an untouched torch. Each row: what it says, what a

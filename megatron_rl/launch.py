@@ -120,7 +120,9 @@ def _record_failure(error: Exception, run_dir: Path) -> None:
     sys.stderr.flush()
 
 
-def _is_lost_peer(error: Exception) -> bool:
+def _is_lost_peer(error: BaseException) -> bool:
+    if isinstance(error, UserError):  # its text may quote anything: a user's traceback, a server that timed out
+        return error.__cause__ is not None and _is_lost_peer(error.__cause__)
     is_distributed = any(cls.__name__ == "DistError" for cls in type(error).__mro__)
     is_connection = isinstance(error, RuntimeError | OSError) and _PEER_LOST.search(str(error)) is not None
     return is_distributed or is_connection
@@ -136,12 +138,18 @@ def write_atomically(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------------ supervisor side
 
 
-def run_world(command: Sequence[str], processes: int, run_dir: Path, grace_seconds: float) -> int:
+def run_world(
+    command: Sequence[str],
+    processes: int,
+    run_dir: Path,
+    grace_seconds: float,
+    prepare: Callable[[], None] = lambda: None,
+) -> int:
     """Run `command` as `processes` ranks on this machine and wait for them; call from the main thread.
 
     Rank 0 has the terminal, the others write to run_dir/logs/rank{r}.log. SIGINT, SIGTERM or SIGHUP reach the workers
     as one SIGTERM; what is left after `grace_seconds`, or at a second signal, is killed. No worker outlives this
-    process.
+    process. `prepare` may write into the folder: it runs once no other run can hold it.
 
     Returns: 0 when every rank ended well; 128 + signal when asked to stop; 1 when a rank failed (the reason is printed
     once).
@@ -152,6 +160,7 @@ def run_world(command: Sequence[str], processes: int, run_dir: Path, grace_secon
     with _hold(run_dir), _reserved_port() as port, _noted_signals() as signals:
         shutil.rmtree(failures, ignore_errors=True)
         logs.mkdir(exist_ok=True)
+        prepare()
         workers: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(processes):

@@ -5,7 +5,6 @@ Only rank 0 writes; on other ranks every method returns at once, so the training
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from megatron_rl.config import Config, dump_config
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.jsonl import cut_from_step, to_line
+from megatron_rl.launch import write_atomically
 
 # what the terminal shows: label, metric, format
 SHOWN = (
@@ -46,7 +46,7 @@ class RunLogger:
             return
         self._wandb = _start_wandb(run_dir, config) if config.logging.wandb_project else None
         run_dir.mkdir(parents=True, exist_ok=True)
-        _write_atomically(run_dir / "config.yaml", dump_config(config))
+        write_atomically(run_dir / "config.yaml", dump_config(config))
         self._progress = _ProgressDisplay(console or Console(), config.name, start_step, config.train.num_steps)
         for name in ("metrics.jsonl", "samples.jsonl"):
             if dropped := cut_from_step(run_dir / name, start_step):
@@ -172,9 +172,3 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
         dir=str(run_dir),
         config=config.model_dump(mode="json"),
     )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    draft = path.with_suffix(path.suffix + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

@@ -20,6 +20,7 @@ from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.config import Config
 from megatron_rl.config_checks import read_hf_config
 from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
+from megatron_rl.errors import UserError
 from megatron_rl.logs import RunLogger
 from megatron_rl.metrics import Metrics, Timers
 from megatron_rl.packing import pack, packing_metrics
@@ -65,16 +66,20 @@ def train(config: Config, groups: Groups) -> None:
     """All steps, from the start or from the newest checkpoint."""
     run = set_up(config, groups)
     store = CheckpointStore(config.run_dir / "checkpoints", run.policy, groups)
-    start_step = restore(run, store) if config.train.resume == "auto" else 0
+    start_step = restore(run, store) if config.train.resume == "auto" else refuse_earlier_run(config)
     timers = Timers(device.synchronize)
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
+        if start_step >= config.train.num_steps:
+            logger.message(f"nothing to do: {config.run_dir} has {start_step} steps, train.num_steps is no more")
         for step in range(start_step, config.train.num_steps):
             metrics = run_step(run, step, timers, logger)
             metrics |= evaluate(run, step, timers)
+            # before the checkpoint, whose time the next row has: a process killed between the two leaves a row too many,
+            # which the next one drops, and not one too few
+            logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
             stopping = run.world.any(launch.stop_requested())
             with timers("checkpoint"):
                 checkpoint(run, store, step, stopping=stopping)
-            logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
             if stopping and step + 1 < config.train.num_steps:
                 logger.message(f"stopped after step {step + 1} of {config.train.num_steps}; the same command continues")
                 break
@@ -134,7 +139,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
                 updates_per_step=config.minibatches_per_step,
             )
         metrics.add_means(selection)
-        predicted_change -= selection["cov/vocab_mean"]
+        predicted_change -= selection.get("cov/vocab_mean", 0.0)  # absent when overlong filtering masked every token
         with timers("update"):
             result = policy.update(mini_batch, LOSSES[config.loss.type], config.loss)
         metrics.add(result.sums)
@@ -155,6 +160,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
 
 def set_up(config: Config, groups: Groups) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
+    reward_fn = load_reward(config.reward.function)  # before anything slow
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
     raw_hf_config = read_hf_config(config)
@@ -175,7 +181,7 @@ def set_up(config: Config, groups: Groups) -> Run:
         engine=build_engine(config, raw_hf_config, device.device()),
         cursor=PromptCursor(problems.train, config.seed),
         eval_prompts=problems.eval,
-        reward_fn=load_reward(config.reward.function),
+        reward_fn=reward_fn,
     )
 
 
@@ -224,6 +230,17 @@ def restore(run: Run, store: CheckpointStore) -> int:
     run.cursor.restore(extra["cursor"])
     run.weight_version = step
     return step
+
+
+def refuse_earlier_run(config: Config) -> int:
+    """The first step, 0, of a run that must not continue another. Raises: UserError when the folder holds one."""
+    metrics = config.run_dir / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size:
+        raise UserError(
+            f"{config.run_dir} holds an earlier run and train.resume=never would overwrite it; choose another name, "
+            "remove the folder, or continue it with train.resume=auto"
+        )
+    return 0
 
 
 def batch_totals(run: Run, batch: TrainBatch) -> dict[str, float]:

@@ -20,6 +20,7 @@ from megatron_rl.convert.hf import folder_source, write_folder
 from megatron_rl.data import countdown_solutions
 from megatron_rl.packing import pack_supervised
 from megatron_rl.parallel.groups import barrier
+from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.types import Prompt
 
@@ -34,8 +35,8 @@ def warm_start(policy: MegatronPolicy, prompts: list[Prompt], tokenizer: Any) ->
     assert options is not None
     folder = Path(options.cache_dir) / _cache_key(config, len(prompts))
     cached = (folder / "model.safetensors").is_file()
-    barrier(groups)  # no rank may look after another has begun to write
-    if not cached:
+    # one answer for all ranks, found before any of them writes: another run may publish this folder at any moment
+    if Reducer(groups.world, device.device()).any(not cached):
         _train(policy, prompts, tokenizer, options)
         weights = {name: tensor.cpu() for name, tensor in policy.hf_weights()}
         if groups.rank == 0:

@@ -16,8 +16,8 @@ FOLDER = Path("runs/demo")
 # name: what it changes in the config, whose own loss is GRPO's
 METHODS: dict[str, list[str]] = {
     "grpo": [],
-    "clip_cov": ["loss={type: clip_cov, select_fraction: 0.1}"],
-    "kl_cov": ["loss={type: kl_cov, select_fraction: 0.1}"],
+    "clip_cov": ["loss={type: clip_cov, select_fraction: 0.02}"],
+    "kl_cov": ["loss={type: kl_cov, select_fraction: 0.1, kl_coef: 2.0}"],
 }
 
 

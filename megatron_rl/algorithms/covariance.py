@@ -90,8 +90,11 @@ def select_tokens(
     cov, count = covariance(logprobs, advantages, reducer)
     vocab = _cat(mini_batch, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, mini_batch)])
     metrics = _covariance_metrics(cov, vocab, ids, count, reducer)
-    if loss.type not in PRIORITIES or count == 0:  # type: ignore[attr-defined]
+    if loss.type not in PRIORITIES:  # type: ignore[attr-defined]
         return mini_batch, metrics
+    if count == 0:  # overlong filtering can mask a whole mini-batch
+        nothing = [torch.zeros_like(mb.loss_mask) for mb in mini_batch.micro_batches]
+        return mini_batch.replace_each("selected", nothing), metrics
     cov_loss: ClipCovLoss | KlCovLoss = loss  # type: ignore[assignment]
     _guard(mini_batch, cov_loss, count, updates_per_step)
     counter = (seed, step, mini_batch.index)

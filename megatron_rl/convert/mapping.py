@@ -7,7 +7,7 @@ is plain tensor arithmetic: no collective, no Megatron import.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,26 +73,6 @@ def find_row(local_name: str, layer_offset: int, tied: bool) -> Row:
     return Row(fill(row.megatron), tuple(fill(name) for name in row.hf), row.kind)
 
 
-def expected_names(hf: PretrainedConfig) -> list[str]:
-    """Every Hugging Face tensor of the model, in the order of the stream."""
-    names = []
-    for row in ROWS:
-        if _has_row(row, hf):
-            layers = range(hf.num_hidden_layers) if "{layer}" in row.megatron else (0,)
-            names += [name.replace("{layer}", str(layer)) for layer in layers for name in row.hf]
-    return names
-
-
-def _has_row(row: Row, hf: PretrainedConfig) -> bool:
-    if row.megatron == "output_layer.weight":
-        return not hf.tie_word_embeddings
-    if row.megatron.endswith("linear_qkv.bias"):
-        return hf.model_type == "qwen2"
-    if "q_layernorm" in row.megatron or "k_layernorm" in row.megatron:
-        return hf.model_type == "qwen3"
-    return True
-
-
 def to_shard(
     row: Row, tensors: list[Tensor], hf: PretrainedConfig, tp_rank: int, tp_size: int, padded_vocab: int
 ) -> Tensor:
@@ -142,6 +122,24 @@ def from_shards(row: Row, shards: list[Tensor], hf: PretrainedConfig) -> list[Te
             return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
 
 
+def full_shapes(row: Row, shard: Sequence[int], hf: PretrainedConfig, tp_size: int) -> list[tuple[int, ...]]:
+    """Shapes of the Hugging Face tensors of a row whose Megatron shard has the shape `shard`."""
+    first, *rest = shard
+    match row.kind:
+        case "replicated":
+            return [tuple(shard)]
+        case "row":
+            return [(first, rest[0] * tp_size)]
+        case "vocab":
+            return [(hf.vocab_size, *rest)]
+        case "qkv":
+            ratio = hf.num_attention_heads // hf.num_key_value_heads
+            one = first * tp_size // (ratio + 2)  # rows of all keys
+            return [(ratio * one, *rest), (one, *rest), (one, *rest)]
+        case "gate_up":
+            return [(first * tp_size // 2, *rest)] * 2
+
+
 def load_weights(
     parameters: Iterable[tuple[str, Tensor]],
     source: Callable[[str], Tensor],
@@ -155,11 +153,13 @@ def load_weights(
     """Fill a stage's parameters from `source(hf_name)`. Raises: ValueError naming a tensor whose shape does not fit."""
     for name, parameter in parameters:
         row = find_row(name, layer_offset, hf.tie_word_embeddings)
-        shard = to_shard(row, [source(n) for n in row.hf], hf, tp_rank, tp_size, padded_vocab)
-        if shard.shape != parameter.shape:
-            raise ValueError(
-                f"{' + '.join(row.hf)} gives {tuple(shard.shape)} for {name}, expected {tuple(parameter.shape)}; "
-                "the weights do not belong to this config.json"
-            )
+        tensors, shapes = [source(n) for n in row.hf], full_shapes(row, parameter.shape, hf, tp_size)
+        # the full tensors, before any split: padding would fill a short embedding with zero rows and cut a long one
+        for hf_name, tensor, expected in zip(row.hf, tensors, shapes, strict=True):
+            if tuple(tensor.shape) != expected:
+                raise ValueError(
+                    f"{hf_name} has shape {tuple(tensor.shape)}, expected {expected} for the Megatron parameter "
+                    f"{name}; the weights do not belong to this config.json"
+                )
         with torch.no_grad():
-            parameter.copy_(shard)
+            parameter.copy_(to_shard(row, tensors, hf, tp_rank, tp_size, padded_vocab))

@@ -13,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.13 renamed it; the old name warns
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Reducer:
     """Collectives over one group (None: this process alone), in the form the algorithms ask for them."""
@@ -105,14 +108,14 @@ class Reducer:
     def _gather(self, values: Tensor) -> Tensor:
         """`[ranks, *values.shape]`."""
         flat = torch.empty((self.size * values.numel(),), dtype=values.dtype, device=values.device)
-        dist.all_gather_into_tensor(flat, values.contiguous().reshape(-1), group=self.group)
+        all_gather_flat(flat, values.contiguous().reshape(-1), group=self.group)
         return flat.view(self.size, *values.shape)
 
 
 def _best(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values, ties by smaller id: sorting by id first makes the stable sort by value break ties right."""
+    """The k largest values (NaN above all), ties by smaller id: sorting by id first makes the stable sort do that."""
     if 0 < k < values.numel():  # sort only what can win
-        contenders = values >= values.topk(k).values[-1]
+        contenders = ~(values < values.topk(k).values[-1])  # NaN stays in: every rank must offer its k slots
         values, ids = values[contenders], ids[contenders]
     by_id = ids.argsort()
     by_value = values[by_id].argsort(descending=True, stable=True)[:k]

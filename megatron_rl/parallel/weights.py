@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from megatron_rl.convert.mapping import Row, find_row, from_shards
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.parallel.reduce import Reducer, all_gather_flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _exchange(
     gathered = torch.empty(groups.tp_size, total, dtype=bucket[0].dtype, device=device)
     if shards is not None:
         flat = torch.cat([shard.detach().reshape(-1) for shard in shards])
-        dist.all_gather_into_tensor(gathered.view(-1), flat, group=groups.tp)
+        all_gather_flat(gathered.view(-1), flat, group=groups.tp)
     if groups.pp_size > 1:
         dist.broadcast(gathered, src=groups.pp_ranks[stage], group=groups.pp)
     offset = 0

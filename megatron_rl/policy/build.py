@@ -135,8 +135,21 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -
         check_for_nan_in_grad=False,  # the update checks the global norm, on all ranks alike, before the weights move
     )
     ddp = DistributedDataParallel(tconfig, ddp_config, module)
+    _count_padding(ddp)
     tconfig.finalize_model_grads_func = finalize_model_grads
     return Model(hf, tconfig, gpt, ddp, hf.vocab_size, groups.tp_rank * (vocab // groups.tp_size))
+
+
+def _count_padding(ddp: DistributedDataParallel) -> None:
+    """Count each bucket's trailing padding as content, which only checkpoints of the distributed optimizer read.
+
+    Megatron-Core 0.16.1 gathers their state without the padding and then slices it at offsets that include it. A
+    pipeline's tied embedding is a bucket of its own: weights and moments behind it would be saved shifted, silently.
+    """
+    for buffer in ddp.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _use_hf_rope(gpt: GPTModel, hf: PretrainedConfig) -> None:

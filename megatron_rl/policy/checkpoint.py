@@ -6,6 +6,7 @@ the newest one. It loads under another TP, PP or DP.
 
 from __future__ import annotations
 
+import queue
 import re
 import shutil
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_rl import device
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.groups import Groups, barrier
+from megatron_rl.parallel.groups import CheckpointException, Groups, barrier
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.policy import MegatronPolicy
 
@@ -51,6 +53,9 @@ class CheckpointStore:
             draft.mkdir(parents=True)
         barrier(self.groups)
         state = self._state(is_loading=False) | {"step": step, "extra": extra}
+        # Megatron's own queue lives in a manager process: seconds to start, and it outlives a rank that is killed, with
+        # that rank's terminal held open. This save is synchronous: its results never leave the process.
+        filesystem_async._results_queue = queue.SimpleQueue()
         dist_checkpointing.save(state, str(draft))
         barrier(self.groups)
         if self.groups.rank == 0:
@@ -72,13 +77,13 @@ class CheckpointStore:
         path: Path | None = Reducer(self.groups.world, device.device()).gather_objects(self.newest())[0]
         if path is None:
             return None
-        strategy = get_default_load_sharded_strategy(str(path))
         try:
+            strategy = get_default_load_sharded_strategy(str(path))
             state = dist_checkpointing.load(self._state(is_loading=True), str(path), strategy)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is torch's and no Exception
             raise UserError(
-                f"cannot load the checkpoint {path}: {error}\nIf it belongs to another model, use another run name or "
-                "train.resume=never; if it is damaged, remove it"
+                f"cannot load the checkpoint {path}: {_reasons(error)}\nIf it belongs to another model, use another run "
+                "name or train.resume=never; if it is damaged, remove it"
             ) from error
         self.policy.model.gpt.load_state_dict(state["model"])
         self.policy.optimizer.load_state_dict(state["optimizer"])
@@ -95,6 +100,12 @@ class CheckpointStore:
         model = self.policy.model.gpt.sharded_state_dict(metadata=metadata)
         optimizer = self.policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer, "scheduler": self.policy.scheduler.state_dict()}
+
+
+def _reasons(error: BaseException) -> str:
+    """What went wrong, without the tracebacks of all ranks that torch puts into its message."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause in causes}))
 
 
 def _let_torch_adam_load() -> None:

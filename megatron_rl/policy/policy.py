@@ -39,7 +39,7 @@ class UpdateResult:
     sums: dict[str, Tensor]  # metric -> float64 [2], (sum, count)
     grad_norm: float
     learning_rate: float
-    skipped: bool  # a non-finite gradient: the weights did not move
+    skipped: bool  # a non-finite gradient (grad_norm says so) or no counted token on any rank: the weights did not move
 
 
 class MegatronPolicy:
@@ -128,8 +128,10 @@ class MegatronPolicy:
     def update(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any) -> UpdateResult:
         """One optimizer update: forward, backward, clip, step.
 
-        A non-finite gradient leaves the weights alone and is reported as skipped. Raises: NonFiniteError after
-        train.max_nonfinite_updates of them in a row.
+        A non-finite gradient leaves weights, moments and schedule alone and is reported as skipped. So does a
+        mini-batch without a counted token (overlong filtering can mask all of it): its mean is 0/0, and Adam's momentum
+        would move the weights for it.
+        Raises: NonFiniteError when more than train.max_nonfinite_updates gradients in a row were not finite.
         """
 
         def on_logits(logits: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -144,19 +146,19 @@ class MegatronPolicy:
         if self.groups.pp_size > 1:
             sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        grad_norm, skipped = self._step()
-        if skipped:
+        grad_norm, skipped = self._step(mini_batch)
+        if not math.isfinite(grad_norm):
             self._count_skipped(mini_batch, grad_norm, sums)
-        else:
+        elif not skipped:
             self._skipped_in_a_row = 0
             self.scheduler.step(increment=1)
         return UpdateResult(sums, grad_norm, learning_rate, skipped)
 
-    def _step(self) -> tuple[float, bool]:
-        """What ChainedOptimizer.step does, with a look at the norm before anything moves."""
-        overflow = self.optimizer.prepare_grads()
+    def _step(self, mini_batch: MiniBatch) -> tuple[float, bool]:
+        """What ChainedOptimizer.step does, with a look at the norm before anything moves: (norm, whether skipped)."""
+        self.optimizer.prepare_grads()  # its overflow flag belongs to fp16 loss scaling
         grad_norm = float(self.optimizer.get_grad_norm())
-        if overflow or not math.isfinite(grad_norm):
+        if not math.isfinite(grad_norm) or (grad_norm == 0 and self._is_empty(mini_batch)):
             return grad_norm, True
         if self.config.optimizer.clip_grad > 0:
             parameters = self.optimizer.get_parameters()
@@ -164,6 +166,11 @@ class MegatronPolicy:
         if not self.optimizer.step_with_ready_grads():
             raise RuntimeError("Megatron's optimizer refused a finite gradient")
         return grad_norm, False
+
+    def _is_empty(self, mini_batch: MiniBatch) -> bool:
+        """Whether no data-parallel rank has a counted token."""
+        counted = any(micro_batch.loss_denominator for micro_batch in mini_batch.micro_batches)
+        return not Reducer(self.groups.dp, device.device()).any(counted)
 
     def _count_skipped(self, mini_batch: MiniBatch, grad_norm: float, sums: dict[str, Tensor]) -> None:
         self._skipped_in_a_row += 1

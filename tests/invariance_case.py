@@ -1,0 +1,292 @@
+"""One frozen step of rollouts through the real `train.run_step`, under any layout, micro-batch count and packing.
+
+Only the sampling is replaced. What the test compares is recorded where the step passes by: the covariances and the
+selection after `select_tokens`, the loss sum and its denominator inside `policy.update`, the gradient norm, the
+metrics, and the
+exported weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.covariance import covariance
+from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.config import Config, parse_config
+from megatron_rl.types import MiniBatch, Rollout, TokenStats
+
+PROMPTS, SAMPLES, MAX_PROMPT, MAX_RESPONSE, VOCAB = 6, 4, 8, 20, 37  # 37: padded at TP 2
+TEMPERATURE = 0.8
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {"world_size": 1},
+    "tp2": {"world_size": 2, "tp": 2},
+    "pp2": {"world_size": 2, "pp": 2},
+    "dp2": {"world_size": 2},
+    "tp2_sp": {"world_size": 2, "tp": 2, "sp": True},
+    "tp2_pp2": {"world_size": 4, "tp": 2, "pp": 2},
+}
+
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+_COMMON = {**_SIZES, "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 64}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2", **_COMMON, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **_COMMON, "tie_word_embeddings": False, "head_dim": 8},
+    "llama": {"model_type": "llama", **_COMMON, "tie_word_embeddings": False},
+}
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "clip_cov": {"type": "clip_cov", "select_fraction": 0.06, "cov_low": 0.4, "cov_high": 3.0, "eps_high": 0.25},
+    "kl_cov": {"type": "kl_cov", "select_fraction": 0.06},
+    "kl_cov_vocab": {"type": "kl_cov", "select_fraction": 0.06, "cov_estimator": "vocab"},
+    "ppo_clip": {
+        "type": "ppo_clip",
+        "aggregation": "seq_mean_token_mean",
+        "entropy_coef": 0.01,
+        "ref_kl_coef": 0.1,
+        "rollout_is_cap": 1.1,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the step. `num_micro_batches` None lets `budget` (tokens) decide; `reordered` deals sequences
+    differently."""
+
+    loss: str
+    num_micro_batches: int | None = 1
+    reordered: bool = False
+    budget: int = 512
+    model: str = "qwen2"
+    scope: str = "minibatch"
+    filtered: int = 0  # rollouts at the end of the step that overlong filtering has masked
+
+
+@dataclass
+class Update:
+    """One mini-batch, over all ranks. Tensors are sorted by global token id."""
+
+    ids: Tensor  # [N] of the response tokens
+    cov: Tensor  # [N] float64, what the selection ranks
+    advantages: Tensor  # [N] float32
+    log_ratio: Tensor  # [N] float32, current against old policy: 0 while the weights have not moved
+    selected: Tensor  # [N] bool
+    loss_sum: float = 0.0
+    denominator: float = 0.0
+    grad_norm: float = 0.0
+    skipped: bool = False
+
+
+@dataclass
+class Outcome:
+    """What one step did."""
+
+    updates: list[Update] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def initial_weights(model: str) -> dict[str, Tensor]:
+    """Every tensor distinct: transformers starts norms at 1 and biases at 0, which would hide an exchange of two of
+    them."""
+    generator = torch.Generator().manual_seed(7)
+    weights = {}
+    for name, tensor in _hf_model({**MODELS[model], "initializer_range": 0.2}).state_dict().items():
+        weights[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+    if MODELS[model]["tie_word_embeddings"]:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    return weights
+
+
+def _hf_model(raw: dict[str, Any]) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    from megatron_rl.policy.build import resolve_hf_config
+
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(resolve_hf_config(raw), dtype=torch.float32).eval()
+
+
+def make_config(case: Case, layout: str) -> Config:
+    """The run's config. Adam's eps of 0.1 makes the update nearly proportional to the gradient: with the usual 1e-8 the
+    first updates are its sign, which hides a wrong scale and amplifies rounding where a gradient is almost 0."""
+    loss = dict(LOSSES[case.loss])
+    if loss["type"] != "ppo_clip":
+        loss["cov_scope"] = case.scope
+    return parse_config(
+        {
+            "model": {"hf_config": MODELS[case.model]},
+            "parallel": LAYOUTS[layout],
+            "data": {"type": "countdown", "max_prompt_tokens": MAX_PROMPT},
+            "rollout": {
+                "samples_per_prompt": SAMPLES,
+                "max_response_tokens": MAX_RESPONSE,
+                "temperature": TEMPERATURE,
+                "stop_token_ids": [0],
+            },
+            "algorithm": {"overlong": {"filter": case.filtered > 0}},
+            "loss": loss,
+            "optimizer": {"lr": 0.02, "eps": 0.1, "clip_grad": 2.0},
+            "train": {
+                "num_steps": 1,
+                "prompts_per_step": PROMPTS,
+                "prompts_per_minibatch": PROMPTS // 2,
+                "micro_batch_tokens": case.budget,
+            },
+            "logging": {"samples_per_step": 0},
+        }
+    )
+
+
+def frozen_rollouts(model: str) -> list[Rollout]:
+    """Half of the responses are likely under the initial weights, half are noise; rewards differ inside every group."""
+    reference = _hf_model(MODELS[model])
+    reference.load_state_dict(initial_weights(model))
+    draw = torch.Generator().manual_seed(11)
+    rollouts = []
+    for prompt_id in range(PROMPTS):
+        prompt = torch.randint(0, VOCAB, (int(torch.randint(3, MAX_PROMPT + 1, (), generator=draw)),), generator=draw)
+        for sample in range(SAMPLES):
+            length = int(torch.randint(1, MAX_RESPONSE + 1, (), generator=draw))
+            tokens, logprobs = _respond(reference, prompt, length, 1.0 if sample % 2 else 3.0, draw)
+            rollouts.append(
+                Rollout(
+                    prompt_id=100 + prompt_id,
+                    sample_index=sample,
+                    token_ids=tokens,
+                    rollout_logprobs=logprobs + 0.1 * torch.randn(logprobs.shape, generator=draw) * (logprobs != 0),
+                    loss_mask=torch.arange(len(tokens)) >= len(prompt),
+                    finish_reason="stop",
+                    weight_version=0,
+                    score=float(sample == prompt_id % SAMPLES),
+                    reward=float(sample == prompt_id % SAMPLES) + 0.25 * float(sample % 2),
+                )
+            )
+    return rollouts
+
+
+def _respond(
+    reference: torch.nn.Module, prompt: Tensor, length: int, temperature: float, draw: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    tokens, logprobs = prompt, [0.0] * len(prompt)
+    with torch.no_grad():
+        for _ in range(length):
+            logits = reference(tokens[None]).logits[0, -1]
+            token = torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=draw)
+            logprobs.append(float(torch.log_softmax(logits / TEMPERATURE, 0)[token]))
+            tokens = torch.cat([tokens, token])
+    return tokens, torch.tensor(logprobs)
+
+
+def run_cases(layout: str, cases: list[Case], rollouts: dict[str, list[Rollout]]) -> list[Outcome]:
+    """On every rank of a world of the layout's size. `rollouts`: by model."""
+    from megatron_rl.parallel.groups import init_groups
+
+    torch.set_num_threads(1)
+    groups = init_groups(make_config(cases[0], layout).parallel, seed=1)
+    return [_run_case(make_config(case, layout), case, groups, rollouts[case.model]) for case in cases]
+
+
+def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) -> Outcome:
+    from megatron_rl import train
+    from megatron_rl.metrics import Timers
+    from megatron_rl.parallel.reduce import Reducer
+    from megatron_rl.policy.policy import MegatronPolicy
+    from megatron_rl.rollout.collect import CollectResult
+
+    policy = MegatronPolicy(MODELS[case.model], config, groups, total_updates=2)
+    policy.load(initial_weights(case.model).__getitem__)
+    policy.reset_optimizer()
+    if config.loss.ref_kl_coef > 0:
+        policy.keep_reference()
+    run = train.Run(
+        config=config,
+        groups=groups,
+        world=Reducer(groups.world),
+        data_parallel=Reducer(groups.dp),
+        tokenizer=None,
+        policy=policy,
+        engine=SimpleNamespace(update_weights=lambda stream, version: list(stream)),  # type: ignore[arg-type]
+        cursor=None,  # type: ignore[arg-type]
+        eval_prompts=[],
+        reward_fn=None,
+    )
+    kept = len(rollouts) - case.filtered
+    cut = [r.replace(loss_mask=torch.zeros_like(r.loss_mask), finish_reason="length") for r in rollouts[kept:]]
+    rollouts = rollouts[:kept] + cut
+    outcome = Outcome()
+    logger: Any = SimpleNamespace(log_samples=lambda *_: None)
+    with _observed(run, case, CollectResult(rollouts, {}, {}), outcome):
+        outcome.metrics = train.run_step(run, 0, Timers(), logger)
+    outcome.weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
+    return outcome
+
+
+@contextlib.contextmanager
+def _observed(run: Any, case: Case, collected: Any, outcome: Outcome) -> Iterator[None]:
+    """Put the frozen rollouts and the forced packing into the step, and record what passes by."""
+    from megatron_rl import packing, train
+    from megatron_rl.parallel.reduce import Reducer
+
+    real_select, real_update = train.select_tokens, run.policy.update
+
+    def select(mini_batch: MiniBatch, stats: list[TokenStats], loss: Any, reducer: Any, **options: int) -> Any:
+        chosen, metrics = real_select(mini_batch, stats, loss, reducer, **options)
+        pairs = list(zip(stats, mini_batch.micro_batches, strict=True))
+        logprobs = torch.cat([s.logprobs[m.loss_mask] for s, m in pairs])
+        cov, _ = covariance(logprobs, chosen.cat("advantages"), reducer)
+        if getattr(loss, "cov_estimator", "batch") == "vocab":
+            cov = torch.cat([entropy_loss_per_step(s, m.advantages)[m.loss_mask] for s, m in pairs])
+        ids, log_ratio = chosen.cat("token_ids_global"), logprobs - chosen.cat("old_logprobs")
+        marked = torch.zeros_like(ids, dtype=torch.bool) if loss.type == "ppo_clip" else chosen.cat("selected")
+        if loss.type != "ppo_clip":  # padding and prompts are never selected
+            assert not any((m.selected & ~m.loss_mask).any() for m in chosen.micro_batches)
+        of_all_ranks = reducer.gather_objects((ids, cov, chosen.cat("advantages"), log_ratio, marked))
+        gathered = [torch.cat(parts) for parts in zip(*of_all_ranks, strict=True)]
+        order = gathered[0].argsort()
+        outcome.updates.append(Update(*(values[order] for values in gathered)))
+        return chosen, metrics
+
+    def update(mini_batch: MiniBatch, loss: Any, loss_config: Any) -> Any:
+        total = torch.zeros((), dtype=torch.float64)
+
+        def counted(inputs: Any, options: Any) -> Any:
+            outputs = loss(inputs, options)
+            total.add_(outputs.loss_sum.detach().double())
+            return outputs
+
+        result = real_update(mini_batch, counted, loss_config)
+        denominator = torch.tensor(float(sum(m.loss_denominator for m in mini_batch.micro_batches)))
+        sums = run.data_parallel.sum(torch.stack([total, denominator.double()]))
+        record = outcome.updates[-1]
+        # only the last pipeline stage computes the loss
+        record.loss_sum, record.denominator = Reducer(run.groups.pp).gather_objects(sums.tolist())[-1]
+        record.grad_norm, record.skipped = result.grad_norm, result.skipped
+        return result
+
+    pack = functools.partial(train.pack, num_micro_batches=case.num_micro_batches)
+    deal = _dealt_at_random if case.reordered else packing._longest_first
+    with (
+        mock.patch.multiple(train, collect=lambda *_: collected, pack=pack, select_tokens=select),
+        mock.patch.object(packing, "_longest_first", deal),
+        mock.patch.object(run.policy, "update", update),
+    ):
+        yield
+
+
+def _dealt_at_random(lengths: list[int], count: int) -> list[list[int]]:
+    """Other neighbours in each bin, in another order, than `packing._longest_first` gives."""
+    order = list(range(len(lengths)))
+    random.Random(5).shuffle(order)
+    return [order[which::count] for which in range(count)]

@@ -1,0 +1,171 @@
+"""Global statistics on 1, 2 and 4 ranks against one numpy process; every rank must hold the same bits."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.parallel.reduce import Reducer
+from tests.worlds import Worlds
+
+# how many of 40 elements each rank holds; some ranks are empty
+SPLITS = {1: [(40,)], 2: [(13, 27), (0, 40)], 4: [(5, 20, 0, 15), (0, 0, 0, 40), (10, 10, 10, 10)]}
+LAYOUTS = [split for splits in SPLITS.values() for split in splits]
+WORLD = pytest.mark.parametrize("split", LAYOUTS, ids=str)
+FRACTIONS = [0.0, 0.1, 0.25, 0.5, 0.9, 0.999, 1.0]
+COUNTS = [1, 2, 7, 39, 40, 41, 1000]
+
+
+def world() -> tuple[Reducer, int]:
+    """The reducer of this rank as a run has it (a group of one rank is a group too), and the rank."""
+    return Reducer(dist.group.WORLD), dist.get_rank()
+
+
+def share(values: Tensor, split: tuple[int, ...], rank: int) -> Tensor:
+    return values.split(list(split))[rank]
+
+
+def same_on_all(results: list[Any]) -> Any:
+    """Rank 0's result, after checking that all ranks hold the same bits."""
+    assert len({pickle.dumps(_plain(result)) for result in results}) == 1
+    return results[0]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.hex() if isinstance(value, float) else value
+
+
+def _sum_and_max(values: Tensor) -> tuple[Tensor, ...]:
+    reducer, rank = world()
+    before = values[rank].clone()
+    result = (
+        reducer.sum(values[rank]),
+        reducer.max(values[rank]),
+        reducer.sum((1000 * values[rank]).long()),
+        reducer.max(values[rank].float()),
+        reducer.sum(values[rank].T),  # not contiguous
+    )
+    result[0].add_(1.0)  # a new tensor: the caller's must not change, on one rank either
+    assert torch.equal(values[rank], before)
+    return result
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_sum_and_max(worlds: Worlds, size: int) -> None:
+    # magnitudes from 1 to 1e8 of both signs: a sum in another order would differ in its last bits
+    exponents = 16 * torch.rand(size, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 8
+    values = exponents.sign() * 10 ** exponents.abs()
+    total, largest, integers, single, transposed = same_on_all(worlds.run(size, _sum_and_max, values))
+    array = values.numpy()
+    np.testing.assert_allclose(total.numpy(), array.sum(0) + 1.0, rtol=1e-15 * 4)
+    np.testing.assert_array_equal(largest.numpy(), array.max(0))
+    np.testing.assert_array_equal(integers.numpy(), (1000 * array).astype(np.int64).sum(0))
+    np.testing.assert_array_equal(single.numpy(), array.astype(np.float32).max(0))
+    np.testing.assert_allclose(transposed.numpy(), array.sum(0).T, rtol=1e-15 * 4)
+
+
+def _top_k(values: Tensor, ids: Tensor, split: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    reducer, rank = world()
+    return [reducer.top_k(share(values, split, rank), share(ids, split, rank), k) for k in COUNTS]
+
+
+def expected_top_k(values: Tensor, ids: Tensor, k: int) -> list[tuple[float, int]]:
+    return sorted(zip(values.tolist(), ids.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))[:k]
+
+
+@WORLD
+def test_top_k_takes_the_largest_and_ties_go_to_the_smaller_id(worlds: Worlds, split: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randperm(1000, generator=generator)[:40]
+    tied = torch.randint(-3, 4, (40,), generator=generator).double()  # about six of each value, spread over the ranks
+    tied[7] = -0.0
+    infinite = torch.randn(40, generator=generator, dtype=torch.float64)
+    infinite[[3, 30]] = math.inf
+    infinite[[4, 20, 39]] = -math.inf
+    for values in (tied, torch.zeros(40), infinite):
+        results = same_on_all(worlds.run(len(split), _top_k, values, ids, split))
+        for k, (best, winners) in zip(COUNTS, results, strict=True):
+            assert list(zip(best.tolist(), winners.tolist(), strict=True)) == expected_top_k(values, ids, k)
+            assert best.dtype == torch.float64 and winners.dtype == torch.int64
+
+
+@pytest.mark.parametrize("split", [(0,), (0, 0), (40,), (13, 27)], ids=str)
+def test_top_k_without_elements_and_with_nan(worlds: Worlds, split: tuple[int, ...]) -> None:
+    values = torch.full((sum(split),), math.nan, dtype=torch.float64)
+    if sum(split):
+        values[::2] = torch.arange(20)
+    ids = torch.arange(sum(split))
+    for k, (best, winners) in zip(COUNTS, same_on_all(worlds.run(len(split), _top_k, values, ids, split)), strict=True):
+        # NaN counts as the largest, as in torch
+        order = [*range(1, sum(split), 2), *reversed(range(0, sum(split), 2))][:k]
+        assert winners.tolist() == order
+        torch.testing.assert_close(best, values[order], equal_nan=True)
+
+
+def _quantiles(values: list[Tensor], split: tuple[int, ...]) -> list[list[float]]:
+    reducer, rank = world()
+    return [reducer.quantiles(share(of_all, split, rank), FRACTIONS) for of_all in values]
+
+
+@WORLD
+def test_quantiles_are_elements_of_the_set(worlds: Worlds, split: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    signed = torch.randn(40, generator=generator) * 10 ** (6 * torch.randn(40, generator=generator))
+    infinite = signed.clone()
+    infinite[[1, 2, 3, 30, 31]] = -math.inf
+    infinite[[0, 10, 20, 39]] = math.inf
+    zeros = torch.tensor([-0.0, 0.0] * 20)
+    equal = torch.full((40,), -2.5)
+    tiny = torch.tensor([2e-45, -2e-45] * 20) * torch.arange(40)  # subnormal
+    sets = [signed, infinite, zeros, equal, tiny, signed.double()]
+    results = same_on_all(worlds.run(len(split), _quantiles, sets, split))
+    for values, got in zip(sets, results, strict=True):
+        # -0.0 sorts before 0.0: numpy's sort keeps their order, so the key looks at the sign bit too
+        rising = sorted(values.float().tolist(), key=lambda x: (x, math.copysign(1.0, x)))
+        want = [rising[math.floor(q * 39)] for q in FRACTIONS]
+        assert [x.hex() for x in got] == [x.hex() for x in want]
+
+
+def _empty_quantiles() -> list[float]:
+    reducer, _ = world()
+    return reducer.quantiles(torch.zeros(0), [0.1, 0.9])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_quantiles_of_nothing_are_nan(worlds: Worlds, size: int) -> None:
+    assert all(math.isnan(x) for rank in worlds.run(size, _empty_quantiles) for x in rank)
+
+
+def _objects() -> tuple[list[Any], list[bool]]:
+    reducer, rank = world()
+    value = {"rank": rank, "text": "ä" * (10**rank), "tensor": torch.arange(rank), "none": None}
+    flags = [reducer.any(flag) for flag in (False, rank == dist.get_world_size() - 1, True)]
+    return reducer.gather_objects(value), flags
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_objects_of_any_size_arrive_in_rank_order(worlds: Worlds, size: int) -> None:
+    for gathered, flags in worlds.run(size, _objects):
+        assert [one["rank"] for one in gathered] == list(range(size))
+        assert [len(one["text"]) for one in gathered] == [10**rank for rank in range(size)]
+        assert [one["tensor"].tolist() for one in gathered] == [list(range(rank)) for rank in range(size)]
+        assert flags == [False, True, True]
+
+
+def test_without_a_group_the_process_is_alone() -> None:
+    reducer = Reducer(None)
+    values, ids = torch.tensor([1.0, 3.0, 3.0], dtype=torch.float64), torch.tensor([5, 9, 2])
+    assert reducer.size == 1 and reducer.sum(values).tolist() == [1.0, 3.0, 3.0]
+    assert reducer.top_k(values, ids, 2)[1].tolist() == [2, 9]
+    assert reducer.quantiles(values, [0.0, 0.5]) == [1.0, 3.0] and reducer.gather_objects("x") == ["x"]

@@ -1,0 +1,444 @@
+"""What goes wrong in a run: signals and dead ranks through the real command line, then bad input, rewards and gradients.
+
+Nothing may hang, nothing may be lost or counted twice, and the message names the cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from megatron_rl import cli, launch
+from megatron_rl.config import parse_config
+from megatron_rl.errors import UserError
+from tests.tiny import errors_of_each, measured, rows_of, tiny_raw, train_each
+from tests.worlds import ROOT, Worlds
+
+LIMIT = (
+    280.0  # seconds a world or a command may take: on a machine that does other things too, ranks wait for each other
+)
+TRAIN = {"prompts_per_step": 4, "prompts_per_minibatch": 2, "micro_batch_tokens": 96}
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """`megatron-rl train` on a config, as a process."""
+
+    def __init__(self, raw: dict[str, Any], folder: Path) -> None:
+        self.raw, self.pids = raw, set[int]()
+        config = folder / f"{raw['name']}.yaml"
+        config.write_text(yaml.safe_dump(raw))
+        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_rl", "train", str(config)],
+            cwd=folder,
+            env=env | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def until_row(self, step: int) -> None:
+        """Wait until metrics.jsonl has the step."""
+        deadline = time.monotonic() + LIMIT
+        while _last_step(self.raw) < step:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, f"step {step} did not come"
+            time.sleep(0.01)
+        self.pids |= {child.pid for child in psutil.Process(self.process.pid).children(recursive=True)}
+
+    def rank(self, rank: int) -> int:
+        """Its process id."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child.pid for child in children if child.environ().get("RANK") == str(rank))
+
+    def end(self) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr); no process that was seen is left."""
+        out, err = self.process.communicate(timeout=LIMIT)
+        left = [pid for pid in self.pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+        assert not left, f"processes {left} outlive the run"
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Command]]:
+    commands: list[Command] = []
+
+    def _start(raw: dict[str, Any]) -> Command:
+        commands.append(Command(raw, tmp_path))
+        return commands[-1]
+
+    yield _start
+    for command in commands:
+        with contextlib.suppress(ProcessLookupError):
+            command.process.kill()  # the ranks die with it
+        command.process.communicate()
+
+
+def _last_step(raw: dict[str, Any]) -> int:
+    with contextlib.suppress(FileNotFoundError, IndexError, json.JSONDecodeError):  # not there, empty, half a line
+        return rows_of(raw)[-1]["step"]
+    return -1
+
+
+def _checkpoints(raw: dict[str, Any], folder: Path) -> list[str]:
+    return [path.name for path in (folder / raw["name"] / "checkpoints").iterdir()]
+
+
+def test_a_run_that_is_stopped_killed_and_interrupted_ends_like_one_that_was_not(
+    worlds: Worlds, tmp_path: Path, start: Callable[[dict[str, Any]], Command]
+) -> None:
+    """One command, four times: SIGTERM, SIGKILL of a rank, SIGINT, and to the end. The same rows and the same weights."""
+    options: dict[str, Any] = {
+        "loss": {"type": "clip_cov", "select_fraction": 0.05, "cov_low": 0.05, "cov_high": 9.0},
+        "optimizer": {"schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.01},
+        "train": {"num_steps": 24, "save_every": 3, "grace_seconds": 60, **TRAIN},
+        "logging": {"samples_per_step": 2},
+    }
+    raw = tiny_raw(tmp_path, "stopped", **options, reward={"function": "tests.tiny:slow_mostly_digits"})
+
+    command = start(raw)
+    command.until_row(1)
+    command.process.send_signal(signal.SIGTERM)
+    code, out, err = command.end()
+    done = len(rows_of(raw))
+    assert code == 143 and 2 <= done < 20
+    assert f"stopped after step {done} of 24; the same command continues" in out
+    assert "stopping: up to 60 s" in err and "killed" not in err and "Traceback" not in err
+    assert _checkpoints(raw, tmp_path) == [f"step_{done:08d}"]
+
+    command = start(raw)
+    command.until_row(done + 3)
+    os.kill(command.rank(1), signal.SIGKILL)
+    code, out, err = command.end()
+    assert code == 1
+    assert err.count("rank 1 was killed by SIGKILL") == 1 and "Traceback (most" not in err + out
+
+    command = start(raw)
+    command.until_row(done + 5)
+    command.process.send_signal(signal.SIGINT)
+    code, out, err = command.end()
+    assert code == 130 and "Traceback" not in out + err
+
+    code, out, err = start(raw).end()
+    assert code == 0 and "Traceback" not in err
+    assert _checkpoints(raw, tmp_path) == ["step_00000024"]
+
+    whole = tiny_raw(tmp_path, "whole", **options)
+    expected = worlds.run(2, train_each, [whole], timeout=LIMIT)[0][0]
+    rows = rows_of(raw)
+    assert [row["step"] for row in rows] == list(range(24))
+    assert [measured(row) for row in rows] == [measured(row) for row in rows_of(whole)]
+    assert rows_of(raw, "samples.jsonl") == rows_of(whole, "samples.jsonl")
+    weights = worlds.run(2, train_each, [raw], timeout=LIMIT)[0][0]  # trains nothing: loads step 24
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert len(rows_of(raw)) == 24
+
+
+FAULTY_ENGINE = """
+import os
+from megatron_rl.rollout.engine import EngineError
+from megatron_rl.rollout.transformers import TransformersEngine
+from tests.tiny import mostly_digits
+
+generate = TransformersEngine.generate
+
+def fail_at_step_1(self, requests):
+    if self.weight_version == 1 and os.environ["RANK"] == "1":
+        raise EngineError("the engine of rank 1 gave up")
+    return generate(self, requests)
+
+TransformersEngine.generate = fail_at_step_1
+"""
+
+
+def test_an_engine_that_fails_on_one_rank_ends_the_run(
+    tmp_path: Path, start: Callable[[dict[str, Any]], Command]
+) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY_ENGINE)
+    command = start(tiny_raw(tmp_path, reward={"function": "faulty:mostly_digits"}))
+    command.until_row(0)
+    code, out, err = command.end()
+    assert code == 1
+    assert err.startswith("rank 1 failed:\n") and err.count("Traceback (most recent call last)") == 1
+    assert err.count("EngineError: the engine of rank 1 gave up") == 1
+    assert "Traceback" not in out
+    assert len(rows_of(command.raw)) == 1
+
+
+BROKEN = """
+import os
+from tests.tiny import mostly_digits
+
+if os.environ["RANK"] == "1":
+    raise OSError("connection refused")
+"""
+
+
+def test_a_fault_of_the_user_on_one_rank_is_a_message(
+    tmp_path: Path, start: Callable[[dict[str, Any]], Command]
+) -> None:
+    """Its text reads like a lost connection, and the other rank then loses one: the cause is still told from the effect."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    code, _, err = start(tiny_raw(tmp_path, reward={"function": "broken:mostly_digits"})).end()
+    assert code == 1
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1, err
+    assert lines[0].startswith(
+        "error: reward.function='broken:mostly_digits': importing broken failed with OSError: con"
+    )
+
+
+# --- moments that no signal of a test hits ----------------------------------------------------------------------------
+
+
+def _die_after_a_checkpoint(raw: dict[str, Any]) -> tuple[str, bool, str]:
+    from megatron_rl.policy.checkpoint import CheckpointStore
+
+    save = CheckpointStore.save
+
+    def save_and_die(self: CheckpointStore, step: int, extra: dict[str, Any]) -> Path:
+        save(self, step, extra)
+        raise RuntimeError("died")
+
+    with mock.patch.object(CheckpointStore, "save", save_and_die):
+        return errors_of_each([raw])[0]
+
+
+def test_a_death_right_after_a_checkpoint_loses_no_row(worlds: Worlds, tmp_path: Path) -> None:
+    raw = tiny_raw(tmp_path, train={"num_steps": 4, "save_every": 2, "save_final": False, **TRAIN})
+    assert worlds.run(2, _die_after_a_checkpoint, raw, timeout=LIMIT)[0][0] == "RuntimeError"
+    worlds.run(2, train_each, [raw], timeout=LIMIT)
+    assert [row["step"] for row in rows_of(raw)] == [0, 1, 2, 3]
+
+
+def _warm_start_while_another_run_publishes(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The folder of the cached weights appears between rank 0's look and rank 1's."""
+    from megatron_rl import warm_start
+
+    real, rank = Path.is_file, os.environ["RANK"]
+
+    def is_file(path: Path) -> bool:
+        return real(path) or (rank == "1" and path.name == "model.safetensors")
+
+    def train(*arguments: Any) -> None:
+        patch.stop()
+        trained(*arguments)
+
+    trained, patch = warm_start._train, mock.patch.object(Path, "is_file", is_file)
+    with mock.patch.object(warm_start, "_train", train):
+        patch.start()
+        return train_each([raw])
+
+
+def test_ranks_agree_on_whether_the_warm_start_is_cached(worlds: Worlds, tmp_path: Path) -> None:
+    """Otherwise rank 0 would train alone, and wait for ever."""
+    options = {"warm_start": {"steps": 3, "batch_size": 8}, "train": {"num_steps": 1, "save_final": False, **TRAIN}}
+    raced, alone = (tiny_raw(tmp_path, name, **options) for name in ("raced", "alone"))
+    for raw in (raced, alone):
+        raw["warm_start"] = raw["warm_start"] | {"cache_dir": str(tmp_path / f"{raw['name']}_cache")}
+    weights = worlds.run(2, _warm_start_while_another_run_publishes, raced, timeout=60)[0][0]
+    expected = worlds.run(2, train_each, [alone], timeout=LIMIT)[0][0]
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_refused_run_leaves_the_config_of_the_one_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    config = parse_config(tiny_raw(tmp_path))
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text("the other's")
+    with launch._hold(config.run_dir), pytest.raises(UserError, match="in use by a run"):
+        cli.run_training(config)
+    assert (config.run_dir / "config.yaml").read_text() == "the other's"
+
+
+def test_whose_fault_a_user_error_is() -> None:
+    """Its text may quote anything; what it was raised from decides."""
+    assert not launch._is_lost_peer(UserError("the reward function failed: server timed out, connection reset"))
+    lost = UserError("cannot load the checkpoint")
+    lost.__cause__ = RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
+    assert launch._is_lost_peer(lost)
+
+
+# --- input, rewards and gradients -------------------------------------------------------------------------------------
+
+
+def always_raises(response: str, answer: str) -> float:
+    raise ZeroDivisionError("graders cannot divide by zero")
+
+
+def never_a_number(response: str, answer: str) -> float:
+    return float("nan")
+
+
+def seldom_raises(response: str, answer: str) -> float:
+    """Raises on the responses that start with a 7, about one in twenty of an untrained policy."""
+    if response.startswith("7"):
+        raise ValueError("unlucky")
+    return float(len(response) > 9)
+
+
+def always_wrong(response: str, answer: str) -> float:
+    return 0.0
+
+
+EIGHT_UPDATES = {"num_steps": 2, "prompts_per_step": 8, "prompts_per_minibatch": 1, "micro_batch_tokens": 96}
+
+# name -> (sections, the error, parts of its message)
+FAULTS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "long countdown prompt": (
+        {"data": {"max_prompt_tokens": 5}},
+        "DataError",
+        ["has 9 tokens, data.max_prompt_tokens=5; raise that limit"],
+    ),
+    "empty file": (
+        {"data": {"type": "jsonl", "train_path": "{folder}/empty.jsonl", "tokenizer": "{folder}/tokenizer"}},
+        "DataError",
+        ["empty.jsonl: holds no problem", "one JSON object per line"],
+    ),
+    "long problem": (
+        {"data": {"type": "jsonl", "train_path": "{folder}/long.jsonl", "tokenizer": "{folder}/tokenizer"}},
+        "DataError",
+        ["long.jsonl, line 2: the prompt has 19 tokens, data.max_prompt_tokens=16", "data.overlong_prompts=drop"],
+    ),
+    "no such module": (
+        {"reward": {"function": "nonesuch:score"}},
+        "RewardError",
+        ["importing nonesuch failed with ModuleNotFoundError", "PYTHONPATH"],
+    ),
+    "no such function": (
+        {"reward": {"function": "tests.tiny:mostly_digit"}},
+        "RewardError",
+        ["no 'mostly_digit'; did you mean 'mostly_digits'?"],
+    ),
+    "reward raises": (
+        {"reward": {"function": "tests.test_run_faults:always_raises"}},
+        "RewardError",
+        ["failed on 16 of 16 responses", "reward.max_failures=0.1", "ZeroDivisionError: graders cannot divide by zero"],
+    ),
+    "reward is NaN": (
+        {"reward": {"function": "tests.test_run_faults:never_a_number"}},
+        "RewardError",
+        ["failed on 16 of 16 responses", "returned nan (float), expected a finite number"],
+    ),
+    "no group differs": (
+        {
+            "reward": {"function": "tests.test_run_faults:always_wrong"},
+            "algorithm": {"dynamic_sampling": {"enabled": True, "max_batches": 3}},
+        },
+        "CollectError",
+        ["kept 0 of 12 groups after 3 generation batches", "all wrong 1.000", "max_batches (3)"],
+    ),
+    "too few prompts to refill": (
+        {
+            "reward": {"function": "tests.test_run_faults:always_wrong"},
+            "algorithm": {"dynamic_sampling": {"enabled": True, "max_batches": 99}},
+        },
+        "DataError",
+        ["4 prompts are wanted, but of the data set's 64 only 0 have not been drawn", "dynamic_sampling.max_batches"],
+    ),
+    "exploding update": (
+        {"optimizer": {"lr": 1e30, "clip_grad": 0.0}, "train": EIGHT_UPDATES},
+        "NonFiniteError",
+        ["in 4 updates in a row", "train.max_nonfinite_updates=3", "optimizer.lr"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def faults(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, bool, str]]]:
+    """What each of FAULTS raises on ranks 0 and 1, in one world: had one rank hung, this would time out."""
+    from megatron_rl.data import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("faults")
+    build_tokenizer(parse_config(tiny_raw(folder))).save_pretrained(folder / "tokenizer")
+    (folder / "empty.jsonl").write_text("\n\n")
+    problems = ["1+1=", "1+2+3+4+5+6+7+8+9+="]
+    (folder / "long.jsonl").write_text("\n".join(json.dumps({"problem": p, "answer": "2"}) for p in problems))
+    raws = []
+    for name, (sections, _, _) in FAULTS.items():
+        raw = tiny_raw(folder, name.replace(" ", "_"), **sections)
+        if raw["data"]["type"] == "jsonl":
+            paths = {key: raw["data"][key].format(folder=folder) for key in ("train_path", "tokenizer")}
+            raw["data"] = {"type": "jsonl", "max_prompt_tokens": 16, **paths}
+            raw["model"] = {"hf_config": raw["model"]["hf_config"] | {"vocab_size": 21}}
+        raws.append(raw)
+    ranks = worlds.run(2, errors_of_each, raws, timeout=LIMIT)
+    return {name: [found[i] for found in ranks] for i, name in enumerate(FAULTS)}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_the_same_clear_error_on_every_rank(
+    faults: dict[str, list[tuple[str, bool, str]]], name: str
+) -> None:
+    _, error, parts = FAULTS[name]
+    for kind, for_the_user, message in faults[name]:
+        assert (kind, for_the_user) == (error, True), message
+        for part in parts:
+            assert part in message
+
+
+def test_gradings_that_seldom_fail_are_counted(worlds: Worlds, tmp_path: Path) -> None:
+    raw = tiny_raw(
+        tmp_path,
+        reward={"function": "tests.test_run_faults:seldom_raises", "max_failures": 0.5},
+        rollout={"samples_per_prompt": 8},
+        logging={"samples_per_step": 999},
+    )
+    worlds.run(2, train_each, [raw], timeout=LIMIT)
+    samples = rows_of(raw, "samples.jsonl")
+    for step, row in enumerate(rows_of(raw)):
+        of_step = [sample for sample in samples if sample["step"] == step]
+        unlucky = [sample for sample in of_step if sample["response"].startswith("7")]
+        assert len(of_step) == 32 and row["reward/failed_fraction"] == len(unlucky) / 32
+        assert all(sample["score"] == 0 for sample in unlucky)
+    assert any(row["reward/failed_fraction"] > 0 for row in rows_of(raw))
+
+
+def _train_with_poison(raws: list[dict[str, Any]], poisoned: range) -> list[dict[str, Any]]:
+    """The losses of the micro-batches with these numbers, over all runs, become infinite."""
+    from megatron_rl.algorithms.losses import LOSSES, ppo_clip
+
+    calls = iter(range(10**9))
+
+    def loss(inputs: Any, config: Any) -> Any:
+        outputs = ppo_clip(inputs, config)
+        if next(calls) in poisoned:
+            object.__setattr__(outputs, "loss_sum", outputs.loss_sum * torch.inf)
+        return outputs
+
+    with mock.patch.dict(LOSSES, ppo_clip=loss):
+        return train_each(raws)
+
+
+def test_a_non_finite_loss_is_a_counted_skip(worlds: Worlds, tmp_path: Path) -> None:
+    """One micro-batch an update; updates 2 and 3, those of step 1, are poisoned: as if the run had ended after step 0."""
+    train = TRAIN | {"micro_batch_tokens": 512, "save_final": False}
+    poisoned, short = (
+        tiny_raw(tmp_path, name, train=train | {"num_steps": steps}) for name, steps in (("poisoned", 2), ("short", 1))
+    )
+    weights = worlds.run(2, _train_with_poison, [poisoned, short], range(2, 4), timeout=LIMIT)[0]
+    rows = rows_of(poisoned)
+    assert [row["optimizer/skipped_fraction"] for row in rows] == [0.0, 1.0]
+    assert rows[1]["optimizer/grad_norm"] is None and "optimizer/grad_norm" in rows[1]["non_finite"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert measured(rows[0]) == measured(rows_of(short)[0])
