@@ -74,8 +74,8 @@ def _character_tokenizer() -> Any:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
-    # unk_token: a folder of a Qwen2 model and this tokenizer is loaded as a Qwen2Tokenizer, which would add one of its own
-    # and outgrow the model's vocabulary. The backend above does not use it.
+    # unk_token: transformers loads a folder with a Qwen2 model and this tokenizer as a Qwen2Tokenizer, which without it
+    # adds a token of its own and so outgrows the model's vocabulary. The backend above does not use it.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

@@ -74,8 +74,8 @@ def train(config: Config, groups: Groups) -> None:
         for step in range(start_step, config.train.num_steps):
             metrics = run_step(run, step, timers, logger)
             metrics |= evaluate(run, step, timers)
-            # before the checkpoint, whose time the next row has: a process killed between the two leaves a row too many,
-            # which the next one drops, and not one too few
+            # before the checkpoint (whose time the next row tells): a process killed between the two then leaves a row
+            # too many, which the next process drops, rather than one too few
             logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
             stopping = run.world.any(launch.stop_requested())
             with timers("checkpoint"):

@@ -28,7 +28,8 @@ def _run(code: str, cwd: Path) -> str:
 
 
 UNTOUCHED = """
-import sys, torch, torch.cuda, torch.distributed
+import sys, torch, torch.distributed
+import torch._dynamo  # replaces torch.manual_seed when it is first imported, whoever does it
 
 def picture():
     spaces = [torch, torch.cuda, torch.Tensor, torch.nn.Module, torch.distributed, torch.autograd, torch.utils]
@@ -47,24 +48,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core import dist_checkpointing
+from megatron.core.tensor_parallel import random
 from transformers import Qwen2ForCausalLM
 import megatron_rl.policy
 
 after = picture()
 changed = sorted(name for key, name in ((k, k[1]) for k in before) if after.get(key) != before[key])
 print("changed:", changed)
-try:
-    torch.cuda.current_device()
-    print("torch.cuda.current_device() gave a device")
-except (RuntimeError, AssertionError) as error:
-    print("cuda:", type(error).__name__)
-import inspect
-print("rewritten:", 'device="cpu"' in schedules.__loader__.get_source("megatron.core.pipeline_parallel.schedules") or
-      schedules.forward_step.__module__)
-x = torch.nn.functional.relu(torch.ones(2)).sum()
-from megatron.core.tensor_parallel import random
-assert random._get_cuda_rng_state().device.type == "cpu"
-print("done")
+print("rng:", random._get_cuda_rng_state().device)
 """
 
 TOO_LATE = """
@@ -80,10 +71,7 @@ for _ in range(2):
 
 
 def test_preparing_twice_works_from_any_folder_and_leaves_torch_alone(tmp_path: Path) -> None:
-    lines = _run(UNTOUCHED, tmp_path).splitlines()
-    assert "changed: []" in lines
-    assert any(line.startswith("cuda: ") for line in lines)
-    assert lines[-1] == "done"
+    assert _run(UNTOUCHED, tmp_path).splitlines() == ["changed: []", "rng: cpu"]
 
 
 def test_megatron_imported_before_the_shim_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What goes wrong in a run: signals and dead ranks through the real command line, then bad input, rewards and gradients.
+"""What goes wrong in a run: signals and dead ranks through the real command line, then bad input, rewards, gradients.
 
 Nothing may hang, nothing may be lost or counted twice, and the message names the cause.
 """
@@ -104,7 +104,7 @@ def _checkpoints(raw: dict[str, Any], folder: Path) -> list[str]:
 def test_a_run_that_is_stopped_killed_and_interrupted_ends_like_one_that_was_not(
     worlds: Worlds, tmp_path: Path, start: Callable[[dict[str, Any]], Command]
 ) -> None:
-    """One command, four times: SIGTERM, SIGKILL of a rank, SIGINT, and to the end. The same rows and the same weights."""
+    """One command, four times: SIGTERM, SIGKILL of a rank, SIGINT, and to the end. The same rows, the same weights."""
     options: dict[str, Any] = {
         "loss": {"type": "clip_cov", "select_fraction": 0.05, "cov_low": 0.05, "cov_high": 9.0},
         "optimizer": {"schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.01},
@@ -195,7 +195,7 @@ if os.environ["RANK"] == "1":
 def test_a_fault_of_the_user_on_one_rank_is_a_message(
     tmp_path: Path, start: Callable[[dict[str, Any]], Command]
 ) -> None:
-    """Its text reads like a lost connection, and the other rank then loses one: the cause is still told from the effect."""
+    """Its text reads like a lost connection, and the other rank then loses one: cause and effect are told apart."""
     (tmp_path / "broken.py").write_text(BROKEN)
     code, _, err = start(tiny_raw(tmp_path, reward={"function": "broken:mostly_digits"})).end()
     assert code == 1
@@ -209,7 +209,8 @@ def test_a_fault_of_the_user_on_one_rank_is_a_message(
 # --- moments that no signal of a test hits ----------------------------------------------------------------------------
 
 
-def _die_after_a_checkpoint(raw: dict[str, Any]) -> tuple[str, bool, str]:
+def _die_after_a_checkpoint(raw: dict[str, Any]) -> tuple[str, list[str]]:
+    """The error's type, and the processes that saving left behind."""
     from megatron_rl.policy.checkpoint import CheckpointStore
 
     save = CheckpointStore.save
@@ -219,12 +220,13 @@ def _die_after_a_checkpoint(raw: dict[str, Any]) -> tuple[str, bool, str]:
         raise RuntimeError("died")
 
     with mock.patch.object(CheckpointStore, "save", save_and_die):
-        return errors_of_each([raw])[0]
+        kind = errors_of_each([raw])[0][0]
+    return kind, [" ".join(child.cmdline()) for child in psutil.Process().children()]
 
 
-def test_a_death_right_after_a_checkpoint_loses_no_row(worlds: Worlds, tmp_path: Path) -> None:
+def test_a_death_right_after_a_checkpoint_loses_no_row_and_leaves_no_process(worlds: Worlds, tmp_path: Path) -> None:
     raw = tiny_raw(tmp_path, train={"num_steps": 4, "save_every": 2, "save_final": False, **TRAIN})
-    assert worlds.run(2, _die_after_a_checkpoint, raw, timeout=LIMIT)[0][0] == "RuntimeError"
+    assert worlds.run(2, _die_after_a_checkpoint, raw, timeout=LIMIT) == [("RuntimeError", [])] * 2
     worlds.run(2, train_each, [raw], timeout=LIMIT)
     assert [row["step"] for row in rows_of(raw)] == [0, 1, 2, 3]
 
@@ -431,7 +433,7 @@ def _train_with_poison(raws: list[dict[str, Any]], poisoned: range) -> list[dict
 
 
 def test_a_non_finite_loss_is_a_counted_skip(worlds: Worlds, tmp_path: Path) -> None:
-    """One micro-batch an update; updates 2 and 3, those of step 1, are poisoned: as if the run had ended after step 0."""
+    """One micro-batch an update; updates 2 and 3, those of step 1, are poisoned: as if the run had ended at step 0."""
     train = TRAIN | {"micro_batch_tokens": 512, "save_final": False}
     poisoned, short = (
         tiny_raw(tmp_path, name, train=train | {"num_steps": steps}) for name, steps in (("poisoned", 2), ("short", 1))

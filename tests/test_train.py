@@ -1,4 +1,4 @@
-"""Whole runs of the RL loop on two ranks: determinism, every option once, rollouts and weights that agree between layouts."""
+"""Whole runs of the RL loop on two ranks: determinism, every option once, rollouts and weights across layouts."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def _train_without_sync(raws: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 def test_every_update_reaches_the_engine(worlds: Worlds, tmp_path: Path, layout: str) -> None:
-    """fp32: the trainer's and the engine's logprobs differ by rounding in each step, and visibly if the engine is stale."""
+    """fp32: the trainer's and the engine's logprobs differ by rounding in each step, and visibly for a stale engine."""
     options: dict[str, Any] = {
         "parallel": LAYOUTS[layout],
         "train": _TRAIN | {"num_steps": 4, "prompts_per_step": 4},

@@ -1,6 +1,6 @@
 """Whole runs small enough for a test: the countdown game, a policy of two layers and 32 channels, a second or less.
 
-The rewards are functions of the text alone, so that an untrained policy gets a mixture of 0 and 1 and has something to learn.
+The rewards are functions of the text alone, so that an untrained policy gets a mixture of 0 and 1 and can learn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HF: dict[str, Any] = {
 
 
 def tiny_raw(folder: Path, name: str = "tiny", **sections: dict[str, Any]) -> dict[str, Any]:
-    """Two updates a step of 2 prompts x 4 samples, at most 12 response tokens; a keyword replaces options of its section."""
+    """Two updates a step of 2 prompts x 4 samples, at most 12 response tokens; keywords change options by section."""
     raw: dict[str, Any] = {
         "name": name,
         "seed": 3,
@@ -114,7 +114,7 @@ def train_each(raws: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
 
 
 def errors_of_each(raws: list[dict[str, Any]]) -> list[tuple[str, bool, str]]:
-    """(type, whether the user is to mend it, message) of each run's failure on this rank; of a run without one, ("", False, "")."""
+    """(type, whether the user is to mend it, message) of each run's failure on this rank; empty without one."""
     from megatron_rl.errors import UserError
 
     found = []

@@ -26,8 +26,7 @@ def random_source(hf: PretrainedConfig, seed: int) -> Source:
 
 
 def folder_source(path: str | Path) -> Source:
-    """Lazily read tensors from `*.safetensors` in a model folder. Raises: ConfigError (no weights), KeyError (no such
-    tensor)."""
+    """Lazily read tensors from `*.safetensors` in a model folder. Raises: ConfigError (no weights, or no such tensor)."""
     folder = Path(path)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -43,7 +42,7 @@ def folder_source(path: str | Path) -> Source:
 
     def read(name: str) -> Tensor:
         if name not in files:
-            raise KeyError(
+            raise ConfigError(
                 f"{folder}: tensor {name!r} is missing; the folder's weights do not belong to its config.json"
             )
         file = files[name]

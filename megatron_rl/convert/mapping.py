@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megatron_rl.config_checks import ConfigError
+
 Kind = Literal["replicated", "row", "vocab", "qkv", "gate_up"]
 
 
@@ -150,14 +152,14 @@ def load_weights(
     tp_size: int,
     padded_vocab: int,
 ) -> None:
-    """Fill a stage's parameters from `source(hf_name)`. Raises: ValueError naming a tensor whose shape does not fit."""
+    """Fill a stage's parameters from `source(hf_name)`. Raises: ConfigError naming a tensor whose shape does not fit."""
     for name, parameter in parameters:
         row = find_row(name, layer_offset, hf.tie_word_embeddings)
         tensors, shapes = [source(n) for n in row.hf], full_shapes(row, parameter.shape, hf, tp_size)
         # the full tensors, before any split: padding would fill a short embedding with zero rows and cut a long one
         for hf_name, tensor, expected in zip(row.hf, tensors, shapes, strict=True):
             if tuple(tensor.shape) != expected:
-                raise ValueError(
+                raise ConfigError(
                     f"{hf_name} has shape {tuple(tensor.shape)}, expected {expected} for the Megatron parameter "
                     f"{name}; the weights do not belong to this config.json"
                 )

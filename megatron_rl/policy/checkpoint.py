@@ -82,8 +82,8 @@ class CheckpointStore:
             state = dist_checkpointing.load(self._state(is_loading=True), str(path), strategy)
         except (Exception, CheckpointException) as error:  # the latter is torch's and no Exception
             raise UserError(
-                f"cannot load the checkpoint {path}: {_reasons(error)}\nIf it belongs to another model, use another run "
-                "name or train.resume=never; if it is damaged, remove it"
+                f"cannot load the checkpoint {path}: {_reasons(error)}\nIf it belongs to another model, use another "
+                "run name or train.resume=never; if it is damaged, remove it"
             ) from error
         self.policy.model.gpt.load_state_dict(state["model"])
         self.policy.optimizer.load_state_dict(state["optimizer"])

@@ -80,7 +80,7 @@ class MegatronPolicy:
     def load(self, source: Source) -> None:
         """Fill the weights from Hugging Face tensors; an existing optimizer must be `reset_optimizer` after it.
 
-        Raises: KeyError or ValueError naming a missing or mis-shaped tensor.
+        Raises: ConfigError naming a missing or mis-shaped tensor.
         """
         load_weights(
             self.parameters,

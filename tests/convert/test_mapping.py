@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.mapping import ROWS, find_row, from_shards, full_shapes, load_weights, to_shard
 
-# q, k, v rows are marked by 100 * (1, 2, 3) + head, so that a layout can be read off
 HF = AutoConfig.for_model(
     "qwen3",
     vocab_size=37,
@@ -21,6 +21,8 @@ HF = AutoConfig.for_model(
     head_dim=2,
     tie_word_embeddings=False,
 )
+
+QKV_ROWS = (("q", 16), ("k", 8), ("v", 8))
 
 
 def _full_tensors(hf: PretrainedConfig) -> dict[str, Tensor]:
@@ -37,7 +39,7 @@ def _padded(vocab: int, tp: int) -> int:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["replicated", "row", "vocab", "qkv", "gate_up"])
 def test_from_shards_inverts_to_shard(kind: str, tp: int) -> None:
-    tensors = _full_tensors(HF) | {f"model.layers.2.self_attn.{c}_proj.bias": torch.randn(n) for c, n in _QKV_ROWS}
+    tensors = _full_tensors(HF) | {f"model.layers.2.self_attn.{c}_proj.bias": torch.randn(n) for c, n in QKV_ROWS}
     rows = [row for row in ROWS if row.kind == kind]
     assert rows
     for row in rows:
@@ -54,11 +56,9 @@ def test_from_shards_inverts_to_shard(kind: str, tp: int) -> None:
             assert torch.equal(got, want), filled
 
 
-_QKV_ROWS = (("q", 16), ("k", 8), ("v", 8))
-
-
 def test_qkv_rows_are_grouped_by_key_head_and_split_by_group() -> None:
-    """Megatron's order: for each key head its query heads, the key, the value. 8 heads, 4 groups, tp=2: groups 0, 1."""
+    """Megatron's order: for each key head its query heads, the key, the value. The numbers are 100, 200, 300 for q, k, v
+    plus the head; 8 heads of 2 rows, 4 key heads, two to a rank."""
     full = [100.0 * which + torch.arange(heads).repeat_interleave(2) for which, heads in ((1, 8), (2, 4), (3, 4))]
     row = find_row("decoder.layers.0.self_attention.linear_qkv.bias", 0, tied=False)
     first, second = (to_shard(row, full, HF, rank, 2, 0) for rank in (0, 1))
@@ -108,11 +108,11 @@ def test_the_table_covers_every_tensor_of_the_architectures(model_type: str, tie
 
 
 def test_a_misfit_is_refused_with_both_shapes_and_changes_nothing() -> None:
-    """20 + 12 + 8 rows would fill the shard of 16 + 8 + 8 wrongly, and 36 tokens would leave a row of zeros."""
+    """12 + 12 + 8 rows would fill a shard of 16 + 8 + 8 without a word, and 36 tokens would leave a row of zeros."""
     parameter = torch.ones(32, 16)
     tensors = {"q": torch.zeros(12, 16), "k": torch.zeros(12, 16), "v": torch.zeros(8, 16)}
     options = {"layer_offset": 0, "tp_rank": 0, "tp_size": 1, "padded_vocab": 40}
-    with pytest.raises(ValueError, match=r"q_proj.weight has shape \(12, 16\), expected \(16, 16\)"):
+    with pytest.raises(ConfigError, match=r"q_proj.weight has shape \(12, 16\), expected \(16, 16\)"):
         load_weights(
             [("decoder.layers.0.self_attention.linear_qkv.weight", parameter)],
             lambda name: tensors[name.split(".")[-2][0]],
@@ -120,7 +120,7 @@ def test_a_misfit_is_refused_with_both_shapes_and_changes_nothing() -> None:
             **options,
         )
     assert (parameter == 1).all()
-    with pytest.raises(ValueError, match=r"embed_tokens.weight has shape \(36, 16\), expected \(37, 16\)"):
+    with pytest.raises(ConfigError, match=r"embed_tokens.weight has shape \(36, 16\), expected \(37, 16\)"):
         load_weights(
             [("embedding.word_embeddings.weight", torch.ones(40, 16))], lambda _: torch.ones(36, 16), HF, **options
         )

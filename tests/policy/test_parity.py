@@ -189,7 +189,7 @@ def _error_of(config: Any) -> str:
     try:
         with policy_of(config):
             return "no error"
-    except (ConfigError, KeyError, ValueError) as error:
+    except ConfigError as error:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
