@@ -1,4 +1,4 @@
-"""The command line: `megatron-rl train` and `megatron-rl report`.
+"""The command line: `megatron-rl train`, `convert` and `report`.
 
 What is slow to import (torch, Megatron) is imported where it is needed: `--help` and `--check` answer at once.
 """
@@ -15,6 +15,7 @@ import typer
 
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.config_checks import ConfigError
+from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import UserError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reinforcement learning on Megatron-Core.",
 )
+app.add_typer(convert_app, name="convert")
 
 
 def main(command: Callable[[], None] | None = None) -> None:

@@ -52,11 +52,10 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """Process layout. The data-parallel size is world_size / (tp * pp)."""
 
-    world_size: PositiveInt | None = Field(
-        None, description="processes; `train` starts that many when not inside torchrun; null: tp * pp"
-    )
+    world_size: PositiveInt | None = Field(None, description="processes, started if torchrun did not; null: tp * pp")
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     pp: PositiveInt = Field(1, description="pipeline-parallel size")
+    ep: PositiveInt = Field(1, description="expert-parallel size, a divisor of tp * dp; 1: tp splits the experts")
     sp: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = Field(True, description="shard the optimizer state over data-parallel ranks")
 
@@ -268,14 +267,15 @@ class TrainConfig(Section):
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0: never")
     eval_samples: PositiveInt = Field(1, description="samples per held-out prompt")
     eval_temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy")
-    save_every: NonNegativeInt = Field(
-        0, description="steps between checkpoints; 0: only when interrupted or at the end"
-    )
+    save_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only at a stop or at the end")
     save_final: bool = Field(True, description="save a checkpoint after the last step")
-    resume: Literal["auto", "never"] = Field("auto", description="auto continues from the newest checkpoint of the run")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept; the disk needs room for one more")
+    keep_best: bool = Field(False, description="save at every new best eval/accuracy, and keep the best one as well")
+    async_save: bool = Field(False, description="write in a background process; complete ones count, as always")
+    save_hf: bool = Field(False, description="write the final model to run_dir/hf, in Hugging Face format")
+    resume: str = Field("auto", description="auto: from the run's newest; never; or a checkpoint folder to start from")
     grace_seconds: Annotated[float, Field(ge=0)] = Field(
-        10.0,
-        description="after Ctrl-C or SIGTERM: time to reach a step's end and checkpoint before processes are killed",
+        10.0, description="from Ctrl-C or SIGTERM to the kill: time to reach a step's end and save"
     )
 
 

@@ -11,29 +11,41 @@ from megatron_rl.errors import UserError
 if TYPE_CHECKING:
     from megatron_rl.config import Config
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
 class ConfigError(ValueError, UserError):
     """The config cannot work. Raised before any process starts."""
 
 
-def read_hf_config(config: Config) -> dict[str, Any]:
-    """The policy's Hugging Face config as a dict. Raises: ConfigError when model.path has no readable config.json."""
-    if config.model.hf_config is not None:
-        return dict(config.model.hf_config)
-    path = Path(config.model.path or "") / "config.json"
+def hf_folder(path: str | Path) -> Path:
+    """Where a model's config.json and tokenizer are: the folder itself, or `hf/` inside a Megatron checkpoint."""
+    folder = Path(path)
+    return folder / "hf" if (folder / "metadata.json").is_file() else folder
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """A model's config.json. Raises: ConfigError when it cannot be read."""
+    path = hf_folder(folder) / "config.json"
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(
-            f"model.path: cannot read {path} ({error}); give a folder with a Hugging Face config.json and safetensors"
+            f"model.path: cannot read {path} ({error}); give a folder with a Hugging Face config.json and safetensors, "
+            "or a Megatron checkpoint with its sub-folder hf"
         ) from error
+
+
+def read_hf_config(config: Config) -> dict[str, Any]:
+    """The policy's Hugging Face config as a dict. Raises: ConfigError when model.path has no readable config.json."""
+    if config.model.hf_config is not None:
+        return dict(config.model.hf_config)
+    return read_config_json(Path(config.model.path or ""))
 
 
 def check_consistency(config: Config) -> None:
     """Raises: ConfigError listing every inconsistency with its remedy."""
-    groups = (_folder_faults, _layout_faults, _batch_faults, _loss_faults, _model_faults)
+    groups = (_folder_faults, _layout_faults, _batch_faults, _save_faults, _loss_faults, _model_faults, _expert_faults)
     faults = [fault for find in groups for fault in find(config)]
     if faults:
         raise ConfigError("the config is inconsistent:\n" + "\n".join(f"  - {fault}" for fault in faults))
@@ -100,6 +112,22 @@ def _batch_faults(config: Config) -> list[str]:
     return faults
 
 
+def _save_faults(config: Config) -> list[str]:
+    train, faults = config.train, []
+    if train.keep_best and not train.eval_every:
+        faults.append("train.keep_best=true has no evaluations to compare; set train.eval_every, or keep_best=false")
+    if train.resume in ("auto", "never"):
+        return faults
+    path = Path(train.resume)
+    if not (path / "metadata.json").is_file():
+        near = sorted([*path.glob("step_*"), *path.glob("checkpoints/step_*")])
+        hint = f"; did you mean {near[-1]}?" if near else ""
+        faults.append(f"train.resume={path}: expected auto, never or a checkpoint folder of a run{hint}")
+    elif not (path / "config.yaml").is_file():
+        faults.append(f"train.resume={path} is a converted model and no run's checkpoint; set model.path to it")
+    return faults
+
+
 def _loss_faults(config: Config) -> list[str]:
     loss, faults = config.loss, []
     if loss.type == "clip_cov" and loss.cov_low >= loss.cov_high:
@@ -115,6 +143,51 @@ def _loss_faults(config: Config) -> list[str]:
     return faults
 
 
+def head_width(hf: dict[str, Any]) -> int:
+    """Width of one attention head, from the contents of a config.json."""
+    return hf.get("head_dim") or (
+        128 if hf.get("model_type") == "qwen3" else hf["hidden_size"] // hf["num_attention_heads"]
+    )
+
+
+def is_moe(hf: dict[str, Any]) -> bool:
+    """Whether the contents of a config.json describe a mixture of experts."""
+    return hf.get("model_type") == "qwen3_moe"
+
+
+def num_experts(hf: dict[str, Any]) -> int | None:
+    """Experts of one layer; transformers 5 writes another key than the checkpoints on the hub have."""
+    return hf.get("num_experts") or hf.get("num_local_experts")
+
+
+def _expert_faults(config: Config) -> list[str]:
+    hf, parallel = read_hf_config(config), config.parallel
+    if not is_moe(hf):
+        kind = hf.get("model_type")
+        return [f"parallel.ep={parallel.ep}: {kind} has no experts; set ep=1"] if parallel.ep > 1 else []
+    experts, width = num_experts(hf), hf.get("moe_intermediate_size")
+    sizes = {
+        "num_experts": experts,
+        "moe_intermediate_size": width,
+        "num_experts_per_tok": hf.get("num_experts_per_tok"),
+    }
+    missing = [key for key, value in sizes.items() if not value]
+    if not experts or not width or missing:
+        return [f"model: the Hugging Face config lacks a positive {', '.join(missing)}"]
+    faults, stage = [], parallel.processes // parallel.pp
+    if stage % parallel.ep or experts % parallel.ep:
+        fits = [d for d in range(1, stage + 1) if stage % d == 0 and experts % d == 0]
+        faults.append(
+            f"parallel.ep={parallel.ep} must divide the {stage} processes of a pipeline stage and the model's "
+            f"{experts} experts; choose ep from {fits}"
+        )
+    if parallel.ep == 1 and width % parallel.tp:
+        faults.append(f"model moe_intermediate_size={width} is not divisible by parallel.tp={parallel.tp}")
+    if parallel.tp > 1 and not parallel.sp:
+        faults.append("a mixture of experts trains under parallel.tp > 1 only with sp=true, as Megatron does it")
+    return faults
+
+
 def _model_faults(config: Config) -> list[str]:
     hf, tp, pp, faults = read_hf_config(config), config.parallel.tp, config.parallel.pp, []
     if hf.get("model_type") not in SUPPORTED_MODEL_TYPES:
@@ -126,12 +199,22 @@ def _model_faults(config: Config) -> list[str]:
         return [f"model: the Hugging Face config lacks a positive {', '.join(missing)}"]
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
     groups = hf.get("num_key_value_heads") or heads
-    for what, value in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
-        if value % tp:
-            fits = [d for d in range(1, value + 1) if heads % d == 0 and groups % d == 0]
-            faults.append(f"model {what}={value} is not divisible by parallel.tp={tp}; choose tp from {fits}")
-    if hf["intermediate_size"] % tp:
-        faults.append(f"model intermediate_size={hf['intermediate_size']} is not divisible by parallel.tp={tp}")
+    fits = [d for d in range(1, heads + 1) if heads % d == 0 and (groups % d == 0 or d % groups == 0)]
+    if heads % tp:
+        faults.append(f"model num_attention_heads={heads} is not divisible by parallel.tp={tp}; choose tp from {fits}")
+    elif groups % tp and tp % groups:
+        faults.append(
+            f"model num_key_value_heads={groups} is neither a multiple nor a divisor of parallel.tp={tp}; "
+            f"choose tp from {fits}"
+        )
+    elif 2 * groups * head_width(hf) % tp:
+        faults.append(
+            f"model num_key_value_heads={groups} of width {head_width(hf)} cannot be cut into parallel.tp={tp} equal "
+            f"parts; choose tp from {[d for d in fits if groups % d == 0]}"
+        )
+    if not is_moe(hf) or hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+        if hf["intermediate_size"] % tp:
+            faults.append(f"model intermediate_size={hf['intermediate_size']} is not divisible by parallel.tp={tp}")
     if not hf.get("head_dim") and hf["hidden_size"] % heads:
         faults.append(
             f"model hidden_size={hf['hidden_size']} is not divisible by num_attention_heads={heads}; "

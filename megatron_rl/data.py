@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_rl.algorithms.hashing import hash64
-from megatron_rl.config_checks import read_hf_config
+from megatron_rl.config_checks import hf_folder, read_hf_config
 from megatron_rl.errors import UserError
 from megatron_rl.types import Prompt
 
@@ -50,7 +50,8 @@ def build_tokenizer(config: Config) -> Any:
     if config.data.type == "countdown":
         tokenizer = _character_tokenizer()
     else:
-        tokenizer = _pretrained_tokenizer(config.data.tokenizer or config.model.path)
+        own = hf_folder(config.model.path) if config.model.path else None
+        tokenizer = _pretrained_tokenizer(config.data.tokenizer or own)
     hf_vocab_size = read_hf_config(config).get("vocab_size")
     if hf_vocab_size is not None and hf_vocab_size < vocab_size(tokenizer):
         raise DataError(
@@ -85,7 +86,7 @@ def _character_tokenizer() -> Any:
     )
 
 
-def _pretrained_tokenizer(folder: str | None) -> Any:
+def _pretrained_tokenizer(folder: str | Path | None) -> Any:
     from transformers import AutoTokenizer
 
     if folder is None:

@@ -78,7 +78,8 @@ def run_worker(main: Callable[[], None], run_dir: Path) -> None:
     Stop signals become a flag; a failure is written to run_dir/failures/rank{r}.json and ends the process with code 1
     at once; and the process dies with the one that started it.
     """
-    _die_with_parent()
+    supervisor = os.environ.get(_SUPERVISOR)
+    die_with_parent(None if supervisor is None else int(supervisor))
     install_stop_handler()
     try:
         main()
@@ -88,13 +89,16 @@ def run_worker(main: Callable[[], None], run_dir: Path) -> None:
         os._exit(1)
 
 
-def _die_with_parent() -> None:
+def die_with_parent(parent: int | None) -> None:
+    """From here on this process is killed when the one that started it dies: the process `parent`, where it is known.
+
+    Raises: OSError when the kernel refuses.
+    """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    supervisor = os.environ.get(_SUPERVISOR)
-    if supervisor is not None and os.getppid() != int(supervisor):
+    if parent is not None and os.getppid() != parent:
         os._exit(1)  # it died before the line above took effect
 
 

@@ -8,6 +8,7 @@ between ranks is which micro-batches they compute.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,11 @@ from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_gr
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
 from megatron_rl.reward import load_reward
 from megatron_rl.rollout.collect import collect, evaluate_prompts
 from megatron_rl.rollout.engine import RolloutEngine, build_engine
+from megatron_rl.save_hf import save_hf
 from megatron_rl.step_metrics import add_batch_metrics, entropy_change, needs_current_stats, samples_for_log
 from megatron_rl.types import Prompt, TrainBatch
 from megatron_rl.warm_start import warm_start
@@ -50,8 +53,10 @@ class Run:
     cursor: PromptCursor
     eval_prompts: list[Prompt]
     reward_fn: Any
+    data_digest: str  # of the training problems
     weight_version: int = 0
     engine_version: int = -1
+    best_accuracy: float = -math.inf  # of the evaluations so far
 
 
 def main(config: Config) -> None:
@@ -63,14 +68,19 @@ def main(config: Config) -> None:
 
 
 def train(config: Config, groups: Groups) -> None:
-    """All steps, from the start or from the newest checkpoint."""
+    """All steps, from the start or from a checkpoint."""
     run = set_up(config, groups)
-    store = CheckpointStore(config.run_dir / "checkpoints", run.policy, groups)
-    start_step = restore(run, store) if config.train.resume == "auto" else refuse_earlier_run(config)
+    store = CheckpointStore(config.run_dir / "checkpoints", run.policy, groups, run.tokenizer)
+    start_step, notes = restore(run, store)
     timers = Timers(device.synchronize)
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
+        for note in notes:
+            logger.message(note)
         if start_step >= config.train.num_steps:
-            logger.message(f"nothing to do: {config.run_dir} has {start_step} steps, train.num_steps is no more")
+            logger.message(
+                f"nothing to train: {config.run_dir} has {start_step} steps and train.num_steps="
+                f"{config.train.num_steps}; raise it to go on"
+            )
         for step in range(start_step, config.train.num_steps):
             metrics = run_step(run, step, timers, logger)
             metrics |= evaluate(run, step, timers)
@@ -79,10 +89,15 @@ def train(config: Config, groups: Groups) -> None:
             logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
             stopping = run.world.any(launch.stop_requested())
             with timers("checkpoint"):
-                checkpoint(run, store, step, stopping=stopping)
+                checkpoint(run, store, step, metrics.get("eval/accuracy"), stopping=stopping)
             if stopping and step + 1 < config.train.num_steps:
                 logger.message(f"stopped after step {step + 1} of {config.train.num_steps}; the same command continues")
                 break
+        else:
+            if config.train.save_hf:
+                save_hf(run.policy, run.tokenizer, config.run_dir / "hf")
+                logger.message(f"the final model is in {config.run_dir / 'hf'}")
+        store.finish()
     run.engine.close()
 
 
@@ -182,6 +197,7 @@ def set_up(config: Config, groups: Groups) -> Run:
         cursor=PromptCursor(problems.train, config.seed),
         eval_prompts=problems.eval,
         reward_fn=reward_fn,
+        data_digest=data_digest(problems.train),
     )
 
 
@@ -212,35 +228,53 @@ def evaluate(run: Run, step: int, timers: Timers) -> dict[str, float]:
         )
 
 
-def checkpoint(run: Run, store: CheckpointStore, step: int, *, stopping: bool) -> None:
-    """Save after this step when it is due: every save_every steps, when stopping, and at the end."""
+def checkpoint(run: Run, store: CheckpointStore, step: int, accuracy: float | None, *, stopping: bool) -> None:
+    """Save after this step when it is due: every save_every steps, when stopping, at the end, and with keep_best when
+    this step's evaluation has a higher `accuracy` than all before it."""
     train = run.config.train
+    store.finish(wait=False)
+    is_best = accuracy is not None and accuracy > run.best_accuracy
+    if accuracy is not None and is_best:
+        run.best_accuracy = accuracy
     due = train.save_every and (step + 1) % train.save_every == 0
     last = step + 1 == train.num_steps
-    if due or stopping or (last and train.save_final):
-        store.save(step + 1, {"cursor": run.cursor.state(), "seed": run.config.seed})
+    if due or stopping or (last and train.save_final) or (is_best and train.keep_best):
+        state = {
+            "cursor": run.cursor.state(),
+            "weight_version": run.weight_version,
+            "best_accuracy": run.best_accuracy,
+            "data_digest": run.data_digest,
+        }
+        store.save(step + 1, state, is_best=is_best and train.keep_best)
 
 
-def restore(run: Run, store: CheckpointStore) -> int:
-    """Continue from the newest checkpoint: its step, or 0 without one."""
-    found = store.load_newest()
-    if found is None:
-        return 0
-    step, extra = found
-    run.cursor.restore(extra["cursor"])
-    run.weight_version = step
-    return step
+def restore(run: Run, store: CheckpointStore) -> tuple[int, list[str]]:
+    """Continue from the checkpoint that train.resume asks for: (the first step, what the user should know).
 
-
-def refuse_earlier_run(config: Config) -> int:
-    """The first step, 0, of a run that must not continue another. Raises: UserError when the folder holds one."""
-    metrics = config.run_dir / "metrics.jsonl"
-    if metrics.is_file() and metrics.stat().st_size:
+    The reference policy is not restored: `set_up` built it, from the same initial weights as ever.
+    Raises: UserError when the run in the folder, or the checkpoint's config, is not one to go on from.
+    """
+    config = run.config
+    path = checkpoint_to_resume(config, run.world.gather_objects(store.newest())[0])
+    if path is None:
+        return 0, []
+    own = path.parent == store.folder
+    notes = check_drift(path, config, run.policy.hf_config, own=own)
+    step, state = store.load(path)
+    same_data = state["data_digest"] == run.data_digest and state["cursor"]["seed"] == config.seed
+    if same_data:
+        run.cursor.restore(state["cursor"])
+    elif own:
         raise UserError(
-            f"{config.run_dir} holds an earlier run and train.resume=never would overwrite it; choose another name, "
-            "remove the folder, or continue it with train.resume=auto"
+            f"cannot go on from {path}: the training problems are not those of its run, though data and seed read the "
+            f"same; restore them, or choose another name with train.resume={path}"
         )
-    return 0
+    else:
+        notes.append(f"other problems or another seed than {path}: they are drawn from the start")
+    if own:
+        run.best_accuracy = state["best_accuracy"]
+    run.weight_version = state["weight_version"]
+    return step, [*notes, f"continuing from {path}, {step} steps"]
 
 
 def batch_totals(run: Run, batch: TrainBatch) -> dict[str, float]:

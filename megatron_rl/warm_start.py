@@ -45,7 +45,7 @@ def warm_start(policy: MegatronPolicy, prompts: list[Prompt], tokenizer: Any) ->
             _publish(folder)
         barrier(groups)
     # also after training: RL then starts from the same bits whether or not the cache was warm
-    policy.load(folder_source(folder))
+    policy.load(folder_source(folder, policy.hf_config))
     policy.reset_optimizer()
 
 

@@ -56,7 +56,7 @@ def test_check_prints_the_plan_and_starts_nothing(config_path: Path, tmp_path: P
         (["config.yaml", "train.num_stepz=3", "--check"], "did you mean 'num_steps'?"),
         (
             ["config.yaml", "parallel.tp=4"],
-            "num_attention_heads=6 is not divisible by parallel.tp=4; choose tp from [1, 2]",
+            "num_attention_heads=6 is not divisible by parallel.tp=4; choose tp from [1, 2, 6]",
         ),
         (["nonesuch.yaml"], "nonesuch.yaml: no such config file"),
     ],
@@ -116,6 +116,13 @@ def test_batch_arithmetic() -> None:
     assert (plan.sequences_per_rank, plan.max_micro_batches) == (8, 2)
 
 
+MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "mlp_only_layers": [1],
+}
 MODELS: list[dict[str, Any]] = [
     {"model_type": "qwen2", "tie_word_embeddings": True},
     {"model_type": "qwen2", "tie_word_embeddings": False},
@@ -123,6 +130,9 @@ MODELS: list[dict[str, Any]] = [
     {"model_type": "qwen3"},
     {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     {"model_type": "llama"},
+    {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
+    MOE,
+    {**MOE, "head_dim": 16, "decoder_sparse_step": 2},
 ]
 
 
@@ -134,7 +144,7 @@ def test_the_parameter_count_is_that_of_transformers(changes: dict[str, Any]) ->
     hf = {**BASE["model"]["hf_config"], **changes}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf))
-    assert sum(count_parameters(parse_config(raw(model={"hf_config": hf})))) == model.num_parameters()
+    assert sum(count_parameters(parse_config(raw(model={"hf_config": hf}, parallel={})))) == model.num_parameters()
 
 
 def test_the_plan_of_a_model_without_vocabulary_size_says_so() -> None:

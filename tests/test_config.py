@@ -190,12 +190,17 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ({"parallel": {"tp": 2, "world_size": 5}}, "world_size=5 is not a multiple of tp*pp=2; set it to 4 or 6"),
     ({"parallel": {"tp": 2, "world_size": 1}}, "world_size=1 is not a multiple of tp*pp=2; set it to 2"),
     ({"parallel": {"tp": 1, "sp": True}}, "set sp=false or raise tp"),
-    ({"parallel": {"tp": 4}}, "num_attention_heads=6 is not divisible by parallel.tp=4; choose tp from [1, 2]"),
-    ({"parallel": {"tp": 3}}, "num_key_value_heads=2 is not divisible by parallel.tp=3; choose tp from [1, 2]"),
+    ({"parallel": {"tp": 4}}, "num_attention_heads=6 is not divisible by parallel.tp=4; choose tp from [1, 2, 6]"),
+    (
+        {"parallel": {"tp": 3}},
+        "num_key_value_heads=2 is neither a multiple nor a divisor of parallel.tp=3; choose tp from [1, 2, 6]",
+    ),
+    ({"parallel": {"ep": 2}}, "parallel.ep=2: qwen2 has no experts; set ep=1"),
+    ({HF + "model_type": "qwen3_moe"}, "lacks a positive num_experts, moe_intermediate_size, num_experts_per_tok"),
     ({"parallel": {"pp": 3}}, "num_hidden_layers=4 is not divisible by parallel.pp=3; choose pp from [1, 2, 4]"),
     ({HF + "intermediate_size": 97}, "intermediate_size=97 is not divisible by parallel.tp=2"),
     ({HF + "num_key_value_heads": 4}, "num_attention_heads=6 is not divisible by num_key_value_heads=4"),
-    ({HF + "model_type": "gpt2"}, "supported: llama, qwen2, qwen3"),
+    ({HF + "model_type": "gpt2"}, "supported: llama, mistral, qwen2, qwen3, qwen3_moe"),
     ({HF + "hidden_size": None}, "lacks a positive hidden_size"),
     ({HF + "num_attention_heads": 0}, "lacks a positive num_attention_heads"),
     (
@@ -219,6 +224,33 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ({"model": {"path": "nonesuch"}}, "cannot read nonesuch/config.json"),
     ({"model__path": "both"}, "set exactly one of model.path and model.hf_config"),
 ]
+
+
+MOE = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 9}
+EXPERTS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"tp": 1, "world_size": 4, "ep": 4},
+        "4 processes of a pipeline stage and the model's 6 experts; choose ep from [1, 2]",
+    ),
+    ({"tp": 1, "pp": 2, "ep": 2}, "must divide the 1 processes"),
+    ({"tp": 2}, "moe_intermediate_size=9 is not divisible by parallel.tp=2"),
+    ({"tp": 2, "ep": 2}, "only with sp=true"),
+]
+
+
+@pytest.mark.parametrize(("parallel", "message"), EXPERTS, ids=[text[:30] for _, text in EXPERTS])
+def test_layouts_that_no_mixture_of_experts_has_are_refused(parallel: dict[str, Any], message: str) -> None:
+    assert message in refusal(raw(model={"hf_config": BASE["model"]["hf_config"] | MOE}, parallel=parallel))
+
+
+def test_key_value_heads_may_be_fewer_than_the_ranks_if_their_rows_can_be_cut() -> None:
+    hf = BASE["model"]["hf_config"]
+    parse_config(raw(parallel={"tp": 6}, model={"hf_config": hf | {"head_dim": 3}}))
+    message = refusal(raw(parallel={"tp": 6}, model={"hf_config": hf | {"head_dim": 8}}))
+    assert (
+        "num_key_value_heads=2 of width 8 cannot be cut into parallel.tp=6 equal parts; choose tp from [1, 2]"
+        in message
+    )
 
 
 @pytest.mark.parametrize(("changes", "message"), INCONSISTENT, ids=[text[:40] for _, text in INCONSISTENT])

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from megatron_rl.config_checks import ConfigError
+from megatron_rl.convert.weights import open_weights
 
 Source = Callable[[str], Tensor]
 
@@ -22,35 +20,35 @@ def random_source(hf: PretrainedConfig, seed: int) -> Source:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).state_dict()
-    return weights.__getitem__
+    return hub_views(weights).__getitem__
 
 
-def folder_source(path: str | Path) -> Source:
-    """Lazily read tensors from `*.safetensors` in a model folder. Raises: ConfigError (no weights, or no such tensor)."""
-    folder = Path(path)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
-    elif (folder / "model.safetensors").is_file():
-        with safe_open(folder / "model.safetensors", framework="pt") as handle:
-            files = dict.fromkeys(handle.keys(), "model.safetensors")
-    else:
-        raise ConfigError(
-            f"model.path: no model.safetensors or its index in {folder}; give a folder with safetensors weights"
-        )
-    handles: dict[str, safe_open] = {}
+def hub_views(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a transformers model under the names that checkpoints have; they share memory with `weights`.
 
-    def read(name: str) -> Tensor:
-        if name not in files:
-            raise ConfigError(
-                f"{folder}: tensor {name!r} is missing; the folder's weights do not belong to its config.json"
-            )
-        file = files[name]
-        if file not in handles:
-            handles[file] = safe_open(folder / file, framework="pt")
-        return handles[file].get_tensor(name)
+    In memory transformers 5 stacks a layer's experts: gate_up_proj `[experts, 2 * width, hidden]` and down_proj
+    `[experts, hidden, width]`. On disk each expert has its own `[width, hidden]` (gate, up) and `[hidden, width]`.
+    """
+    views: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        layer, stacked, part = name.partition(".mlp.experts.")
+        if not stacked:
+            views[name] = tensor
+            continue
+        for expert, own in enumerate(tensor.detach().unbind(0)):
+            parts = own.chunk(2, dim=0) if part == "gate_up_proj" else (own,)
+            for projection, view in zip(part.removesuffix("_proj").split("_"), parts, strict=True):
+                views[f"{layer}{stacked}{expert}.{projection}_proj.weight"] = view
+    return views
 
-    return read
+
+def folder_source(path: str | Path, hf: PretrainedConfig) -> Source:
+    """Lazily read the tensors of a model folder: Hugging Face safetensors, or a Megatron checkpoint.
+
+    Raises: ConfigError (no weights, a damaged file, an unknown, missing or mis-shaped tensor, or tied embeddings that
+    are not equal).
+    """
+    return open_weights(path, hf).read
 
 
 def write_folder(path: Path, hf: PretrainedConfig, weights: dict[str, Tensor]) -> None:

@@ -22,12 +22,17 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """This rank's place in the world. `dp` holds the ranks that share weights and see different micro-batches."""
+    """This rank's place in the world. `dp` holds the ranks that share weights and see different micro-batches.
+
+    `ep` holds ranks of one pipeline stage that deal a layer's experts out among them; without expert parallelism it is
+    this rank alone, and experts are split over `tp` as the other weights are.
+    """
 
     world: ProcessGroup
     tp: ProcessGroup
     pp: ProcessGroup
     dp: ProcessGroup
+    ep: ProcessGroup
     rank: int
     world_size: int
     tp_rank: int
@@ -36,6 +41,8 @@ class Groups:
     pp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    ep_size: int
 
     @property
     def is_first_stage(self) -> bool:
@@ -53,9 +60,15 @@ class Groups:
         return dist.get_process_group_ranks(self.pp)
 
 
+def expert_tp(parallel: ParallelConfig) -> int:
+    """Tensor-parallel size inside an expert. Experts that are dealt out over EP stay whole: their ranks would have to
+    gather token blocks of different sizes, which gloo cannot."""
+    return 1 if parallel.ep > 1 else parallel.tp
+
+
 def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
     """Join the world that torchrun's environment describes and lay out TP, PP and DP (order tp-dp-pp, as Megatron
-    does).
+    does); EP takes neighbouring ranks of a stage, over TP first and then DP.
 
     Raises: RuntimeError when WORLD_SIZE differs from the config's.
     """
@@ -67,18 +80,25 @@ def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
             f"torchrun started {dist.get_world_size()} processes, the config asks for "
             f"parallel.world_size={parallel.processes}"
         )
-    mpu.initialize_model_parallel(parallel.tp, parallel.pp)
+    mpu.initialize_model_parallel(
+        parallel.tp,
+        parallel.pp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=expert_tp(parallel),
+    )
     model_parallel_cuda_manual_seed(seed)
-    tp, pp, dp = (
+    tp, pp, dp, ep = (
         mpu.get_tensor_model_parallel_group(),
         mpu.get_pipeline_model_parallel_group(),
         mpu.get_data_parallel_group(with_context_parallel=True),
+        mpu.get_expert_model_parallel_group(),
     )
     return Groups(
         world=dist.group.WORLD,  # type: ignore[arg-type]
         tp=tp,
         pp=pp,
         dp=dp,
+        ep=ep,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tp_rank=dist.get_rank(tp),
@@ -87,6 +107,8 @@ def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
         pp_size=dist.get_world_size(pp),
         dp_rank=dist.get_rank(dp),
         dp_size=dist.get_world_size(dp),
+        ep_rank=dist.get_rank(ep),
+        ep_size=dist.get_world_size(ep),
     )
 
 

@@ -1,5 +1,5 @@
-"""The weight stream: Megatron shards gathered over TP, sent along PP, renamed by the mapping table, in size-bounded
-buckets.
+"""The weight stream: Megatron shards gathered over TP (experts that are dealt out: over EP), sent along PP, renamed by
+the mapping table, in size-bounded buckets.
 
 Every rank receives every Hugging Face tensor, one bucket at a time, so that peak extra memory is a few buckets and not
 the model.
@@ -16,20 +16,26 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_rl.convert.mapping import Row, find_row, from_shards
+from megatron_rl.convert.mapping import Row, experts_per_rank, find_row, from_shards
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reduce import Reducer, all_gather_flat
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    row: Row
+    """One parameter of a stage. `rows`: one, or that of each rank's expert when experts are dealt out."""
+
+    rows: tuple[Row, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def is_dealt(self) -> bool:
+        return len(self.rows) > 1
 
 
 def weight_stream(
@@ -43,32 +49,44 @@ def weight_stream(
     """Yield (hf_name, full tensor) of the whole model on every rank, in the same order; a collective: all ranks must
     exhaust it.
 
-    parameters: this stage's (local Megatron name, shard) pairs. bucket_bytes: bound on a gathered bucket (one parameter
+    parameters: this rank's (local Megatron name, shard) pairs. bucket_bytes: bound on a gathered bucket (one parameter
     at least).
     """
-    mine = [_Entry(find_row(n, layer_offset, hf.tie_word_embeddings), tuple(p.shape), p.dtype) for n, p in parameters]
+    mine = [_entry(name, parameter, hf, groups, layer_offset) for name, parameter in parameters]
     stages: list[list[_Entry]] = Reducer(groups.pp, parameters[0][1].device).gather_objects(mine)
     sent: set[str] = set()
     for stage, entries in enumerate(stages):
         start = 0
-        for bucket in _buckets(entries, bucket_bytes // groups.tp_size):
+        for bucket in _buckets(entries, bucket_bytes, groups):
             shards = [p for _, p in parameters[start : start + len(bucket)]] if stage == groups.pp_rank else None
             start += len(bucket)
-            for row, tensors in _exchange(bucket, shards, stage, groups, parameters[0][1].device):
-                if row.hf[0] in sent:  # a tied output layer is the embedding again
+            for entry, tensors in _exchange(bucket, shards, stage, groups, parameters[0][1].device):
+                if entry.rows[0].hf[0] in sent:  # a tied output layer is the embedding again
                     continue
-                sent.update(row.hf)
-                yield from zip(row.hf, from_shards(row, tensors, hf), strict=True)
+                whole = [[tensor] for tensor in tensors] if entry.is_dealt else [tensors]
+                for row, of_row in zip(entry.rows, whole, strict=True):
+                    sent.update(row.hf)
+                    yield from zip(row.hf, from_shards(row, of_row, hf), strict=True)
 
 
-def _buckets(entries: list[_Entry], bound: int) -> Iterator[list[_Entry]]:
+def _entry(name: str, parameter: Tensor, hf: PretrainedConfig, groups: Groups, layer_offset: int) -> _Entry:
+    row = find_row(name, layer_offset, hf.tie_word_embeddings)
+    ranks = groups.ep_size if row.is_expert else 1
+    offsets = [rank * experts_per_rank(hf, groups.ep_size) for rank in range(ranks)]
+    rows = tuple(find_row(name, layer_offset, hf.tie_word_embeddings, offset) for offset in offsets)
+    return _Entry(rows, tuple(parameter.shape), parameter.dtype)
+
+
+def _buckets(entries: list[_Entry], bound: int, groups: Groups) -> Iterator[list[_Entry]]:
     bucket: list[_Entry] = []
     size = 0
     for entry in entries:
-        nbytes = entry.numel * entry.dtype.itemsize
-        if bucket and (size + nbytes > bound or entry.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
+        nbytes = entry.numel * entry.dtype.itemsize * (groups.ep_size if entry.is_dealt else groups.tp_size)
+        if bucket:
+            fits = entry.dtype == bucket[0].dtype and entry.is_dealt == bucket[0].is_dealt
+            if not fits or size + nbytes > bound:
+                yield bucket
+                bucket, size = [], 0
         bucket.append(entry)
         size += nbytes
     if bucket:
@@ -77,17 +95,19 @@ def _buckets(entries: list[_Entry], bound: int) -> Iterator[list[_Entry]]:
 
 def _exchange(
     bucket: list[_Entry], shards: list[Tensor] | None, stage: int, groups: Groups, device: torch.device
-) -> Iterator[tuple[Row, list[Tensor]]]:
-    """All-gather a bucket over its stage's tensor-parallel ranks, then broadcast it along the pipeline."""
+) -> Iterator[tuple[_Entry, list[Tensor]]]:
+    """All-gather a bucket over its stage's tensor-parallel (or expert-parallel) ranks, then broadcast it along the
+    pipeline."""
+    group, ranks = (groups.ep, groups.ep_size) if bucket[0].is_dealt else (groups.tp, groups.tp_size)
     total = sum(entry.numel for entry in bucket)
-    gathered = torch.empty(groups.tp_size, total, dtype=bucket[0].dtype, device=device)
+    gathered = torch.empty(ranks, total, dtype=bucket[0].dtype, device=device)
     if shards is not None:
         flat = torch.cat([shard.detach().reshape(-1) for shard in shards])
-        all_gather_flat(gathered.view(-1), flat, group=groups.tp)
+        all_gather_flat(gathered.view(-1), flat, group=group)
     if groups.pp_size > 1:
         dist.broadcast(gathered, src=groups.pp_ranks[stage], group=groups.pp)
     offset = 0
     for entry in bucket:
         columns = gathered[:, offset : offset + entry.numel]
         offset += entry.numel
-        yield entry.row, [column.reshape(entry.shape) for column in columns]
+        yield entry, [column.reshape(entry.shape) for column in columns]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from megatron_rl.config import Config
-from megatron_rl.config_checks import read_hf_config
+from megatron_rl.config_checks import head_width, is_moe, num_experts, read_hf_config
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,25 @@ def count_parameters(config: Config) -> tuple[int, int]:
     kind, hidden, layers = hf["model_type"], hf["hidden_size"], hf["num_hidden_layers"]
     heads = hf["num_attention_heads"]
     groups = hf.get("num_key_value_heads") or heads
-    head_dim = hf.get("head_dim") or (128 if kind == "qwen3" else hidden // heads)
+    head_dim = head_width(hf)
     qkv_width = (heads + 2 * groups) * head_dim
     attention = hidden * qkv_width + heads * head_dim * hidden
     if kind == "qwen2":
         attention += qkv_width
     elif hf.get("attention_bias", False):
         attention += qkv_width + hidden
-    if kind == "qwen3":
+    if kind in ("qwen3", "qwen3_moe"):
         attention += 2 * head_dim
     mlp = 3 * hidden * hf["intermediate_size"]
     if kind == "llama" and hf.get("mlp_bias", False):
         mlp += 2 * hf["intermediate_size"] + hidden
-    decoder = layers * (attention + mlp + 2 * hidden) + hidden
+    mlps = layers * mlp
+    if is_moe(hf):
+        skipped, sparse_step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step", 1)
+        num_moe = sum(layer not in skipped and (layer + 1) % sparse_step == 0 for layer in range(layers))
+        expert_layer = (num_experts(hf) or 0) * (3 * hidden * hf["moe_intermediate_size"] + hidden)  # and its router
+        mlps += num_moe * (expert_layer - mlp)
+    decoder = layers * (attention + 2 * hidden) + mlps + hidden
     embeddings = hf.get("vocab_size", 0) * hidden * (1 if hf.get("tie_word_embeddings", False) else 2)
     return decoder, embeddings
 
@@ -87,6 +93,8 @@ def plan_rows(config: Config) -> list[tuple[str, str]]:
     """(what, value) in reading order."""
     parallel, train, batch = config.parallel, config.train, batch_plan(config)
     layout = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"
+    if parallel.ep > 1:
+        layout += f", experts over {parallel.ep}"
     if parallel.sp:
         layout += ", sequence parallel"
     if parallel.distributed_optimizer:

@@ -19,7 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megatron_rl import device
 from megatron_rl.config import Config, OptimizerConfig
 from megatron_rl.config_checks import ConfigError
-from megatron_rl.parallel.groups import Groups
+from megatron_rl.convert.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
+from megatron_rl.parallel.groups import Groups, expert_tp
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,10 +47,14 @@ def resolve_hf_config(raw: dict[str, Any]) -> PretrainedConfig:
         "mlp_bias": "biases in the MLP",
     }
     faults = [what for key, what in refused.items() if getattr(hf, key, False)]
+    if hf.model_type == "mistral" and hf.sliding_window is not None:
+        faults.append(f"sliding-window attention (sliding_window {hf.sliding_window}, null would be full attention)")
     if getattr(hf, "attention_bias", False):
         faults.append("a bias on the attention output (attention_bias)")
     if getattr(hf, "hidden_act", "silu") != "silu":
         faults.append(f"hidden_act {hf.hidden_act!r} (only silu)")
+    if hf.model_type == "qwen3_moe" and hf.norm_topk_prob and hf.num_experts_per_tok == 1:
+        faults.append("norm_topk_prob and one expert a token (its weight is always 1, so the router cannot learn)")
     if faults:
         raise ConfigError(f"model: {hf.model_type} with {', '.join(faults)} is not supported; choose another model")
     return hf
@@ -75,6 +80,7 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
     elif config.model.recompute == "selective":
         recompute = {"recompute_granularity": "selective"}
     return TransformerConfig(
+        **_moe_options(hf, config),
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
         ffn_hidden_size=hf.intermediate_size,
@@ -86,8 +92,8 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=hf.model_type == "qwen2",
-        qk_layernorm=hf.model_type == "qwen3",
+        add_qkv_bias=has_qkv_bias(hf),
+        qk_layernorm=has_qk_norm(hf),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -105,6 +111,32 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
         **recompute,
         **device.transformer_config_options(),
     )
+
+
+def _moe_options(hf: PretrainedConfig, config: Config) -> dict[str, Any]:
+    """The mixture of experts as transformers computes it: softmax over all experts, then the largest few.
+
+    Nothing balances the load: hf.router_aux_loss_coef is for pre-training, and here it would add to the policy
+    gradient a term that no reward asked for.
+    """
+    pattern = [int(is_moe_layer(hf, layer)) for layer in range(hf.num_hidden_layers)]
+    if not any(pattern):
+        return {}
+    return {
+        "num_moe_experts": hf.num_experts,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_layer_freq": 1 if all(pattern) else pattern,
+        "moe_router_topk": hf.num_experts_per_tok,
+        # renormalising the chosen probabilities is a softmax over the chosen logits
+        "moe_router_pre_softmax": not hf.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": device.ON_GPU,
+        "expert_model_parallel_size": config.parallel.ep,
+        "expert_tensor_parallel_size": expert_tp(config.parallel),
+    }
 
 
 def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -> Model:
@@ -146,7 +178,7 @@ def _count_padding(ddp: DistributedDataParallel) -> None:
     Megatron-Core 0.16.1 gathers their state without the padding and then slices it at offsets that include it. A
     pipeline's tied embedding is a bucket of its own: weights and moments behind it would be saved shifted, silently.
     """
-    for buffer in ddp.buffers:
+    for buffer in ddp.buffers + ddp.expert_parallel_buffers:
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()

@@ -1,94 +1,155 @@
 """Training checkpoints through Megatron's dist_checkpointing: weights, optimizer, schedule and the loop's own state.
 
-A checkpoint is written into a hidden folder and renamed when every rank has finished, so a killed save never becomes
-the newest one. It loads under another TP, PP or DP.
+A checkpoint is a folder step_NNNNNNNN with Megatron's files (torch_dist), the resolved config.yaml, and hf/:
+config.json, tokenizer and generation config, which an export needs beside the weights. It is written into a hidden
+folder and renamed when every rank has finished, so a killed save never becomes the newest one. It loads under another
+TP, PP or DP. The link `best` names the one with the best evaluation.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import queue
+import random
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.random import get_all_rng_states
 
-from megatron_rl import device
+from megatron_rl import device, launch
+from megatron_rl.config import dump_config
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.groups import CheckpointException, Groups, barrier
+from megatron_rl.parallel.groups import CheckpointException, Groups
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.save_hf import fsync_tree, write_hf_extras
 
-_NAME = re.compile(r"step_(\d{8})")
+_NAME = re.compile(r"step_\d{8}")
+_OVERHEAD_BYTES, _OVERHEAD_BYTES_PER_TENSOR = 2**20, 2**12  # metadata, archive headers, rounding to blocks
+_HYPERPARAMETERS = ("max_lr", "min_lr", "betas", "eps")  # of an optimizer's group, besides those that the schedule sets
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """One checkpoint on its way to the disk."""
+
+    target: Path
+    needed: int  # bytes
+    is_best: bool
+
+    @property
+    def draft(self) -> Path:
+        return self.target.with_name(f".{self.target.name}")
 
 
 class CheckpointStore:
     """The checkpoints of one run, under `folder`. Every method but `newest` is collective."""
 
-    def __init__(self, folder: Path, policy: MegatronPolicy, groups: Groups) -> None:
-        """`folder` need not exist."""
-        self.folder, self.policy, self.groups = folder, policy, groups
+    def __init__(self, folder: Path, policy: MegatronPolicy, groups: Groups, tokenizer: Any = None) -> None:
+        """`folder` need not exist. `tokenizer` travels in hf/; None: hf/ holds the model's part alone."""
+        self.folder, self.policy, self.groups, self.tokenizer = folder, policy, groups, tokenizer
+        self._world = Reducer(groups.world, device.device())
+        self._background = AsyncCallsQueue()
+        self._unfinished: _Save | None = None
         if not device.ON_GPU:
             _let_torch_adam_load()
 
     def newest(self) -> Path | None:
         """The finished checkpoint with the most steps."""
-        if not self.folder.is_dir():
-            return None
-        finished = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-        return max(finished, key=lambda path: path.name, default=None)
+        return max(self._finished(), default=None)
 
-    def save(self, step: int, extra: dict[str, Any]) -> Path:
-        """Write the state after `step` steps; `extra` is plain data that `load_newest` gives back. Keeps only this
-        checkpoint."""
-        target = self.folder / f"step_{step:08d}"
-        draft = self.folder / f".{target.name}"
-        if self.groups.rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        barrier(self.groups)
+    def save(self, step: int, extra: dict[str, Any], *, is_best: bool = False) -> Path:
+        """Write the state after `step` steps; `extra` is plain data that `load` gives back.
+
+        It is the newest checkpoint on return, or with train.async_save once a later `finish` sees it complete. Then
+        those beyond the train.keep_checkpoints newest and the one of the last `is_best` are removed.
+        Raises: UserError, on every rank, when there is no room for it or it cannot be written; the others then stay.
+        """
+        self.finish()
         state = self._state(is_loading=False) | {"step": step, "extra": extra}
-        # Megatron's own queue lives in a manager process: seconds to start, and it outlives a rank that is killed, with
-        # that rank's terminal held open. This save is synchronous: its results never leave the process.
-        filesystem_async._results_queue = queue.SimpleQueue()
-        dist_checkpointing.save(state, str(draft))
-        barrier(self.groups)
-        if self.groups.rank == 0:
-            older = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-            if target in older:  # the same step again, after a resume from it
-                shutil.rmtree(target)
-            draft.rename(target)
-            for path in older:
-                if path != target:
-                    shutil.rmtree(path)
-        barrier(self.groups)
-        return target
+        save = _Save(self.folder / f"step_{step:08d}", self._bytes_of(state), is_best)
+        self._on_rank_0(lambda: self._prepare(save), save)
+        self._unfinished = save
+        try:
+            request = self._request(state, save.draft)
+            if self.policy.config.train.async_save:
+                self._background.schedule_async_request(request)
+                return save.target
+            request.execute_sync()
+        except CheckpointException as error:  # torch's, and no Exception
+            self._fail(error)
+        self._publish()
+        return save.target
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Make a checkpoint that was written in the background the newest one; without `wait`, if it is complete.
+
+        Raises: UserError, on every rank, when it could not be written.
+        """
+        if self._unfinished is None:
+            return
+        try:
+            is_done = self._background.maybe_finalize_async_calls(blocking=wait)
+        except CheckpointException as error:
+            self._fail(error)
+        if is_done:
+            self._publish()
 
     def load_newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Restore the newest checkpoint into the policy: (step, extra), or None without one.
+        """`load` the newest checkpoint; None without one."""
+        path: Path | None = self._world.gather_objects(self.newest())[0]
+        return None if path is None else self.load(path)
 
+    def load(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Restore the checkpoint `path`, of this run or another one, into the policy: (step, extra).
+
+        The states of random generators come back where the layout is the one that saved them.
         Raises: UserError naming a checkpoint that cannot be read.
         """
-        path: Path | None = Reducer(self.groups.world, device.device()).gather_objects(self.newest())[0]
-        if path is None:
-            return None
         try:
             strategy = get_default_load_sharded_strategy(str(path))
-            state = dist_checkpointing.load(self._state(is_loading=True), str(path), strategy)
-        except (Exception, CheckpointException) as error:  # the latter is torch's and no Exception
+            wanted = self._state(is_loading=True)
+            if dist_checkpointing.load_common_state_dict(str(path))["layout"] != wanted["layout"]:
+                del wanted["random"]
+            state = dist_checkpointing.load(wanted, str(path), strategy)
+        except (Exception, CheckpointException) as error:
             raise UserError(
                 f"cannot load the checkpoint {path}: {_reasons(error)}\nIf it belongs to another model, use another "
                 "run name or train.resume=never; if it is damaged, remove it"
             ) from error
         self.policy.model.gpt.load_state_dict(state["model"])
-        self.policy.optimizer.load_state_dict(state["optimizer"])
-        self.policy.scheduler.load_state_dict(state["scheduler"])
+        self._load_optimizer(state)
+        self.policy.skipped_in_a_row = state["skipped_in_a_row"]
+        if "random" in state:
+            _set_random_states(state["random"])
         return int(state["step"]), state["extra"]
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Moments and the number of updates. Hyper-parameters stay the config's, which may have changed since the save:
+        Megatron would take them from the checkpoint, and the run would not be the one that its config.yaml tells."""
+        optimizer, scheduler = self.policy.optimizer, self.policy.scheduler
+        configured = [{name: group[name] for name in _HYPERPARAMETERS} for group in optimizer.param_groups]
+        _restore_step_0(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(optimizer.param_groups, configured, strict=True):
+            group.update(values)
+        scheduler.step(increment=state["scheduler"]["num_steps"] - scheduler.num_steps)  # sets lr and weight_decay
 
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {
@@ -97,9 +158,184 @@ class CheckpointStore:
             "singleton_local_shards": False,
             "dp_cp_group": self.groups.dp,
         }
+        _begin_torch_adam(self.policy.optimizer)
         model = self.policy.model.gpt.sharded_state_dict(metadata=metadata)
         optimizer = self.policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer, "scheduler": self.policy.scheduler.state_dict()}
+        rank, size, parallel = self.groups.rank, self.groups.world_size, self.policy.config.parallel
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": self.policy.scheduler.state_dict(),
+            "skipped_in_a_row": self.policy.skipped_in_a_row,
+            "layout": {**parallel.model_dump(exclude={"sp", "distributed_optimizer"}), "world_size": size},
+            "random": ShardedObject("random", _random_states(), (size,), (rank,)),
+        }
+
+    def _bytes_of(self, state: dict[str, Any]) -> int:
+        """What all ranks together will write, a little overestimated."""
+        shards = [v for v in nested_values(state) if isinstance(v, ShardedBase) and is_main_replica(v.replica_id)]
+        tensors = [shard.data for shard in shards if isinstance(shard.data, torch.Tensor)]
+        mine = sum(tensor.numel() * tensor.itemsize + _OVERHEAD_BYTES_PER_TENSOR for tensor in tensors)
+        return int(self._world.sum(torch.tensor([mine], device=device.device()))) + _OVERHEAD_BYTES
+
+    def _request(self, state: dict[str, Any], draft: Path) -> AsyncRequest:
+        """Megatron's plan of the writing, with a writer and a way back for its results that leave no process behind."""
+        filesystem_async._results_queue = _Results()
+        one_file = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        request = dist_checkpointing.save(state, str(draft), one_file, async_sharded_save=True)
+        assert request is not None
+        if request.async_fn is None:  # this rank has nothing to write
+            return request
+        (transforms, _) = request.async_fn.args
+        parent = os.getpid() if self.policy.config.train.async_save else None
+        return request._replace(async_fn=partial(_write_files, transforms, parent))
+
+    def _prepare(self, save: _Save) -> None:
+        for leftover in self.folder.glob(".step_*"):  # of killed saves and killed removals
+            shutil.rmtree(leftover)
+        save.draft.mkdir(parents=True)
+        if shutil.disk_usage(self.folder).free < save.needed:
+            save.draft.rmdir()
+            raise UserError(self._story(save, "there is no room for it"))
+
+    def _publish(self) -> None:
+        """The draft of a written save becomes a checkpoint, and those that are no longer kept go."""
+        save, self._unfinished = self._unfinished, None
+        assert save is not None
+        self._on_rank_0(lambda: self._rename(save), save)
+
+    def _rename(self, save: _Save) -> None:
+        (save.draft / "config.yaml").write_text(dump_config(self.policy.config))
+        write_hf_extras(save.draft / "hf", self.policy, self.tokenizer)
+        fsync_tree(save.draft)
+        best = self.folder / "best"
+        if save.is_best:  # before the renaming: a process killed between the two comes by here again
+            link = self.folder / ".best"
+            link.unlink(missing_ok=True)
+            link.symlink_to(save.target.name)
+            link.replace(best)
+        if save.target.exists():  # the same step again
+            _remove(save.target)
+        save.draft.rename(save.target)
+        fsync_tree(self.folder, recursive=False)
+        kept = sorted(self._finished())[-self.policy.config.train.keep_checkpoints :]
+        for path in self._finished():
+            if path not in kept and not (best.is_symlink() and best.readlink().name == path.name):
+                _remove(path)
+
+    def _finished(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+
+    def _on_rank_0(self, work: Callable[[], None], save: _Save) -> None:
+        """Do what one rank does for all, and fail on all if it fails. Raises: UserError."""
+        problem: str | None = None
+        if self.groups.rank == 0:
+            try:
+                work()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = self._story(save, f"{type(error).__name__}: {error}")
+                shutil.rmtree(save.draft, ignore_errors=True)
+        problem = self._world.gather_objects(problem)[0]
+        if problem is not None:
+            self._unfinished = None
+            raise UserError(problem)
+
+    def _fail(self, error: CheckpointException) -> NoReturn:
+        """Megatron raises it on all ranks, and tells rank 0 alone why."""
+        save, self._unfinished = self._unfinished, None
+        assert save is not None
+
+        def explain() -> None:
+            story = self._story(save, _reasons(error))
+            shutil.rmtree(save.draft, ignore_errors=True)
+            raise UserError(story)
+
+        self._on_rank_0(explain, save)
+        raise AssertionError("unreachable")
+
+    def _story(self, save: _Save, reason: str) -> str:
+        newest, train = self.newest(), self.policy.config.train
+        return (
+            f"cannot save the checkpoint {save.target}: {reason}\nIt needs {save.needed:,} bytes, and "
+            f"{shutil.disk_usage(self.folder).free:,} are free there. "
+            + (f"The last good checkpoint is {newest}" if newest else "There is no earlier checkpoint")
+            + f"; make room, lower train.keep_checkpoints={train.keep_checkpoints} or move logging.run_dir: the same "
+            "command continues"
+        )
+
+
+def _remove(path: Path) -> None:
+    """Under its own name a checkpoint is whole at every moment, also while it goes."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
+
+
+class _Results:
+    """How Megatron's writer, which may run in a forked process, tells this one what it wrote.
+
+    Megatron's own queue lives in a manager process: seconds to start, and it outlives a rank that is killed, with that
+    rank's terminal held open. This is a file in memory: no process, no pipe to fill, and a full disk does not touch it.
+    """
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.memfd_create("checkpoint_results"), "w+b")
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """Raises: queue.Empty when the writer died."""
+        self._file.seek(0)
+        written = self._file.read()
+        if not written:
+            raise queue.Empty
+        return pickle.loads(written)
+
+
+def _write_files(transforms: list[Any], parent: int | None, rank: int, buckets: list[Any], results: _Results) -> None:
+    """Megatron's writing of a rank's files, in this process: forked by the rank `parent`, or the rank itself (None).
+
+    Megatron's own function forks a process for each file. Those would go on writing into the draft after their rank was
+    killed, while the next run writes there.
+    """
+    if parent is not None:
+        launch.die_with_parent(parent)
+    written: dict[int, Any] = {}
+    for index, bucket in enumerate(buckets):
+        answers: queue.Queue[Any] = queue.Queue()
+        in_work: queue.Queue[int] = queue.Queue()
+        in_work.put(index)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, answers, in_work, True)
+        _, answer = answers.get()
+        if isinstance(answer, Exception):
+            results.put(answer)
+            return
+        written[index] = answer
+    results.put(written)
+
+
+def _random_states() -> dict[str, Any]:
+    """Of every generator that a step could draw from: Megatron's and torch's (dropout), and those of Python and NumPy,
+    which a reward function may use. The trainer's own randomness is a hash, which has no state."""
+    tracked = {name: state.clone() for name, state in get_all_rng_states().items()}
+    states = {"megatron": tracked, "python": random.getstate(), "numpy": np.random.get_state()}
+    return states | {"torch": torch.get_rng_state(), "device": _device_generator().get_rng_state()}
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    get_all_rng_states().update(states["megatron"])
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    _device_generator().set_rng_state(states["device"])
+    torch.set_rng_state(states["torch"])
+
+
+def _device_generator() -> Any:
+    return torch.get_device_module(device.device()) if device.ON_GPU else torch
 
 
 def _reasons(error: BaseException) -> str:
@@ -108,22 +344,35 @@ def _reasons(error: BaseException) -> str:
     return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause in causes}))
 
 
+def _begin_torch_adam(optimizer: Any) -> None:
+    """Give torch's Adam the state that its first update would begin with, if it has none yet: Megatron can neither save
+    an optimizer without it nor load into one. Its own way to get one is a step, which weight decay makes felt."""
+    if device.ON_GPU:
+        return
+    for adam in (chained.optimizer for chained in optimizer.chained_optimizers if not chained.optimizer.state):
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+def _restore_step_0(optimizer: dict[str, Any]) -> None:
+    """The number of updates of an optimizer that is not distributed, which Megatron drops when it is 0."""
+    if {"state", "param_groups"} <= optimizer.keys():
+        optimizer["state"].setdefault("common_step", torch.tensor(0.0))
+    for value in optimizer.values():
+        if isinstance(value, dict):
+            _restore_step_0(value)
+
+
 def _let_torch_adam_load() -> None:
-    """Without Transformer Engine the distributed optimizer runs torch's AdamW, and 0.16.1 cannot load its state: a
-    fresh state has no `step`, restoring expects one, and then all parameters share one `step` tensor, which AdamW would
-    count once per
+    """Without Transformer Engine the distributed optimizer runs torch's AdamW, and 0.16.1 cannot load its state:
+    restoring expects a `step`, and then all parameters share one `step` tensor, which AdamW would count once per
     parameter."""
     if getattr(DistributedOptimizer, "_loads_torch_adam", False):
         return
     DistributedOptimizer._loads_torch_adam = True
-    sharded_state_dict = DistributedOptimizer.sharded_state_dict
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load_state_dict = DistributedOptimizer.load_state_dict
-
-    def with_state(self: Any, model_state: Any, is_loading: bool = False, **options: Any) -> Any:
-        if is_loading and not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
-        return sharded_state_dict(self, model_state, is_loading, **options)
 
     def with_step(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
         group, index = self.model_param_group_index_map[parameter]
@@ -137,6 +386,5 @@ def _let_torch_adam_load() -> None:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    DistributedOptimizer.sharded_state_dict = with_state
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
     DistributedOptimizer.load_state_dict = with_own_steps

@@ -9,13 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -75,14 +72,17 @@ def _padded_index(cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     return torch.where(valid, starts[:, None] + offsets[None], starts[:, None]), valid
 
 
-def block_spec(config: TransformerConfig) -> Any:
-    """Layers of the policy: Transformer Engine's on CUDA, Megatron's local ones with the two modules above on a CPU."""
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """This pipeline stage's layers: Transformer Engine's on CUDA, Megatron's local ones with the two modules above on a
+    CPU."""
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=device.ON_GPU, normalization="RMSNorm")
     if device.ON_GPU:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+        return block
+    block.layer_norm = RMSNorm
+    for layer in block.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return block

@@ -52,11 +52,12 @@ class MegatronPolicy:
         self.hf_config = self.model.hf_config
         self.temperature = config.rollout.temperature
         path = config.model.path
-        self.load(folder_source(path) if path is not None else random_source(self.hf_config, config.seed))
+        hf = self.hf_config
+        self.load(folder_source(path, hf) if path is not None else random_source(hf, config.seed))
         self._total_updates = total_updates
         self.reset_optimizer()
         self._reference: list[Tensor] | None = None
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
 
     @property
     def parameters(self) -> list[tuple[str, Tensor]]:
@@ -90,6 +91,8 @@ class MegatronPolicy:
             tp_rank=self.groups.tp_rank,
             tp_size=self.groups.tp_size,
             padded_vocab=padded_vocab_size(self.hf_config.vocab_size, self.groups.tp_size),
+            ep_rank=self.groups.ep_rank,
+            ep_size=self.groups.ep_size,
         )
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -150,7 +153,7 @@ class MegatronPolicy:
         if not math.isfinite(grad_norm):
             self._count_skipped(mini_batch, grad_norm, sums)
         elif not skipped:
-            self._skipped_in_a_row = 0
+            self.skipped_in_a_row = 0
             self.scheduler.step(increment=1)
         return UpdateResult(sums, grad_norm, learning_rate, skipped)
 
@@ -161,7 +164,8 @@ class MegatronPolicy:
         if not math.isfinite(grad_norm) or (grad_norm == 0 and self._is_empty(mini_batch)):
             return grad_norm, True
         if self.config.optimizer.clip_grad > 0:
-            parameters = self.optimizer.get_parameters()
+            # get_parameters refuses a chain of two optimizers, which dealt-out experts and the rest are
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.optimizer.clip_grad, total_norm=grad_norm)
         if not self.optimizer.step_with_ready_grads():
             raise RuntimeError("Megatron's optimizer refused a finite gradient")
@@ -173,12 +177,12 @@ class MegatronPolicy:
         return not Reducer(self.groups.dp, device.device()).any(counted)
 
     def _count_skipped(self, mini_batch: MiniBatch, grad_norm: float, sums: dict[str, Tensor]) -> None:
-        self._skipped_in_a_row += 1
+        self.skipped_in_a_row += 1
         allowed = self.config.train.max_nonfinite_updates
-        if self._skipped_in_a_row > allowed:
+        if self.skipped_in_a_row > allowed:
             bad = [name for name, pair in sums.items() if not torch.isfinite(pair).all()]
             raise NonFiniteError(
-                f"the gradient norm was {grad_norm} in {self._skipped_in_a_row} updates in a row (mini-batch "
+                f"the gradient norm was {grad_norm} in {self.skipped_in_a_row} updates in a row (mini-batch "
                 f"{mini_batch.index}; non-finite metrics: {', '.join(bad) or 'none'}); "
                 f"train.max_nonfinite_updates={allowed}. The weights are those of the last finite "
                 "update. Look at optimizer.lr, rewards and the train-against-rollout mismatch."

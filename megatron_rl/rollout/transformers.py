@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
+from megatron_rl.convert.hf import hub_views
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, SamplingParams
 from megatron_rl.rollout.sampling import sample_tokens, uniforms
 from megatron_rl.types import Rollout
@@ -49,8 +50,10 @@ class TransformersEngine:
         if self._asleep:
             raise EngineError("update_weights: the engine sleeps; call wake first")
         self._trouble = "its last update_weights failed and left a mixture of weights; update again"
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        canonical = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        parameters = hub_views(dict(self.model.named_parameters(remove_duplicate=False)))
+        canonical: dict[int, str] = {}
+        for name, parameter in parameters.items():
+            canonical.setdefault(id(parameter), name)
         seen: set[str] = set()
         loaded: set[int] = set()
         with torch.inference_mode():

@@ -8,7 +8,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from megatron_rl.config_checks import ConfigError
-from megatron_rl.convert.mapping import ROWS, find_row, from_shards, full_shapes, load_weights, to_shard
+from megatron_rl.convert.mapping import (
+    ROWS,
+    check_names,
+    expected_hf_names,
+    find_row,
+    from_shards,
+    full_shapes,
+    load_weights,
+    split_of,
+    to_shard,
+)
 
 HF = AutoConfig.for_model(
     "qwen3",
@@ -40,7 +50,7 @@ def _padded(vocab: int, tp: int) -> int:
 @pytest.mark.parametrize("kind", ["replicated", "row", "vocab", "qkv", "gate_up"])
 def test_from_shards_inverts_to_shard(kind: str, tp: int) -> None:
     tensors = _full_tensors(HF) | {f"model.layers.2.self_attn.{c}_proj.bias": torch.randn(n) for c, n in QKV_ROWS}
-    rows = [row for row in ROWS if row.kind == kind]
+    rows = [row for row in ROWS if row.kind == kind and row.where != "moe"]
     assert rows
     for row in rows:
         local = row.megatron.replace("{layer}", "0")
@@ -57,13 +67,30 @@ def test_from_shards_inverts_to_shard(kind: str, tp: int) -> None:
 
 
 def test_qkv_rows_are_grouped_by_key_head_and_split_by_group() -> None:
-    """Megatron's order: for each key head its query heads, the key, the value. The numbers are 100, 200, 300 for q, k, v
-    plus the head; 8 heads of 2 rows, 4 key heads, two to a rank."""
+    """Megatron's order: for each key head its query heads, the key, the value. The numbers are 100, 200, 300 for q, k,
+    v plus the head; 8 heads of 2 rows, 4 key heads, two to a rank."""
     full = [100.0 * which + torch.arange(heads).repeat_interleave(2) for which, heads in ((1, 8), (2, 4), (3, 4))]
     row = find_row("decoder.layers.0.self_attention.linear_qkv.bias", 0, tied=False)
     first, second = (to_shard(row, full, HF, rank, 2, 0) for rank in (0, 1))
     assert first.tolist() == [100, 100, 101, 101, 200, 200, 300, 300, 102, 102, 103, 103, 201, 201, 301, 301]
     assert second.tolist() == [104, 104, 105, 105, 202, 202, 302, 302, 106, 106, 107, 107, 203, 203, 303, 303]
+
+
+def test_with_fewer_key_heads_than_ranks_a_group_is_cut_through() -> None:
+    """Megatron splits the merged rows evenly: 4 heads of 2 rows, 2 key heads, 4 ranks, so each has half a group."""
+    hf = AutoConfig.for_model(**(HF.to_dict() | {"num_attention_heads": 4, "num_key_value_heads": 2}))
+    full = [100.0 * which + torch.arange(heads).repeat_interleave(2) for which, heads in ((1, 4), (2, 2), (3, 2))]
+    row = find_row("decoder.layers.0.self_attention.linear_qkv.bias", 0, tied=False)
+    shards = [to_shard(row, full, hf, rank, 4, 0) for rank in range(4)]
+    assert [shard.tolist() for shard in shards] == [
+        [100, 100, 101, 101],
+        [200, 200, 300, 300],
+        [102, 102, 103, 103],
+        [201, 201, 301, 301],
+    ]
+    assert full_shapes(row, (4,), hf, 4) == [(8,), (4,), (4,)]
+    for got, want in zip(from_shards(row, shards, hf), full, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_gate_and_up_are_split_before_they_are_joined() -> None:
@@ -91,20 +118,32 @@ def test_names_of_layers_stages_and_transformer_engine() -> None:
     assert fused.hf == ("model.layers.1.post_attention_layernorm.weight",)
     assert find_row("output_layer.weight", 0, tied=False).hf == ("lm_head.weight",)
     assert find_row("output_layer.weight", 0, tied=True).hf == ("model.embed_tokens.weight",)
-    with pytest.raises(KeyError, match="decoder.layers.{layer}.mlp.router.weight"):
-        find_row("decoder.layers.1.mlp.router.weight", 0, tied=False)
+    with pytest.raises(KeyError, match="decoder.layers.{layer}.mlp.shared_experts.linear_fc1.weight"):
+        find_row("decoder.layers.1.mlp.shared_experts.linear_fc1.weight", 0, tied=False)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "tied"), [("qwen2", True), ("qwen2", False), ("qwen3", True), ("llama", False), ("llama", True)]
-)
-def test_the_table_covers_every_tensor_of_the_architectures(model_type: str, tied: bool) -> None:
-    """Against the parameter list of transformers' own classes."""
-    hf = AutoConfig.for_model(**(HF.to_dict() | {"model_type": model_type, "tie_word_embeddings": tied}))
-    known = {
-        name.replace("{layer}", str(layer)) for row in ROWS for name in row.hf for layer in range(hf.num_hidden_layers)
-    }
-    assert set(_full_tensors(hf)) <= known
+@pytest.mark.parametrize("name", ["local_experts.3.linear_fc1.weight", "linear_fc1.weight3"])
+def test_experts_are_numbered_over_the_whole_layer(name: str) -> None:
+    """Megatron's own experts and the grouped ones of Transformer Engine."""
+    row = find_row(f"decoder.layers.1.mlp.experts.{name}", 4, tied=False, expert_offset=8)
+    assert row.hf == tuple(f"model.layers.5.mlp.experts.11.{part}_proj.weight" for part in ("gate", "up"))
+    assert row.is_expert and split_of(row, 1, 2, ep_size=4) == (0, 1) and split_of(row, 1, 2, ep_size=1) == (1, 2)
+    router = find_row("decoder.layers.1.mlp.router.weight", 4, tied=False, expert_offset=8)
+    assert router.hf == ("model.layers.5.mlp.gate.weight",) and not router.is_expert
+
+
+def test_names_that_do_not_belong_are_refused_by_name() -> None:
+    names = expected_hf_names(HF)
+    check_names(names | {"model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"}, HF, "here")
+    others = names - {"model.layers.2.mlp.up_proj.weight"} | {"model.layers.0.mlp.experts.0.down_proj.weight"}
+    with pytest.raises(ConfigError, match=r"here: .* 1 unknown: .*\.experts.0.down_proj.weight; 1 missing: .*up_proj"):
+        check_names(others, HF, "here")
+    gone = {name for name in names if ".layers.2." in name}
+    with pytest.raises(ConfigError, match="11 missing: model.layers.2.input_layernorm.weight, .*, .*, ...$"):
+        check_names(names - gone, HF, "here")
+    tied = AutoConfig.for_model(**(HF.to_dict() | {"tie_word_embeddings": True}))
+    assert names - expected_hf_names(tied) == {"lm_head.weight"}
+    check_names(names, tied, "here")  # Qwen3-0.6B is tied and stores both
 
 
 def test_a_misfit_is_refused_with_both_shapes_and_changes_nothing() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import AutoConfig
 
+from megatron_rl.convert.mapping import expected_hf_names
 from tests.invariance_case import LAYOUTS, MODELS, Case, initial_weights, make_config
 from tests.worlds import Worlds
 
@@ -53,3 +57,55 @@ def test_the_source_can_tell_tensors_apart(worlds: Worlds) -> None:
         weights = worlds.run(1, initial_weights, model)[0]
         values = torch.cat([t.flatten() for n, t in weights.items() if n != "lm_head.weight"])
         assert len(values.unique()) > 0.98 * len(values)
+
+
+MOE: dict[str, Any] = {
+    **MODELS["qwen3"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "mlp_only_layers": [1],
+}
+MOE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2_sp": {"world_size": 2, "tp": 2, "sp": True},
+    "ep2": {"world_size": 2, "ep": 2},
+    "tp2_sp_ep2_pp2": {"world_size": 4, "tp": 2, "sp": True, "ep": 2, "pp": 2},
+}
+
+
+def _expert_stream(parallel: dict[str, Any]) -> list[tuple[list[str], list[str]]]:
+    """(names in the stream's order, names whose bits differ from the source's) for each bucket size."""
+    from megatron_rl.config import parse_config
+    from megatron_rl.convert.hf import random_source
+    from megatron_rl.parallel.groups import init_groups
+    from megatron_rl.parallel.weights import weight_stream
+    from megatron_rl.policy.policy import MegatronPolicy
+
+    raw = make_config(Case("ppo_clip"), "tp1").model_dump(mode="json")
+    config = parse_config(raw | {"model": {"hf_config": MOE}, "parallel": parallel})
+    groups = init_groups(config.parallel, seed=1)
+    policy = MegatronPolicy(MOE, config, groups, total_updates=1)
+    source = random_source(policy.hf_config, seed=9)
+    policy.load(lambda name: source(name) + 0.1)  # so that norms, which start as 1, are not what they were
+    results = []
+    for size in BUCKETS.values():
+        stream = weight_stream(
+            policy.parameters, policy.hf_config, groups, layer_offset=policy.layer_offset, bucket_bytes=size
+        )
+        pairs = [(name, tensor.clone()) for name, tensor in stream]
+        results.append(([name for name, _ in pairs], [n for n, t in pairs if not torch.equal(t, source(n) + 0.1)]))
+    return results
+
+
+@pytest.mark.parametrize("layout", [*list(MOE_LAYOUTS)[:2], pytest.param("tp2_sp_ep2_pp2", marks=pytest.mark.slow)])
+def test_every_expert_comes_once_to_every_rank(worlds: Worlds, layout: str) -> None:
+    ranks = worlds.run(MOE_LAYOUTS[layout]["world_size"], _expert_stream, MOE_LAYOUTS[layout])
+    expected = expected_hf_names(AutoConfig.for_model(**MOE))
+    assert (
+        sum(".experts." in name for name in expected) == 3 * 4 * 3
+    )  # three layers of four experts, three tensors each
+    for names, wrong in ranks[0]:
+        assert wrong == []
+        assert len(names) == len(set(names)) and set(names) == expected
+    assert all(rank == ranks[0] for rank in ranks)

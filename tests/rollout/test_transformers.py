@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_rl.convert.hf import hub_views
 from megatron_rl.rollout.engine import ENGINES, EngineAborted, EngineError, Request, RolloutEngine, SamplingParams
 from megatron_rl.rollout.transformers import TransformersEngine
 
@@ -234,3 +235,24 @@ def test_building_an_engine_leaves_the_global_rng_alone():
     before = torch.get_rng_state()
     TransformersEngine(HF, dtype=torch.float32, device=torch.device("cpu"), batch_size=8)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_experts_come_one_by_one():
+    """As checkpoints name them; the model in memory stacks them."""
+    changes = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = make_model(**changes)
+    weights = hub_views(dict(model.named_parameters()))
+    engine = TransformersEngine(HF | changes, dtype=torch.float32, device=torch.device("cpu"), batch_size=8)
+    expert = "model.layers.1.mlp.experts.3.up_proj.weight"
+    with pytest.raises(EngineError, match=rf"1 weights did not come: '{expert}'"):
+        engine.update_weights([(name, tensor) for name, tensor in weights.items() if name != expert], 7)
+    with pytest.raises(EngineError, match=rf"'{expert}' has shape \(15, 32\), expected \(16, 32\)"):
+        engine.update_weights((weights | {expert: torch.zeros(15, 32)}).items(), 7)
+    engine.update_weights(weights.items(), 7)
+    loaded = engine.model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    rollout = engine.generate(make_requests(1, 1))[0]
+    with torch.inference_mode():
+        logprobs = (model(rollout.token_ids[None]).logits[0, :-1] / SAMPLING.temperature).log_softmax(-1)
+    expected = logprobs.gather(1, rollout.token_ids[1:, None])[:, 0][rollout.loss_mask[1:]]
+    torch.testing.assert_close(rollout.rollout_logprobs[rollout.loss_mask], expected, atol=1e-5, rtol=0)

@@ -1,0 +1,77 @@
+"""A model folder to a Hugging Face folder with sharded safetensors, one parameter at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_rl.config_checks import ConfigError
+from megatron_rl.convert.folders import cast, check_tokenizer, converted, copy_side_files, published
+from megatron_rl.convert.safetensors_io import TensorInfo, file_names, shards, write_file, write_index
+from megatron_rl.convert.to_megatron import Progress
+from megatron_rl.convert.weights import Weights, open_weights
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as in transformers
+_SLACK_BYTES = 64 * 2**20  # headers, tokenizer
+
+
+def megatron_to_hf(
+    source: Path,
+    target: Path,
+    *,
+    dtype: str = "keep",
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write the Hugging Face folder `target` from a converted or a training checkpoint (of any layout).
+
+    Memory: about twice the largest parameter. max_shard_size: of one file, such as 500MB.
+    Raises: ConfigError when the source is refused, UserError when the target is; before anything is written.
+    """
+    weights, limit = open_checkpoint(source), parse_size(max_shard_size)
+    tensors = converted(weights.tensors, dtype)
+    check_tokenizer(weights)
+    total = sum(info.nbytes for info in tensors.values())
+    with published(target, source, total + _SLACK_BYTES, force) as draft:
+        _write(weights, tensors, limit, draft, lambda done: progress(done, total))
+        copy_side_files(weights, draft, tensors)
+
+
+def open_checkpoint(source: Path) -> Weights:
+    """Open a Megatron checkpoint. Raises: ConfigError, also for a folder of the other format."""
+    weights = open_weights(source)
+    if not weights.is_megatron:
+        raise ConfigError(f"{source} is a Hugging Face model already; megatron-to-hf takes a Megatron checkpoint")
+    return weights
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB. Raises: ConfigError."""
+    match = re.fullmatch(r"(\d+)(KB|MB|GB)", text.upper())
+    if match is None or int(match[1]) == 0:
+        raise ConfigError(f"--max-shard-size {text}: expected a number and KB, MB or GB, such as 5GB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _write(
+    weights: Weights, tensors: dict[str, TensorInfo], limit: int, folder: Path, report: Callable[[int], None]
+) -> None:
+    parts, done = shards(tensors, limit), 0
+
+    def read(name: str) -> Tensor:
+        return cast(name, weights.read(name), tensors[name].dtype)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done)
+
+    files = list(zip(file_names(len(parts)), parts, strict=True))
+    for name, part in files:
+        write_file(folder / name, part, read, advance)
+    if len(files) > 1:
+        write_index(folder, files)
