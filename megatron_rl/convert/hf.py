@@ -26,7 +26,8 @@ def random_source(hf: PretrainedConfig, seed: int) -> Source:
 
 
 def folder_source(path: str | Path) -> Source:
-    """Lazily read tensors from `*.safetensors` in a model folder. Raises: ConfigError (no weights, or no such tensor)."""
+    """Lazily read tensors from `*.safetensors` in a model folder. Raises: ConfigError (no weights, or no such
+    tensor)."""
     folder = Path(path)
     index = folder / "model.safetensors.index.json"
     if index.is_file():

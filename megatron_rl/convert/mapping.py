@@ -152,7 +152,8 @@ def load_weights(
     tp_size: int,
     padded_vocab: int,
 ) -> None:
-    """Fill a stage's parameters from `source(hf_name)`. Raises: ConfigError naming a tensor whose shape does not fit."""
+    """Fill a stage's parameters from `source(hf_name)`. Raises: ConfigError naming a tensor whose shape does not
+    fit."""
     for name, parameter in parameters:
         row = find_row(name, layer_offset, hf.tie_word_embeddings)
         tensors, shapes = [source(n) for n in row.hf], full_shapes(row, parameter.shape, hf, tp_size)

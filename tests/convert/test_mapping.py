@@ -57,8 +57,8 @@ def test_from_shards_inverts_to_shard(kind: str, tp: int) -> None:
 
 
 def test_qkv_rows_are_grouped_by_key_head_and_split_by_group() -> None:
-    """Megatron's order: for each key head its query heads, the key, the value. The numbers are 100, 200, 300 for q, k, v
-    plus the head; 8 heads of 2 rows, 4 key heads, two to a rank."""
+    """Megatron's order: for each key head its query heads, the key, the value. The numbers are 100, 200, 300 for q, k,
+    v plus the head; 8 heads of 2 rows, 4 key heads, two to a rank."""
     full = [100.0 * which + torch.arange(heads).repeat_interleave(2) for which, heads in ((1, 8), (2, 4), (3, 4))]
     row = find_row("decoder.layers.0.self_attention.linear_qkv.bias", 0, tied=False)
     first, second = (to_shard(row, full, HF, rank, 2, 0) for rank in (0, 1))
