@@ -47,7 +47,7 @@ class Command:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megatron_rl", "train", str(config)],
             cwd=folder,
-            env=env | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+            env=env | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "MEGATRON_RL_DEVICE": "cpu"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -101,6 +101,7 @@ def _checkpoints(raw: dict[str, Any], folder: Path) -> list[str]:
     return [path.name for path in (folder / raw["name"] / "checkpoints").iterdir()]
 
 
+@pytest.mark.timeout(900)  # five starts: 40 s on an idle machine
 def test_a_run_that_is_stopped_killed_and_interrupted_ends_like_one_that_was_not(
     worlds: Worlds, tmp_path: Path, start: Callable[[dict[str, Any]], Command]
 ) -> None:

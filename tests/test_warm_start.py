@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_rl.config import Config, PpoClipLoss
 from megatron_rl.data import build_tokenizer, load_prompts
 from tests.policy.tiny import HF, make_batch, make_config, policy_of, same_bits, weights_of, worst
-from tests.worlds import Worlds
+from tests.worlds import Worlds, leave_layout
 
 STEPS = 5
 
@@ -144,9 +144,7 @@ def _interrupted(config: Config, cache: Path) -> dict[str, Any]:
     try:
         _warm(config)
     except KeyboardInterrupt:
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         found["left behind"] = sorted(path.name for path in cache.iterdir())
     finally:
         module.write_folder = write

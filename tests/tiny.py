@@ -17,6 +17,7 @@ from unittest import mock
 from torch import Tensor
 
 from megatron_rl.config import parse_config
+from tests.worlds import leave_layout
 
 HF: dict[str, Any] = {
     "model_type": "qwen2",
@@ -84,7 +85,7 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
 def trained(raw: dict[str, Any]) -> Iterator[Any]:
     """The `Run` after `train.train` on this world; several may follow one another, under different layouts."""
     from megatron_rl import train
-    from megatron_rl.parallel.groups import init_groups, mpu
+    from megatron_rl.parallel.groups import init_groups
 
     config, runs, set_up = parse_config(raw), [], train.set_up
 
@@ -97,7 +98,7 @@ def trained(raw: dict[str, Any]) -> Iterator[Any]:
             train.train(config, init_groups(config.parallel, config.seed))
         yield runs[0]
     finally:
-        mpu.destroy_model_parallel()
+        leave_layout()
 
 
 def train_each(raws: list[dict[str, Any]]) -> list[dict[str, Tensor]]:

@@ -95,6 +95,7 @@ class _Worker:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": "1",
+            "MEGATRON_RL_DEVICE": "cpu",  # gloo worlds, also on a machine with a GPU
             "TORCHDYNAMO_DISABLE": "1",  # must precede the import of torch
             "GLOO_SOCKET_IFNAME": _LOOPBACK,  # else gloo resolves the host's name, which a sandbox may not
         }
@@ -204,8 +205,20 @@ def _run_in_world(rank: int, size: int, port: int, timeout: float, call: bytes) 
     result = fn(*args)
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves early resets connections that its peers still read from
-    if "megatron.core.parallel_state" in sys.modules:
-        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
     return result
+
+
+def leave_layout() -> None:
+    """Drop Megatron's layout and every process group but the world, on all ranks: each gloo group keeps threads."""
+    import torch.distributed as dist
+
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    if dist.is_initialized():
+        dist.barrier()  # a peer may still read from a group that this rank closes
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)

@@ -15,6 +15,7 @@ from megatron_rl.config import Config, parse_config
 from megatron_rl.config_checks import read_hf_config
 from megatron_rl.packing import pack
 from megatron_rl.types import MiniBatch, Rollout, TrainBatch
+from tests.worlds import leave_layout
 
 HF: dict[str, Any] = {
     "model_type": "qwen2",
@@ -107,9 +108,7 @@ def policy_of(config: Config, total_updates: int = 8) -> Iterator[Any]:
 
     groups = init_groups(config.parallel, config.seed)
     yield MegatronPolicy(read_hf_config(config), config, groups, total_updates=total_updates)
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    leave_layout()
 
 
 def weights_of(policy: Any) -> dict[str, Tensor]:
