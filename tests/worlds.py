@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import gc
 import os
 import pickle
 import queue
@@ -222,3 +223,5 @@ def leave_layout() -> None:
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
+        group = None
+        gc.collect()  # models and optimizers refer to their groups in cycles, and a group ends its threads when it is freed

@@ -25,6 +25,7 @@ from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.policy import MegatronPolicy
 
 _NAME = re.compile(r"step_(\d{8})")
+_HYPERPARAMETERS = ("max_lr", "min_lr", "betas", "eps")  # of an optimizer's group, besides those that the schedule sets
 
 
 class CheckpointStore:
@@ -86,9 +87,18 @@ class CheckpointStore:
                 "run name or train.resume=never; if it is damaged, remove it"
             ) from error
         self.policy.model.gpt.load_state_dict(state["model"])
-        self.policy.optimizer.load_state_dict(state["optimizer"])
-        self.policy.scheduler.load_state_dict(state["scheduler"])
+        self._load_optimizer(state)
         return int(state["step"]), state["extra"]
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Moments and the number of updates. Hyper-parameters stay the config's, which may have changed since the save:
+        Megatron would take them from the checkpoint, and the run would not be the one that its config.yaml tells."""
+        optimizer, scheduler = self.policy.optimizer, self.policy.scheduler
+        configured = [{name: group[name] for name in _HYPERPARAMETERS} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(optimizer.param_groups, configured, strict=True):
+            group.update(values)
+        scheduler.step(increment=state["scheduler"]["num_steps"] - scheduler.num_steps)  # sets lr and weight_decay
 
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {
