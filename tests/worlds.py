@@ -224,4 +224,5 @@ def leave_layout() -> None:
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         group = None
-        gc.collect()  # models and optimizers refer to their groups in cycles, and a group ends its threads when it is freed
+        # models and optimizers refer to their groups in cycles, and a group ends its threads when it is freed
+        gc.collect()
