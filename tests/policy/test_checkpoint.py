@@ -140,9 +140,9 @@ def test_resuming_under_another_layout(
 
 def _killed_while_saving(config: Config, folder: Path) -> dict[str, Any]:
     """The draft of step 9 is left behind; a later run must neither load it nor stumble over it."""
-    from megatron.core import dist_checkpointing
+    from megatron_rl.policy.checkpoint import CheckpointStore  # before megatron.core, which it prepares
 
-    from megatron_rl.policy.checkpoint import CheckpointStore
+    from megatron.core import dist_checkpointing  # isort: skip
 
     found: dict[str, Any] = {}
     with policy_of(config) as policy:
