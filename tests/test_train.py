@@ -14,7 +14,7 @@ import torch
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.config import LossBase, parse_config
-from tests.tiny import HF, measured, rows_of, tiny_raw, train_each
+from tests.tiny import HF, measured, rows_of, tiny_raw, train_each, trained
 from tests.worlds import Worlds
 
 LIMIT = 280.0  # seconds a world may take: on a machine that does other things too, ranks wait for each other
@@ -23,6 +23,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"tp": 1, "world_size": 2},
     "pp2": {"tp": 1, "pp": 2},
 }
+
+_TRAIN = {"micro_batch_tokens": 96, "prompts_per_minibatch": 2, "save_final": False}
 
 # --- determinism ------------------------------------------------------------------------------------------------------
 
@@ -55,6 +57,34 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(worlds: Worlds, tmp_p
 
 def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _train_and_show_optimizer(raw: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    with trained(raw) as run:
+        groups, schedule = run.policy.optimizer.param_groups, run.policy.scheduler
+        return [
+            {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in groups
+        ], schedule.num_steps
+
+
+def test_a_resumed_run_has_the_hyper_parameters_of_its_config(worlds: Worlds, tmp_path: Path) -> None:
+    before, after = (
+        tiny_raw(tmp_path, optimizer=optimizer, train=_TRAIN | {"num_steps": steps, "save_final": True})
+        for steps, optimizer in (
+            (1, {"lr": 1e-3}),
+            (3, {"lr": 5e-4, "schedule": "linear", "beta1": 0.5, "eps": 1e-6, "weight_decay": 0.2}),
+        )
+    )
+    for raw in (before, after):
+        raw["train"] |= {"prompts_per_step": 4}
+    worlds.run(2, train_each, [before], timeout=LIMIT)
+    groups, updates = worlds.run(2, _train_and_show_optimizer, after, timeout=LIMIT)[0]
+    # two updates a step; linear from update 0 to 6; a step logs its last update's
+    assert [row["optimizer/lr"] for row in rows_of(after)] == pytest.approx([1e-3, 5e-4 * 3 / 6, 5e-4 * 1 / 6])
+    assert updates == 6
+    for group in groups:
+        assert group["betas"] == (0.5, 0.999) and group["eps"] == 1e-6
+    assert {group["weight_decay"] for group in groups} <= {0.2, 0.0} and 0.2 in {g["weight_decay"] for g in groups}
 
 
 # --- every option once ------------------------------------------------------------------------------------------------
@@ -142,7 +172,10 @@ def test_every_option_trains_and_logs(option_runs: dict[str, dict[str, Any]], na
         assert "non_finite" not in row
         assert row["optimizer/skipped_fraction"] == 0 and row["optimizer/grad_norm"] > 0
         assert row["entropy/realised_change"] != 0
-        assert row["mismatch/abs_max"] < 1e-4
+        if name == "top_p":  # weights are the mass of the tokens that were kept
+            assert row["mismatch/abs_max"] > 0.1 and 0.5 < row["loss/is_weight"] < 0.9
+        else:
+            assert row["mismatch/abs_max"] < 1e-4
 
 
 def test_the_options_name_every_loss_estimator_and_aggregation() -> None:
@@ -231,9 +264,6 @@ def test_rollouts_do_not_depend_on_the_ranks(worlds: Worlds, tmp_path: Path) -> 
     assert len(expected) == 32 and len({sample["response"] for sample in expected}) > 25
     for name in LAYOUTS:
         assert rows_of(raws[name], "samples.jsonl") == expected, name
-
-
-_TRAIN = {"micro_batch_tokens": 96, "prompts_per_minibatch": 2, "save_final": False}
 
 
 def _train_without_sync(raws: list[dict[str, Any]]) -> None:

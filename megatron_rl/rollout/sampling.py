@@ -33,9 +33,10 @@ def sample_tokens(
         all. top_k: keep the k likeliest tokens; 0 keeps all. With top_p, a token must pass both. Ties go to the lower
         id.
 
-    Returns: tokens [B] int64 and their log-probabilities [B] float32, nats: temperature-scaled over the full
-        vocabulary, not renormalised over the tokens kept, as SGLang reports them and as the trainer recomputes them.
-        A row with a NaN has a NaN log-probability; the caller must look.
+    Returns: tokens [B] int64 and their log-probabilities [B] float32, nats, under the distribution that they were drawn
+        from: temperature-scaled and, with top_p or top_k, renormalised over the tokens kept. Then the importance weight
+        against them (loss.rollout_is_cap) corrects for the cut. A row with a NaN has a NaN log-probability; the caller
+        must look.
     """
     rows = max(1, _BLOCK_ENTRIES // logits.shape[-1])
     if logits.shape[0] <= rows:
@@ -56,6 +57,7 @@ def _sample_block(
         probs = logprobs.exp()
         if top_p < 1 or top_k > 0:
             probs = _truncate(probs, top_p, top_k)
+            logprobs = logprobs - probs.sum(dim=-1, keepdim=True).log()
         tokens = _inverse_cdf(probs, uniform)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0].float()
 

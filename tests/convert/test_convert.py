@@ -69,7 +69,9 @@ def test_expected_shapes_are_those_of_transformers(changes: dict[str, Any]) -> N
     hf = AutoConfig.for_model(**(HF | changes))
     with torch.device("meta"):
         views = hub_views(dict(AutoModelForCausalLM.from_config(hf).named_parameters()))
-    rows = [(name, shape) for row in model_rows(hf) for name, shape in zip(row.hf, expected_shapes(row, hf), strict=True)]
+    rows = [
+        (name, shape) for row in model_rows(hf) for name, shape in zip(row.hf, expected_shapes(row, hf), strict=True)
+    ]
     assert dict(rows) == {name: tuple(view.shape) for name, view in views.items()} and len(rows) == len(views)
 
 
@@ -155,7 +157,8 @@ def test_megatron_loads_a_conversion_and_its_checkpoints_convert(
         ("qwen3_moe, dense layer 0", {"pp": 2}, True),
     ]
     cases = [
-        (*folders[model], tmp_path / f"{i}" if saves else None, layout) for i, (model, layout, saves) in enumerate(layouts)
+        (*folders[model], tmp_path / f"{i}" if saves else None, layout)
+        for i, (model, layout, saves) in enumerate(layouts)
     ]
     ranks = worlds.run(2, _through_megatron, cases)
     for i, (source, _, target, layout) in enumerate(cases):
@@ -200,7 +203,9 @@ def test_dtype_is_that_of_the_weights_and_of_the_config(folders: dict[str, tuple
         assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_value_beyond_float16_is_refused_and_leaves_nothing(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_a_value_beyond_float16_is_refused_and_leaves_nothing(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
     source, _ = folders["llama"]
     (tmp_path / "in").mkdir()
     shutil.copyfile(source / "config.json", tmp_path / "in" / "config.json")

@@ -18,7 +18,7 @@ from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.hf import hub_views
 from megatron_rl.packing import pack_supervised
 from tests.policy.tiny import HF, hf_model, make_config, policy_of, save, weights_of
-from tests.worlds import Worlds
+from tests.worlds import Worlds, leave_layout
 
 TOLERANCE = 1e-5
 LLAMA3_ROPE = {
@@ -226,9 +226,7 @@ def _error_of(config: Any) -> str:
         with policy_of(config):
             return "no error"
     except ConfigError as error:
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         return f"{type(error).__name__}: {error}"
 
 
