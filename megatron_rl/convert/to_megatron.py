@@ -16,7 +16,12 @@ _SLACK_BYTES = 64 * 2**20  # metadata, tokenizer
 
 
 def hf_to_megatron(
-    source: Path, target: Path, *, dtype: str = "keep", force: bool = False, progress: Progress = lambda done, total: None
+    source: Path,
+    target: Path,
+    *,
+    dtype: str = "keep",
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> None:
     """Write the Megatron checkpoint `target`, its sub-folder `hf` holding config.json, tokenizer and the like.
 

@@ -69,7 +69,9 @@ def test_expected_shapes_are_those_of_transformers(changes: dict[str, Any]) -> N
     hf = AutoConfig.for_model(**(HF | changes))
     with torch.device("meta"):
         views = hub_views(dict(AutoModelForCausalLM.from_config(hf).named_parameters()))
-    rows = [(name, shape) for row in model_rows(hf) for name, shape in zip(row.hf, expected_shapes(row, hf), strict=True)]
+    rows = [
+        (name, shape) for row in model_rows(hf) for name, shape in zip(row.hf, expected_shapes(row, hf), strict=True)
+    ]
     assert dict(rows) == {name: tuple(view.shape) for name, view in views.items()} and len(rows) == len(views)
 
 
@@ -155,7 +157,8 @@ def test_megatron_loads_a_conversion_and_its_checkpoints_convert(
         ("qwen3_moe, dense layer 0", {"pp": 2}, True),
     ]
     cases = [
-        (*folders[model], tmp_path / f"{i}" if saves else None, layout) for i, (model, layout, saves) in enumerate(layouts)
+        (*folders[model], tmp_path / f"{i}" if saves else None, layout)
+        for i, (model, layout, saves) in enumerate(layouts)
     ]
     ranks = worlds.run(2, _through_megatron, cases)
     for i, (source, _, target, layout) in enumerate(cases):
@@ -171,7 +174,7 @@ def test_megatron_loads_a_conversion_and_its_checkpoints_convert(
 
 
 def test_large_tensors_are_stored_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of two rows, files of one block: every row comes back to its place, and a prefix of the rows can be read."""
+    """Blocks of two rows, files of one block: every row comes back to its place, and leading rows can be read alone."""
     monkeypatch.setattr(torch_dist, "_BLOCK_BYTES", 2 * 3 * 4)
     layers = torch.randn(2, 5, 3)
     writer = torch_dist.TorchDistWriter(tmp_path, file_bytes=1)
@@ -200,7 +203,9 @@ def test_dtype_is_that_of_the_weights_and_of_the_config(folders: dict[str, tuple
         assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_value_beyond_float16_is_refused_and_leaves_nothing(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_a_value_beyond_float16_is_refused_and_leaves_nothing(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
     source, _ = folders["llama"]
     (tmp_path / "in").mkdir()
     shutil.copyfile(source / "config.json", tmp_path / "in" / "config.json")
