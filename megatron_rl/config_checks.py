@@ -116,8 +116,8 @@ def _save_faults(config: Config) -> list[str]:
     train, faults = config.train, []
     if train.keep_best and not train.eval_every:
         faults.append("train.keep_best=true has no evaluations to compare; set train.eval_every, or keep_best=false")
-    if train.resume in ("auto", "never"):
-        return faults
+    if train.resume in ("auto", "never") or any((config.run_dir / "checkpoints").glob("step_*")):
+        return faults  # a run that has checkpoints of its own goes on from them: the one it began from may be gone
     path = Path(train.resume)
     if not (path / "metadata.json").is_file():
         near = sorted([*path.glob("step_*"), *path.glob("checkpoints/step_*")])

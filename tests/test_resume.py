@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -57,14 +58,15 @@ def score(response, answer):
 
 
 def _kill_when(command: Command, condition: Callable[[], bool]) -> None:
-    """SIGKILL to the whole run, as a scheduler does it; no process is left that could still write."""
+    """SIGKILL to the process that holds the run together: no other is left that could still write."""
     deadline = time.monotonic() + LIMIT
     while not condition():
         assert command.process.poll() is None, command.process.communicate()
         assert time.monotonic() < deadline, "what to wait for did not come"
         time.sleep(0.002)
-    command.until_row(-1)  # notes the processes
+    processes = psutil.Process(command.process.pid).children(recursive=True)
     command.process.send_signal(signal.SIGKILL)
+    assert not psutil.wait_procs(processes, timeout=5)[1]
     assert command.end()[0] == -signal.SIGKILL
 
 
@@ -191,25 +193,29 @@ def test_the_best_checkpoint_outlives_a_resume(worlds: Worlds, tmp_path: Path, i
 
 
 def test_a_run_branches_off_from_a_checkpoint_and_then_goes_on_by_itself(worlds: Worlds, tmp_path: Path) -> None:
-    train = {"num_steps": 2, "save_every": 1, **TRAIN}
-    source = tiny_raw(tmp_path, "source", train=train)
+    train = {"num_steps": 2, "save_final": True, **TRAIN}
+    source, straight = (tiny_raw(tmp_path, "source", train=train | {"num_steps": steps}) for steps in (2, 6))
     path = tmp_path / "source" / "checkpoints" / "step_00000002"
     branching = train | {"num_steps": 4, "resume": str(path)}
-    straight = tiny_raw(tmp_path, "source", train=train | {"num_steps": 4})
+    same, other = (tiny_raw(tmp_path, name, seed=seed, train=branching) for name, seed in (("same", 3), ("other", 4)))
     worlds.run(2, train_each, [source], timeout=LIMIT)
-    # before the source goes on and removes it
-    branches = [tiny_raw(tmp_path, name, seed=seed, train=branching) for name, seed in (("same", 3), ("seed", 4))]
-    same, other, again = worlds.run(2, _train_and_listen, [*branches, branches[1]], timeout=LIMIT)[0]
+    ranks = worlds.run(2, _train_and_listen, [same, other], timeout=LIMIT)
+    (_, same_said), (other_weights, other_said) = ranks[0]
+    assert f"other problems or another seed than {path}: they are drawn from the start" in other_said
+    assert "changed since step_00000002: seed: 3 -> 4" in other_said and "changed" not in same_said
+
+    # the same commands once more: their own checkpoints, though the one that they began from is gone
+    shutil.move(path.parent, tmp_path / "moved")
+    longer = same | {"train": branching | {"num_steps": 6}}
+    (same_weights, same_said), (again, other_said) = worlds.run(2, _train_and_listen, [longer, other], timeout=LIMIT)[0]
+    assert f"continuing from {tmp_path}/same/checkpoints/step_00000004, 4 steps" in same_said
+    assert f"continuing from {tmp_path}/other/checkpoints/step_00000004, 4 steps" in other_said
+    assert _equal(again, other_weights)
+
+    shutil.move(tmp_path / "moved", path.parent)
     expected = worlds.run(2, train_each, [straight], timeout=LIMIT)[0][0]
-    assert _equal(same[0], expected) and not _equal(other[0], expected)
-    assert [measured(row) for row in rows_of(branches[0])] == [measured(row) for row in rows_of(straight)[2:]]
-    assert f"other problems or another seed than {path}: they are drawn from the start" in other[1]
-    assert "changed since step_00000002: seed: 3 -> 4" in other[1] and "seed" not in same[1]
-    # the same command: its own checkpoint, though the one that it began from is still named
-    assert (
-        f"continuing from {tmp_path}/seed/checkpoints/step_00000004, 4 steps" in again[1] and "changed" not in again[1]
-    )
-    assert _equal(again[0], other[0])
+    assert _equal(same_weights, expected) and not _equal(other_weights, expected)
+    assert [measured(row) for row in rows_of(longer)] == [measured(row) for row in rows_of(straight)[2:]]
 
 
 # --- which checkpoint, and with which config --------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from megatron_rl.convert.folders import DTYPES, check_tokenizer, converted, copy
 from megatron_rl.convert.to_hf import open_checkpoint
 from megatron_rl.errors import UserError
 
-# INT8 with SmoothQuant: modelopt's plain INT8 recipe has no export format
+# the exported INT8 format is named after SmoothQuant (W8A8_SQ_PER_CHANNEL), with or without its factors
 RECIPES = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_SMOOTHQUANT_CFG"}
 _MAX_TEXTS = 128
 _MAX_TOKENS = 512

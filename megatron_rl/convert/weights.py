@@ -67,7 +67,7 @@ def place_of(row: Row, hf: PretrainedConfig) -> Place:
     if match is None:
         return Place((row.megatron,), (), ())
     layer, rest = int(match[1]), match[2]
-    names = (_FUSED.get(rest, rest),)
+    names: tuple[str, ...] = (_FUSED.get(rest, rest),)
     if rest == "pre_mlp_layernorm.weight" and is_moe_layer(hf, layer):
         names = (*names, rest)  # before experts the local layers keep the dense name, Transformer Engine's do not
     index, lead = [layer], [hf.num_hidden_layers]

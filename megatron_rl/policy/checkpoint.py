@@ -14,6 +14,7 @@ import queue
 import random
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -127,7 +128,9 @@ class CheckpointStore:
             wanted = self._state(is_loading=True)
             if dist_checkpointing.load_common_state_dict(str(path))["layout"] != wanted["layout"]:
                 del wanted["random"]
-            state = dist_checkpointing.load(wanted, str(path), strategy)
+            with warnings.catch_warnings():  # Megatron calls functions that torch deprecates; no user can mend it
+                warnings.simplefilter("ignore", FutureWarning)
+                state = dist_checkpointing.load(wanted, str(path), strategy)
         except (Exception, CheckpointException) as error:
             raise UserError(
                 f"cannot load the checkpoint {path}: {_reasons(error)}\nIf it belongs to another model, use another "

@@ -174,7 +174,7 @@ def test_megatron_loads_a_conversion_and_its_checkpoints_convert(
 
 
 def test_large_tensors_are_stored_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of two rows, files of one block: every row comes back to its place, and a prefix of the rows can be read."""
+    """Blocks of two rows, files of one block: every row comes back to its place, and leading rows can be read alone."""
     monkeypatch.setattr(torch_dist, "_BLOCK_BYTES", 2 * 3 * 4)
     layers = torch.randn(2, 5, 3)
     writer = torch_dist.TorchDistWriter(tmp_path, file_bytes=1)

@@ -1,7 +1,7 @@
 """The Megatron policy against transformers, same weights: logits, statistics, gradients, float32.
 
-Measured over all cases and layouts below: logits 1.9e-6, logprobs 1.7e-6, entropy 7e-7 nats, gradients 1.5e-7 (1.4e-6
-of the tensor's largest element), gradient norm 1e-7 relative.
+Measured over all cases and layouts below: logits 2.7e-6, logprobs 1.7e-6, entropy 1e-6 nats, gradients 1.8e-7 (1.7e-6
+of the tensor's largest element), gradient norm 1.5e-7 relative.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
                 pad_multiple=groups.tp_size if config.parallel.sp else 1,
                 equal_lengths=groups.pp_size > 1,
             )
-            assert len(batch.micro_batches) > 1
+            assert len(batch.micro_batches) > 1 or groups.dp_size > 2
 
             def full_logits(logits: torch.Tensor, micro_batch: Any, tp: Any = groups.tp) -> torch.Tensor:
                 shards = [torch.empty_like(logits) for _ in range(tp.size())]
