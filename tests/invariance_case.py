@@ -220,6 +220,7 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         engine=SimpleNamespace(update_weights=lambda stream, version: list(stream)),  # type: ignore[arg-type]
         cursor=None,  # type: ignore[arg-type]
         eval_prompts=[],
+        data_digest="",
         reward_fn=None,
     )
     kept = len(rollouts) - case.filtered
