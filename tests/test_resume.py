@@ -32,8 +32,8 @@ Weights = dict[str, torch.Tensor]
 
 # --- killed runs ------------------------------------------------------------------------------------------------------
 
-# grades as tests.tiny:mostly_digits does; hangs once in the middle of step 3 (8 gradings a step and rank), and makes
-# saving slow while there is a file `slow`
+# grades as tests.tiny:mostly_digits does; hangs once in the middle of step 3 (8 gradings a step and rank), and in the
+# middle of the save after step 6 while there is a file `slow`
 REWARD = """
 import os, time
 from pathlib import Path
@@ -42,7 +42,7 @@ from tests.tiny import mostly_digits
 calls, fsync = 0, os.fsync
 
 def slow_fsync(handle):
-    time.sleep(0.3 if Path("slow").exists() else 0)
+    time.sleep(60 if Path("slow").exists() and Path("killed/checkpoints/.step_00000006").exists() else 0)
     fsync(handle)
 
 os.fsync = slow_fsync

@@ -109,7 +109,7 @@ def test_a_run_that_is_stopped_killed_and_interrupted_ends_like_one_that_was_not
     options: dict[str, Any] = {
         "loss": {"type": "clip_cov", "select_fraction": 0.05, "cov_low": 0.05, "cov_high": 9.0},
         "optimizer": {"schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.01},
-        "train": {"num_steps": 24, "save_every": 3, "grace_seconds": 60, **TRAIN},
+        "train": {"num_steps": 24, "save_every": 3, "keep_checkpoints": 1, "grace_seconds": 60, **TRAIN},
         "logging": {"samples_per_step": 2},
     }
     raw = tiny_raw(tmp_path, "stopped", **options, reward={"function": "tests.tiny:slow_mostly_digits"})

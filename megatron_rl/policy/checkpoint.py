@@ -8,6 +8,7 @@ TP, PP or DP. The link `best` names the one with the best evaluation.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import queue
@@ -163,7 +164,9 @@ class CheckpointStore:
         }
         _begin_torch_adam(self.policy.optimizer)
         model = self.policy.model.gpt.sharded_state_dict(metadata=metadata)
+        gc.freeze()  # Megatron collects garbage in the next line: a second of walking through all that was imported
         optimizer = self.policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        gc.unfreeze()
         rank, size, parallel = self.groups.rank, self.groups.world_size, self.policy.config.parallel
         return {
             "model": model,
