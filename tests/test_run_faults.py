@@ -216,8 +216,8 @@ def _die_after_a_checkpoint(raw: dict[str, Any]) -> tuple[str, list[str]]:
 
     save = CheckpointStore.save
 
-    def save_and_die(self: CheckpointStore, step: int, extra: dict[str, Any]) -> Path:
-        save(self, step, extra)
+    def save_and_die(self: CheckpointStore, step: int, extra: dict[str, Any], **options: Any) -> Path:
+        save(self, step, extra, **options)
         raise RuntimeError("died")
 
     with mock.patch.object(CheckpointStore, "save", save_and_die):
