@@ -74,6 +74,7 @@ def _names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("in_background", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sync", "async"])
 def test_a_run_killed_in_a_step_and_in_a_save_ends_like_one_that_was_not(
     worlds: Worlds,
