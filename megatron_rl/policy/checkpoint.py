@@ -127,7 +127,13 @@ class CheckpointStore:
         try:
             strategy = get_default_load_sharded_strategy(str(path))
             wanted = self._state(is_loading=True)
-            if dist_checkpointing.load_common_state_dict(str(path))["layout"] != wanted["layout"]:
+            saved, layout = dist_checkpointing.load_common_state_dict(str(path))["layout"], wanted["layout"]
+            if (saved["ep"] > 1) != (layout["ep"] > 1):
+                raise ValueError(
+                    f"saved with parallel.ep={saved['ep']}, and here it is {layout['ep']}: Megatron keeps an optimizer "
+                    "of their own for experts under ep > 1, which no other layout can take over"
+                )
+            if saved != layout:
                 del wanted["random"]
             with warnings.catch_warnings():  # Megatron calls functions that torch deprecates; no user can mend it
                 warnings.simplefilter("ignore", FutureWarning)
@@ -230,9 +236,7 @@ class CheckpointStore:
                 _remove(path)
 
     def _finished(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+        return [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]
 
     def _on_rank_0(self, work: Callable[[], None], save: _Save) -> None:
         """Do what one rank does for all, and fail on all if it fails. Raises: UserError."""

@@ -18,7 +18,7 @@ import torch
 
 from megatron_rl.config import Config, PpoClipLoss
 from megatron_rl.errors import UserError
-from tests.policy.tiny import hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of, worst
+from tests.policy.tiny import HF, hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of, worst
 from tests.worlds import Worlds
 
 OPTIMIZER = {"lr": 3e-3, "weight_decay": 0.1, "clip_grad": 0.5, "schedule": "cosine", "warmup_steps": 1, "eps": 1e-5}
@@ -270,6 +270,31 @@ def test_a_run_whose_updates_were_all_skipped_can_be_saved(worlds: Worlds, model
     options = [({}, "float32"), ({"distributed_optimizer": False}, "float32"), ({"tp": 1}, "bfloat16")]
     cases = [(_config(model_folder, *option), tmp_path / str(i)) for i, option in enumerate(options)]
     worlds.run(1, _save_before_the_first_update, cases)
+
+
+MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "head_dim": 8,
+}
+
+
+def test_experts_resume_under_expert_parallelism_and_refuse_to_leave_it(worlds: Worlds, tmp_path: Path) -> None:
+    """Megatron fails with a KeyError, or a count of entries, when the optimizers are not the same."""
+    ep2, dp2 = (
+        make_config(None, model={"hf_config": HF | MOE}, parallel={"world_size": 2, **own}, optimizer=OPTIMIZER)
+        for own in ({"ep": 2}, {})
+    )
+    for before, after in [pairs[0] for pairs in worlds.run(2, _save_and_load, [(ep2, tmp_path / "ep2")])]:
+        assert same_bits(before["weights"], after["weights"]) and before["results"] == after["results"]
+        assert same_bits(before["end"], after["end"])
+    worlds.run(2, _save_and_load, [(dp2, tmp_path / "dp2")])
+    for messages in worlds.run(2, _load_errors, [(dp2, tmp_path / "ep2"), (ep2, tmp_path / "dp2")]):
+        assert "saved with parallel.ep=2, and here it is 1" in messages[0]
+        assert "saved with parallel.ep=1, and here it is 2" in messages[1]
 
 
 # --- what a checkpoint holds beside the state -------------------------------------------------------------------------
