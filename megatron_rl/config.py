@@ -13,19 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from megatron_rl.config_base import Fraction, NonNegativeInt, PositiveInt, Section
 from megatron_rl.config_checks import ConfigError, check_consistency
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """A frozen group of options that refuses unknown keys, NaN and infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+from megatron_rl.config_loss import LossConfig, PpoClipLoss
+from megatron_rl.config_rollout import RolloutConfig
 
 
 class ModelConfig(Section):
@@ -95,19 +88,6 @@ class JsonlData(Section):
     overlong_prompts: Literal["error", "drop"] = Field("error", description="drop counts and logs what it drops")
 
 
-class RolloutConfig(Section):
-    """Sampling of the training rollouts."""
-
-    engine: Literal["transformers"] = Field("transformers", description="embedded: each rank generates its share")
-    samples_per_prompt: PositiveInt = Field(8, description="n; the group of the advantage estimators")
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="divides the logits, in the trainer too")
-    top_p: Fraction = Field(1.0, description="nucleus mass; 1 keeps all tokens")
-    top_k: NonNegativeInt = Field(0, description="keep the k likeliest tokens; 0 keeps all")
-    max_response_tokens: PositiveInt = Field(1024, description="a response is cut here (finish_reason length)")
-    stop_token_ids: tuple[int, ...] | None = Field(None, description="null: the tokenizer's end-of-sequence token")
-    batch_size: PositiveInt = Field(256, description="sequences decoded together on one rank")
-
-
 class RewardConfig(Section):
     """What scores a response."""
 
@@ -146,84 +126,6 @@ class AlgorithmConfig(Section):
     overlong: OverlongConfig = OverlongConfig()
 
 
-class LossBase(Section):
-    """Options that every loss shares."""
-
-    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant_length"] = Field(
-        "token_mean", description="weights of token losses; constant_length divides by max_response_tokens (Dr.GRPO)"
-    )
-    entropy_coef: float = Field(0.0, description="entropy bonus; the loss gets -entropy_coef * H")
-    ref_kl_coef: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="KL to the initial policy; 0: no reference is kept"
-    )
-    ref_kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="joschu.net/blog/kl-approx.html")
-    rollout_is_cap: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="truncated importance weight min(exp(old_logprobs - rollout_logprobs), cap); null: off"
-    )
-
-
-class PpoClipLoss(LossBase):
-    """PPO-clip with separate bounds (GRPO 0.2/0.2; clip-higher 0.2/0.28)."""
-
-    type: Literal["ppo_clip"] = "ppo_clip"
-    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="ratio lower bound 1 - eps_low")
-    eps_high: Annotated[float, Field(ge=0)] = Field(0.2, description="ratio upper bound 1 + eps_high")
-    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
-        None, description="bound -A * dual_clip for A < 0; null: off"
-    )
-
-
-class CovarianceLoss(LossBase):
-    """Options of the two covariance methods (arXiv 2505.22617)."""
-
-    cov_scope: Literal["minibatch", "microbatch"] = Field(
-        "minibatch", description="tokens over which means, quota and top-k run; microbatch reproduces the authors' code"
-    )
-    cov_logprobs: Literal["current", "old"] = Field("current", description="old is free and one update stale")
-    cov_estimator: Literal["batch", "vocab"] = Field(
-        "batch", description="batch: Theorem 2; vocab: Theorem 1 per state, exact over the vocabulary"
-    )
-
-
-class ClipCovLoss(CovarianceLoss):
-    """Clip-Cov: a random few of the tokens with high covariance leave the gradient."""
-
-    type: Literal["clip_cov"] = "clip_cov"
-    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="PPO-clip below")
-    eps_high: Annotated[float, Field(ge=0)] = Field(1.0, description="PPO-clip above")
-    select_fraction: Fraction = Field(2e-4, description="of the mini-batch's response tokens")
-    cov_low: float = Field(1.0, description="candidates have cov_low < cov < cov_high")
-    cov_high: float = Field(5.0, description="candidates have cov_low < cov < cov_high")
-
-
-class KlCovLoss(CovarianceLoss):
-    """KL-Cov: the tokens of largest covariance pay |log ratio|."""
-
-    type: Literal["kl_cov"] = "kl_cov"
-    select_fraction: Fraction = Field(2e-3, description="of the mini-batch's response tokens")
-    kl_coef: Annotated[float, Field(ge=0)] = Field(1.0, description="of |logprobs - old_logprobs| on selected tokens")
-
-
-class GspoLoss(LossBase):
-    """GSPO (arXiv 2507.18071): sequence-level ratio, clipped."""
-
-    type: Literal["gspo"] = "gspo"
-    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(3e-4, description="sequence ratio lower bound 1 - eps_low")
-    eps_high: Annotated[float, Field(ge=0)] = Field(4e-4, description="sequence ratio upper bound 1 + eps_high")
-
-
-class CispoLoss(LossBase):
-    """CISPO (arXiv 2506.13585): the clipped ratio is a weight without gradient."""
-
-    type: Literal["cispo"] = "cispo"
-    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="weight lower bound 1 - eps_low")
-    eps_high: Annotated[float, Field(ge=0)] = Field(0.28, description="weight upper bound 1 + eps_high")
-
-
-LossConfig = Annotated[
-    PpoClipLoss | ClipCovLoss | KlCovLoss | GspoLoss | CispoLoss,
-    Field(discriminator="type", description="the policy loss"),
-]
 DataConfig = Annotated[CountdownData | JsonlData, Field(discriminator="type", description="problems")]
 
 

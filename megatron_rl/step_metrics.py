@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.kl import masked_sum_count, mismatch_metrics
-from megatron_rl.config import LossBase
+from megatron_rl.config_loss import LossBase
 from megatron_rl.metrics import Metrics
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.rollout.collect import CollectResult

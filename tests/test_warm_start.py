@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_rl.config import Config, PpoClipLoss
+from megatron_rl.config import Config
+from megatron_rl.config_loss import PpoClipLoss
 from megatron_rl.data import build_tokenizer, load_prompts
 from tests.policy.tiny import HF, make_batch, make_config, policy_of, same_bits, weights_of, worst
 from tests.worlds import Worlds, leave_layout

@@ -31,7 +31,7 @@ from megatron_rl.algorithms.kl import importance_weights, k3, kl_penalty, masked
 from megatron_rl.types import LossInputs, LossOutputs
 
 if TYPE_CHECKING:
-    from megatron_rl.config import CispoLoss, ClipCovLoss, GspoLoss, KlCovLoss, LossBase, PpoClipLoss
+    from megatron_rl.config_loss import CispoLoss, ClipCovLoss, GspoLoss, KlCovLoss, LossBase, PpoClipLoss
 
 
 def ppo_clip(inputs: LossInputs, config: PpoClipLoss) -> LossOutputs:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import AGGREGATIONS, token_weights
 from megatron_rl.algorithms.losses import LOSSES, sft
-from megatron_rl.config import LossBase, LossConfig
+from megatron_rl.config_loss import LossBase, LossConfig
 from megatron_rl.types import LossInputs
 
 UNION = typing.get_args(typing.get_args(LossConfig)[0])

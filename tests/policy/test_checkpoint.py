@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.config import Config, PpoClipLoss
+from megatron_rl.config import Config
+from megatron_rl.config_loss import PpoClipLoss
 from megatron_rl.errors import UserError
 from tests.policy.tiny import HF, hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of, worst
 from tests.worlds import Worlds
