@@ -327,6 +327,11 @@ class PromptCursor:
         self._epoch, self._position = 0, 0
         self._order = self._shuffle()
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All of them, in the order of the data."""
+        return self._prompts
+
     def take(self, count: int, exclude: Collection[int] = ()) -> list[Prompt]:
         """The next `count` distinct prompts, passing over those whose prompt_id is in `exclude`.
 

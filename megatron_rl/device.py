@@ -20,6 +20,7 @@ import torch
 
 ON_GPU: bool = os.environ.get("MEGATRON_RL_DEVICE", "") != "cpu" and torch.cuda.is_available()
 BACKEND: str = "nccl" if ON_GPU else "gloo"
+_local_rank = 0
 # torch.compile of Megatron's fused pointwise functions needs a C++ compiler on a CPU and gains nothing there
 if not ON_GPU:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -32,10 +33,18 @@ def device() -> torch.device:
 
 def set_local_device(local_rank: int) -> None:
     """Bind the process to its GPU; on a CPU, to one thread unless OMP_NUM_THREADS says more (ranks share the cores)."""
+    global _local_rank
+    _local_rank = local_rank
     if ON_GPU:
         torch.cuda.set_device(local_rank)
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def use_local_device() -> None:
+    """In a new thread: bind it to the process's GPU, which CUDA keeps per thread."""
+    if ON_GPU:
+        torch.cuda.set_device(_local_rank)
 
 
 def synchronize() -> None:

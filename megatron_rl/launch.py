@@ -72,6 +72,11 @@ def stop_requested() -> bool:
     return bool(_stop_signals)
 
 
+def local_rank() -> int:
+    """This process's number among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def run_worker(main: Callable[[], None], run_dir: Path) -> None:
     """Run `main` as one rank of a world.
 

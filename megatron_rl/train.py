@@ -7,8 +7,10 @@ between ranks is which micro-batches they compute.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +33,10 @@ from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
 from megatron_rl.reward import load_reward
-from megatron_rl.rollout.collect import collect, evaluate_prompts
-from megatron_rl.rollout.engine import RolloutEngine, build_engine
-from megatron_rl.save_hf import save_hf
+from megatron_rl.rollout.collect import Collector
+from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost, build_engine
+from megatron_rl.rollout.probe import probe_engine
+from megatron_rl.save_hf import save_hf, write_hf_extras
 from megatron_rl.step_metrics import add_batch_metrics, entropy_change, needs_current_stats, samples_for_log
 from megatron_rl.types import Prompt, TrainBatch
 from megatron_rl.warm_start import warm_start
@@ -50,9 +53,8 @@ class Run:
     tokenizer: Any
     policy: MegatronPolicy
     engine: RolloutEngine
-    cursor: PromptCursor
+    collector: Collector
     eval_prompts: list[Prompt]
-    reward_fn: Any
     data_digest: str  # of the training problems
     weight_version: int = 0
     engine_version: int = -1
@@ -82,8 +84,12 @@ def train(config: Config, groups: Groups) -> None:
                 f"{config.train.num_steps}; raise it to go on"
             )
         for step in range(start_step, config.train.num_steps):
-            metrics = run_step(run, step, timers, logger)
-            metrics |= evaluate(run, step, timers)
+            try:
+                metrics = run_step(run, step, timers, logger)
+                metrics |= evaluate(run, step, timers)
+            except EngineError:
+                rescue(run, store, step, logger)
+                raise
             # before the checkpoint (whose time the next row tells): a process killed between the two then leaves a row
             # too many, which the next process drops, rather than one too few
             logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
@@ -98,6 +104,7 @@ def train(config: Config, groups: Groups) -> None:
                 save_hf(run.policy, run.tokenizer, config.run_dir / "hf")
                 logger.message(f"the final model is in {config.run_dir / 'hf'}")
         store.finish()
+    run.collector.close()
     run.engine.close()
 
 
@@ -105,20 +112,9 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
     """Generate, grade, pack, select, update. Returns the step's metrics, the same on every rank."""
     config, policy, groups = run.config, run.policy, run.groups
     metrics = Metrics(device.device())
-    with timers("sync"):
-        sync_weights(run)
-    with timers("rollout"):
-        collected = collect(
-            run.engine,
-            run.cursor,
-            run.reward_fn,
-            run.tokenizer,
-            config,
-            step,
-            groups.rank,
-            groups.world_size,
-            run.world.gather_objects,
-        )
+    with generating(run, timers), timers("rollout"):
+        collected = run.collector.collect(step)
+        run.collector.go_ahead(step)
     metrics.set(collected.metrics)
     rewards = torch.tensor([rollout.reward for rollout in collected.rollouts], dtype=torch.float64)
     prompt_ids = torch.tensor([rollout.prompt_id for rollout in collected.rollouts])
@@ -182,30 +178,77 @@ def set_up(config: Config, groups: Groups) -> Run:
     raw_hf_config.setdefault("vocab_size", vocab_size(tokenizer))
     total_updates = config.train.num_steps * config.minibatches_per_step
     policy = MegatronPolicy(raw_hf_config, config, groups, total_updates=total_updates)
+    world = Reducer(groups.world, device.device())
+    place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
+    model_dir = config.run_dir / "engine_model"
+    if config.rollout.engine != "transformers":
+        if groups.rank == 0:
+            write_hf_extras(model_dir, policy, tokenizer)
+        barrier(groups)
+    engine = build_engine(config, EngineSetup(policy.hf_config, model_dir, device.device(), place))
     if config.warm_start is not None:
         warm_start(policy, problems.train, tokenizer)
     if config.loss.ref_kl_coef > 0:
         policy.keep_reference()
-    return Run(
+    cursor = PromptCursor(problems.train, config.seed)
+    run: Run
+    collector = Collector(engine, cursor, reward_fn, tokenizer, config, place, revive=lambda: revive(run))
+    run = Run(
         config=config,
         groups=groups,
-        world=Reducer(groups.world, device.device()),
+        world=world,
         data_parallel=Reducer(groups.dp, device.device()),
         tokenizer=tokenizer,
         policy=policy,
-        engine=build_engine(config, raw_hf_config, device.device()),
-        cursor=PromptCursor(problems.train, config.seed),
+        engine=engine,
+        collector=collector,
         eval_prompts=problems.eval,
-        reward_fn=reward_fn,
         data_digest=data_digest(problems.train),
     )
+    return run
+
+
+@contextlib.contextmanager
+def generating(run: Run, timers: Timers) -> Iterator[None]:
+    """Around generation: the engine has its memory and the current weights; with `rollout.server.share_memory` the
+    trainer's gradients and optimizer state are on the host meanwhile."""
+    share_memory = run.config.rollout.server.share_memory
+    with timers("sync"):
+        if share_memory:
+            run.policy.offload()
+            run.engine.wake()
+        sync_weights(run)
+    yield
+    with timers("sync"):
+        if share_memory:
+            run.engine.sleep()
+            run.engine_version = -1
+            run.policy.reload()
 
 
 def sync_weights(run: Run) -> None:
-    """Give the engine the current weights, unless it has them."""
-    if run.engine_version != run.weight_version:
-        run.engine.update_weights(run.policy.hf_weights(), run.weight_version)
-        run.engine_version = run.weight_version
+    """Give the engine the current weights, unless it has them, and prove that it serves them.
+
+    Raises: EngineError when more servers died than the config allows, or one serves other weights than it was sent.
+    """
+    while run.engine_version != run.weight_version:
+        try:
+            run.engine.update_weights(run.policy.hf_weights(), run.weight_version)
+            if run.config.rollout.engine != "transformers":
+                probe_engine(run.engine, run.policy, run.world, run.collector.cursor.prompts)
+        except (
+            ServersLost
+        ) as error:  # the next update restarts the dead ones first, and ends the run when too many died
+            if run.groups.rank == 0:
+                print(f"weights again, because a server was lost: {error}", flush=True)
+        else:
+            run.engine_version = run.weight_version
+
+
+def revive(run: Run) -> None:
+    """After servers died in generation: restart them, and send the weights again."""
+    run.engine_version = -1
+    sync_weights(run)
 
 
 def evaluate(run: Run, step: int, timers: Timers) -> dict[str, float]:
@@ -213,19 +256,21 @@ def evaluate(run: Run, step: int, timers: Timers) -> dict[str, float]:
     every, last = run.config.train.eval_every, run.config.train.num_steps - 1
     if not every or ((step + 1) % every and step != last):
         return {}
-    with timers("sync"):
-        sync_weights(run)
-    with timers("eval"):
-        return evaluate_prompts(
-            run.engine,
-            run.eval_prompts,
-            run.reward_fn,
-            run.tokenizer,
-            run.config,
-            run.groups.rank,
-            run.groups.world_size,
-            run.world.gather_objects,
-        )
+    with generating(run, timers), timers("eval"):
+        return run.collector.evaluate(run.eval_prompts)
+
+
+def rescue(run: Run, store: CheckpointStore, step: int, logger: RunLogger) -> None:
+    """The engine failed for good in this step: save what the steps before it reached, unless it is saved already.
+
+    Engines fail before a step's first update, or in the evaluation after its last, so that the weights are whole.
+    """
+    newest = run.world.gather_objects(store.newest())[0]
+    if run.weight_version > 0 and newest != store.path(run.weight_version):
+        cursor = run.collector.resume_point if run.weight_version == step else run.collector.cursor_state()
+        store.save(run.weight_version, saved_state(run, cursor), is_best=False)
+        store.finish()
+        logger.message(f"the rollout engine failed in step {step + 1}; saved after {run.weight_version} steps")
 
 
 def checkpoint(run: Run, store: CheckpointStore, step: int, accuracy: float | None, *, stopping: bool) -> None:
@@ -239,13 +284,18 @@ def checkpoint(run: Run, store: CheckpointStore, step: int, accuracy: float | No
     due = train.save_every and (step + 1) % train.save_every == 0
     last = step + 1 == train.num_steps
     if due or stopping or (last and train.save_final) or (is_best and train.keep_best):
-        state = {
-            "cursor": run.cursor.state(),
-            "weight_version": run.weight_version,
-            "best_accuracy": run.best_accuracy,
-            "data_digest": run.data_digest,
-        }
+        state = saved_state(run, run.collector.cursor_state())
         store.save(step + 1, state, is_best=is_best and train.keep_best)
+
+
+def saved_state(run: Run, cursor: dict[str, int]) -> dict[str, Any]:
+    """What a checkpoint keeps besides the policy."""
+    return {
+        "cursor": cursor,
+        "weight_version": run.weight_version,
+        "best_accuracy": run.best_accuracy,
+        "data_digest": run.data_digest,
+    }
 
 
 def restore(run: Run, store: CheckpointStore) -> tuple[int, list[str]]:
@@ -263,7 +313,7 @@ def restore(run: Run, store: CheckpointStore) -> tuple[int, list[str]]:
     step, state = store.load(path)
     same_data = state["data_digest"] == run.data_digest and state["cursor"]["seed"] == config.seed
     if same_data:
-        run.cursor.restore(state["cursor"])
+        run.collector.cursor.restore(state["cursor"])
     elif own:
         raise UserError(
             f"cannot go on from {path}: the training problems are not those of its run, though data and seed read the "

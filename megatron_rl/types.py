@@ -40,7 +40,8 @@ class Rollout:
     rollout_logprobs: Tensor  # [L] float32, nats, of the token at the same index; 0 on the prompt
     loss_mask: Tensor  # [L] bool, True where the policy sampled the token
     finish_reason: str  # "stop" or "length"
-    weight_version: int  # of the weights that sampled it
+    weight_version: int  # of the oldest weights that sampled a token of it
+    spans: tuple[tuple[int, int], ...]  # (weight_version, tokens), in order: which weights sampled which tokens
     score: float = math.nan  # the verifier's verdict
     reward: float = math.nan  # score plus penalties: what the advantage estimator sees
     error: str = ""  # why grading failed; such a rollout scores 0 and is counted in the metrics

@@ -171,12 +171,12 @@ ACCURACY = {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4, 5: 0.45, 6: 0.3}  # after that many 
 
 
 def _train_with_accuracies(raws: list[dict[str, Any]]) -> None:
-    from megatron_rl import train
+    from megatron_rl.rollout.collect import Collector
 
-    def evaluated(engine: Any, *_: Any) -> dict[str, float]:
-        return {"eval/accuracy": ACCURACY[engine.weight_version]}
+    def evaluated(collector: Any, *_: Any) -> dict[str, float]:
+        return {"eval/accuracy": ACCURACY[collector.engine.weight_version]}
 
-    with mock.patch.object(train, "evaluate_prompts", evaluated):
+    with mock.patch.object(Collector, "evaluate", evaluated):
         train_each(raws)
 
 

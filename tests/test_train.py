@@ -275,6 +275,7 @@ def _train_without_sync(raws: list[dict[str, Any]]) -> None:
     def only_first(run: Any) -> None:
         if run.weight_version == 0:
             sync_weights(run)
+        run.engine.weight_version = run.weight_version  # it claims to have them
 
     with mock.patch.object(train, "sync_weights", only_first):
         train_each(raws)

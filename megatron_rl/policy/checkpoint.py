@@ -76,6 +76,10 @@ class CheckpointStore:
         """The finished checkpoint with the most steps."""
         return max(self._finished(), default=None)
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after `step` steps is, or would be."""
+        return self.folder / f"step_{step:08d}"
+
     def save(self, step: int, extra: dict[str, Any], *, is_best: bool = False) -> Path:
         """Write the state after `step` steps; `extra` is plain data that `load` gives back.
 
@@ -85,7 +89,7 @@ class CheckpointStore:
         """
         self.finish()
         state = self._state(is_loading=False) | {"step": step, "extra": extra}
-        save = _Save(self.folder / f"step_{step:08d}", self._bytes_of(state), is_best)
+        save = _Save(self.path(step), self._bytes_of(state), is_best)
         self._on_rank_0(lambda: self._prepare(save), save)
         self._unfinished = save
         try:

@@ -113,6 +113,19 @@ class MegatronPolicy:
             for stats, micro_batch in zip(outputs, mini_batch.micro_batches, strict=True)
         ]
 
+    def offload(self) -> None:
+        """Free the gradients' memory and move the optimizer's to the host, until `reload`; the weights stay."""
+        self.model.ddp.offload_grad_buffers()
+        # in float32 the optimizer's parameters are views of the model's, and moving them would tear the two apart
+        if self.config.model.dtype != "float32":
+            self.optimizer.offload_to_cpu()
+
+    def reload(self) -> None:
+        """Undo `offload`; gradients are zero."""
+        self.model.ddp.restore_grad_buffers()
+        if self.config.model.dtype != "float32":
+            self.optimizer.restore_from_cpu()
+
     def keep_reference(self) -> None:
         """Freeze a copy of the current weights as the reference policy."""
         self._reference = [parameter.detach().clone() for _, parameter in self.parameters]

@@ -1,13 +1,16 @@
 """One step's rollouts: draw prompts, generate and grade each rank's share, gather, and drop groups that teach nothing.
 
 Every rank draws the same prompts and decides on the same gathered rollouts, so all ranks return the same result and
-leave the cursor at the same place. The collective itself comes in as `gather`.
+leave the cursor at the same place. The collective itself comes in with `place`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +18,11 @@ from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.data import PromptCursor
 from megatron_rl.errors import UserError
 from megatron_rl.reward import RewardFn, check_failures, filter_overlong, grade, shape_rewards
-from megatron_rl.rollout.engine import Request, RolloutEngine, SamplingParams
+from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
 from megatron_rl.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
-
-# takes this rank's rollouts, returns every rank's, in the order of ranks
-Gather = Callable[[list[Rollout]], Sequence[list[Rollout]]]
 
 # separate the seeds of training and evaluation
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
@@ -30,6 +30,25 @@ _TRAIN_STREAM, _EVAL_STREAM = 1, 2
 
 class CollectError(RuntimeError, UserError):
     """A step's rollouts cannot be completed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """What this rank's requests brought."""
+
+    rollouts: list[Rollout]  # graded; those that servers lost are missing
+    problem: str  # why no more can come
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Prompts that were drawn, and this rank's part of the work on them."""
+
+    prompts: list[Prompt]
+    requests: list[Request]  # all ranks'
+    share: list[Request]  # this rank's
+    cursor_before: dict[str, int] = dataclasses.field(default_factory=dict)
+    answers: Future[_Answers] | None = None  # when begun ahead of time
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,117 +60,177 @@ class CollectResult:
     metrics: dict[str, float]  # over everything sampled in the step, dropped groups included
 
 
-def collect(
-    engine: RolloutEngine,
-    cursor: PromptCursor,
-    reward_fn: RewardFn,
-    tokenizer: Any,
-    config: Config,
-    step: int,
-    rank: int,
-    world_size: int,
-    gather: Gather,
-) -> CollectResult:
-    """`prompts_per_step` groups of graded rollouts with shaped rewards.
+class Collector:
+    """Draws prompts and turns them into graded rollouts, up to `rollout.max_staleness` steps ahead of the training.
 
-    With dynamic sampling, groups whose rewards are all equal are dropped and another generation batch of
-    `prompts_per_step` prompts is drawn until enough are kept, at most `max_batches` times. Groups kept beyond
-    `prompts_per_step` are discarded, the last drawn first, and counted in `sampling/surplus_groups`: their prompts
-    come again in the next epoch.
-
-    Raises: CollectError when `max_batches` did not suffice; DataError when the data set is too small; RewardError when
-        gradings failed too often; EngineError.
-    Source: dynamic sampling, arXiv 2503.14476, section 3.2.
+    What is ahead runs on a thread of its own and makes no collective: ranks meet where a batch is taken.
     """
-    wanted, dynamic = config.train.prompts_per_step, config.algorithm.dynamic_sampling
-    sampling = sampling_params(config, tokenizer, step)
-    drawn: dict[int, Prompt] = {}
-    groups: list[list[Rollout]] = []
-    kept: list[list[Rollout]] = []
-    num_batches = 0
-    while len(kept) < wanted:
-        if num_batches == (dynamic.max_batches if dynamic.enabled else 1):
-            raise CollectError(_shortage(groups, len(kept), num_batches, config))
-        # a prompt that came twice in one step would form one group of equal samples: an epoch's end skips it
-        prompts = cursor.take(wanted, exclude=drawn)
-        drawn.update((prompt.prompt_id, prompt) for prompt in prompts)
-        batch = generate_graded(
-            engine, prompts, config.rollout.samples_per_prompt, sampling, reward_fn, tokenizer, rank, world_size, gather
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        cursor: PromptCursor,
+        reward_fn: RewardFn,
+        tokenizer: Any,
+        config: Config,
+        place: Place,
+        revive: Callable[[], None],
+    ) -> None:
+        """`revive`: a collective that restarts dead servers and gives them the current weights."""
+        self.engine, self.cursor, self._reward_fn, self._tokenizer = engine, cursor, reward_fn, tokenizer
+        self._config, self._place, self._revive = config, place, revive
+        self._ahead: deque[_Pending] = deque()
+        self._threads = ThreadPoolExecutor(max(1, config.rollout.max_staleness), "rollouts-ahead")
+        self.resume_point = cursor.state()
+
+    def collect(self, step: int) -> CollectResult:
+        """`prompts_per_step` groups of graded rollouts with shaped rewards, for RL step `step`.
+
+        With dynamic sampling, groups whose rewards are all equal are dropped and another generation batch of
+        `prompts_per_step` prompts is drawn until enough are kept, at most `max_batches` times. Groups kept beyond
+        `prompts_per_step` are discarded, the last drawn first, and counted in `sampling/surplus_groups`: their prompts
+        come again in the next epoch.
+
+        Raises: CollectError when `max_batches` did not suffice; DataError when the data set is too small; RewardError
+            when gradings failed too often; EngineError. All on every rank.
+        Source: dynamic sampling, arXiv 2503.14476, section 3.2.
+        """
+        config = self._config
+        wanted, dynamic = config.train.prompts_per_step, config.algorithm.dynamic_sampling
+        self.resume_point = self._ahead[0].cursor_before if self._ahead else self.cursor.state()
+        drawn: dict[int, Prompt] = {}
+        groups: list[list[Rollout]] = []
+        kept: list[list[Rollout]] = []
+        num_batches = num_stale = 0
+        while len(kept) < wanted:
+            if num_batches == (dynamic.max_batches if dynamic.enabled else 1):
+                raise CollectError(_shortage(groups, len(kept), num_batches, config))
+            # a prompt that came twice in one step would form one group of equal samples: an epoch's end skips it
+            pending = self._ahead.popleft() if self._ahead else self._draw(step, exclude=drawn)
+            drawn.update((prompt.prompt_id, prompt) for prompt in pending.prompts)
+            batch, stale = self._take(pending, oldest=step - config.rollout.max_staleness)
+            num_stale += stale
+            groups += [shape_rewards(group, config) for group in batch]
+            num_batches += 1
+            check_failures([rollout for group in groups for rollout in group], config)
+            kept = [group for group in groups if _informative(group)] if dynamic.enabled else groups
+        metrics = rollout_metrics(groups) | {
+            "sampling/num_batches": float(num_batches),
+            "sampling/surplus_groups": float(len(kept) - wanted),
+        }
+        if config.rollout.max_staleness:
+            metrics |= staleness_metrics([r for group in kept[:wanted] for r in group], step, num_stale)
+        rollouts = filter_overlong([rollout for group in kept[:wanted] for rollout in group], config)
+        return CollectResult(rollouts, {r.prompt_id: drawn[r.prompt_id] for r in rollouts}, metrics)
+
+    def go_ahead(self, step: int) -> None:
+        """Start generating for the steps after `step`, as far as `max_staleness` and the run's length allow; with the
+        weights of `step`. Call it once the step's own rollouts are there."""
+        last = min(step + self._config.rollout.max_staleness, self._config.train.num_steps - 1)
+        for later in range(step + 1 + len(self._ahead), last + 1):
+            pending = self._draw(later)
+            pending.answers = self._threads.submit(self._generate, pending.share, pending.prompts)
+            self._ahead.append(pending)
+
+    def cursor_state(self) -> dict[str, int]:
+        """The cursor for a checkpoint between steps: rollouts ahead are not saved, their prompts are drawn again."""
+        return self._ahead[0].cursor_before if self._ahead else self.cursor.state()
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Held-out accuracy with the weights that the engine has: the same on every rank, the same draws at every call.
+
+        Raises: CollectError without prompts; EngineError; RewardError when gradings failed too often.
+        """
+        if not prompts:
+            raise CollectError(
+                "evaluation has no held-out problems; set data.num_eval or data.eval_path, or train.eval_every=0"
+            )
+        config, train = self._config, self._config.train
+        sampling = SamplingParams(
+            train.eval_temperature,
+            1.0,
+            0,
+            config.rollout.max_response_tokens,
+            stop_token_ids(config, self._tokenizer),
+            _seed(config, _EVAL_STREAM, 0),
         )
-        groups += [shape_rewards(group, config) for group in batch]
-        num_batches += 1
-        check_failures([rollout for group in groups for rollout in group], config)
-        kept = [group for group in groups if _informative(group)] if dynamic.enabled else groups
-    metrics = rollout_metrics(groups) | {
-        "sampling/num_batches": float(num_batches),
-        "sampling/surplus_groups": float(len(kept) - wanted),
-    }
-    rollouts = filter_overlong([rollout for group in kept[:wanted] for rollout in group], config)
-    return CollectResult(rollouts, {r.prompt_id: drawn[r.prompt_id] for r in rollouts}, metrics)
+        groups, _ = self._take(self._request(prompts, train.eval_samples, sampling))
+        rollouts = [rollout for group in groups for rollout in group]
+        check_failures(rollouts, config)
+        return {
+            "eval/accuracy": _mean([rollout.score for rollout in rollouts]),
+            "eval/pass_at_n": _mean([max(rollout.score for rollout in group) for group in groups]),
+            "eval/length_mean": _mean([rollout.response_length for rollout in rollouts]),
+            "eval/truncated_fraction": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
+            "eval/failed_fraction": _mean([bool(rollout.error) for rollout in rollouts]),
+        }
 
+    def close(self) -> None:
+        """End what is ahead."""
+        if self._ahead:
+            self.engine.abort()
+        self._threads.shutdown(wait=True)
 
-def evaluate_prompts(
-    engine: RolloutEngine,
-    prompts: Sequence[Prompt],
-    reward_fn: RewardFn,
-    tokenizer: Any,
-    config: Config,
-    rank: int,
-    world_size: int,
-    gather: Gather,
-) -> dict[str, float]:
-    """Held-out accuracy with the weights that the engine has: the same on every rank, the same draws at every call.
+    def _draw(self, step: int, exclude: Collection[int] = ()) -> _Pending:
+        before = self.cursor.state()
+        prompts = self.cursor.take(self._config.train.prompts_per_step, exclude=exclude)
+        sampling = sampling_params(self._config, self._tokenizer, step)
+        pending = self._request(prompts, self._config.rollout.samples_per_prompt, sampling)
+        return dataclasses.replace(pending, cursor_before=before)
 
-    Raises: CollectError without prompts; EngineError; RewardError when gradings failed too often.
-    """
-    if not prompts:
-        raise CollectError(
-            "evaluation has no held-out problems; set data.num_eval or data.eval_path, or train.eval_every=0"
-        )
-    train, seed = config.train, _seed(config, _EVAL_STREAM, 0)
-    sampling = SamplingParams(
-        train.eval_temperature, 1.0, 0, config.rollout.max_response_tokens, stop_token_ids(config, tokenizer), seed
-    )
-    groups = generate_graded(
-        engine, prompts, train.eval_samples, sampling, reward_fn, tokenizer, rank, world_size, gather
-    )
-    rollouts = [rollout for group in groups for rollout in group]
-    check_failures(rollouts, config)
-    return {
-        "eval/accuracy": _mean([rollout.score for rollout in rollouts]),
-        "eval/pass_at_n": _mean([max(rollout.score for rollout in group) for group in groups]),
-        "eval/length_mean": _mean([rollout.response_length for rollout in rollouts]),
-        "eval/truncated_fraction": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
-        "eval/failed_fraction": _mean([bool(rollout.error) for rollout in rollouts]),
-    }
+    def _request(self, prompts: Sequence[Prompt], samples: int, sampling: SamplingParams) -> _Pending:
+        """This rank asks for an equal, contiguous part of the (prompt, sample) pairs, so most groups stay whole and
+        share one prefill."""
+        requests = [Request(p.prompt_id, i, p.token_ids, sampling) for p in prompts for i in range(samples)]
+        return _Pending(list(prompts), requests, self._part(requests))
 
+    def _part(self, requests: list[Request]) -> list[Request]:
+        rank, size = self._place.rank, self._place.world_size
+        return requests[len(requests) * rank // size : len(requests) * (rank + 1) // size]
 
-def generate_graded(
-    engine: RolloutEngine,
-    prompts: Sequence[Prompt],
-    samples_per_prompt: int,
-    sampling: SamplingParams,
-    reward_fn: RewardFn,
-    tokenizer: Any,
-    rank: int,
-    world_size: int,
-    gather: Gather,
-) -> list[list[Rollout]]:
-    """One group of scored rollouts per prompt, in the prompts' order, the same on every rank.
+    def _generate(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> _Answers:
+        """Generate and grade, each response as soon as it has come. Faults are returned: all ranks must hear of them
+        before one raises."""
+        by_id, rollouts = {prompt.prompt_id: prompt for prompt in prompts}, []
+        try:
+            for _, rollout in self.engine.stream(requests):
+                rollouts += grade([rollout], by_id, self._reward_fn, self._tokenizer)
+        except ServersLost:
+            pass  # what is missing is asked for again
+        except EngineError as error:
+            return _Answers(rollouts, str(error))
+        return _Answers(rollouts, "")
 
-    This rank generates and grades an equal, contiguous part of the (prompt, sample) pairs, so most groups stay whole
-    and share one prefill.
-    """
-    requests = [Request(p.prompt_id, i, p.token_ids, sampling) for p in prompts for i in range(samples_per_prompt)]
-    share = requests[len(requests) * rank // world_size : len(requests) * (rank + 1) // world_size]
-    by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    graded = grade(engine.generate(share), by_id, reward_fn, tokenizer)
-    everything = {(r.prompt_id, r.sample_index): r for part in gather(graded) for r in part}
-    if len(everything) != len(requests):
-        raise CollectError(
-            f"gathered {len(everything)} rollouts for {len(requests)} requests: ranks drew other prompts"
-        )
-    return [[everything[p.prompt_id, i] for i in range(samples_per_prompt)] for p in prompts]
+    def _take(self, pending: _Pending, oldest: int = 0) -> tuple[list[list[Rollout]], int]:
+        """One group of scored rollouts per prompt, in the prompts' order, the same on every rank; and how many were
+        thrown away because weights before version `oldest` began them. Lost and stale ones are asked for again."""
+        answers = pending.answers.result() if pending.answers else self._generate(pending.share, pending.prompts)
+        found: dict[tuple[int, int], Rollout] = {}
+        num_stale = 0
+        while True:
+            parts = self._place.gather(answers)
+            problems = [part.problem for part in parts if part.problem]
+            if problems:
+                raise EngineError("\n".join(dict.fromkeys(problems)))
+            fresh = [r for part in parts for r in part.rollouts if r.weight_version >= oldest]
+            stale = sum(len(part.rollouts) for part in parts) - len(fresh)
+            if stale and num_stale:
+                raise EngineError(f"responses that were asked for again still come from weights before {oldest}")
+            num_stale += stale
+            for rollout in fresh:
+                if found.setdefault((rollout.prompt_id, rollout.sample_index), rollout) is not rollout:
+                    raise CollectError(
+                        f"prompt {rollout.prompt_id}, sample {rollout.sample_index} was answered twice: ranks drew "
+                        "other prompts"
+                    )
+            missing = [r for r in pending.requests if (r.prompt_id, r.sample_index) not in found]
+            if not missing:
+                break
+            if len(missing) > stale:
+                self._revive()
+            answers = self._generate(self._part(missing), pending.prompts)
+        samples = len(pending.requests) // len(pending.prompts)
+        return [[found[p.prompt_id, i] for i in range(samples)] for p in pending.prompts], num_stale
 
 
 def sampling_params(config: Config, tokenizer: Any, step: int) -> SamplingParams:
@@ -193,6 +272,21 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         "sampling/kept_group_fraction": _mean([_informative(group) for group in groups]),
         "sampling/all_correct_fraction": _mean([all(r.score >= 1 for r in group) for group in groups]),
         "sampling/all_wrong_fraction": _mean([all(r.score <= 0 for r in group) for group in groups]),
+    }
+
+
+def staleness_metrics(rollouts: Sequence[Rollout], step: int, num_stale: int) -> dict[str, float]:
+    """Age of the weights that sampled the step's tokens, in steps; means over tokens or rollouts.
+
+    `interrupted_fraction`: rollouts that a weight update met half-way; `discarded`: rollouts asked for again because
+    they began too long ago.
+    """
+    ages = [(step - version, count) for rollout in rollouts for version, count in rollout.spans]
+    return {
+        "staleness/mean": sum(age * count for age, count in ages) / sum(count for _, count in ages),
+        "staleness/max": float(max(age for age, _ in ages)),
+        "staleness/interrupted_fraction": _mean([len(rollout.spans) > 1 for rollout in rollouts]),
+        "staleness/discarded": float(num_stale),
     }
 
 

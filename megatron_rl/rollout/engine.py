@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from megatron_rl.errors import UserError
 from megatron_rl.types import Rollout
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from megatron_rl.config import Config
 
 
-class EngineError(RuntimeError):
+class EngineError(RuntimeError, UserError):
     """The engine cannot do what was asked; its state is as before unless the message says otherwise."""
 
 
 class EngineAborted(EngineError):
     """`abort` ended a running `generate`; its partial responses are lost."""
+
+
+class ServersLost(EngineError):
+    """Servers died with what they were doing; `update_weights` restarts them, and requests may then be made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +61,23 @@ class RolloutEngine(Protocol):
     `wake` where memory is shared.
     """
 
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout per request, in the requests' order; `score`, `reward` and `error` are unset, tensors on the CPU.
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Rollout]]:
+        """(position of the request, its rollout) as responses finish; `score`, `reward` and `error` are unset, tensors
+        on the CPU.
 
         Raises: EngineError when there are no weights, the engine sleeps, or a log-probability is not finite;
-        EngineAborted.
+        EngineAborted; ServersLost after everything else has been yielded.
         """
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """One rollout per request, in the requests' order. Raises: as `stream`."""
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         """Replace all weights by (Hugging Face name, full tensor) pairs, and stamp later rollouts with
-        `weight_version`.
+        `weight_version`. Every trainer rank calls it.
 
-        Raises: EngineError naming an unknown, repeated or missing weight or a wrong shape; until a later update
-        succeeds, `generate` then refuses.
+        Raises: on every rank, EngineError naming an unknown, repeated or missing weight or a wrong shape, ServersLost;
+        until a later update succeeds, `generate` then refuses.
         """
 
     def sleep(self) -> None:
@@ -87,17 +99,54 @@ class RolloutEngine(Protocol):
         """Free everything; the engine is unusable afterwards."""
 
 
-def _transformers(config: Config, hf_config: dict[str, Any], device: torch.device) -> RolloutEngine:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This trainer rank in the world, as far as engines are concerned."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    gather: Callable[[Any], Sequence[Any]]  # all ranks' objects, in the order of ranks
+
+    @property
+    def owns_servers(self) -> bool:
+        """Whether this rank starts its node's servers."""
+        return self.local_rank == 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetup:
+    """What an engine is built from, besides the config."""
+
+    hf: PretrainedConfig  # of the policy
+    model_dir: Path  # holds the policy's config.json and tokenizer, once `build_engine` is called on server engines
+    device: torch.device
+    place: Place
+
+
+def _transformers(config: Config, setup: EngineSetup) -> RolloutEngine:
     from megatron_rl.rollout.transformers import TransformersEngine
 
     dtype = getattr(torch, config.model.dtype)
-    return TransformersEngine(hf_config, dtype=dtype, device=device, batch_size=config.rollout.batch_size)
+    return TransformersEngine(
+        setup.hf.to_dict(), dtype=dtype, device=setup.device, batch_size=config.rollout.batch_size
+    )
+
+
+def _servers(config: Config, setup: EngineSetup) -> RolloutEngine:
+    from megatron_rl.rollout.build import build_server_engine
+
+    return build_server_engine(config, setup)
 
 
 # imports are inside, so that an engine's package is needed only by those who choose it
-ENGINES: dict[str, Callable[[Config, dict[str, Any], torch.device], RolloutEngine]] = {"transformers": _transformers}
+ENGINES: dict[str, Callable[[Config, EngineSetup], RolloutEngine]] = {
+    "transformers": _transformers,
+    "sglang": _servers,
+    "vllm": _servers,
+}
 
 
-def build_engine(config: Config, hf_config: dict[str, Any], device: torch.device) -> RolloutEngine:
-    """The engine that `rollout.engine` names, still without weights. `hf_config` must hold `vocab_size`."""
-    return ENGINES[config.rollout.engine](config, hf_config, device)
+def build_engine(config: Config, setup: EngineSetup) -> RolloutEngine:
+    """The engine that `rollout.engine` names, still without weights; servers of its own are starting up."""
+    return ENGINES[config.rollout.engine](config, setup)

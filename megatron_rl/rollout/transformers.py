@@ -6,7 +6,7 @@ Own decoding loop, because Hugging Face's `generate` draws from one RNG stream, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -80,19 +80,22 @@ class TransformersEngine:
             raise EngineError(f"update_weights: {len(missing)} weights did not come: {_some(missing)}")
         self.weight_version, self._trouble = weight_version, ""
 
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """See `RolloutEngine`."""
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Rollout]]:
+        """See `RolloutEngine`: batch by batch."""
         self.health()
         self._abort.clear()
         self._check_requests(requests)
         # equal sampling, then similar lengths, then equal prompts: no padding to speak of, and one prefill per prompt
         order = sorted(range(len(requests)), key=lambda i: _sort_key(requests[i]))
-        rollouts: dict[int, Rollout] = {}
         for sampling, run in groupby(order, key=lambda i: requests[i].sampling):
             indices = list(run)
             for start in range(0, len(indices), self._batch_size):
                 batch = indices[start : start + self._batch_size]
-                rollouts.update(zip(batch, self._decode([requests[i] for i in batch], sampling), strict=True))
+                yield from zip(batch, self._decode([requests[i] for i in batch], sampling), strict=True)
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """See `RolloutEngine`."""
+        rollouts = dict(self.stream(requests))
         return [rollouts[i] for i in range(len(requests))]
 
     def sleep(self) -> None:
@@ -233,6 +236,7 @@ class TransformersEngine:
                     loss_mask=torch.arange(len(prompt) + length) >= len(prompt),
                     finish_reason="stop" if stop else "length",
                     weight_version=self.weight_version,
+                    spans=((self.weight_version, length),),
                 )
             )
         return rollouts

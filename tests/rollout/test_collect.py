@@ -9,7 +9,8 @@ import torch
 from megatron_rl.config import parse_config
 from megatron_rl.data import DataError, PromptCursor
 from megatron_rl.reward import RewardError
-from megatron_rl.rollout.collect import CollectError, collect, evaluate_prompts, rollout_metrics, sampling_params
+from megatron_rl.rollout.collect import CollectError, Collector, rollout_metrics, sampling_params
+from megatron_rl.rollout.engine import Place
 from megatron_rl.types import Prompt, Rollout
 
 HF = {
@@ -49,21 +50,28 @@ class FakeEngine:
     """The response to sample s of prompt p is the two tokens (p, s), then the stop token."""
 
     calls: list = field(default_factory=list)
+    weight_version: int = 0
 
-    def generate(self, requests):
+    def stream(self, requests):
         self.calls.append(requests)
-        return [
-            Rollout(
-                prompt_id=r.prompt_id,
-                sample_index=r.sample_index,
-                token_ids=torch.tensor([*r.token_ids, r.prompt_id, r.sample_index, 1]),
-                rollout_logprobs=torch.zeros(len(r.token_ids) + 3),
-                loss_mask=torch.arange(len(r.token_ids) + 3) >= len(r.token_ids),
-                finish_reason="length" if r.prompt_id == 0 else "stop",
-                weight_version=0,
-            )
-            for r in requests
-        ]
+        for index, request in enumerate(requests):
+            yield index, self.answer(request)
+
+    def answer(self, r):
+        return Rollout(
+            prompt_id=r.prompt_id,
+            sample_index=r.sample_index,
+            token_ids=torch.tensor([*r.token_ids, r.prompt_id, r.sample_index, 1]),
+            rollout_logprobs=torch.zeros(len(r.token_ids) + 3),
+            loss_mask=torch.arange(len(r.token_ids) + 3) >= len(r.token_ids),
+            finish_reason="length" if r.prompt_id == 0 else "stop",
+            weight_version=self.weight_version,
+            spans=((self.weight_version, 3),),
+        )
+
+
+def no_revival():
+    raise AssertionError("nothing died")
 
 
 def prompts(count):
@@ -79,7 +87,7 @@ def odd_prompts_learn(response, answer):
 def run(config, cursor, reward_fn=odd_prompts_learn, world_size=1, step=0):
     """`collect` on `world_size` threads whose gather is a shared list. Returns each rank's result."""
     barrier, slots, results = Barrier(world_size), [None] * world_size, [None] * world_size
-    states, engines = [None] * world_size, [FakeEngine() for _ in range(world_size)]
+    states, engines = [None] * world_size, [FakeEngine(weight_version=step) for _ in range(world_size)]
 
     def rank_main(rank):
         def gather(local):
@@ -92,7 +100,9 @@ def run(config, cursor, reward_fn=odd_prompts_learn, world_size=1, step=0):
         own = PromptCursor(cursor._prompts, 3)
         own.restore(cursor.state())
         try:
-            results[rank] = collect(engines[rank], own, reward_fn, Tokenizer(), config, step, rank, world_size, gather)
+            place = Place(rank, world_size, rank, gather)
+            collector = Collector(engines[rank], own, reward_fn, Tokenizer(), config, place, no_revival)
+            results[rank] = collector.collect(step)
         except Exception as error:
             results[rank] = error
         states[rank] = own.state()
@@ -218,7 +228,9 @@ def test_overlong_filter_masks_after_the_metrics():
 def test_metrics_by_hand():
     def rollout(reward, score, length, reason="stop", error=""):
         mask = torch.arange(length + 2) >= 2
-        return Rollout(0, 0, torch.zeros(length + 2), torch.zeros(length + 2), mask, reason, 0, score, reward, error)
+        return Rollout(
+            0, 0, torch.zeros(length + 2), torch.zeros(length + 2), mask, reason, 0, (), score, reward, error
+        )
 
     groups = [
         [rollout(1.0, 1.0, 2), rollout(0.0, 1.0, 8, "length")],
@@ -244,7 +256,9 @@ def test_metrics_by_hand():
 def test_evaluation():
     config = make_config(train={"prompts_per_step": 4, "prompts_per_minibatch": 4, "eval_samples": 2})
     engine = FakeEngine()
-    got = evaluate_prompts(engine, prompts(4), odd_prompts_learn, Tokenizer(), config, 0, 1, lambda local: [local])
+    cursor, place = PromptCursor(prompts(4), 3), Place(0, 1, 0, lambda local: [local])
+    collector = Collector(engine, cursor, odd_prompts_learn, Tokenizer(), config, place, no_revival)
+    got = collector.evaluate(prompts(4))
     # prompt 0 scores 1, 1; prompts 1 and 3 score 1, 0; prompt 2 scores 0, 0
     assert got == {
         "eval/accuracy": 0.5,
@@ -255,4 +269,4 @@ def test_evaluation():
     }
     assert engine.calls[0][0].sampling.seed != sampling_params(config, Tokenizer(), 0).seed
     with pytest.raises(CollectError, match="no held-out problems"):
-        evaluate_prompts(engine, [], odd_prompts_learn, Tokenizer(), config, 0, 1, lambda local: [local])
+        collector.evaluate([])

@@ -184,7 +184,7 @@ def test_a_bad_stream_is_named_and_blocks_generation(model, change, message):
 
 def test_lifecycle(model, rollouts):
     engine = TransformersEngine(HF, dtype=torch.float32, device=torch.device("cpu"), batch_size=8)
-    assert isinstance(engine, RolloutEngine) and set(ENGINES) == {"transformers"}
+    assert isinstance(engine, RolloutEngine) and set(ENGINES) == {"transformers", "sglang", "vllm"}
     with pytest.raises(EngineError, match="no weights yet"):
         engine.health()
     engine.update_weights(model.named_parameters(), 7)

@@ -1,0 +1,40 @@
+"""The process group between the trainer's source rank and the workers of engine servers, in which weights are
+broadcast."""
+
+from __future__ import annotations
+
+import datetime
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroup
+from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world, rendezvous
+
+
+def join_engine_group(
+    host: str, port: int, *, world_size: int, name: str, backend: str, seconds: float
+) -> ProcessGroup:
+    """Join as rank 0, and serve the store at host:port; returns when all `world_size - 1` workers have joined.
+
+    It stands beside torch's default group, which the workers are no part of; the steps are those of the workers' side,
+    because both must derive the same store keys. Raises: RuntimeError (torch's) after `seconds`.
+    Source: `init_custom_process_group` of sglang.srt.utils.
+    """
+    timeout = datetime.timedelta(seconds=seconds)
+    store, rank, world_size = next(rendezvous(f"tcp://{host}:{port}", 0, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    group, _ = _new_process_group_helper(
+        world_size, rank, [], Backend(backend), PrefixStore(name, store), group_name=GroupName(name), timeout=timeout
+    )
+    _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    return group
+
+
+def broadcast_bucket(flat: Tensor, group: ProcessGroup) -> None:
+    """Send one flat bucket `[bytes]` uint8 to every worker; returns when it has left."""
+    dist.broadcast(flat, src=0, group=group)
+
+
+def leave_engine_group(group: ProcessGroup) -> None:
+    """Free the group on this side."""
+    dist.destroy_process_group(group)

@@ -1,0 +1,190 @@
+"""The engine servers of a run: those it was given, and those it starts, watches over, restarts and stops."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_rl import device
+from megatron_rl.config import Config
+from megatron_rl.rollout.dialect import Dialect, LaunchSpec
+from megatron_rl.rollout.engine import EngineError, Place
+from megatron_rl.rollout.processes import EngineProcess, free_port
+
+_RETRY_SECONDS = 1.0  # between two looks at a server that is not ready
+
+
+@dataclass(slots=True)
+class _Owned:
+    process: EngineProcess
+    url: str
+    healthy: bool = False
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Servers by address. `heal` is a collective; the rest is local."""
+
+    dialect: Dialect
+    config: Config
+    model_dir: Path  # what the run's own servers start from
+    place: Place
+    check: Callable[[str], None]  # one look at the server of that address; raises EngineError when it is not ready
+    urls: list[str] = field(default_factory=list)  # of all nodes, in the order of ranks
+    readers: list[list[int]] = field(default_factory=list)  # [server][worker] -> the trainer rank on its device
+    failures: int = 0  # of all servers so far
+    _owned: list[_Owned] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Start this node's servers without waiting for them. Raises: EngineError when one cannot be started."""
+        server = self.config.rollout.server
+        if server.urls or not self.place.owns_servers or self._owned:
+            return
+        self._owned = [self._launch(index) for index in range(server.count)]
+
+    def heal(self) -> None:
+        """Wait until every server is ready, after a restart of those that died. Call it on all ranks.
+
+        Raises: EngineError, on every rank, when a server does not come up, or more than `rollout.server.max_failures`
+        died in the run.
+        """
+        problem, died = "", 0
+        try:
+            died = self._restart_dead()
+            for address in self._local_urls():
+                self._wait(address)
+        except EngineError as error:
+            problem = str(error)
+        facts = self.place.gather((socket.gethostname(), self.place.local_rank, self._local_urls(), problem, died))
+        self.failures += sum(fact[4] for fact in facts)
+        allowed = self.config.rollout.server.max_failures
+        problems = [fact[3] for fact in facts if fact[3]]
+        if self.failures > allowed:
+            problems.append(f"{self.failures} servers died in this run, rollout.server.max_failures={allowed}")
+        if problems:
+            raise EngineError("\n".join(problems))
+        self.urls = [url for fact in facts for url in fact[2]]
+        self.readers = [readers for fact in facts for readers in self._readers_of(fact[0], len(fact[2]), facts)]
+
+    def close(self) -> None:
+        """Stop every server that this rank started."""
+        for owned in self._owned:
+            owned.process.stop()
+        self._owned.clear()
+
+    def _local_urls(self) -> list[str]:
+        if self.config.rollout.server.urls:
+            return list(self.config.rollout.server.urls) if self.place.rank == 0 else []
+        return [owned.url for owned in self._owned]
+
+    def _readers_of(self, host: str, servers: int, facts: Sequence[tuple[Any, ...]]) -> list[list[int]]:
+        """Worker w of a node's server i runs on the node's device i * tp + w, as the trainer's local rank of that
+        number does; more workers than ranks (CPUs) share."""
+        ranks = [rank for _, rank in sorted((fact[1], rank) for rank, fact in enumerate(facts) if fact[0] == host)]
+        tp = self.config.rollout.server.tp
+        return [[ranks[(index * tp + worker) % len(ranks)] for worker in range(tp)] for index in range(servers)]
+
+    def _restart_dead(self) -> int:
+        died = 0
+        for index, owned in enumerate(self._owned):
+            if not owned.healthy or (owned.process.alive() and self._answers(owned.url)):
+                continue
+            died += 1
+            print(f"{self.dialect.name} server {owned.url} died: {owned.process.obituary()}", flush=True)
+            owned.process.stop()
+            if self.failures + died <= self.config.rollout.server.max_failures:
+                self._owned[index] = self._launch(index)
+        return died
+
+    def _answers(self, url: str) -> bool:
+        try:
+            self.check(url)
+        except EngineError:
+            return False
+        return True
+
+    def _wait(self, url: str) -> None:
+        owned = next((owned for owned in self._owned if owned.url == url), None)
+        if owned is not None and owned.healthy:
+            return
+        limit, began, said = self.config.rollout.server.start_seconds, time.monotonic(), 0.0
+        while True:
+            if owned is not None and not owned.process.alive():
+                raise EngineError(f"the {self.dialect.name} server did not start: {owned.process.obituary()}")
+            try:
+                self.check(url)
+                break
+            except EngineError as error:
+                waited = time.monotonic() - began
+                if waited > limit:
+                    log = "" if owned is None else f"; its log: {owned.process.log}"
+                    raise EngineError(
+                        f"the {self.dialect.name} server {url} was not ready within rollout.server.start_seconds="
+                        f"{limit:g}: {error}{log}"
+                    ) from error
+                if waited - said > 10:
+                    said = waited
+                    print(f"waiting for the {self.dialect.name} server {url}: {waited:.0f} s", flush=True)
+            time.sleep(_RETRY_SECONDS)
+        if owned is not None:
+            owned.healthy = True
+            print(f"{self.dialect.name} server {url} is ready after {time.monotonic() - began:.0f} s", flush=True)
+
+    def _launch(self, index: int) -> _Owned:
+        config, server = self.config, self.config.rollout.server
+        spans_nodes = self.place.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", self.place.world_size))
+        first = 0 if config.rollout.weight_sync.mode == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        devices = range(first + index * server.tp, first + (index + 1) * server.tp) if device.ON_GPU else ()
+        port = free_port()
+        spec = LaunchSpec(
+            python=engine_python(config.rollout.engine, server.python),
+            model_dir=self.model_dir.resolve(),
+            port=port,
+            tp=server.tp,
+            dtype=config.model.dtype,
+            devices=tuple(devices),
+            context_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            max_concurrency=server.max_concurrency,
+            kv_tokens=server.kv_tokens,
+            memory_fraction=server.memory_fraction,
+            colocated=server.share_memory,
+            extra_args=server.extra_args,
+            host="0.0.0.0" if spans_nodes else "127.0.0.1",
+        )
+        argv, env = self.dialect.command(spec)
+        name = f"{config.rollout.engine}-{socket.gethostname() if spans_nodes else 'local'}-{index}"
+        process = EngineProcess(argv, env, config.run_dir / "logs" / f"{name}.log")
+        return _Owned(process, f"http://{socket.gethostname() if spans_nodes else '127.0.0.1'}:{port}")
+
+
+def engine_python(engine: str, configured: str | None) -> Path:
+    """The interpreter to start `engine` with. Raises: EngineError with the command that installs it."""
+    local = Path(".engines") / engine / "bin" / "python"
+    if configured is not None:
+        path = Path(configured)
+    elif importlib.util.find_spec(engine) is not None:
+        path = Path(sys.executable)
+    else:
+        path = local
+    if not path.is_file():
+        raise EngineError(
+            f"rollout.engine={engine} is not installed: no {path}. Type `make engines` in the project's folder for a "
+            f"CPU, or `pip install 'megatron-rl[{engine}]'` on a GPU machine, or set rollout.server.python or .urls"
+        )
+    return path.absolute()
+
+
+def address_for(url: str) -> str:
+    """This machine's address as the server at `url` can reach it."""
+    parts = urllib.parse.urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname or "", parts.port or 80))  # sends nothing: it asks for the route
+        return probe.getsockname()[0]

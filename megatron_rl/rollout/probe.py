@@ -1,0 +1,66 @@
+"""Proof after a weight update that the engine serves the policy's weights: a fixed prompt's continuation, scored by
+both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_rl import device
+from megatron_rl.packing import pack_supervised
+from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.rollout.engine import EngineError, Request, RolloutEngine, SamplingParams
+from megatron_rl.types import Prompt, Rollout
+
+_TOKENS = 8  # of a continuation
+_MAX_ERROR = {"float32": 1e-3, "bfloat16": 0.1}  # nats, mean over tokens
+
+
+def probe_engine(engine: RolloutEngine, policy: MegatronPolicy, world: Reducer, prompts: Sequence[Prompt]) -> None:
+    """Let the engine continue a few prompts, one per rank of the world, and score its tokens with the policy.
+
+    A collective. Raises: EngineError, on every rank, when the mean difference of the log-probabilities exceeds
+    `rollout.weight_sync.max_probe_error`.
+    """
+    config, groups = policy.config, policy.groups
+    length = min(_TOKENS, config.rollout.max_response_tokens)
+    sampling = SamplingParams(config.rollout.temperature, 1.0, 0, length, (), seed=0)
+    prompt = prompts[groups.rank % len(prompts)]
+    mine: Rollout | EngineError
+    try:
+        (mine,) = engine.generate([Request(prompt.prompt_id, groups.rank, prompt.token_ids, sampling)])
+    except EngineError as error:
+        mine = type(error)(f"the probe after a weight update failed: {error}")
+    answers: list[Rollout | EngineError] = world.gather_objects(mine)
+    for answer in answers:
+        if isinstance(answer, EngineError):
+            raise answer
+    rollouts = [answer for answer in answers if isinstance(answer, Rollout)]
+    pairs = [(r.token_ids[~r.loss_mask].tolist(), r.token_ids[r.loss_mask].tolist()) for r in rollouts]
+    mini_batch = pack_supervised(
+        pairs,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        pad_multiple=groups.tp_size if config.parallel.sp else 1,
+        equal_lengths=groups.pp_size > 1,
+    ).to(device.device())
+    theirs = [rollout.rollout_logprobs[rollout.loss_mask] for rollout in rollouts]
+    total = torch.zeros(2, dtype=torch.float64, device=device.device())
+    for micro_batch, stats in zip(mini_batch.micro_batches, policy.stats(mini_batch), strict=True):
+        mask = micro_batch.loss_mask
+        for index in micro_batch.prompt_ids[mask].unique().tolist():
+            of_it = mask & (micro_batch.prompt_ids == index)
+            difference = stats.logprobs[of_it] - theirs[index].to(stats.logprobs)
+            total += torch.stack([difference.abs().double().sum(), of_it.double().sum()])
+    distance, count = Reducer(groups.dp, device.device()).sum(total).tolist()
+    limit = config.rollout.weight_sync.max_probe_error or _MAX_ERROR[config.model.dtype]
+    if not distance / count <= limit:
+        raise EngineError(
+            f"after the update to weight version {rollouts[0].weight_version} the engine's log-probabilities of "
+            f"{count:.0f} probe tokens differ from the policy's by {distance / count:.3g} nats on average, allowed "
+            f"{limit:g}: it does not serve the weights that it was sent. Try another rollout.weight_sync.mode; if the "
+            "engine merely computes less exactly, raise rollout.weight_sync.max_probe_error"
+        )

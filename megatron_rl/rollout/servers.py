@@ -1,0 +1,393 @@
+"""The engine over servers: every trainer rank asks them for its share of the responses, rank 0 gives them weights.
+
+Two threads a rank: the caller's, and one with the event loop that speaks to the servers. A response that a server lost
+is asked for anew from another; one that a pause cut short goes on from the tokens it has. Each request is answered at
+most once, whatever happens on the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import queue
+import random
+import threading
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import aiohttp
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.hashing import hash64
+from megatron_rl.rollout.dialect import Completion, Dialect
+from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, ServersLost
+from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.rollout.http import Server, ServerBusy, ServerLost
+from megatron_rl.rollout.weight_sync import Channel, check_same_model
+from megatron_rl.types import Rollout
+
+_HEALTH_SECONDS = 10.0
+_BACKOFF_SECONDS = (0.1, 10.0)  # first and longest pause before a request is sent again
+
+
+@dataclasses.dataclass(slots=True)
+class _Target:
+    """A server as this rank sees it."""
+
+    server: Server
+    in_flight: int = 0
+    is_lost: bool = False
+
+
+class Loop:
+    """An event loop in a thread, and the HTTP session that lives on it."""
+
+    def __init__(self) -> None:
+        """Starts the thread."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-servers", daemon=True)
+        self._thread.start()
+        self.session: aiohttp.ClientSession = self.submit(self._open()).result()
+
+    async def _open(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run it on the loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """End the session and the thread."""
+        self.submit(self.session.close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+class ServerEngine:
+    """`RolloutEngine` over one or more servers of one dialect."""
+
+    def __init__(self, dialect: Dialect, loop: Loop, fleet: Fleet, channel: Channel, hf_config: Any) -> None:
+        """`hf_config`: the policy's transformers config; the servers must serve the same model."""
+        self.weight_version = -1
+        self._dialect, self._loop, self._fleet, self._channel = dialect, loop, fleet, channel
+        self._hf_config, self._place = hf_config, fleet.place
+        self._config = fleet.config.rollout.server
+        # requests that this rank keeps at one server: its share of the server's
+        self._limit = max(1, self._config.max_concurrency // self._place.world_size)
+        self._targets: list[_Target] = []
+        self._room = asyncio.Condition()  # a request ended, or the gate opened
+        self._gate_open = False  # closed while weights change: what is sent then would have no known version
+        self._running: set[asyncio.Task[None]] = set()
+        self._trouble = "it has no weights yet; call update_weights"
+        self._serial = itertools.count()
+
+    # ------------------------------------------------------------------------------------------------- generation
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Rollout]]:
+        """See `RolloutEngine`; may run on several threads at once.
+
+        Raises: ServersLost at the end, when requests are left that no living server can answer.
+        """
+        if self._trouble:
+            raise EngineError(f"the {self._dialect.name} engine cannot generate: {self._trouble}")
+        results: queue.SimpleQueue[tuple[int, Rollout | Exception]] = queue.SimpleQueue()
+        self._loop.submit(self._start(requests, results)).result()
+        lost: list[Exception] = []
+        for _ in requests:
+            index, result = results.get()
+            if isinstance(result, ServersLost):
+                lost.append(result)
+            elif isinstance(result, Exception):
+                self.abort()
+                raise result
+            else:
+                yield index, result
+        if lost:
+            raise ServersLost(f"{len(lost)} of {len(requests)} responses were lost: {lost[0]}")
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """See `RolloutEngine`."""
+        rollouts = dict(self.stream(requests))
+        return [rollouts[index] for index in range(len(requests))]
+
+    async def _start(self, requests: Sequence[Request], results: queue.SimpleQueue[Any]) -> None:
+        for index, request in enumerate(requests):
+            task = asyncio.get_running_loop().create_task(self._answer(index, request, results))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def _answer(self, index: int, request: Request, results: queue.SimpleQueue[Any]) -> None:
+        try:
+            results.put((index, await self._complete(request)))
+        except asyncio.CancelledError:
+            results.put((index, EngineAborted("generate: aborted")))
+        except Exception as error:
+            results.put((index, error))
+
+    async def _complete(self, request: Request) -> Rollout:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._config.request_seconds
+        done = Completion([], [], "abort", ())
+        pause, longest = _BACKOFF_SECONDS
+        while done.finish_reason == "abort":
+            target = await self._acquire()
+            sent_under = self.weight_version
+            rid = f"{self._place.rank}-{request.prompt_id}-{request.sample_index}-{next(self._serial)}"
+            try:
+                seconds = max(deadline - loop.time(), 0.001)
+                part = await self._dialect.generate(target.server, _rest(request, done), rid, seconds=seconds)
+                # a request that reached the server during a pause waited, and was answered by the new weights; a pause
+                # ends with "abort" what the old ones were answering
+                done = _joined(done, part, sent_under if part.finish_reason == "abort" else self.weight_version)
+                if part.finish_reason == "abort":
+                    await asyncio.sleep(_BACKOFF_SECONDS[0])  # when someone else ends requests: do not spin
+            except ServerBusy as error:
+                if loop.time() > deadline:
+                    raise EngineError(_too_late(request, self._config.request_seconds, error)) from error
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                pause = min(2 * pause, longest)
+            except ServerLost as error:
+                if loop.time() > deadline:
+                    await self._quietly_abort(target.server, rid)
+                    raise EngineError(_too_late(request, self._config.request_seconds, error)) from error
+                await self._look_after(target, error)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                pause = min(2 * pause, longest)
+            except asyncio.CancelledError:
+                await self._quietly_abort(target.server, rid)
+                raise
+            finally:
+                target.in_flight -= 1
+                await self._announce()
+        return _rollout(request, done)
+
+    async def _acquire(self) -> _Target:
+        """The living server with the fewest of this rank's requests, once it has room and no update is going on."""
+        async with self._room:
+            while True:
+                alive = [target for target in self._targets if not target.is_lost]
+                if not alive:
+                    raise ServersLost(f"no {self._dialect.name} server is left")
+                best = min(alive, key=lambda target: target.in_flight)
+                if self._gate_open and best.in_flight < self._limit:
+                    best.in_flight += 1
+                    return best
+                await self._room.wait()
+
+    async def _announce(self) -> None:
+        async with self._room:
+            self._room.notify_all()
+
+    async def _look_after(self, target: _Target, error: ServerLost) -> None:
+        """A connection broke: the server may be dead, or only that connection."""
+        try:
+            await asyncio.wait_for(self._dialect.health(target.server), _HEALTH_SECONDS)
+        except (TimeoutError, EngineError):
+            target.is_lost = True
+
+    async def _quietly_abort(self, server: Server, rid: str) -> None:
+        try:
+            await asyncio.wait_for(self._dialect.abort(server, rid), _HEALTH_SECONDS)
+        except (TimeoutError, EngineError):
+            pass  # it is gone, or will finish for nobody
+
+    def abort(self) -> None:
+        """See `RolloutEngine`: of this rank's requests."""
+        self._loop.submit(self._cancel_all()).result()
+
+    async def _cancel_all(self) -> None:
+        for task in list(self._running):
+            task.cancel()
+
+    # --------------------------------------------------------------------------------------------------- weights
+
+    def update_weights(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """See `RolloutEngine`; call it on all ranks. Requests in flight wait, and go on with the new weights.
+
+        Raises: ServersLost, on every rank, when a server died on the way: call it again, and it is restarted first.
+        """
+        self._trouble = "its last update_weights failed; update again"
+        self._loop.submit(self._close_gate()).result()
+        self._fleet.heal()
+        if [target.server.url for target in self._targets] != self._fleet.urls:
+            self._targets = [_Target(Server(url, self._loop.session)) for url in self._fleet.urls]
+        servers = [target.server for target in self._targets]
+        try:
+            self._agree(lambda: self._prepare(servers))
+            self._agree(lambda: self._channel.send(stream, weight_version))
+            self._agree(lambda: self._finish(servers, weight_version))
+        except EngineError:
+            self._settle(servers)
+            raise
+        self.weight_version, self._trouble = weight_version, ""
+        self._loop.submit(self._open_gate()).result()
+
+    def _agree(self, action: Any) -> None:
+        """Run it on every rank, and fail on all when it fails on one."""
+        problem: tuple[bool, str] | None = None
+        try:
+            action()
+        except EngineError as error:
+            problem = (isinstance(error, ServerLost), str(error))
+        problems = [problem for problem in self._place.gather(problem) if problem is not None]
+        if problems:
+            is_lost = any(lost for lost, _ in problems)
+            raise (ServersLost if is_lost else EngineError)("\n".join(dict.fromkeys(text for _, text in problems)))
+
+    def _prepare(self, servers: list[Server]) -> None:
+        """Everything up to the first byte."""
+        if self._place.rank == 0:
+            self._loop.submit(self._on_each(servers, self._open_update)).result()
+            self._channel.open(servers)
+
+    def _finish(self, servers: list[Server], weight_version: int) -> None:
+        async def finish(server: Server) -> None:
+            if self._fleet.config.rollout.weight_sync.mode != "disk":
+                await self._dialect.end_update(server, weight_version)
+            await self._dialect.flush(server)
+            await self._dialect.resume(server)
+            served = await self._dialect.weight_version(server)
+            if served != weight_version:
+                raise EngineError(f"{server.url} says that it serves weight version {served}, sent {weight_version}")
+
+        if self._place.rank == 0:
+            self._loop.submit(self._on_each(servers, finish)).result()
+
+    def _settle(self, servers: list[Server]) -> None:
+        """After a failure: close the update that living servers have open, so that another can begin."""
+
+        async def settle(server: Server) -> None:
+            try:
+                await asyncio.wait_for(self._dialect.end_update(server, -1), _HEALTH_SECONDS)
+            except (TimeoutError, EngineError):
+                pass  # it is dead, or had none open
+
+        if self._place.rank == 0:
+            self._loop.submit(self._on_each(servers, settle)).result()
+
+    async def _open_update(self, server: Server) -> None:
+        theirs = type(self._hf_config).from_dict(await self._dialect.hf_config(server))
+        check_same_model(self._hf_config, theirs, server.url)
+        await self._dialect.pause(server)
+        await self._dialect.flush(server)
+        if self._fleet.config.rollout.weight_sync.mode != "disk":
+            await self._dialect.begin_update(server)
+
+    async def _on_each(self, servers: list[Server], action: Any) -> None:
+        await asyncio.gather(*(action(server) for server in servers))
+
+    async def _close_gate(self) -> None:
+        async with self._room:
+            self._gate_open = False
+
+    async def _open_gate(self) -> None:
+        async with self._room:
+            for target in self._targets:
+                target.is_lost = False
+            self._gate_open = True
+            self._room.notify_all()
+
+    # ------------------------------------------------------------------------------------------------------ life
+
+    def sleep(self) -> None:
+        """See `RolloutEngine`: rank 0 tells the servers."""
+        self._trouble = "it sleeps; call wake and update_weights"
+        self._agree(lambda: self._tell(self._dialect.sleep))
+
+    def wake(self) -> None:
+        """See `RolloutEngine`: the weights must come again."""
+        self._agree(lambda: self._tell(self._dialect.wake))
+
+    def flush_cache(self) -> None:
+        """See `RolloutEngine`."""
+        self._tell(self._dialect.flush)
+
+    def _tell(self, action: Any) -> None:
+        if self._place.rank == 0:
+            servers = [target.server for target in self._targets]
+            self._loop.submit(self._on_each(servers, action)).result()
+
+    def health(self) -> None:
+        """See `RolloutEngine`."""
+        if self._trouble:
+            raise EngineError(f"the {self._dialect.name} engine cannot generate: {self._trouble}")
+        self._tell(self._dialect.health)
+
+    def close(self) -> None:
+        """See `RolloutEngine`: the servers that this rank started are stopped."""
+        self._trouble = "it was closed"
+        self.abort()
+        self._channel.close()
+        self._fleet.close()
+        self._loop.close()
+
+
+def _rest(request: Request, done: Completion) -> Request:
+    """What is left to generate of a response that was cut short."""
+    count = len(done.token_ids)
+    if not count:
+        return request
+    sampling = dataclasses.replace(
+        request.sampling,
+        max_response_tokens=request.sampling.max_response_tokens - count,
+        seed=int(hash64(request.sampling.seed, count)) & (2**63 - 1),  # the same seed would repeat the same draws
+    )
+    return dataclasses.replace(request, token_ids=(*request.token_ids, *done.token_ids), sampling=sampling)
+
+
+def _joined(done: Completion, part: Completion, weight_version: int) -> Completion:
+    """`part` after `done`; `weight_version` is that of the part when the server does not tell."""
+    spans = part.spans if part.spans is not None else ((weight_version, len(part.token_ids)),)
+    merged = list(done.spans or ())
+    for version, count in spans:
+        if not count:
+            continue
+        if merged and merged[-1][0] == version:
+            merged[-1] = (version, merged[-1][1] + count)
+        else:
+            merged.append((version, count))
+    return Completion(done.token_ids + part.token_ids, done.logprobs + part.logprobs, part.finish_reason, tuple(merged))
+
+
+def _rollout(request: Request, done: Completion) -> Rollout:
+    """Raises: EngineError when the answer cannot be that of the request."""
+    sampled, name = torch.tensor(done.logprobs), f"prompt {request.prompt_id}, sample {request.sample_index}"
+    limit, counted = request.sampling.max_response_tokens, sum(count for _, count in done.spans or ())
+    if not 0 < len(done.token_ids) <= limit or {len(done.logprobs), counted} != {len(done.token_ids)}:
+        raise EngineError(
+            f"generate: {name}: got {len(done.token_ids)} tokens with {len(done.logprobs)} log-probabilities and "
+            f"weight versions for {counted}, expected 1 to {limit} of each"
+        )
+    if not bool(sampled.isfinite().all()):
+        raise EngineError(
+            f"generate: {name}: a sampled token's log-probability is not finite under weight versions {done.spans}; "
+            "the weights have diverged"
+        )
+    stopped = done.token_ids[-1] in request.sampling.stop_token_ids
+    if not stopped and (done.finish_reason == "stop" or len(done.token_ids) != limit):
+        raise EngineError(
+            f"generate: {name}: ended ({done.finish_reason}) after {len(done.token_ids)} of {limit} tokens with token "
+            f"{done.token_ids[-1]}, which is none of the stop tokens {list(request.sampling.stop_token_ids)}"
+        )
+    prompt = len(request.token_ids)
+    return Rollout(
+        prompt_id=request.prompt_id,
+        sample_index=request.sample_index,
+        token_ids=torch.tensor([*request.token_ids, *done.token_ids]),
+        rollout_logprobs=torch.cat([torch.zeros(prompt), sampled]),
+        loss_mask=torch.arange(prompt + len(done.token_ids)) >= prompt,
+        finish_reason="stop" if stopped else "length",  # servers differ on a stop token at the limit
+        weight_version=min(version for version, _ in done.spans or ()),
+        spans=done.spans or (),
+    )
+
+
+def _too_late(request: Request, seconds: float, error: Exception) -> str:
+    return (
+        f"generate: prompt {request.prompt_id}, sample {request.sample_index} had no answer within "
+        f"rollout.server.request_seconds={seconds:g}: {error}. Raise it, lower rollout.server.max_concurrency, or add "
+        "servers"
+    )

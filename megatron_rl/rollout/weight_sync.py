@@ -1,0 +1,348 @@
+"""The policy's weights into engine servers: size-bounded flat buckets, sent while the next one is gathered.
+
+Every trainer rank walks through the weight stream, which is a collective, and rank 0 speaks to the servers. Three ways:
+
+- colocated: every rank packs the bucket into memory that the machine shares (CUDA IPC on GPUs, a shared-memory file on
+  CPUs) and hands its handle to rank 0; worker w of a server reads that of the trainer rank on its own device.
+- disaggregated: rank 0 broadcasts the bucket through a process group whose other members are the servers' workers.
+- disk: rank 0 writes a Hugging Face folder that the servers load.
+
+Two buffers take turns: while the servers load one, the next is gathered into the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import pickle
+import shutil
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+from megatron_rl import device
+from megatron_rl.convert.mapping import model_rows
+from megatron_rl.convert.weights import expected_shapes
+from megatron_rl.parallel.engine_group import broadcast_bucket, join_engine_group, leave_engine_group
+from megatron_rl.rollout.dialect import Dialect, Manifest
+from megatron_rl.rollout.engine import EngineError
+from megatron_rl.rollout.http import Server
+from megatron_rl.save_hf import SHARD_BYTES, write_shards
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GROUP_SECONDS = 300.0  # for the servers' workers to join, and for one broadcast
+
+Submit = Callable[[Coroutine[Any, Any, Any]], "Future[Any]"]  # runs a coroutine on the engine's event loop
+
+
+class Channel(Protocol):
+    """One way of sending. Methods marked rank 0 do nothing elsewhere."""
+
+    def open(self, servers: Sequence[Server]) -> None:
+        """Rank 0: connect to `servers`, unless connected to just these."""
+
+    def send(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """All ranks: exhaust the stream, whatever fails, and send it. Raises: EngineError on rank 0."""
+
+    def close(self) -> None:
+        """Rank 0: disconnect."""
+
+
+def expected_weights(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of a model, from its config alone."""
+    return {name: shape for row in model_rows(hf) for name, shape in zip(row.hf, expected_shapes(row, hf), strict=True)}
+
+
+def check_same_model(mine: PretrainedConfig, theirs: PretrainedConfig, url: str) -> None:
+    """Raises: EngineError naming a weight of another name or shape; a server that is sent one dies or serves noise."""
+    ours, served = expected_weights(mine), expected_weights(theirs)
+    for name in ours.keys() | served.keys():
+        if ours.get(name) != served.get(name):
+            raise EngineError(
+                f"{url} serves another model than the policy: {name} has shape {served.get(name, 'none')} there and "
+                f"{ours.get(name, 'none')} here; start it with the policy's config.json"
+            )
+
+
+def pack_buckets(
+    stream: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], buffers: Callable[[int], Tensor]
+) -> Iterator[tuple[Manifest, Tensor]]:
+    """Copy the stream into flat buckets: (what it holds, `[bytes]` uint8 view of a buffer).
+
+    `buffers(i)` is bucket i's buffer; it is asked for when the first tensor goes in. Raises: EngineError when the
+    stream brings a weight that `shapes` does not have so, twice, or not at all.
+    """
+    missing, number = dict(shapes), 0
+    manifest, used = Manifest([], [], []), 0
+    buffer = buffers(0)
+    for name, tensor in stream:
+        if missing.pop(name, None) != tuple(tensor.shape):
+            expected = shapes.get(name, "none of that name")
+            raise EngineError(f"the policy sent {name} of shape {tuple(tensor.shape)}, expected {expected}, once")
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        # one dtype a bucket keeps every tensor aligned
+        if manifest.names and (used + flat.numel() > buffer.numel() or dtype != manifest.dtypes[-1]):
+            yield manifest, buffer[:used]
+            number += 1
+            manifest, used, buffer = Manifest([], [], []), 0, buffers(number)
+        buffer[used : used + flat.numel()].copy_(flat)
+        used += flat.numel()
+        manifest.names.append(name)
+        manifest.shapes.append(list(tensor.shape))
+        manifest.dtypes.append(dtype)
+    if manifest.names:
+        yield manifest, buffer[:used]
+    if missing:
+        raise EngineError(f"the policy did not send {len(missing)} weights: {', '.join(list(missing)[:3])}")
+
+
+class Buffers:
+    """Two flat buffers that take turns. A buffer holds `bucket_bytes`, less for a small model, more for a large
+    tensor."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], bucket_bytes: int, itemsize: int) -> None:
+        """`itemsize`: bytes of an element of the stream's widest dtype."""
+        sizes = [torch.Size(shape).numel() * itemsize for shape in shapes.values()]
+        self._nbytes = max(max(sizes), min(bucket_bytes, sum(sizes)))
+        self._flats: list[Tensor] = []
+
+    def __call__(self, number: int) -> Tensor:
+        """That of bucket `number`; its former contents must have been read."""
+        while len(self._flats) <= min(number, 1):
+            self._flats.append(torch.empty(self._nbytes, dtype=torch.uint8, device=device.device()))
+        return self._flats[number % 2]
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._flats.clear()
+
+
+class Colocated:
+    """Shared memory on one machine, see the module's docstring."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        shapes: dict[str, tuple[int, ...]],
+        buffers: Buffers,
+        submit: Submit,
+        gather: Callable[[Any], Sequence[Any]],
+        rank: int,
+        readers: Callable[[], list[list[int]]],
+    ) -> None:
+        """`gather`: an all-gather of objects over all ranks. `readers()[s][w]`: the trainer rank whose buffer worker w
+        of server s reads."""
+        self._dialect, self._shapes, self._buffers, self._submit = dialect, shapes, buffers, submit
+        self._gather, self._rank, self._readers = gather, rank, readers
+        self._servers: Sequence[Server] = ()
+
+    def open(self, servers: Sequence[Server]) -> None:
+        """See `Channel`."""
+        self._servers = servers
+
+    def send(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """See `Channel`. A rank refills a buffer once it has left the gather of the next bucket, and rank 0 enters
+        that gather only when the servers have loaded the buffer."""
+        readers = self._readers()
+        copies = sum(workers.count(self._rank) for workers in readers)
+        loading: Future[None] | None = None
+        failure: BaseException | None = None
+        for manifest, flat in pack_buckets(stream, self._shapes, self._buffers):
+            device.synchronize()  # the copies into the buffer, before another process reads it
+            shared = self._dialect.shared_object(manifest, flat)
+            failure = failure or _outcome(loading)
+            payloads = self._gather([share(shared) for _ in range(copies)])
+            if self._rank == 0 and failure is None:
+                loading = self._submit(self._receive(manifest, payloads, readers))
+        failure = failure or _outcome(loading)
+        if failure is not None:
+            raise failure
+
+    async def _receive(self, manifest: Manifest, payloads: Sequence[list[bytes]], readers: list[list[int]]) -> None:
+        left = [list(of_rank) for of_rank in payloads]
+        calls = [
+            self._dialect.receive_shared(server, manifest, [left[rank].pop() for rank in workers])
+            for server, workers in zip(self._servers, readers, strict=True)
+        ]
+        await asyncio.gather(*calls)
+
+    def close(self) -> None:
+        """See `Channel`."""
+        self._buffers.free()
+
+
+class Disaggregated:
+    """Broadcast from rank 0, see the module's docstring."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        shapes: dict[str, tuple[int, ...]],
+        buffers: Buffers,
+        submit: Submit,
+        rank: int,
+        address: Callable[[Server], tuple[str, int]],
+    ) -> None:
+        """`address(server)`: the host and free port at which that server can reach this process."""
+        self._dialect, self._shapes, self._buffers, self._submit = dialect, shapes, buffers, submit
+        self._rank, self._address = rank, address
+        self._servers: Sequence[Server] = ()
+        self._group: Any = None
+        self._name, self._count = "", 0
+        # a thread of its own: a broadcast blocks, and must not stop the event loop that speaks to the servers
+        self._thread = ThreadPoolExecutor(1, "weight-broadcast", initializer=device.use_local_device)
+
+    def open(self, servers: Sequence[Server]) -> None:
+        """See `Channel`. Raises: EngineError when the servers' workers do not join."""
+        if self._rank or (self._group is not None and list(servers) == list(self._servers)):
+            return
+        self.close()
+        self._servers = servers
+        self._count += 1
+        self._name = f"megatron_rl_weights_{self._count}"  # a store key of an older group must not be met again
+        self._submit(self._join()).result()
+
+    async def _join(self) -> None:
+        workers = await asyncio.gather(*(self._dialect.num_workers(server) for server in self._servers))
+        host, port = self._address(self._servers[0])
+        world_size, offsets = 1 + sum(workers), [1 + sum(workers[:i]) for i in range(len(workers))]
+
+        def join() -> Any:
+            return join_engine_group(
+                host, port, world_size=world_size, name=self._name, backend=device.BACKEND, seconds=GROUP_SECONDS
+            )
+
+        joins = [
+            self._dialect.open_group(
+                server,
+                host=host,
+                port=port,
+                rank_offset=offset,
+                world_size=world_size,
+                name=self._name,
+                backend=device.BACKEND,
+            )
+            for server, offset in zip(self._servers, offsets, strict=True)
+        ]
+        try:
+            self._group, *_ = await asyncio.gather(self._in_thread(join), *joins)
+        except RuntimeError as error:
+            if isinstance(error, EngineError):
+                raise
+            raise EngineError(f"the servers' workers did not join the trainer at {host}:{port}: {error}") from error
+
+    def send(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """See `Channel`."""
+        if self._rank:
+            _exhaust(stream)
+            return
+        loading: Future[None] | None = None
+        failure: BaseException | None = None
+        stream = iter(stream)
+        try:
+            for manifest, flat in pack_buckets(stream, self._shapes, self._buffers):
+                device.synchronize()
+                failure = failure or _outcome(loading)
+                if failure is None:
+                    loading = self._submit(self._broadcast(manifest, flat))
+        finally:
+            _exhaust(stream)
+            failure = failure or _outcome(loading)
+        if failure is not None:
+            self._leave()  # its members are out of step
+            raise failure if isinstance(failure, EngineError) else EngineError(f"the broadcast failed: {failure}")
+
+    async def _broadcast(self, manifest: Manifest, flat: Tensor) -> None:
+        calls = [self._dialect.receive_broadcast(server, manifest, self._name) for server in self._servers]
+        await asyncio.gather(self._in_thread(lambda: broadcast_bucket(flat, self._group)), *calls)
+
+    async def _in_thread(self, function: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def _leave(self) -> None:
+        """Closes the connections too: a worker that waits for a broadcast then fails instead of hanging."""
+        group, self._group, self._servers = self._group, None, ()
+        if group is not None:
+            self._thread.submit(leave_engine_group, group).result()
+
+    def close(self) -> None:
+        """See `Channel`."""
+        if self._group is not None:
+            calls = [self._dialect.close_group(server, self._name) for server in self._servers]
+            self._submit(_all_settled(calls)).result()
+        self._leave()
+        self._buffers.free()
+
+
+class Disk:
+    """A folder, see the module's docstring."""
+
+    def __init__(self, dialect: Dialect, folder: Path, submit: Submit, rank: int, model_dir: Path) -> None:
+        """`model_dir`: config.json and the tokenizer, copied beside the weights."""
+        self._dialect, self._folder, self._submit = dialect, folder, submit
+        self._rank, self._model_dir = rank, model_dir
+        self._servers: Sequence[Server] = ()
+
+    def open(self, servers: Sequence[Server]) -> None:
+        """See `Channel`."""
+        self._servers = servers
+
+    def send(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """See `Channel`."""
+        if self._rank:
+            _exhaust(stream)
+            return
+        stream = iter(stream)
+        try:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.copytree(self._model_dir, self._folder)
+            write_shards(self._folder, stream, SHARD_BYTES)
+        except OSError as error:
+            free = shutil.disk_usage(self._folder.parent).free
+            raise EngineError(f"cannot write weights to {self._folder}: {error}; {free:,} bytes are free") from error
+        finally:
+            _exhaust(stream)
+        self._submit(self._load(weight_version)).result()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _load(self, weight_version: int) -> None:
+        calls = [self._dialect.load_folder(server, self._folder.resolve(), weight_version) for server in self._servers]
+        await asyncio.gather(*calls)
+
+    def close(self) -> None:
+        """See `Channel`."""
+
+
+def share(value: Any) -> bytes:
+    """A pickle in which tensors are handles to shared memory: CUDA IPC, or a shared-memory file that processes which
+    are not relatives can open (torch's default passes file descriptors to relatives alone)."""
+    former = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        buffer = io.BytesIO()
+        ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+        return buffer.getvalue()
+    finally:
+        torch.multiprocessing.set_sharing_strategy(former)
+
+
+async def _all_settled(calls: Iterable[Awaitable[None]]) -> None:
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+def _outcome(loading: Future[None] | None) -> BaseException | None:
+    return None if loading is None else loading.exception()
+
+
+def _exhaust(stream: Iterable[Any]) -> None:
+    for _ in stream:
+        pass
