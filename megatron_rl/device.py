@@ -13,6 +13,7 @@ import re
 import resource
 import sys
 import warnings
+from collections.abc import Sequence
 from types import CodeType
 from typing import Any
 
@@ -58,6 +59,19 @@ def peak_memory_bytes() -> int:
     if ON_GPU:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def visible_devices(indices: Sequence[int]) -> dict[str, str]:
+    """Environment of a process that shall see these GPUs of this machine alone; an empty value removes a variable.
+
+    Expandable segments cannot be shared between processes, which colocated engines need.
+    """
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, indices)), "PYTORCH_CUDA_ALLOC_CONF": ""}
+
+
+def cpu_cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0))
 
 
 def vocab_pad_multiple() -> int:

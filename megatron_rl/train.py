@@ -33,10 +33,11 @@ from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
 from megatron_rl.reward import load_reward
+from megatron_rl.rollout.build import write_model_dir
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost, build_engine
 from megatron_rl.rollout.probe import probe_engine
-from megatron_rl.save_hf import save_hf, write_hf_extras
+from megatron_rl.save_hf import save_hf
 from megatron_rl.step_metrics import add_batch_metrics, entropy_change, needs_current_stats, samples_for_log
 from megatron_rl.types import Prompt, TrainBatch
 from megatron_rl.warm_start import warm_start
@@ -183,7 +184,7 @@ def set_up(config: Config, groups: Groups) -> Run:
     model_dir = config.run_dir / "engine_model"
     if config.rollout.engine != "transformers":
         if groups.rank == 0:
-            write_hf_extras(model_dir, policy, tokenizer)
+            write_model_dir(model_dir, policy, tokenizer)
         barrier(groups)
     engine = build_engine(config, EngineSetup(policy.hf_config, model_dir, device.device(), place))
     if config.warm_start is not None:

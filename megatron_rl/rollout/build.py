@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,11 +16,36 @@ from megatron_rl.rollout.fleet import Fleet, address_for
 from megatron_rl.rollout.http import Server
 from megatron_rl.rollout.processes import free_port
 from megatron_rl.rollout.servers import Loop, ServerEngine
-from megatron_rl.rollout.sglang import SGLang
-from megatron_rl.rollout.vllm import VLLM
 from megatron_rl.rollout.weight_sync import Buffers, Channel, Colocated, Disaggregated, Disk, expected_weights
+from megatron_rl.save_hf import write_hf_extras
 
-DIALECTS: dict[str, type[SGLang] | type[VLLM]] = {"sglang": SGLang, "vllm": VLLM}
+if TYPE_CHECKING:
+    from megatron_rl.policy.policy import MegatronPolicy
+
+
+def _sglang() -> Dialect:
+    from megatron_rl.rollout.sglang import SGLang
+
+    return SGLang()
+
+
+def _vllm() -> Dialect:
+    from megatron_rl.rollout.vllm import VLLM
+
+    return VLLM()
+
+
+DIALECTS: dict[str, Callable[[], Dialect]] = {"sglang": _sglang, "vllm": _vllm}
+
+
+def write_model_dir(folder: Path, policy: MegatronPolicy, tokenizer: Any) -> None:
+    """What the run's own servers start from: config.json and tokenizer, without weights and without end-of-sequence
+    tokens, because the requests alone say what ends a response."""
+    write_hf_extras(folder, policy, tokenizer)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["eos_token_id"] = None
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
 
 
 def build_server_engine(config: Config, setup: EngineSetup) -> ServerEngine:

@@ -1,0 +1,82 @@
+"""One engine server as a child process: start, look after, stop with everything that it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from megatron_rl.launch import die_with_parent
+
+_TAIL_LINES = 20
+_TERM_SECONDS = 10.0  # from SIGTERM to SIGKILL
+
+
+class EngineProcess:
+    """A server, in the process group of this process: the run's supervisor, which kills the group, leaves none behind.
+
+    Start it from a thread that lives as long as the run: the kernel kills a child with the *thread* that forked it.
+    """
+
+    def __init__(self, argv: list[str], env: dict[str, str], log: Path) -> None:
+        """Starts `argv` with `env` on top of this process's environment; output is appended to `log`. An empty value
+        removes a variable. Raises: OSError when it cannot be started."""
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        parent = os.getpid()
+        merged = {name: value for name, value in (os.environ | env).items() if value != ""}
+        with log.open("ab") as output:
+            self._began = output.tell()
+            self._process = subprocess.Popen(
+                argv,
+                env=merged,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                preexec_fn=lambda: die_with_parent(parent),
+            )
+
+    def alive(self) -> bool:
+        """Whether the server's main process runs."""
+        return self._process.poll() is None
+
+    def obituary(self) -> str:
+        """How it ended, with the last lines of its log."""
+        code = self._process.poll()
+        if code is None:
+            how = "it runs, but does not answer"
+        elif code < 0:
+            how = f"killed by {signal.Signals(-code).name}"
+        else:
+            how = f"exit code {code}"
+        with self.log.open("rb") as log:
+            log.seek(self._began)
+            lines = log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        return "\n".join([f"{how}; the last lines of {self.log}:", *(f"  {line}" for line in lines)])
+
+    def stop(self) -> None:
+        """End it and all its descendants; returns when they are gone."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            server = psutil.Process(self._process.pid)
+            family = [*server.children(recursive=True), server]
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+            _, stubborn = psutil.wait_procs(family, timeout=_TERM_SECONDS)
+            for process in stubborn:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(stubborn, timeout=_TERM_SECONDS)
+        self._process.wait()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

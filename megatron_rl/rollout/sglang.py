@@ -1,0 +1,200 @@
+"""SGLang's HTTP interface, as of 0.5.23. Source: sglang.srt.entrypoints.http_server and managers.io_struct."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl import device
+from megatron_rl.config_checks import read_config_json
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.dialect import Completion, LaunchSpec, Manifest
+from megatron_rl.rollout.engine import EngineError, Request
+from megatron_rl.rollout.http import Server, ServerRefused
+
+_SHIMS = Path(__file__).parent / "shims" / "sglang"
+_CONTROL_SECONDS = 60.0  # for what should answer at once
+_LOAD_SECONDS = 600.0  # for what moves weights
+_INITIAL_VERSION = "default"  # what a server that never got weights reports
+
+
+class SGLang:
+    """`Dialect` of an SGLang server."""
+
+    name = "sglang"
+
+    def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
+        """See `Dialect`."""
+        argv = [str(spec.python), "-m", "sglang.launch_server", "--model-path", str(spec.model_dir)]
+        argv += ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", spec.dtype]
+        argv += ["--host", spec.host, "--port", str(spec.port), "--tp-size", str(spec.tp)]
+        argv += ["--context-length", str(spec.context_tokens), "--max-running-requests", str(spec.max_concurrency)]
+        argv += ["--skip-server-warmup", "--log-level", "warning"]
+        env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        if spec.devices:
+            argv += ["--mem-fraction-static", str(spec.memory_fraction)]
+            argv += ["--enable-memory-saver"] if spec.colocated else []
+            env = device.visible_devices(spec.devices)
+        else:
+            argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+            argv += ["--max-total-tokens", str(spec.kv_tokens), "--mem-fraction-static", "0.8"]
+            cores = device.cpu_cores()
+            env |= {
+                "SGLANG_USE_CPU_ENGINE": "1",
+                "PYTHONPATH": str(_SHIMS),
+                "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(cores[i % len(cores)]) for i in range(spec.tp)),
+            }
+        return [*argv, *spec.extra_args], env
+
+    async def health(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.get("/health", seconds=10)
+
+    async def generate(self, server: Server, request: Request, rid: str, *, seconds: float) -> Completion:
+        """See `Dialect`."""
+        answer = await server.post("/generate", generate_body(request, rid), seconds=seconds)
+        meta = answer["meta_info"]
+        rows = meta["output_token_logprobs"]  # [logprob, token id, text]
+        spans = [(_version(span["version"]), span["end"] - span["start"]) for span in meta.get("weight_versions") or ()]
+        if not spans and rows:
+            spans = [(_version(meta["weight_version"]), len(rows))]
+        reason = meta["finish_reason"]
+        if reason["type"] == "abort" and reason.get("status_code"):  # the server's own fault or a request's, no abort
+            raise ServerRefused(f"{server.url}/generate: {reason}", reason["status_code"])
+        return Completion([row[1] for row in rows], [row[0] for row in rows], reason["type"], tuple(spans))
+
+    async def abort(self, server: Server, rid: str) -> None:
+        """See `Dialect`."""
+        await server.post("/abort_request", {"rid": rid}, seconds=_CONTROL_SECONDS)
+
+    async def abort_all(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.post("/abort_request", {"abort_all": True}, seconds=_CONTROL_SECONDS)
+
+    async def pause(self, server: Server) -> None:
+        """See `Dialect`: requests give their cache up and are computed anew, so that none mixes two models' entries."""
+        await server.post("/pause_generation", {"mode": "retract"}, seconds=_CONTROL_SECONDS)
+
+    async def resume(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.post("/continue_generation", {}, seconds=_CONTROL_SECONDS)
+
+    async def flush(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.post("/flush_cache", {}, seconds=_CONTROL_SECONDS, timeout="30")
+
+    async def sleep(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.post("/release_memory_occupation", {}, seconds=_CONTROL_SECONDS)
+
+    async def wake(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.post("/resume_memory_occupation", {}, seconds=_CONTROL_SECONDS)
+
+    async def hf_config(self, server: Server) -> dict[str, Any]:
+        """See `Dialect`: the server tells a folder, and not what is in it."""
+        path = (await server.get("/model_info", seconds=_CONTROL_SECONDS))["model_path"]
+        try:
+            return read_config_json(Path(path))
+        except UserError as error:
+            raise EngineError(
+                f"{server.url} serves {path}, whose config.json cannot be read here, and a weight of a wrong shape "
+                "would kill it; start it from a folder that the trainer sees under the same path"
+            ) from error
+
+    async def weight_version(self, server: Server) -> int:
+        """See `Dialect`."""
+        return _version((await server.get("/model_info", seconds=_CONTROL_SECONDS))["weight_version"])
+
+    async def num_workers(self, server: Server) -> int:
+        """See `Dialect`."""
+        return int((await server.get("/server_info", seconds=_CONTROL_SECONDS))["tp_size"])
+
+    async def open_group(
+        self, server: Server, *, host: str, port: int, rank_offset: int, world_size: int, name: str, backend: str
+    ) -> None:
+        """See `Dialect`."""
+        body = {"master_address": host, "master_port": port, "rank_offset": rank_offset, "world_size": world_size}
+        await _checked(server, "/init_weights_update_group", body | {"group_name": name, "backend": backend})
+
+    async def close_group(self, server: Server, name: str) -> None:
+        """See `Dialect`."""
+        await _checked(server, "/destroy_weights_update_group", {"group_name": name})
+
+    async def begin_update(self, server: Server) -> None:
+        """See `Dialect`."""
+        await _checked(server, "/begin_weight_update", {})
+
+    async def receive_broadcast(self, server: Server, manifest: Manifest, group: str) -> None:
+        """See `Dialect`."""
+        body = {"names": manifest.names, "dtypes": manifest.dtypes, "shapes": manifest.shapes, "group_name": group}
+        body |= {"load_format": "flattened_bucket", "flush_cache": False}
+        await _checked(server, "/update_weights_from_distributed", body)
+
+    def shared_object(self, manifest: Manifest, flat: Tensor) -> Any:
+        """See `Dialect`. The server reads attributes of the metadata, and its unpickler admits this class."""
+        metadata, start = [], 0
+        for name, shape, dtype in zip(manifest.names, manifest.shapes, manifest.dtypes, strict=True):
+            kind: torch.dtype = getattr(torch, dtype)
+            count = torch.Size(shape).numel() * kind.itemsize
+            metadata.append(
+                SimpleNamespace(
+                    name=name, shape=torch.Size(shape), dtype=kind, start_idx=start, end_idx=start + count, numel=count
+                )
+            )
+            start += count
+        return {"flattened_tensor": flat, "metadata": metadata}
+
+    async def receive_shared(self, server: Server, manifest: Manifest, payloads: list[bytes]) -> None:
+        """See `Dialect`."""
+        body = {"serialized_named_tensors": [base64.b64encode(payload).decode() for payload in payloads]}
+        await _checked(
+            server, "/update_weights_from_tensor", body | {"load_format": "flattened_bucket", "flush_cache": False}
+        )
+
+    async def load_folder(self, server: Server, path: Path, weight_version: int) -> None:
+        """See `Dialect`."""
+        body = {"model_path": str(path), "load_format": "auto", "weight_version": str(weight_version)}
+        await _checked(server, "/update_weights_from_disk", body)
+
+    async def end_update(self, server: Server, weight_version: int) -> None:
+        """See `Dialect`."""
+        await _checked(server, "/end_weight_update", {})
+        body = {"new_version": str(weight_version), "abort_all_requests": False}
+        await _checked(server, "/update_weight_version", body)
+
+
+def generate_body(request: Request, rid: str) -> dict[str, Any]:
+    """The body of POST /generate. SGLang ignores unknown fields in silence, except among the sampling parameters."""
+    sampling = request.sampling
+    return {
+        "rid": rid,
+        "input_ids": list(request.token_ids),
+        "return_logprob": True,
+        "sampling_params": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "max_new_tokens": sampling.max_response_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids) or None,
+            # it overrules stop_token_ids too, so that an end-of-sequence token in the server's config.json also ends
+            # a response: servers that the run starts have none there
+            "ignore_eos": not sampling.stop_token_ids,
+        },
+    }
+
+
+async def _checked(server: Server, path: str, body: dict[str, Any]) -> None:
+    answer = await server.post(path, body, seconds=_LOAD_SECONDS)
+    if isinstance(answer, dict) and not answer.get("success", True):
+        raise EngineError(f"{server.url}{path}: {answer.get('message', json.dumps(answer))}")
+
+
+def _version(text: str) -> int:
+    return -1 if text == _INITIAL_VERSION else int(text)
