@@ -1,0 +1,197 @@
+"""vLLM's HTTP interface, as of 0.32, with a worker extension of ours (shims/vllm). Source:
+vllm.entrypoints.scale_out.token_in_token_out, vllm.entrypoints.rl.online and vllm.entrypoints.serve.dev."""
+
+from __future__ import annotations
+
+import base64
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl import device
+from megatron_rl.algorithms.hashing import hash64
+from megatron_rl.config_checks import head_width, read_config_json
+from megatron_rl.rollout.dialect import Completion, LaunchSpec, Manifest
+from megatron_rl.rollout.engine import EngineError, Request
+from megatron_rl.rollout.http import Server
+
+_SHIMS = Path(__file__).parent / "shims" / "vllm"
+_CONTROL_SECONDS = 60.0  # for what should answer at once
+_LOAD_SECONDS = 600.0  # for what moves weights
+_INITIAL_VERSION = "default"  # what a server that never got weights reports
+
+
+class VLLM:
+    """`Dialect` of a vLLM server."""
+
+    name = "vllm"
+
+    def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
+        """See `Dialect`."""
+        argv = [str(spec.python), "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(spec.model_dir)]
+        argv += ["--load-format", "dummy", "--dtype", spec.dtype, "--served-model-name", "policy"]
+        argv += ["--host", spec.host, "--port", str(spec.port), "--tensor-parallel-size", str(spec.tp)]
+        argv += ["--max-model-len", str(spec.context_tokens), "--max-num-seqs", str(spec.max_concurrency)]
+        argv += ["--enable-scale-out", "--skip-tokenizer-init", "--logprobs-mode", "processed_logprobs"]
+        argv += ["--worker-extension-cls", "megatron_rl_vllm.Extension"]
+        argv += ["--weight-transfer-config", '{"backend": "megatron_rl"}', "--disable-uvicorn-access-log"]
+        env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        env["PYTHONPATH"] = str(_SHIMS)
+        if spec.devices:
+            argv += ["--gpu-memory-utilization", str(spec.memory_fraction)]
+            argv += ["--enable-sleep-mode"] if spec.colocated else []
+            env |= device.visible_devices(spec.devices)
+        else:
+            hf, cores = read_config_json(spec.model_dir), device.cpu_cores()
+            argv += ["--enforce-eager", "--kv-cache-memory-bytes", str(_cache_bytes(hf, spec))]
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[i % len(cores)]) for i in range(spec.tp))
+        return [*argv, *spec.extra_args], env
+
+    async def health(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.get("/health", seconds=10)
+
+    async def generate(self, server: Server, request: Request, rid: str, *, seconds: float) -> Completion:
+        """See `Dialect`."""
+        answer = await server.post("/inference/v1/generate", generate_body(request, rid), seconds=seconds)
+        choice = answer["choices"][0]
+        tokens = choice["token_ids"] or []
+        rows = (choice["logprobs"] or {"content": []})["content"]
+        spans = [(_version(span["version"]), span["end"] - span["start"]) for span in choice["weight_versions"] or ()]
+        return Completion(tokens, [row["logprob"] for row in rows], choice["finish_reason"], tuple(spans) or None)
+
+    async def abort(self, server: Server, rid: str) -> None:
+        """See `Dialect`."""
+        await server.post("/abort_requests", {"request_ids": [rid]}, seconds=_CONTROL_SECONDS)
+
+    async def abort_all(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.post("/abort_requests", {}, seconds=_CONTROL_SECONDS)
+
+    async def pause(self, server: Server) -> None:
+        """See `Dialect`: requests stay, and the flush that follows makes them be computed anew."""
+        await server.post("/pause", seconds=_CONTROL_SECONDS, mode="keep")
+
+    async def resume(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.post("/resume", seconds=_CONTROL_SECONDS)
+
+    async def flush(self, server: Server) -> None:
+        """See `Dialect`."""
+        answer = await server.post("/reset_prefix_cache", seconds=_CONTROL_SECONDS, reset_running_requests="true")
+        if not answer["success"]:
+            raise EngineError(f"{server.url} did not reset its prefix cache")
+
+    async def sleep(self, server: Server) -> None:
+        """See `Dialect`: level 2 keeps no copy of the weights."""
+        await server.post("/sleep", seconds=_CONTROL_SECONDS, level="2")
+
+    async def wake(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.post("/wake_up", seconds=_CONTROL_SECONDS)
+
+    async def hf_config(self, server: Server) -> dict[str, Any]:
+        """See `Dialect`."""
+        return (await _rpc(server, "megatron_rl_hf_config"))[0]
+
+    async def weight_version(self, server: Server) -> int:
+        """See `Dialect`."""
+        return _version((await server.get("/weight_info", seconds=_CONTROL_SECONDS))["weight_version"])
+
+    async def num_workers(self, server: Server) -> int:
+        """See `Dialect`."""
+        return len(await _rpc(server, "megatron_rl_hf_config"))
+
+    async def open_group(
+        self, server: Server, *, host: str, port: int, rank_offset: int, world_size: int, name: str, backend: str
+    ) -> None:
+        """See `Dialect`."""
+        info = {"host": host, "port": port, "rank_offset": rank_offset, "world_size": world_size}
+        body = {"init_info": info | {"name": name, "backend": backend}}
+        await server.post("/init_weight_transfer_engine", body, seconds=_LOAD_SECONDS)
+
+    async def close_group(self, server: Server, name: str) -> None:
+        """See `Dialect`."""
+        await server.post("/shutdown_weight_transfer_engine", seconds=_CONTROL_SECONDS)
+
+    async def begin_update(self, server: Server) -> None:
+        """See `Dialect`."""
+        await server.post("/start_weight_update", seconds=_LOAD_SECONDS)
+
+    async def receive_broadcast(self, server: Server, manifest: Manifest, group: str) -> None:
+        """See `Dialect`."""
+        await server.post("/update_weights", {"update_info": _bucket(manifest)}, seconds=_LOAD_SECONDS)
+
+    def shared_object(self, manifest: Manifest, flat: Tensor) -> Any:
+        """See `Dialect`."""
+        return flat
+
+    async def receive_shared(self, server: Server, manifest: Manifest, payloads: list[bytes]) -> None:
+        """See `Dialect`."""
+        infos = [_bucket(manifest) | {"payload": base64.b64encode(payload).decode()} for payload in payloads]
+        await server.post("/update_weights", {"update_info": infos}, seconds=_LOAD_SECONDS)
+
+    async def load_folder(self, server: Server, path: Path, weight_version: int) -> None:
+        """See `Dialect`."""
+        await _rpc(server, "megatron_rl_load_folder", path=str(path))
+        body = {"new_version": str(weight_version)}
+        await server.post("/update_weight_version", body, seconds=_CONTROL_SECONDS)
+
+    async def end_update(self, server: Server, weight_version: int) -> None:
+        """See `Dialect`."""
+        body = {"weight_version": str(weight_version)}
+        await server.post("/finish_weight_update", body, seconds=_LOAD_SECONDS)
+
+
+def unsupported_on_cpu(hf: dict[str, Any]) -> str | None:
+    """Why vLLM's CPU attention cannot serve the model of this config.json; None when it can.
+    Source: vllm.v1.attention.backends.cpu_attn, get_supported_head_sizes."""
+    sizes = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+    width = head_width(hf)
+    return None if width in sizes else f"heads of width {width}; it has {', '.join(map(str, sizes))}"
+
+
+def generate_body(request: Request, rid: str) -> dict[str, Any]:
+    """The body of POST /inference/v1/generate."""
+    sampling = request.sampling
+    seed = hash64(sampling.seed, request.prompt_id, request.sample_index)
+    return {
+        "request_id": rid,
+        "token_ids": list(request.token_ids),
+        "sampling_params": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_response_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "ignore_eos": True,  # of the server's config.json; stop_token_ids count all the same
+            "seed": int(seed) & (2**63 - 1),
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+        },
+    }
+
+
+async def _rpc(server: Server, method: str, **arguments: str) -> list[Any]:
+    body = {"method": method, "kwargs": arguments, "timeout": _LOAD_SECONDS}
+    answer = await server.post("/collective_rpc", body, seconds=_LOAD_SECONDS)
+    return answer["results"]
+
+
+def _bucket(manifest: Manifest) -> dict[str, Any]:
+    return {"names": manifest.names, "shapes": manifest.shapes, "dtypes": manifest.dtypes}
+
+
+def _cache_bytes(hf: dict[str, Any], spec: LaunchSpec) -> int:
+    """Keys and values of `kv_tokens` tokens on one worker, rounded up to vLLM's blocks of 128 tokens."""
+    heads = math.ceil((hf.get("num_key_value_heads") or hf["num_attention_heads"]) / spec.tp)
+    itemsize = getattr(torch, spec.dtype).itemsize
+    tokens = math.ceil(spec.kv_tokens / 128) * 128
+    return 2 * hf["num_hidden_layers"] * heads * head_width(hf) * itemsize * tokens
+
+
+def _version(text: str) -> int:
+    return -1 if text == _INITIAL_VERSION else int(text)
