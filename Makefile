@@ -1,4 +1,5 @@
-# `make demo` and `make test` need python3.11 (or 3.12) and pip; they create .venv themselves.
+# `make demo` and `make test` need python3.11 (or 3.12) and pip; they create .venv themselves. `make engines` adds the
+# servers of a CPU machine, each in an environment of its own, because each pins a torch of its own.
 export PYTHON
 SHELL := /bin/bash
 VENV := .venv
@@ -6,16 +7,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-engines engines lint clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not engines"
 
 test-all: lint
-	$(PYTEST)
+	$(PYTEST) -m "not engines"
+
+engines: .engines/sglang/.installed .engines/vllm/.installed
+
+test-engines: $(READY) engines
+	$(PYTEST) -m engines
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -23,7 +29,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # Made anew when the locked versions change, and only then. The file is the last thing written: an interrupted
 # installation starts over. --without-pip and `pip --python`: some systems' Python comes without ensurepip.
@@ -32,6 +38,14 @@ $(VENV)/.installed: requirements/cpu.txt requirements/find_python.sh
 	python="$$(bash requirements/find_python.sh)" && \
 	"$$python" -m venv --without-pip $(VENV) && \
 	"$$python" -m pip --python $(BIN)/python install --quiet --requirement requirements/cpu.txt
+	touch $@
+
+.engines/%/.installed: requirements/%-cpu.txt requirements/find_python.sh
+	rm -rf .engines/$*
+	mkdir -p .engines
+	python="$$(bash requirements/find_python.sh)" && \
+	"$$python" -m venv --without-pip .engines/$* && \
+	"$$python" -m pip --python .engines/$*/bin/python install --quiet --no-deps --requirement $<
 	touch $@
 
 $(READY): $(VENV)/.installed pyproject.toml

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_rl.config_engine_checks import engine_faults
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +46,16 @@ def read_hf_config(config: Config) -> dict[str, Any]:
 
 def check_consistency(config: Config) -> None:
     """Raises: ConfigError listing every inconsistency with its remedy."""
-    groups = (_folder_faults, _layout_faults, _batch_faults, _save_faults, _loss_faults, _model_faults, _expert_faults)
+    groups = (
+        _folder_faults,
+        _layout_faults,
+        _batch_faults,
+        _save_faults,
+        _loss_faults,
+        _model_faults,
+        _expert_faults,
+        engine_faults,
+    )
     faults = [fault for find in groups for fault in find(config)]
     if faults:
         raise ConfigError("the config is inconsistent:\n" + "\n".join(f"  - {fault}" for fault in faults))

@@ -280,7 +280,6 @@ def _as_rollout(index: int, prompt: Sequence[int], response: Sequence[int]) -> R
         loss_mask=torch.arange(length) >= len(prompt),
         finish_reason="stop",
         weight_version=0,
-        spans=((0, len(response)),),
     )
 
 

@@ -41,10 +41,10 @@ class Rollout:
     loss_mask: Tensor  # [L] bool, True where the policy sampled the token
     finish_reason: str  # "stop" or "length"
     weight_version: int  # of the oldest weights that sampled a token of it
-    spans: tuple[tuple[int, int], ...]  # (weight_version, tokens), in order: which weights sampled which tokens
     score: float = math.nan  # the verifier's verdict
     reward: float = math.nan  # score plus penalties: what the advantage estimator sees
     error: str = ""  # why grading failed; such a rollout scores 0 and is counted in the metrics
+    spans: tuple[tuple[int, int], ...] = ()  # (weight_version, tokens), in order; empty: all by `weight_version`
 
     @property
     def response_length(self) -> int:

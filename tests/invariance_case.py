@@ -169,7 +169,6 @@ def frozen_rollouts(model: str) -> list[Rollout]:
                     loss_mask=torch.arange(len(tokens)) >= len(prompt),
                     finish_reason="stop",
                     weight_version=0,
-                    spans=(),
                     score=float(sample == prompt_id % SAMPLES),
                     reward=float(sample == prompt_id % SAMPLES) + 0.25 * float(sample % 2),
                 )

@@ -116,7 +116,6 @@ def make_rollout(prompt_id=0, response=(1, 2, 9), reason="stop", **fields):
         loss_mask=torch.arange(length) >= 2,
         finish_reason=reason,
         weight_version=0,
-        spans=(),
         **fields,
     )
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_WORKERS = 4
+MAX_WORKERS = 8  # more than 4 in slow tests only: importing torch and Megatron takes each some 400 MiB
 _START_SECONDS = 180.0  # importing torch on a busy machine
 _STRAGGLER_SECONDS = 0.5  # after one rank failed: for the others to report before they are killed
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -37,7 +37,7 @@ class RankError(Exception):
 
 
 class Worlds:
-    """Runs functions on gloo worlds of 1 to 4 ranks. Get it from the fixture `worlds`."""
+    """Runs functions on gloo worlds of 1 to 8 ranks. Get it from the fixture `worlds`."""
 
     def __init__(self) -> None:
         self._workers: list[_Worker] = []

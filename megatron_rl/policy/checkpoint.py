@@ -117,11 +117,6 @@ class CheckpointStore:
         if is_done:
             self._publish()
 
-    def load_newest(self) -> tuple[int, dict[str, Any]] | None:
-        """`load` the newest checkpoint; None without one."""
-        path: Path | None = self._world.gather_objects(self.newest())[0]
-        return None if path is None else self.load(path)
-
     def load(self, path: Path) -> tuple[int, dict[str, Any]]:
         """Restore the checkpoint `path`, of this run or another one, into the policy: (step, extra).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,9 @@ import psutil
 
 from megatron_rl.launch import die_with_parent
 
+# What a launcher tells the ranks of the trainer. A server that reads it takes itself for one of them: under torchrun,
+# torch would look for the launcher's store instead of making the server's own.
+_OF_THE_TRAINER = re.compile(r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_NUM_THREADS)$")
 _TAIL_LINES = 20
 _TERM_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
@@ -29,7 +33,8 @@ class EngineProcess:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         parent = os.getpid()
-        merged = {name: value for name, value in (os.environ | env).items() if value != ""}
+        inherited = {name: value for name, value in os.environ.items() if not _OF_THE_TRAINER.match(name)}
+        merged = {name: value for name, value in (inherited | env).items() if value != ""}
         with log.open("ab") as output:
             self._began = output.tell()
             self._process = subprocess.Popen(
@@ -63,10 +68,9 @@ class EngineProcess:
         """End it and all its descendants; returns when they are gone."""
         with contextlib.suppress(psutil.NoSuchProcess):
             server = psutil.Process(self._process.pid)
-            family = [*server.children(recursive=True), server]
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.terminate()
+            family = [server, *server.children(recursive=True)]
+            # to the server alone, which then ends its workers in its own order and takes none of them for crashed
+            self._process.terminate()
             _, stubborn = psutil.wait_procs(family, timeout=_TERM_SECONDS)
             for process in stubborn:
                 with contextlib.suppress(psutil.NoSuchProcess):

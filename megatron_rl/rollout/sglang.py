@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,17 @@ from megatron_rl.config_checks import read_config_json
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.dialect import Completion, LaunchSpec, Manifest
 from megatron_rl.rollout.engine import EngineError, Request
-from megatron_rl.rollout.http import Server, ServerRefused
+from megatron_rl.rollout.http import Server
 
 _SHIMS = Path(__file__).parent / "shims" / "sglang"
 _CONTROL_SECONDS = 60.0  # for what should answer at once
 _LOAD_SECONDS = 600.0  # for what moves weights
+_IDLE_SECONDS = 30  # for requests that end to have ended
 _INITIAL_VERSION = "default"  # what a server that never got weights reports
+# A server keeps this many positions of --context-length, and of its cache, for itself: it refuses a longer prompt, and
+# ends a response early without saying so. Source: `get_worker_info` of managers.tp_worker, and of the scheduler the
+# limit of max_new_tokens.
+_RESERVED_TOKENS = 8
 
 
 class SGLang:
@@ -31,21 +37,28 @@ class SGLang:
 
     def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
         """See `Dialect`."""
+        longest = spec.context_tokens + _RESERVED_TOKENS
         argv = [str(spec.python), "-m", "sglang.launch_server", "--model-path", str(spec.model_dir)]
         argv += ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", spec.dtype]
         argv += ["--host", spec.host, "--port", str(spec.port), "--tp-size", str(spec.tp)]
-        argv += ["--context-length", str(spec.context_tokens), "--max-running-requests", str(spec.max_concurrency)]
+        argv += ["--context-length", str(longest), "--max-running-requests", str(spec.max_concurrency)]
         argv += ["--skip-server-warmup", "--log-level", "warning"]
-        env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        env = {
+            "HF_HUB_OFFLINE": "1",
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the reserved positions are never computed
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # else /health samples a token, and fails during a pause
+            "SGL_FORCE_SHUTDOWN": "1",  # SIGTERM waits for no request
+        }
         if spec.devices:
             argv += ["--mem-fraction-static", str(spec.memory_fraction)]
             argv += ["--enable-memory-saver"] if spec.colocated else []
-            env = device.visible_devices(spec.devices)
+            env |= device.visible_devices(spec.devices)
         else:
             argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
-            argv += ["--max-total-tokens", str(spec.kv_tokens), "--mem-fraction-static", "0.8"]
+            argv += ["--max-total-tokens", str(max(spec.kv_tokens, longest)), "--mem-fraction-static", "0.8"]
             cores = device.cpu_cores()
             env |= {
+                "OMP_NUM_THREADS": "1",
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "PYTHONPATH": str(_SHIMS),
                 "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(cores[i % len(cores)]) for i in range(spec.tp)),
@@ -53,25 +66,34 @@ class SGLang:
         return [*argv, *spec.extra_args], env
 
     async def health(self, server: Server) -> None:
-        """See `Dialect`."""
-        await server.get("/health", seconds=10)
+        """See `Dialect`: the server listens once its model is loaded, and ends itself when a worker of it dies. /health
+        would make a server that was started by someone else sample a token, which fails while it is paused."""
+        await server.get("/model_info", seconds=10)
 
     async def generate(self, server: Server, request: Request, rid: str, *, seconds: float) -> Completion:
         """See `Dialect`."""
         answer = await server.post("/generate", generate_body(request, rid), seconds=seconds)
         meta = answer["meta_info"]
+        reason = meta["finish_reason"]
+        if isinstance(reason.get("matched"), str):  # no stop strings are asked for
+            raise EngineError(f"{server.url}/generate: the server reports {reason}; the weights may have diverged")
         rows = meta["output_token_logprobs"]  # [logprob, token id, text]
+        if reason["type"] == "length" and len(rows) < request.sampling.max_response_tokens:
+            wanted = request.sampling.max_response_tokens
+            raise EngineError(
+                f"{server.url} ended a response after {len(rows)} of {wanted} tokens: its context or its cache is too "
+                f"short; start it with --context-length {len(request.token_ids) + wanted + _RESERVED_TOKENS} or more"
+            )
         spans = [(_version(span["version"]), span["end"] - span["start"]) for span in meta.get("weight_versions") or ()]
         if not spans and rows:
             spans = [(_version(meta["weight_version"]), len(rows))]
-        reason = meta["finish_reason"]
-        if reason["type"] == "abort" and reason.get("status_code"):  # the server's own fault or a request's, no abort
-            raise ServerRefused(f"{server.url}/generate: {reason}", reason["status_code"])
-        return Completion([row[1] for row in rows], [row[0] for row in rows], reason["type"], tuple(spans))
+        # JSON has no NaN
+        logprobs = [math.nan if row[0] is None else row[0] for row in rows]
+        return Completion([row[1] for row in rows], logprobs, reason["type"], tuple(spans))
 
     async def abort(self, server: Server, rid: str) -> None:
         """See `Dialect`."""
-        await server.post("/abort_request", {"rid": rid}, seconds=_CONTROL_SECONDS)
+        await server.post("/abort_request", {"rid": _whole(rid)}, seconds=_CONTROL_SECONDS)
 
     async def abort_all(self, server: Server) -> None:
         """See `Dialect`."""
@@ -86,11 +108,12 @@ class SGLang:
         await server.post("/continue_generation", {}, seconds=_CONTROL_SECONDS)
 
     async def flush(self, server: Server) -> None:
-        """See `Dialect`."""
-        await server.post("/flush_cache", {}, seconds=_CONTROL_SECONDS, timeout="30")
+        """See `Dialect`: without SGLang's `timeout`, which waits for requests that a pause keeps, too."""
+        await server.post("/flush_cache", {}, seconds=_CONTROL_SECONDS)
 
     async def sleep(self, server: Server) -> None:
-        """See `Dialect`."""
+        """See `Dialect`. Raises: ServerRefused when requests do not end; SGLang would die with them."""
+        await server.post("/flush_cache", {}, seconds=_CONTROL_SECONDS, timeout=str(_IDLE_SECONDS))
         await server.post("/release_memory_occupation", {}, seconds=_CONTROL_SECONDS)
 
     async def wake(self, server: Server) -> None:
@@ -98,8 +121,9 @@ class SGLang:
         await server.post("/resume_memory_occupation", {}, seconds=_CONTROL_SECONDS)
 
     async def hf_config(self, server: Server) -> dict[str, Any]:
-        """See `Dialect`: the server tells a folder, and not what is in it."""
-        path = (await server.get("/model_info", seconds=_CONTROL_SECONDS))["model_path"]
+        """See `Dialect`: the server tells a folder, and not what is in it. It is that of the start: /model_info names
+        the one of the last `load_folder`, which may be gone."""
+        path = (await server.get("/server_info", seconds=_CONTROL_SECONDS))["model_path"]
         try:
             return read_config_json(Path(path))
         except UserError as error:
@@ -174,7 +198,7 @@ def generate_body(request: Request, rid: str) -> dict[str, Any]:
     """The body of POST /generate. SGLang ignores unknown fields in silence, except among the sampling parameters."""
     sampling = request.sampling
     return {
-        "rid": rid,
+        "rid": _whole(rid),
         "input_ids": list(request.token_ids),
         "return_logprob": True,
         "sampling_params": {
@@ -188,6 +212,11 @@ def generate_body(request: Request, rid: str) -> dict[str, Any]:
             "ignore_eos": not sampling.stop_token_ids,
         },
     }
+
+
+def _whole(rid: str) -> str:
+    """SGLang aborts every request whose name begins with the given one: 1-2 would end 1-20."""
+    return f"{rid}."
 
 
 async def _checked(server: Server, path: str, body: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ from megatron_rl.rollout.http import Server
 _SHIMS = Path(__file__).parent / "shims" / "vllm"
 _CONTROL_SECONDS = 60.0  # for what should answer at once
 _LOAD_SECONDS = 600.0  # for what moves weights
+# of vLLM's attention on a CPU: vllm.v1.attention.backends.cpu_attn, get_supported_head_sizes
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _INITIAL_VERSION = "default"  # what a server that never got weights reports
 
 
@@ -46,6 +48,11 @@ class VLLM:
             env |= device.visible_devices(spec.devices)
         else:
             hf, cores = read_config_json(spec.model_dir), device.cpu_cores()
+            if head_width(hf) not in _CPU_HEAD_SIZES:
+                raise EngineError(
+                    f"rollout.engine=vllm on a CPU cannot serve heads of width {head_width(hf)}; it has "
+                    f"{', '.join(map(str, _CPU_HEAD_SIZES))}. Change the model, or set rollout.engine=sglang"
+                )
             argv += ["--enforce-eager", "--kv-cache-memory-bytes", str(_cache_bytes(hf, spec))]
             env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[i % len(cores)]) for i in range(spec.tp))
         return [*argv, *spec.extra_args], env
@@ -144,14 +151,6 @@ class VLLM:
         """See `Dialect`."""
         body = {"weight_version": str(weight_version)}
         await server.post("/finish_weight_update", body, seconds=_LOAD_SECONDS)
-
-
-def unsupported_on_cpu(hf: dict[str, Any]) -> str | None:
-    """Why vLLM's CPU attention cannot serve the model of this config.json; None when it can.
-    Source: vllm.v1.attention.backends.cpu_attn, get_supported_head_sizes."""
-    sizes = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-    width = head_width(hf)
-    return None if width in sizes else f"heads of width {width}; it has {', '.join(map(str, sizes))}"
 
 
 def generate_body(request: Request, rid: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import asyncio
 import io
 import pickle
 import shutil
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
@@ -197,7 +198,7 @@ class Disaggregated:
         self._rank, self._address = rank, address
         self._servers: Sequence[Server] = ()
         self._group: Any = None
-        self._name, self._count = "", 0
+        self._name = ""
         # a thread of its own: a broadcast blocks, and must not stop the event loop that speaks to the servers
         self._thread = ThreadPoolExecutor(1, "weight-broadcast", initializer=device.use_local_device)
 
@@ -207,8 +208,8 @@ class Disaggregated:
             return
         self.close()
         self._servers = servers
-        self._count += 1
-        self._name = f"megatron_rl_weights_{self._count}"  # a store key of an older group must not be met again
+        # a server may still have the group of a trainer that was killed, and an older group's store keys stay
+        self._name = f"megatron_rl_{uuid.uuid4().hex[:12]}"
         self._submit(self._join()).result()
 
     async def _join(self) -> None:
@@ -311,8 +312,8 @@ class Disk:
             raise EngineError(f"cannot write weights to {self._folder}: {error}; {free:,} bytes are free") from error
         finally:
             _exhaust(stream)
+        # the folder stays: a server reports it as its model from here on
         self._submit(self._load(weight_version)).result()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _load(self, weight_version: int) -> None:
         calls = [self._dialect.load_folder(server, self._folder.resolve(), weight_version) for server in self._servers]

@@ -23,7 +23,6 @@ from torch import Tensor
 from megatron_rl.convert.to_hf import megatron_to_hf
 from megatron_rl.convert.to_megatron import hf_to_megatron
 from megatron_rl.packing import pack_supervised
-from tests import worlds as worlds_module
 from tests.policy.tiny import make_config, policy_of, same_bits
 from tests.worlds import Worlds
 
@@ -120,9 +119,7 @@ def _through_layouts(
     return found
 
 
-def test_every_format_and_layout_is_the_same_model(
-    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_format_and_layout_is_the_same_model(folders: tuple[Path, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hf, megatron = folders
@@ -141,7 +138,6 @@ def test_every_format_and_layout_is_the_same_model(
         greedy.append((ids.shape[1], text[0].tolist()))
     sequences = [text for _, text in greedy]
     found: list[Any] = []
-    monkeypatch.setattr(worlds_module, "MAX_WORKERS", 6)
     pool = Worlds()
     try:
         for i, layout in enumerate(LAYOUTS):

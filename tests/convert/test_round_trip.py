@@ -121,6 +121,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2_pp2": {"world_size": 4, "ep": 2, "pp": 2},
     "tp2_sp_pp2": {"tp": 2, "sp": True, "pp": 2},
     "tp4_sp": {"tp": 4, "sp": True},
+    "tp4_sp_pp2": {"tp": 4, "sp": True, "pp": 2},
     "tp2_sp_ep4": {"world_size": 4, "tp": 2, "sp": True, "ep": 4},
 }
 QUICK = ("tp2_sp", "tp2_sp_ep2")

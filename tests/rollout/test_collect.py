@@ -228,9 +228,7 @@ def test_overlong_filter_masks_after_the_metrics():
 def test_metrics_by_hand():
     def rollout(reward, score, length, reason="stop", error=""):
         mask = torch.arange(length + 2) >= 2
-        return Rollout(
-            0, 0, torch.zeros(length + 2), torch.zeros(length + 2), mask, reason, 0, (), score, reward, error
-        )
+        return Rollout(0, 0, torch.zeros(length + 2), torch.zeros(length + 2), mask, reason, 0, score, reward, error)
 
     groups = [
         [rollout(1.0, 1.0, 2), rollout(0.0, 1.0, 8, "length")],

@@ -1,0 +1,80 @@
+"""What must agree in `rollout`: the engine, its servers, the way of the weights. Checked by config_checks.py."""
+
+from __future__ import annotations
+
+import socket
+import urllib.parse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_rl.config import Config
+
+
+def engine_faults(config: Config) -> list[str]:
+    """One line per fault, with its remedy."""
+    rollout = config.rollout
+    if rollout.engine == "transformers":
+        if rollout.max_staleness:
+            return [
+                f"rollout.max_staleness={rollout.max_staleness}: the embedded engine shares its process with the "
+                "trainer and cannot generate ahead; set it to 0, or rollout.engine to sglang or vllm"
+            ]
+        return []
+    return [*_url_faults(config), *_memory_faults(config), *_model_faults(config)]
+
+
+def _url_faults(config: Config) -> list[str]:
+    rollout, faults = config.rollout, []
+    for url in rollout.server.urls:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+            faults.append(f"rollout.server.urls: {url!r} is no address such as http://node1:30000")
+        elif rollout.weight_sync.mode == "colocated" and not _is_here(parts.hostname):
+            faults.append(
+                f"rollout.weight_sync.mode=colocated shares memory within one machine, and {url} is another; set it to "
+                "disaggregated or disk"
+            )
+    if len(set(rollout.server.urls)) < len(rollout.server.urls):
+        faults.append("rollout.server.urls: the same server is listed twice")
+    return faults
+
+
+def _is_here(host: str) -> bool:
+    return host in ("127.0.0.1", "localhost", "::1", socket.gethostname())
+
+
+def _memory_faults(config: Config) -> list[str]:
+    rollout, faults = config.rollout, []
+    if rollout.server.share_memory and rollout.max_staleness:
+        faults.append(
+            "rollout.server.share_memory=true lets trainer and servers take turns, rollout.max_staleness > 0 lets them "
+            "work at the same time; choose one"
+        )
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    if rollout.server.kv_tokens < longest:
+        faults.append(
+            f"rollout.server.kv_tokens={rollout.server.kv_tokens} is below the longest sequence (max_prompt_tokens + "
+            f"max_response_tokens = {longest}); raise it, best to {longest} times rollout.server.max_concurrency"
+        )
+    return faults
+
+
+def _model_faults(config: Config) -> list[str]:
+    from megatron_rl.config_checks import head_width, read_hf_config
+
+    hf, tp, faults = read_hf_config(config), config.rollout.server.tp, []
+    heads = hf.get("num_attention_heads")
+    if not isinstance(heads, int) or not isinstance(hf.get("hidden_size"), int):
+        return []  # refused elsewhere
+    if heads % tp:
+        fits = [d for d in range(1, heads + 1) if heads % d == 0]
+        faults.append(
+            f"model num_attention_heads={heads} is not divisible by rollout.server.tp={tp}; choose from {fits}"
+        )
+    width = head_width(hf)
+    if config.rollout.engine == "vllm" and hf.get("model_type") == "qwen2" and width * heads != hf["hidden_size"]:
+        faults.append(
+            f"model head_dim={width} is not hidden_size / num_attention_heads, and vLLM's Qwen2 ignores head_dim; "
+            "change one of the three, or set rollout.engine=sglang"
+        )
+    return faults

@@ -1,0 +1,190 @@
+"""Checkpoints when something fails: a killed save, a full disk, a damaged folder; and which are kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megatron_rl.config import Config
+from megatron_rl.errors import UserError
+from tests.policy.checkpoint_case import config_of, load_errors, load_newest, update
+from tests.policy.tiny import hf_model, policy_of, save
+from tests.worlds import Worlds
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(hf_model(tie_word_embeddings=True), tmp_path_factory.mktemp("checkpoint"))
+
+
+def _killed_while_saving(config: Config, folder: Path) -> dict[str, Any]:
+    """The draft of step 9 is left behind; a later run must neither load it nor stumble over it."""
+    from megatron_rl.policy.checkpoint import CheckpointStore
+
+    found: dict[str, Any] = {}
+    with policy_of(config) as policy:
+        store = CheckpointStore(folder, policy, policy.groups)
+        update(policy, config, range(1))
+        store.save(8, {"which": "finished"})
+
+        def killed(self: CheckpointStore) -> None:
+            raise KeyboardInterrupt  # all is written, but the rename has not happened
+
+        with mock.patch.object(CheckpointStore, "_publish", killed), pytest.raises(KeyboardInterrupt):
+            store.save(9, {"which": "draft"})
+        found["left behind"] = sorted(path.name for path in folder.iterdir())
+        store = CheckpointStore(folder, policy, policy.groups)
+        found["newest"], found["loaded"] = store.newest(), load_newest(store)
+        store.save(9, {"which": "second try"})
+        found["retried"], found["kept"] = load_newest(store), sorted(path.name for path in folder.iterdir())
+        store.save(9, {"which": "same step again"})
+        found["again"] = load_newest(store)
+        store.save(10, {})
+        found["at the end"] = sorted(path.name for path in folder.iterdir())
+    return found
+
+
+def test_a_killed_save_is_never_the_newest_and_only_the_newest_is_kept(
+    worlds: Worlds, model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    (tmp_path / "step_00000099.bak").mkdir()
+    strangers = ["notes.txt", "step_00000099.bak"]
+    found = worlds.run(1, _killed_while_saving, config_of(model_folder, {}, keep_checkpoints=1), tmp_path)[0]
+    assert found["left behind"] == [".step_00000009", "notes.txt", "step_00000008", "step_00000099.bak"]
+    assert found["newest"] == tmp_path / "step_00000008" and found["loaded"] == (8, {"which": "finished"})
+    assert found["retried"] == (9, {"which": "second try"}) and found["again"] == (9, {"which": "same step again"})
+    assert found["kept"] == sorted([*strangers, "step_00000009"])
+    assert found["at the end"] == sorted([*strangers, "step_00000010"])
+
+
+def _keep(config: Config, folder: Path) -> list[tuple[list[str], str]]:
+    """(checkpoints, the best) after each save; the second and the fourth are the best when they are made."""
+    from megatron_rl.policy.checkpoint import CheckpointStore
+
+    seen = []
+    with policy_of(config) as policy:
+        for step in range(1, 7):  # each save with a new store: what is kept is read from the disk
+            CheckpointStore(folder, policy, policy.groups).save(step, {}, is_best=step in (2, 4))
+            names = sorted(path.name[-1] for path in folder.iterdir() if path.name.startswith("step_"))
+            seen.append((names, os.readlink(folder / "best")[-1] if step > 1 else ""))
+    return seen
+
+
+def test_the_newest_and_the_best_are_kept(worlds: Worlds, model_folder: Path, tmp_path: Path) -> None:
+    seen = worlds.run(1, _keep, config_of(model_folder, {}), tmp_path)[0]
+    assert seen == [
+        (["1"], ""),
+        (["1", "2"], "2"),
+        (["2", "3"], "2"),
+        (["3", "4"], "4"),
+        (["4", "5"], "4"),
+        (["4", "5", "6"], "4"),
+    ]
+    assert (tmp_path / "best" / "metadata.json").is_file()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """4 MiB. A checkpoint of the tiny policy has about 0.3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a tmpfs needs root: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def _fill(folder: Path, free: int) -> None:
+    """Leave about `free` bytes."""
+    count = max(0, shutil.disk_usage(folder).free - free)
+    (folder / f"filler{len(list(folder.iterdir()))}").write_bytes(b"x" * count)
+
+
+def _save_on_a_full_disk(config: Config, disk: Path, estimate: int) -> dict[str, Any]:
+    """Save once, then twice on a disk without room: seen before writing, and (believing `estimate`) while writing."""
+    from megatron_rl.policy.checkpoint import CheckpointStore
+
+    found: dict[str, Any] = {}
+    with policy_of(config) as policy:
+        folder = disk / "checkpoints"
+        store = CheckpointStore(folder, policy, policy.groups)
+        update(policy, config, range(1))
+        store.save(1, {"which": "good"})
+        store.finish()
+        found["bytes"] = sum(path.stat().st_size for path in (folder / "step_00000001").rglob("*"))
+        if policy.groups.rank == 0:
+            _fill(disk, 2**17)
+        for name, patched in (("before", store._bytes_of), ("while", lambda state: estimate)):
+            with mock.patch.object(store, "_bytes_of", patched):
+                try:
+                    store.save(2, {"which": "too much"})
+                    store.finish()
+                except UserError as error:
+                    found[name] = str(error)
+            found[f"left {name}"] = sorted(path.name for path in folder.iterdir())
+        found["loaded"] = load_newest(store)
+        for path in disk.glob("filler*") if policy.groups.rank == 0 else ():
+            path.unlink()
+        store.save(2, {"which": "with room"})
+        store.finish()
+        found["at the end"] = load_newest(store)
+    return found
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["sync", "async"])
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    worlds: Worlds, model_folder: Path, small_disk: Path, in_background: bool
+) -> None:
+    config = config_of(model_folder, {"tp": 2}, async_save=in_background)
+    ranks = worlds.run(2, _save_on_a_full_disk, config, small_disk, 1000)
+    path = small_disk / "checkpoints" / "step_00000002"
+    for found in ranks:
+        for when, reason in (("before", "there is no room for it"), ("while", "No space left on device")):
+            assert found[when].startswith(f"cannot save the checkpoint {path}: ") and reason in found[when], found[when]
+            assert f"The last good checkpoint is {path.with_name('step_00000001')}" in found[when]
+            assert found[f"left {when}"] == ["step_00000001"]
+        needed, free = (int(found["before"].split(part)[0].split()[-1].replace(",", "")) for part in (" bytes", " are"))
+        assert found["bytes"] <= needed < found["bytes"] + 2**21 and 0 < free <= 2**17
+        assert "It needs 1,000 bytes" in found["while"]
+        assert found["loaded"] == (1, {"which": "good"}) and found["at the end"] == (2, {"which": "with room"})
+    assert ranks[0]["before"] == ranks[1]["before"] and ranks[0]["while"] == ranks[1]["while"]
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_named_on_every_rank(
+    worlds: Worlds, saved: dict[str, tuple[Path, list[Any]]], model_folder: Path, tmp_path: Path
+) -> None:
+    def truncate(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    damages: dict[str, Any] = {
+        "truncated data": lambda folder: truncate(max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)),
+        "lost data": lambda folder: next(iter(sorted(folder.glob("*.distcp")))).unlink(),
+        "lost metadata": lambda folder: (folder / ".metadata").unlink(),
+        "truncated common state": lambda folder: truncate(folder / "common.pt"),
+        "lost common state": lambda folder: (folder / "common.pt").unlink(),
+        "empty": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+    }
+    source, _ = saved["tp2"]
+    config, cases = config_of(model_folder, {"tp": 2}), []
+    for what, damage in damages.items():
+        shutil.copytree(source, tmp_path / what)
+        damage(tmp_path / what / "step_00000002")
+        cases.append((config, tmp_path / what))
+    wider = save(hf_model(intermediate_size=64, tie_word_embeddings=True), tmp_path / "wider")
+    cases.append((config_of(wider, {"tp": 2}), source))
+    for messages in worlds.run(2, load_errors, cases):
+        for (_, folder), message in zip(cases, messages, strict=True):
+            assert f"cannot load the checkpoint {folder / 'step_00000002'}" in message, (folder.name, message)
+            assert "train.resume=never" in message and "Traceback" not in message
