@@ -143,10 +143,10 @@ def _loss_faults(config: Config) -> list[str]:
     if loss.type == "clip_cov" and loss.cov_low >= loss.cov_high:
         faults.append(f"loss.cov_low={loss.cov_low} must be below loss.cov_high={loss.cov_high}")
     truncated = config.rollout.top_p < 1 or config.rollout.top_k > 0
-    if truncated and loss.rollout_is_cap is None:
+    if truncated and loss.rollout_correction is None:
         faults.append(
             "rollout.top_p/top_k cut the sampling distribution, so the samples do not come from the policy that is "
-            "trained; set top_p=1 and top_k=0, or turn on the correction with loss.rollout_is_cap (2 is usual)"
+            "trained; set top_p=1 and top_k=0, or turn on the correction with loss.rollout_correction={cap: 2}"
         )
     if config.warm_start is not None and config.data.type != "countdown":
         faults.append("warm_start needs a task with known solutions (data.type=countdown); remove it")

@@ -20,7 +20,13 @@ def engine_faults(config: Config) -> list[str]:
                 "trainer and cannot generate ahead; set it to 0, or rollout.engine to sglang or vllm"
             ]
         return []
-    return [*_url_faults(config), *_memory_faults(config), *_model_faults(config)]
+    faults = [*_url_faults(config), *_memory_faults(config), *_model_faults(config)]
+    if rollout.max_staleness and config.loss.rollout_correction is None:
+        faults.append(
+            f"rollout.max_staleness={rollout.max_staleness} trains on responses of older weights, which needs the "
+            "correction; set loss.rollout_correction={cap: 2}, or max_staleness=0"
+        )
+    return faults
 
 
 def _url_faults(config: Config) -> list[str]:

@@ -4,9 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_rl.config_base import Fraction, Section
+
+
+class RolloutCorrection(Section):
+    """Weights w = exp(old_logprobs - rollout_logprobs) on the surrogate, where the engine sampled from other
+    probabilities than the trainer computes."""
+
+    weights: Literal["truncate", "mask", "none"] = Field(
+        "truncate", description="truncate: min(w, cap); mask: 0 outside [floor, cap]; none: 1 (with max_kl)"
+    )
+    level: Literal["token", "sequence"] = Field("token", description="one w per token, or their product per sequence")
+    cap: Annotated[float, Field(gt=0)] = Field(2.0, description="largest weight; mask at level token: 5 is usual")
+    floor: Annotated[float, Field(ge=0)] = Field(0.5, description="mask: smallest weight")
+    max_kl: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="drop a sequence whose mean KL(rollout || old), nats per token, exceeds this; null: keep all"
+    )
+
+    @model_validator(mode="after")
+    def _bounds(self) -> RolloutCorrection:
+        if self.weights == "mask" and self.floor >= self.cap:
+            raise ValueError(f"floor={self.floor} must be below cap={self.cap}")
+        if self.weights == "none" and self.max_kl is None:
+            raise ValueError("weights=none without max_kl corrects nothing; set max_kl, or rollout_correction to null")
+        return self
 
 
 class LossBase(Section):
@@ -20,8 +43,8 @@ class LossBase(Section):
         0.0, description="KL to the initial policy; 0: no reference is kept"
     )
     ref_kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="joschu.net/blog/kl-approx.html")
-    rollout_is_cap: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="truncated importance weight min(exp(old_logprobs - rollout_logprobs), cap); null: off"
+    rollout_correction: RolloutCorrection | None = Field(
+        None, description="importance weights against the engine's probabilities; null: off"
     )
 
 

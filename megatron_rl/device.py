@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron_rl.errors import UserError
+
 ON_GPU: bool = os.environ.get("MEGATRON_RL_DEVICE", "") != "cpu" and torch.cuda.is_available()
 BACKEND: str = "nccl" if ON_GPU else "gloo"
 _local_rank = 0
@@ -62,11 +64,22 @@ def peak_memory_bytes() -> int:
 
 
 def visible_devices(indices: Sequence[int]) -> dict[str, str]:
-    """Environment of a process that shall see these GPUs of this machine alone; an empty value removes a variable.
+    """Environment of a process that shall see these GPUs alone, counted among those that this process sees; an empty
+    value removes a variable.
 
     Expandable segments cannot be shared between processes, which colocated engines need.
+    Raises: UserError when there are fewer GPUs.
     """
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, indices)), "PYTORCH_CUDA_ALLOC_CONF": ""}
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if names == [""]:
+        names = [str(index) for index in range(torch.cuda.device_count())]
+    if max(indices) >= len(names):
+        raise UserError(
+            f"an engine server needs GPU {max(indices)}, and {len(names)} are visible, counted from 0; lower the "
+            "trainer's ranks, rollout.server.count or .tp, or share the GPUs (rollout.weight_sync.mode=colocated)"
+        )
+    chosen = ",".join(names[index].strip() for index in indices)
+    return {"CUDA_VISIBLE_DEVICES": chosen, "PYTORCH_CUDA_ALLOC_CONF": "", "PYTORCH_ALLOC_CONF": ""}
 
 
 def cpu_cores() -> list[int]:

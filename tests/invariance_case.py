@@ -54,7 +54,7 @@ LOSSES: dict[str, dict[str, Any]] = {
         "aggregation": "seq_mean_token_mean",
         "entropy_coef": 0.01,
         "ref_kl_coef": 0.1,
-        "rollout_is_cap": 1.1,
+        "rollout_correction": {"weights": "mask", "level": "sequence", "cap": 1.4, "floor": 0.7, "max_kl": 0.05},
     },
 }
 

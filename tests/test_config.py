@@ -139,13 +139,13 @@ def test_overrides(tmp_path: Path) -> None:
         "train.num_steps=7",
         "rollout.stop_token_ids=[3, 4]",
         "warm_start.steps=5",
-        "loss.rollout_is_cap=null",
+        "loss.rollout_correction=null",
         "name=b",
     ]
     config = load_config(write(tmp_path, BASE), given)
     assert (config.train.num_steps, config.rollout.stop_token_ids, config.name) == (7, (3, 4), "b")
     assert config.warm_start is not None and config.warm_start.steps == 5
-    assert config.loss.rollout_is_cap is None
+    assert config.loss.rollout_correction is None
 
 
 def test_a_whole_section_can_be_overridden(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
         "give held-out problems or set eval_every=0",
     ),
     ({"loss": {"type": "clip_cov", "cov_low": 5.0}}, "cov_low=5.0 must be below loss.cov_high=5.0"),
-    ({"rollout__top_p": 0.9}, "set top_p=1 and top_k=0, or turn on the correction with loss.rollout_is_cap"),
+    ({"rollout__top_p": 0.9}, "set top_p=1 and top_k=0, or turn on the correction with loss.rollout_correction"),
     ({"data": {"type": "jsonl", "train_path": "x"}, "warm_start": {"steps": 1}}, "warm_start needs a task with known"),
     ({"model": {"path": "nonesuch"}}, "cannot read nonesuch/config.json"),
     ({"model__path": "both"}, "set exactly one of model.path and model.hf_config"),

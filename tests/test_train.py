@@ -126,8 +126,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "k1": ({"loss": REFERENCE | {"ref_kl_estimator": "k1"}}, ["loss/ref_kl"]),
     "k2": ({"loss": REFERENCE | {"ref_kl_estimator": "k2"}}, ["loss/ref_kl"]),
     "k3": ({"loss": REFERENCE | {"ref_kl_estimator": "k3"}}, ["loss/ref_kl"]),
-    "is_cap": ({"loss": {"rollout_is_cap": 0.5}}, ["loss/is_weight", "loss/is_truncated_fraction"]),
-    "top_p": ({"rollout": {"top_p": 0.7, "temperature": 0.9}, "loss": {"rollout_is_cap": 2.0}}, ["loss/is_weight"]),
+    "is_cap": ({"loss": {"rollout_correction": {"cap": 0.5}}}, ["loss/is_weight", "loss/is_truncated_fraction"]),
+    "top_p": ({"rollout": {"top_p": 0.7, "temperature": 0.9}, "loss": {"rollout_correction": {"cap": 2.0}}}, ["loss/is_weight"]),
     "dynamic_sampling": (
         {
             "algorithm": {"dynamic_sampling": {"enabled": True}},

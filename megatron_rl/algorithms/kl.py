@@ -55,25 +55,19 @@ def k3(log_ratio: Tensor) -> Tensor:
     return bounded.expm1() - bounded
 
 
-def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights `min(exp(old_logprobs - rollout_logprobs), cap)`, `[T]`, detached, without unit.
-
-    They correct for the engine having sampled from slightly other probabilities than the trainer computes (other
-    kernels, other precision, truncated sampling). Source: fengyao.notion.site/off-policy-rl (TIS).
-    """
-    return safe_exp(old_logprobs.detach() - rollout_logprobs.detach()).clamp_max(cap)
-
-
 def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
-    """How far the engine's log-probabilities are from the trainer's on the counted tokens, both of the same weights.
+    """How far the engine's log-probabilities are from the trainer's on the counted tokens: an engine's error when both
+    have the same weights, else also the distance between two policies.
 
-    Inputs `[T]`; `loss_mask` bool. Each value is `[2]` float64 (sum, count): `mismatch/abs_mean`, nats, and
-    `mismatch/kl`, the estimate of KL(rollout || old), nats. Masked positions may hold anything.
+    Inputs `[T]`; `loss_mask` bool. Each value is `[2]` float64 (sum, count), nats: `mismatch/abs_mean`, and two
+    estimates of KL(rollout || old), `mismatch/kl` (k3, never negative) and `mismatch/kl_k1` (of larger variance).
+    Masked positions may hold anything.
     """
     difference = torch.where(loss_mask, old_logprobs - rollout_logprobs, 0.0).detach()
     return {
         "mismatch/abs_mean": masked_sum_count(difference.abs(), loss_mask),
         "mismatch/kl": masked_sum_count(k3(difference), loss_mask),
+        "mismatch/kl_k1": masked_sum_count(-difference, loss_mask),
     }
 
 

@@ -5,8 +5,8 @@ Each is `loss(inputs, config) -> LossOutputs` and forms, over the counted tokens
     loss_sum = sum_t token_weights[t]
                * (is_weight[t] * surrogate[t] + extra[t] - entropy_coef * H[t] + ref_kl_coef * KL[t])
 
-- `surrogate` is the loss's policy-gradient term. Only it is multiplied by the truncated importance weights of
-  `rollout_is_cap`; the regularisers (entropy, reference KL, KL-Cov's penalty) are not.
+- `surrogate` is the loss's policy-gradient term. Only it is multiplied by the importance weights of
+  `rollout_correction` (mismatch.py); the regularisers (entropy, reference KL, KL-Cov's penalty) are not.
 - `extra` is KL-Cov's penalty; 0 elsewhere.
 - The division by the global denominator happens once, outside, so that any split into micro-batches gives the same.
 
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import segment_ids, segment_sums
-from megatron_rl.algorithms.kl import importance_weights, k3, kl_penalty, masked_sum_count, safe_exp
+from megatron_rl.algorithms.kl import k3, kl_penalty, masked_sum_count, safe_exp
+from megatron_rl.algorithms.mismatch import rollout_weights
 from megatron_rl.types import LossInputs, LossOutputs
 
 if TYPE_CHECKING:
@@ -193,11 +194,10 @@ def _total(
     mask = inputs.loss_mask
     metrics["loss/ratio"] = masked_sum_count(ratio, mask)
     metrics["loss/approx_kl"] = masked_sum_count(k3((inputs.logprobs - inputs.old_logprobs).detach()), mask)
-    if config.rollout_is_cap is not None:
-        weights = importance_weights(inputs.old_logprobs, inputs.rollout_logprobs, config.rollout_is_cap)
+    if config.rollout_correction is not None:
+        weights, found = rollout_weights(inputs, config.rollout_correction)
         surrogate = weights * surrogate
-        metrics["loss/is_weight"] = masked_sum_count(weights, mask)
-        metrics["loss/is_truncated_fraction"] = masked_sum_count(weights >= config.rollout_is_cap, mask)
+        metrics |= found
     metrics["loss/policy"] = masked_sum_count(surrogate, mask)
     per_token = surrogate if extra is None else surrogate + extra
     if config.entropy_coef:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from megatron_rl.launch import die_with_parent
 # torch would look for the launcher's store instead of making the server's own.
 _OF_THE_TRAINER = re.compile(r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_NUM_THREADS)$")
 _TAIL_LINES = 20
-_TERM_SECONDS = 10.0  # from SIGTERM to SIGKILL
+_TERM_SECONDS = 20.0  # from SIGTERM to SIGKILL; SGLang looks for the signal every 5 s
 
 
 class EngineProcess:
@@ -64,19 +65,37 @@ class EngineProcess:
             lines = log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
         return "\n".join([f"{how}; the last lines of {self.log}:", *(f"  {line}" for line in lines)])
 
+    def terminate(self) -> None:
+        """Ask it to end, without waiting; it ends its workers itself, in its own order."""
+        if self.alive():
+            self._process.terminate()
+
     def stop(self) -> None:
         """End it and all its descendants; returns when they are gone."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            server = psutil.Process(self._process.pid)
-            family = [server, *server.children(recursive=True)]
-            # to the server alone, which then ends its workers in its own order and takes none of them for crashed
-            self._process.terminate()
-            _, stubborn = psutil.wait_procs(family, timeout=_TERM_SECONDS)
-            for process in stubborn:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(stubborn, timeout=_TERM_SECONDS)
+        try:
+            workers = psutil.Process(self._process.pid).children(recursive=True) if self.alive() else []
+        except psutil.NoSuchProcess:
+            workers = []
+        self.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_TERM_SECONDS)
+        if self.alive():
+            self._process.kill()
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+        deadline = time.monotonic() + _TERM_SECONDS
+        while any(_runs(worker) for worker in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
         self._process.wait()
+
+
+def _runs(process: psutil.Process) -> bool:
+    """A zombie does not: it waits for an heir to read its exit code, which some containers' init never does."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def free_port() -> int:

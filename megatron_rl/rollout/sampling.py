@@ -35,8 +35,8 @@ def sample_tokens(
 
     Returns: tokens [B] int64 and their log-probabilities [B] float32, nats, under the distribution that they were drawn
         from: temperature-scaled and, with top_p or top_k, renormalised over the tokens kept. Then the importance weight
-        against them (loss.rollout_is_cap) corrects for the cut. A row with a NaN has a NaN log-probability; the caller
-        must look.
+        against them (loss.rollout_correction) corrects for the cut. A row with a NaN has a NaN log-probability; the
+        caller must look.
     """
     rows = max(1, _BLOCK_ENTRIES // logits.shape[-1])
     if logits.shape[0] <= rows:

@@ -83,6 +83,7 @@ class ServerEngine:
         self._running: set[asyncio.Task[None]] = set()
         self._trouble = "it has no weights yet; call update_weights"
         self._serial = itertools.count()
+        self._closed = False
 
     # ------------------------------------------------------------------------------------------------- generation
 
@@ -317,8 +318,10 @@ class ServerEngine:
         self._tell(self._dialect.health)
 
     def close(self) -> None:
-        """See `RolloutEngine`: the servers that this rank started are stopped."""
-        self._trouble = "it was closed"
+        """See `RolloutEngine`: the servers that this rank started are stopped. Once is enough."""
+        if self._closed:
+            return
+        self._closed, self._trouble = True, "it was closed"
         self.abort()
         self._channel.close()
         self._fleet.close()

@@ -46,7 +46,6 @@ class SGLang:
         env = {
             "HF_HUB_OFFLINE": "1",
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the reserved positions are never computed
-            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # else /health samples a token, and fails during a pause
             "SGL_FORCE_SHUTDOWN": "1",  # SIGTERM waits for no request
         }
         if spec.devices:

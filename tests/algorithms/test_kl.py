@@ -8,7 +8,7 @@ import typing
 import pytest
 import torch
 
-from megatron_rl.algorithms.kl import importance_weights, k3, kl_penalty, mismatch_metrics
+from megatron_rl.algorithms.kl import k3, kl_penalty, mismatch_metrics
 from megatron_rl.config_loss import LossBase
 
 KINDS = ("k1", "k2", "k3")
@@ -70,17 +70,11 @@ def test_unknown_kind() -> None:
         kl_penalty(torch.zeros(1), torch.zeros(1), "k4")
 
 
-def test_importance_weights_are_truncated_and_detached() -> None:
-    old = torch.tensor([math.log(3.0), 0.0, -math.log(2.0), 500.0, -500.0], requires_grad=True)
-    weights = importance_weights(old, torch.zeros(5, requires_grad=True), cap=2.0)
-    torch.testing.assert_close(weights, torch.tensor([2.0, 1.0, 0.5, 2.0, 0.0]))
-    assert not weights.requires_grad
-
-
 def test_mismatch_counts_only_the_mask() -> None:
     old = torch.tensor([-1.0, -2.0, float("-inf"), float("nan")])
     rollout = torch.tensor([-1.0 - math.log(2.0), -2.0 + math.log(2.0), float("-inf"), 0.0])
     metrics = mismatch_metrics(old, rollout, torch.tensor([True, True, False, False]))
     assert metrics["mismatch/abs_mean"].tolist() == pytest.approx([2 * math.log(2.0), 2.0], abs=1e-6)
+    assert metrics["mismatch/kl_k1"].tolist() == pytest.approx([0.0, 2.0], abs=1e-6)  # -ln 2 + ln 2
     # r = 2 and r = 1/2: (2 - 1 - ln 2) + (1/2 - 1 + ln 2) = 1/2
     assert metrics["mismatch/kl"].tolist() == pytest.approx([0.5, 2.0], abs=1e-6)

@@ -18,7 +18,7 @@ from megatron_rl.types import LossInputs
 
 UNION = typing.get_args(typing.get_args(LossConfig)[0])
 CONFIGS: dict[str, type[LossBase]] = {member.model_fields["type"].default: member for member in UNION}
-SHARED: dict[str, Any] = {"entropy_coef": 0.03, "ref_kl_coef": 0.2, "rollout_is_cap": 1.1}
+SHARED: dict[str, Any] = {"entropy_coef": 0.03, "ref_kl_coef": 0.2, "rollout_correction": {"cap": 1.1}}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("ppo_clip", {}),
     ("ppo_clip", {"eps_low": 0.1, "eps_high": 0.3, "dual_clip": 1.5, **SHARED, "ref_kl_estimator": "k1"}),
@@ -157,7 +157,9 @@ def test_shared_terms_hand_computed() -> None:
     # weights 3 (4 truncated) and 1/2; KL k3 0.1931472 (slope 1/2) and 0
     expected = (-1.0 * 3 - 0.1 * 0.5 + 0.2 * 0.1931472) + 0.25 * (2.0 * 0.5 - 0.1 * 2.0)
     for name in ("ppo_clip", "kl_cov"):
-        loss, metrics, grad, entropy_grad = run(name, inputs, entropy_coef=0.1, ref_kl_coef=0.2, rollout_is_cap=3.0)
+        loss, metrics, grad, entropy_grad = run(
+            name, inputs, entropy_coef=0.1, ref_kl_coef=0.2, rollout_correction={"cap": 3.0}
+        )
         assert loss.item() == pytest.approx(expected, rel=1e-6)
         torch.testing.assert_close(grad, torch.tensor([-3.0 + 0.2 * 0.5, 0.25 * 2.0 * 0.5]))
         torch.testing.assert_close(entropy_grad, torch.tensor([-0.1, -0.025]))
@@ -220,8 +222,8 @@ def by_loops(name: str, config: Any, inputs: LossInputs) -> tuple[float, list[fl
             if not x["loss_mask"]:
                 continue
             value, slope = surrogate_by_hand(name, config, x, s)
-            if config.rollout_is_cap is not None:
-                weight = min(math.exp(x["old_logprobs"] - x["rollout_logprobs"]), config.rollout_is_cap)
+            if config.rollout_correction is not None:
+                weight = min(math.exp(x["old_logprobs"] - x["rollout_logprobs"]), config.rollout_correction.cap)
                 value, slope = weight * value, weight * slope
             if name == "kl_cov" and x["selected"]:
                 d = x["logprobs"] - x["old_logprobs"]

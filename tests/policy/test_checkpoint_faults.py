@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
-from tests.policy.checkpoint_case import config_of, load_errors, load_newest, update
+from tests.policy.checkpoint_case import config_of, load_newest, update
 from tests.policy.tiny import hf_model, policy_of, save
 from tests.worlds import Worlds
 
@@ -160,31 +160,3 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_damaged_checkpoint_is_named_on_every_rank(
-    worlds: Worlds, saved: dict[str, tuple[Path, list[Any]]], model_folder: Path, tmp_path: Path
-) -> None:
-    def truncate(path: Path) -> None:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    damages: dict[str, Any] = {
-        "truncated data": lambda folder: truncate(max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)),
-        "lost data": lambda folder: next(iter(sorted(folder.glob("*.distcp")))).unlink(),
-        "lost metadata": lambda folder: (folder / ".metadata").unlink(),
-        "truncated common state": lambda folder: truncate(folder / "common.pt"),
-        "lost common state": lambda folder: (folder / "common.pt").unlink(),
-        "empty": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
-    }
-    source, _ = saved["tp2"]
-    config, cases = config_of(model_folder, {"tp": 2}), []
-    for what, damage in damages.items():
-        shutil.copytree(source, tmp_path / what)
-        damage(tmp_path / what / "step_00000002")
-        cases.append((config, tmp_path / what))
-    wider = save(hf_model(intermediate_size=64, tie_word_embeddings=True), tmp_path / "wider")
-    cases.append((config_of(wider, {"tp": 2}), source))
-    for messages in worlds.run(2, load_errors, cases):
-        for (_, folder), message in zip(cases, messages, strict=True):
-            assert f"cannot load the checkpoint {folder / 'step_00000002'}" in message, (folder.name, message)
-            assert "train.resume=never" in message and "Traceback" not in message
