@@ -127,7 +127,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "k2": ({"loss": REFERENCE | {"ref_kl_estimator": "k2"}}, ["loss/ref_kl"]),
     "k3": ({"loss": REFERENCE | {"ref_kl_estimator": "k3"}}, ["loss/ref_kl"]),
     "is_cap": ({"loss": {"rollout_correction": {"cap": 0.5}}}, ["loss/is_weight", "loss/is_truncated_fraction"]),
-    "top_p": ({"rollout": {"top_p": 0.7, "temperature": 0.9}, "loss": {"rollout_correction": {"cap": 2.0}}}, ["loss/is_weight"]),
+    "top_p": (
+        {"rollout": {"top_p": 0.7, "temperature": 0.9}, "loss": {"rollout_correction": {"cap": 2.0}}},
+        ["loss/is_weight"],
+    ),
     "dynamic_sampling": (
         {
             "algorithm": {"dynamic_sampling": {"enabled": True}},

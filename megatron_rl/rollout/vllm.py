@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.config_checks import head_width, read_config_json
 from megatron_rl.rollout.dialect import Completion, LaunchSpec, Manifest
 from megatron_rl.rollout.engine import EngineError, Request
@@ -154,9 +153,9 @@ class VLLM:
 
 
 def generate_body(request: Request, rid: str) -> dict[str, Any]:
-    """The body of POST /inference/v1/generate."""
+    """The body of POST /inference/v1/generate. Without a seed: on a CPU vLLM 0.32 dies when it computes a seeded request
+    anew, after a pause or for want of cache."""
     sampling = request.sampling
-    seed = hash64(sampling.seed, request.prompt_id, request.sample_index)
     return {
         "request_id": rid,
         "token_ids": list(request.token_ids),
@@ -167,7 +166,6 @@ def generate_body(request: Request, rid: str) -> dict[str, Any]:
             "max_tokens": sampling.max_response_tokens,
             "stop_token_ids": list(sampling.stop_token_ids),
             "ignore_eos": True,  # of the server's config.json; stop_token_ids count all the same
-            "seed": int(seed) & (2**63 - 1),
             "logprobs": 0,  # of the sampled token alone
             "detokenize": False,
         },

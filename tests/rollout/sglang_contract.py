@@ -44,7 +44,7 @@ def faults_of(method: str, path: str, query: dict[str, str], body: dict[str, Any
             params.normalize(None)
             params.verify(vocab_size=1000)
     except (ValueError, TypeError) as error:
-        faults.append(str(error))
+        faults.append(str(error).partition("\n")[0])
     return faults
 
 

@@ -55,7 +55,7 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("code", [TREE, STUBBORN], ids=["polite", "stubborn"])
 def test_stop_ends_the_server_and_its_workers(tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_rl.rollout.processes._TERM_SECONDS", 1.0)
+    monkeypatch.setenv("MEGATRON_RL_GUARD_SECONDS", "1")
     server = start(tmp_path, code)
     pids = family(tmp_path)
     assert server.alive() and "it runs" in server.obituary()
@@ -77,10 +77,9 @@ time.sleep(600)
     trainer = subprocess.Popen([sys.executable, "-c", code])
     server, worker = family(tmp_path)
     try:
-        assert os.getpgid(server) == os.getpgid(trainer.pid), "the supervisor kills by process group"
         trainer.kill()
         trainer.wait()
-        until(lambda: gone(server))
+        until(lambda: gone(server) and gone(worker))
     finally:
         for pid in (trainer.pid, server, worker):
             if not gone(pid):
@@ -102,8 +101,9 @@ def test_the_obituary_says_how_and_quotes_the_last_lines_of_this_start(tmp_path:
 
 
 def test_the_server_is_no_rank_of_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under torchrun a server that inherits TORCHELASTIC_USE_AGENT_STORE looks for torchrun's store and never starts."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "OMP_NUM_THREADS"):
+    """With torchrun's TORCHELASTIC_USE_AGENT_STORE a server looks for torchrun's store and never starts."""
+    of_a_rank = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"}
+    for name in (*of_a_rank, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("KEPT", "kept")
     monkeypatch.setenv("REMOVED", "removed")
@@ -112,9 +112,7 @@ def test_the_server_is_no_rank_of_the_trainer(tmp_path: Path, monkeypatch: pytes
     until(lambda: not server.alive())
     seen = dict(line.split(" ", 1) for line in server.log.read_text().splitlines() if " " in line)
     assert (seen["KEPT"], seen["ADDED"], seen["OMP_NUM_THREADS"]) == ("kept", "added", "1")
-    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "REMOVED"} & set(
-        seen
-    )
+    assert not (of_a_rank | {"REMOVED"}) & set(seen)
 
 
 def test_what_cannot_be_started_is_an_os_error(tmp_path: Path) -> None:

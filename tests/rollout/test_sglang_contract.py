@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from megatron_rl.errors import UserError
 from megatron_rl.rollout.dialect import LaunchSpec, Manifest
 from megatron_rl.rollout.engine import EngineError, Request, SamplingParams
 from megatron_rl.rollout.http import Server
@@ -164,6 +165,15 @@ def test_the_command_leaves_room_for_what_the_server_reserves(tmp_path: Path) ->
     assert int(option["--context-length"]) > 64 and int(option["--max-total-tokens"]) > 64
     assert len(env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
     assert argv[-2:] == ["--log-level", "info"]  # argparse takes the last
+
+
+def test_a_server_on_gpus_sees_its_own_among_those_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    argv, env = DIALECT.command(spec(tmp_path, devices=(1, 2), colocated=True))
+    assert env["CUDA_VISIBLE_DEVICES"] == "5,6" and "--enable-memory-saver" in argv and "cpu" not in argv
+    assert env["PYTORCH_CUDA_ALLOC_CONF"] == env["PYTORCH_ALLOC_CONF"] == ""  # removed: no expandable segments
+    with pytest.raises(UserError, match="GPU 3, and 3 are visible"):
+        DIALECT.command(spec(tmp_path, devices=(2, 3)))
 
 
 # --- answers that no healthy server gives -----------------------------------------------------------------------------

@@ -1,0 +1,177 @@
+"""Seconds, bytes per second and memory of a weight update into a real engine server, by way and bucket size, against a
+plain broadcast of the same bytes in the same run: python scripts/bench_sync.py --engine sglang --megabytes 500."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HIDDEN, FFN, VOCAB, HEADS = 768, 2304, 97, 12  # heads of width 64; the vocabulary is the countdown task's and no matter
+LAYER_PARAMETERS = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", choices=("sglang", "vllm"), default="sglang")
+    parser.add_argument("--megabytes", type=float, default=500.0, help="size of the policy in float32")
+    parser.add_argument("--buckets", default="16,64,512", help="MiB, comma-separated")
+    parser.add_argument("--modes", default="colocated,disaggregated,disk")
+    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel size of the trainer")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        from megatron_rl import launch
+
+        launch.run_worker(lambda: work(json.loads(options.worker)), Path(json.loads(options.worker)["run_dir"]))
+        return
+    from megatron_rl import launch
+
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        setting = vars(options) | {"run_dir": folder}
+        command = [sys.executable, __file__, "--worker", json.dumps(setting)]
+        code = launch.run_world(command, options.tp, Path(folder), grace_seconds=10)
+        if code:
+            sys.exit(code)
+        rows = json.loads((Path(folder) / "rows.json").read_text())
+    print(
+        f"{rows[0]['mb']:.0f} MB, float32, trainer tp={options.tp}, {options.engine} tp=1, load {load:.1f} at the start"
+    )
+    print(f"{'way':14} {'bucket':>8} {'seconds':>8} {'MB/s':>6} {'wire':>6} {'/plain':>7} {'extra MB':>9}")
+    for row in rows:
+        wire = f"{row['wire']:6.2f} {row['wire'] / row['plain']:7.2f}" if row["wire"] else f"{'':14}"
+        bucket = f"{row['bucket']} MiB" if row["bucket"] else ""
+        print(
+            f"{row['way']:14} {bucket:>8} {row['seconds']:8.2f} {row['mb'] / row['seconds']:6.0f} {wire} "
+            f"{row['extra_mb']:9.0f}"
+        )
+
+
+def work(setting: dict[str, Any]) -> None:
+    """One rank: build the policy, and for each way and bucket size update the server a few times."""
+    from megatron_rl import train
+    from megatron_rl.config import parse_config
+    from megatron_rl.parallel.groups import destroy_groups, init_groups
+
+    rows: list[dict[str, Any]] = []
+    for mode in setting["modes"].split(","):
+        for bucket in [int(size) for size in setting["buckets"].split(",")] if mode != "disk" else [0]:
+            config = parse_config(raw_config(setting, mode, bucket or 512))
+            groups = init_groups(config.parallel, config.seed)
+            run = train.set_up(config, groups)
+            rows.append(measure(run, setting, mode, bucket))
+            run.collector.close()
+            run.engine.close()
+            destroy_groups()
+            if groups.rank == 0:
+                (Path(setting["run_dir"]) / "rows.json").write_text(json.dumps(rows))
+
+
+def raw_config(setting: dict[str, Any], mode: str, bucket: int) -> dict[str, Any]:
+    layers = max(1, round(setting["megabytes"] * 1e6 / 4 / LAYER_PARAMETERS))
+    hf = {"model_type": "qwen2", "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": layers}
+    hf |= {"num_attention_heads": HEADS, "max_position_embeddings": 256, "tie_word_embeddings": True}
+    return {
+        "name": f"{mode}_{bucket}",
+        "model": {"hf_config": hf},
+        "parallel": {"tp": setting["tp"]},
+        "data": {"type": "countdown", "num_train": 64, "num_eval": 8},
+        "rollout": {
+            "engine": setting["engine"],
+            "max_response_tokens": 8,
+            "server": {"kv_tokens": 2048, "max_concurrency": 4},
+            "weight_sync": {"mode": mode, "bucket_mib": bucket},
+        },
+        "train": {"micro_batch_tokens": 256},
+        "logging": {"run_dir": setting["run_dir"] + "/{name}", "tensorboard": False},
+    }
+
+
+def measure(run: Any, setting: dict[str, Any], mode: str, bucket: int) -> dict[str, Any]:
+    """Median seconds of a whole update (gather, copy, wire, load, handshake), and the memory that it takes here."""
+    from megatron_rl.rollout import weight_sync
+
+    nbytes = sum(tensor.nbytes for _, tensor in run.policy.hf_weights())
+    wire: list[float] = []
+    broadcast = weight_sync.broadcast_bucket
+
+    def timed(*arguments: Any) -> None:
+        start = time.perf_counter()
+        broadcast(*arguments)
+        wire[-1] += time.perf_counter() - start
+
+    setattr(weight_sync, "broadcast_bucket", timed)  # noqa: B010
+    try:
+        versions = iter(range(1, 1000))
+        run.engine.update_weights(run.policy.hf_weights(), next(versions))  # connects, and warms up
+
+        def update() -> None:
+            wire.append(0.0)
+            run.engine.update_weights(run.policy.hf_weights(), next(versions))
+
+        wire.clear()
+        with PeakMemory() as peak:
+            seconds = median_seconds(update, setting["repeats"])
+    finally:
+        setattr(weight_sync, "broadcast_bucket", broadcast)  # noqa: B010
+    plain = median_seconds(lambda: plain_broadcast(run), 3)
+    row = {"plain": plain, "way": mode, "bucket": bucket, "mb": nbytes / 1e6, "seconds": seconds}
+    return row | {"wire": statistics.median(wire), "extra_mb": peak[0] / 1e6}
+
+
+def plain_broadcast(run: Any) -> None:
+    """The policy's bytes from rank 0 to the others, as one tensor: what the wire alone costs."""
+    import torch
+
+    from megatron_rl.parallel.engine_group import broadcast_bucket
+
+    if not hasattr(run, "plain"):
+        nbytes = sum(tensor.nbytes for _, tensor in run.policy.hf_weights())
+        run.plain = torch.zeros(nbytes, dtype=torch.uint8)
+    broadcast_bucket(run.plain, run.groups.world)
+
+
+def median_seconds(action: Callable[[], None], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+class PeakMemory:
+    """Growth of this process's resident memory (shared memory included) while inside, in bytes: `[0]` afterwards."""
+
+    def __enter__(self) -> list[float]:
+        import psutil
+
+        self.result, self._stop = [0.0], threading.Event()
+        process = psutil.Process()
+        rest = process.memory_info().rss
+
+        def watch() -> None:
+            while not self._stop.wait(0.005):
+                self.result[0] = max(self.result[0], process.memory_info().rss - rest)
+
+        self._thread = threading.Thread(target=watch, daemon=True)
+        self._thread.start()
+        return self.result
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+if __name__ == "__main__":
+    main()
