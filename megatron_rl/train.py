@@ -217,7 +217,8 @@ def generating(run: Run, timers: Timers) -> Iterator[None]:
     with timers("sync"):
         if share_memory:
             run.policy.offload()
-            run.engine.wake()
+            with contextlib.suppress(ServersLost):  # the update restarts what died asleep
+                run.engine.wake()
         sync_weights(run)
     yield
     with timers("sync"):
@@ -232,18 +233,19 @@ def sync_weights(run: Run) -> None:
 
     Raises: EngineError when more servers died than the config allows, or one serves other weights than it was sent.
     """
+    tries = 0
     while run.engine_version != run.weight_version:
         try:
             run.engine.update_weights(run.policy.hf_weights(), run.weight_version)
             if run.config.rollout.engine != "transformers":
                 probe_engine(run.engine, run.policy, run.world, run.collector.cursor.prompts)
-        except (
-            ServersLost
-        ) as error:  # the next update restarts the dead ones first, and ends the run when too many died
+            run.engine_version = run.weight_version
+        except ServersLost as error:  # the next update restarts the dead, or ends the run when too many died
+            tries += 1
+            if tries > run.config.rollout.server.max_failures:
+                raise
             if run.groups.rank == 0:
                 print(f"weights again, because a server was lost: {error}", flush=True)
-        else:
-            run.engine_version = run.weight_version
 
 
 def revive(run: Run) -> None:

@@ -8,7 +8,7 @@ import datetime
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup
-from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world, rendezvous
+from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world
 
 
 def join_engine_group(
@@ -21,10 +21,10 @@ def join_engine_group(
     Source: `init_custom_process_group` of sglang.srt.utils.
     """
     timeout = datetime.timedelta(seconds=seconds)
-    store, rank, world_size = next(rendezvous(f"tcp://{host}:{port}", 0, world_size, timeout=timeout))
-    store.set_timeout(timeout)
+    # made here and not by torch's rendezvous, which under torchrun would look for torchrun's own store
+    store = dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
     group, _ = _new_process_group_helper(
-        world_size, rank, [], Backend(backend), PrefixStore(name, store), group_name=GroupName(name), timeout=timeout
+        world_size, 0, [], Backend(backend), PrefixStore(name, store), group_name=GroupName(name), timeout=timeout
     )
     _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_rl.config import Config
+from megatron_rl.errors import UserError
 from megatron_rl.rollout.dialect import Dialect
-from megatron_rl.rollout.engine import EngineError, EngineSetup
+from megatron_rl.rollout.engine import EngineSetup
 from megatron_rl.rollout.fleet import Fleet, address_for
 from megatron_rl.rollout.http import Server
 from megatron_rl.rollout.processes import free_port
@@ -55,10 +56,13 @@ def build_server_engine(config: Config, setup: EngineSetup) -> ServerEngine:
     def check(url: str) -> None:
         loop.submit(dialect.health(Server(url, loop.session))).result()
 
-    fleet = Fleet(dialect, config, setup.model_dir, setup.place, check)
+    def settle_in(url: str) -> None:
+        loop.submit(dialect.settle_in(Server(url, loop.session))).result()
+
+    fleet = Fleet(dialect, config, setup.model_dir, setup.place, check, settle_in)
     try:
         fleet.start()
-    except EngineError:
+    except UserError:
         loop.close()
         raise
     return ServerEngine(dialect, loop, fleet, _channel(config, setup, dialect, loop, fleet), setup.hf)

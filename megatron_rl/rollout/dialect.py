@@ -65,6 +65,9 @@ class Dialect(Protocol):
     async def health(self, server: Server) -> None:
         """Returns when the server is ready for requests."""
 
+    async def settle_in(self, server: Server) -> None:
+        """Called once when a server of the run is ready."""
+
     async def generate(self, server: Server, request: Request, rid: str, *, seconds: float) -> Completion:
         """One response. `rid` names it for `abort`; `seconds` is the deadline of the whole call."""
 

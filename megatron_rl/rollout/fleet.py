@@ -38,6 +38,7 @@ class Fleet:
     model_dir: Path  # what the run's own servers start from
     place: Place
     check: Callable[[str], None]  # one look at the server of that address; raises EngineError when it is not ready
+    settle_in: Callable[[str], None]  # what a server of the run wants to be told once
     urls: list[str] = field(default_factory=list)  # of all nodes, in the order of ranks
     readers: list[list[int]] = field(default_factory=list)  # [server][worker] -> the trainer rank on its device
     failures: int = 0  # of all servers so far
@@ -76,6 +77,8 @@ class Fleet:
 
     def close(self) -> None:
         """Stop every server that this rank started."""
+        for owned in self._owned:
+            owned.process.terminate()
         for owned in self._owned:
             owned.process.stop()
         self._owned.clear()
@@ -135,6 +138,7 @@ class Fleet:
                     print(f"waiting for the {self.dialect.name} server {url}: {waited:.0f} s", flush=True)
             time.sleep(_RETRY_SECONDS)
         if owned is not None:
+            self.settle_in(url)
             owned.healthy = True
             print(f"{self.dialect.name} server {url} is ready after {time.monotonic() - began:.0f} s", flush=True)
 

@@ -23,6 +23,10 @@ class ServerBusy(ServerRefused):
     """The server's queue is full (429, 503): the same request may succeed later."""
 
 
+class ServerFailed(ServerRefused):
+    """The server broke while it worked on the request (500 and above): perhaps it is dying."""
+
+
 class ServerLost(EngineError):
     """No answer: the connection failed, broke or timed out."""
 
@@ -52,7 +56,8 @@ class Server:
             async with self._session.request(method, self.url + path, timeout=timeout, **options) as response:
                 text = await response.text()
                 if response.status >= 400:
-                    kind = ServerBusy if response.status in (429, 503) else ServerRefused
+                    kind = ServerFailed if response.status >= 500 else ServerRefused
+                    kind = ServerBusy if response.status in (429, 503) else kind
                     raise kind(f"{self.url}{path}: HTTP {response.status}: {text[:500]}", response.status)
                 is_json = "json" in response.headers.get("content-type", "")
                 return await response.json() if is_json else text

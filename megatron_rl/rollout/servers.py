@@ -8,28 +8,30 @@ most once, whatever happens on the way.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import queue
 import random
 import threading
+import uuid
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import aiohttp
-import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.hashing import hash64
+from megatron_rl.rollout.answers import as_rollout, joined, rest, too_late
 from megatron_rl.rollout.dialect import Completion, Dialect
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, ServersLost
 from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.http import Server, ServerBusy, ServerLost
+from megatron_rl.rollout.http import Server, ServerBusy, ServerFailed, ServerLost
 from megatron_rl.rollout.weight_sync import Channel, check_same_model
 from megatron_rl.types import Rollout
 
 _HEALTH_SECONDS = 10.0
+_MAX_TRIES = 10  # of one response on servers that break or fail and yet are healthy
 _BACKOFF_SECONDS = (0.1, 10.0)  # first and longest pause before a request is sent again
 
 
@@ -83,6 +85,8 @@ class ServerEngine:
         self._running: set[asyncio.Task[None]] = set()
         self._trouble = "it has no weights yet; call update_weights"
         self._serial = itertools.count()
+        self._name = uuid.uuid4().hex[:12]  # servers refuse a request id twice, and several trainers may share one
+        self._asleep = False
         self._closed = False
 
     # ------------------------------------------------------------------------------------------------- generation
@@ -131,30 +135,31 @@ class ServerEngine:
     async def _complete(self, request: Request) -> Rollout:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._config.request_seconds
-        done = Completion([], [], "abort", ())
+        done, tries = Completion([], [], "abort", ()), 0
         pause, longest = _BACKOFF_SECONDS
         while done.finish_reason == "abort":
             target = await self._acquire()
             sent_under = self.weight_version
-            rid = f"{self._place.rank}-{request.prompt_id}-{request.sample_index}-{next(self._serial)}"
+            rid = f"{self._name}-{request.prompt_id}-{request.sample_index}-{next(self._serial)}"
             try:
                 seconds = max(deadline - loop.time(), 0.001)
-                part = await self._dialect.generate(target.server, _rest(request, done), rid, seconds=seconds)
+                part = await self._dialect.generate(target.server, rest(request, done), rid, seconds=seconds)
                 # a request that reached the server during a pause waited, and was answered by the new weights; a pause
                 # ends with "abort" what the old ones were answering
-                done = _joined(done, part, sent_under if part.finish_reason == "abort" else self.weight_version)
+                done = joined(done, part, sent_under if part.finish_reason == "abort" else self.weight_version)
                 if part.finish_reason == "abort":
                     await asyncio.sleep(_BACKOFF_SECONDS[0])  # when someone else ends requests: do not spin
             except ServerBusy as error:
                 if loop.time() > deadline:
-                    raise EngineError(_too_late(request, self._config.request_seconds, error)) from error
+                    raise EngineError(too_late(request, self._config.request_seconds, error)) from error
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, longest)
-            except ServerLost as error:
-                if loop.time() > deadline:
+            except (ServerLost, ServerFailed) as error:
+                tries += 1
+                if loop.time() > deadline or tries > _MAX_TRIES:
                     await self._quietly_abort(target.server, rid)
-                    raise EngineError(_too_late(request, self._config.request_seconds, error)) from error
-                await self._look_after(target, error)
+                    raise EngineError(too_late(request, self._config.request_seconds, error)) from error
+                await self._look_after(target)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, longest)
             except asyncio.CancelledError:
@@ -163,7 +168,7 @@ class ServerEngine:
             finally:
                 target.in_flight -= 1
                 await self._announce()
-        return _rollout(request, done)
+        return as_rollout(request, done)
 
     async def _acquire(self) -> _Target:
         """The living server with the fewest of this rank's requests, once it has room and no update is going on."""
@@ -182,7 +187,7 @@ class ServerEngine:
         async with self._room:
             self._room.notify_all()
 
-    async def _look_after(self, target: _Target, error: ServerLost) -> None:
+    async def _look_after(self, target: _Target) -> None:
         """A connection broke: the server may be dead, or only that connection."""
         try:
             await asyncio.wait_for(self._dialect.health(target.server), _HEALTH_SECONDS)
@@ -190,10 +195,8 @@ class ServerEngine:
             target.is_lost = True
 
     async def _quietly_abort(self, server: Server, rid: str) -> None:
-        try:
+        with contextlib.suppress(EngineError, TimeoutError):  # it is gone, or will finish for nobody
             await asyncio.wait_for(self._dialect.abort(server, rid), _HEALTH_SECONDS)
-        except (TimeoutError, EngineError):
-            pass  # it is gone, or will finish for nobody
 
     def abort(self) -> None:
         """See `RolloutEngine`: of this rank's requests."""
@@ -220,8 +223,10 @@ class ServerEngine:
             self._agree(lambda: self._prepare(servers))
             self._agree(lambda: self._channel.send(stream, weight_version))
             self._agree(lambda: self._finish(servers, weight_version))
-        except EngineError:
+        except EngineError as error:
             self._settle(servers)
+            if not isinstance(error, ServersLost) and not self._all_alive(servers):
+                raise ServersLost(str(error)) from error  # it could still say that it is dying
             raise
         self.weight_version, self._trouble = weight_version, ""
         self._loop.submit(self._open_gate()).result()
@@ -257,14 +262,23 @@ class ServerEngine:
         if self._place.rank == 0:
             self._loop.submit(self._on_each(servers, finish)).result()
 
+    def _all_alive(self, servers: list[Server]) -> bool:
+        """On every rank, whether every server answers."""
+        alive = True
+        if self._place.rank == 0:
+            try:
+                self._loop.submit(self._on_each(servers, self._dialect.health)).result()
+            except EngineError:
+                alive = False
+        return self._place.gather(alive)[0]
+
     def _settle(self, servers: list[Server]) -> None:
         """After a failure: close the update that living servers have open, so that another can begin."""
 
         async def settle(server: Server) -> None:
-            try:
-                await asyncio.wait_for(self._dialect.end_update(server, -1), _HEALTH_SECONDS)
-            except (TimeoutError, EngineError):
-                pass  # it is dead, or had none open
+            for action in (self._dialect.end_update(server, -1), self._dialect.resume(server)):
+                with contextlib.suppress(EngineError, TimeoutError):  # it is dead, or had none open
+                    await asyncio.wait_for(action, _HEALTH_SECONDS)
 
         if self._place.rank == 0:
             self._loop.submit(self._on_each(servers, settle)).result()
@@ -295,12 +309,15 @@ class ServerEngine:
 
     def sleep(self) -> None:
         """See `RolloutEngine`: rank 0 tells the servers."""
-        self._trouble = "it sleeps; call wake and update_weights"
-        self._agree(lambda: self._tell(self._dialect.sleep))
+        if not self._asleep:
+            self._asleep, self._trouble = True, "it sleeps; call wake and update_weights"
+            self._agree(lambda: self._tell(self._dialect.sleep))
 
     def wake(self) -> None:
         """See `RolloutEngine`: the weights must come again."""
-        self._agree(lambda: self._tell(self._dialect.wake))
+        if self._asleep:
+            self._asleep = False
+            self._agree(lambda: self._tell(self._dialect.wake))
 
     def flush_cache(self) -> None:
         """See `RolloutEngine`."""
@@ -326,71 +343,3 @@ class ServerEngine:
         self._channel.close()
         self._fleet.close()
         self._loop.close()
-
-
-def _rest(request: Request, done: Completion) -> Request:
-    """What is left to generate of a response that was cut short."""
-    count = len(done.token_ids)
-    if not count:
-        return request
-    sampling = dataclasses.replace(
-        request.sampling,
-        max_response_tokens=request.sampling.max_response_tokens - count,
-        seed=int(hash64(request.sampling.seed, count)) & (2**63 - 1),  # the same seed would repeat the same draws
-    )
-    return dataclasses.replace(request, token_ids=(*request.token_ids, *done.token_ids), sampling=sampling)
-
-
-def _joined(done: Completion, part: Completion, weight_version: int) -> Completion:
-    """`part` after `done`; `weight_version` is that of the part when the server does not tell."""
-    spans = part.spans if part.spans is not None else ((weight_version, len(part.token_ids)),)
-    merged = list(done.spans or ())
-    for version, count in spans:
-        if not count:
-            continue
-        if merged and merged[-1][0] == version:
-            merged[-1] = (version, merged[-1][1] + count)
-        else:
-            merged.append((version, count))
-    return Completion(done.token_ids + part.token_ids, done.logprobs + part.logprobs, part.finish_reason, tuple(merged))
-
-
-def _rollout(request: Request, done: Completion) -> Rollout:
-    """Raises: EngineError when the answer cannot be that of the request."""
-    sampled, name = torch.tensor(done.logprobs), f"prompt {request.prompt_id}, sample {request.sample_index}"
-    limit, counted = request.sampling.max_response_tokens, sum(count for _, count in done.spans or ())
-    if not 0 < len(done.token_ids) <= limit or {len(done.logprobs), counted} != {len(done.token_ids)}:
-        raise EngineError(
-            f"generate: {name}: got {len(done.token_ids)} tokens with {len(done.logprobs)} log-probabilities and "
-            f"weight versions for {counted}, expected 1 to {limit} of each"
-        )
-    if not bool(sampled.isfinite().all()):
-        raise EngineError(
-            f"generate: {name}: a sampled token's log-probability is not finite under weight versions {done.spans}; "
-            "the weights have diverged"
-        )
-    stopped = done.token_ids[-1] in request.sampling.stop_token_ids
-    if not stopped and (done.finish_reason == "stop" or len(done.token_ids) != limit):
-        raise EngineError(
-            f"generate: {name}: ended ({done.finish_reason}) after {len(done.token_ids)} of {limit} tokens with token "
-            f"{done.token_ids[-1]}, which is none of the stop tokens {list(request.sampling.stop_token_ids)}"
-        )
-    prompt = len(request.token_ids)
-    return Rollout(
-        prompt_id=request.prompt_id,
-        sample_index=request.sample_index,
-        token_ids=torch.tensor([*request.token_ids, *done.token_ids]),
-        rollout_logprobs=torch.cat([torch.zeros(prompt), sampled]),
-        loss_mask=torch.arange(prompt + len(done.token_ids)) >= prompt,
-        finish_reason="stop" if stopped else "length",  # servers differ on a stop token at the limit
-        weight_version=min(version for version, _ in done.spans or ()),
-        spans=done.spans or (),
-    )
-
-
-def _too_late(request: Request, seconds: float, error: Exception) -> str:
-    return (
-        f"generate: prompt {request.prompt_id}, sample {request.sample_index} had no answer within "
-        f"rollout.server.request_seconds={seconds:g}: {error}. Raise it, lower rollout.server.max_concurrency, or add "
-        "servers"
-    )

@@ -60,6 +60,9 @@ class VLLM:
         """See `Dialect`."""
         await server.get("/health", seconds=10)
 
+    async def settle_in(self, server: Server) -> None:
+        """See `Dialect`: nothing to do."""
+
     async def generate(self, server: Server, request: Request, rid: str, *, seconds: float) -> Completion:
         """See `Dialect`."""
         answer = await server.post("/inference/v1/generate", generate_body(request, rid), seconds=seconds)
@@ -153,8 +156,10 @@ class VLLM:
 
 
 def generate_body(request: Request, rid: str) -> dict[str, Any]:
-    """The body of POST /inference/v1/generate. Without a seed: on a CPU vLLM 0.32 dies when it computes a seeded request
-    anew, after a pause or for want of cache."""
+    """The body of POST /inference/v1/generate.
+
+    Without a seed: on a CPU vLLM 0.32 dies when it computes a seeded request anew, after a pause or for want of cache.
+    """
     sampling = request.sampling
     return {
         "request_id": rid,

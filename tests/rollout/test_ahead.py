@@ -73,7 +73,7 @@ def test_every_token_names_the_weights_that_made_it(
         engine,
         rollout={
             "samples_per_prompt": 4,
-            "max_response_tokens": 200,
+            "max_response_tokens": 320,
             "stop_token_ids": [],
             "max_staleness": max_staleness,
         },

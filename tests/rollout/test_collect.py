@@ -10,7 +10,7 @@ from megatron_rl.config import parse_config
 from megatron_rl.data import DataError, PromptCursor
 from megatron_rl.reward import RewardError
 from megatron_rl.rollout.collect import CollectError, Collector, rollout_metrics, sampling_params
-from megatron_rl.rollout.engine import Place
+from megatron_rl.rollout.engine import EngineError, Place, ServersLost
 from megatron_rl.types import Prompt, Rollout
 
 HF = {
@@ -268,3 +268,86 @@ def test_evaluation():
     assert engine.calls[0][0].sampling.seed != sampling_params(config, Tokenizer(), 0).seed
     with pytest.raises(CollectError, match="no held-out problems"):
         collector.evaluate([])
+
+
+def collector_of(engine, revive=no_revival, steps=6, **rollout):
+    raw = {"engine": "sglang", "samples_per_prompt": 3, "max_response_tokens": 8} | rollout
+    loss = {"type": "ppo_clip", "rollout_correction": {"cap": 2.0}}
+    config = make_config(rollout=raw, loss=loss, train=TRAIN | {"num_steps": steps})
+    cursor, place = PromptCursor(prompts(40), 3), Place(0, 1, 0, lambda local: [local])
+    return Collector(engine, cursor, odd_prompts_learn, Tokenizer(), config, place, revive)
+
+
+TRAIN = {"prompts_per_step": 4, "prompts_per_minibatch": 4}
+
+
+@dataclass
+class DyingEngine(FakeEngine):
+    """Loses what is left after `lives` answers, until it is revived."""
+
+    lives: int = 5
+
+    def stream(self, requests):
+        self.calls.append(requests)
+        for index, request in enumerate(requests):
+            if self.lives == 0:
+                raise ServersLost("killed")
+            self.lives -= 1
+            yield index, self.answer(request)
+
+
+def test_only_what_dead_servers_lost_is_asked_for_again():
+    engine, revived = DyingEngine(), []
+
+    def revive():
+        revived.append(len(engine.calls))
+        engine.lives = 4
+
+    result = collector_of(engine, revive).collect(0)
+    assert ids(result) == [(p.prompt_id, s) for p in PromptCursor(prompts(40), 3).take(4) for s in range(3)]
+    assert [len(call) for call in engine.calls] == [12, 7, 3] and revived == [1, 2]
+
+
+def test_a_broken_engine_ends_the_step_with_its_own_words():
+    class Broken(FakeEngine):
+        def stream(self, requests):
+            raise EngineError("the weights have diverged")
+            yield
+
+    with pytest.raises(EngineError, match="the weights have diverged"):
+        collector_of(Broken()).collect(0)
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_rollouts_ahead_are_those_of_the_next_steps_and_the_cursor_waits(max_staleness):
+    order = [p.prompt_id for p in PromptCursor(prompts(40), 3).take(24)]
+    engine = FakeEngine()
+    collector = collector_of(engine, max_staleness=max_staleness)
+    for step in range(6):
+        engine.weight_version = step
+        result = collector.collect(step)
+        assert [p for p, s in ids(result) if s == 0] == order[4 * step : 4 * step + 4]
+        collector.go_ahead(step)
+        for pending in collector._ahead:
+            pending.answers.result()
+        # a checkpoint here draws the prompts again that are only ahead
+        assert collector.cursor_state()["position"] == 4 * (step + 1)
+        assert len(collector._ahead) == min(max_staleness, 5 - step)
+        age = 0 if step == 0 else min(step, max_staleness)
+        assert result.metrics["staleness/max"] == result.metrics["staleness/mean"] == age
+    assert len(engine.calls) == 6
+    collector.close()
+
+
+def test_rollouts_that_began_too_long_ago_are_asked_for_again():
+    engine = FakeEngine()
+    collector = collector_of(engine, max_staleness=1)
+    collector.collect(0)
+    collector.go_ahead(0)
+    collector._ahead[0].answers.result()
+    engine.weight_version = 3
+    result = collector.collect(3)  # as after steps without generation: what was ahead is of version 0
+    assert {r.weight_version for r in result.rollouts} == {3} and result.metrics["staleness/discarded"] == 12
+    with pytest.raises(EngineError, match="still come from weights before 4"):
+        collector.collect(5)
+    collector.close()

@@ -1,0 +1,81 @@
+"""A response that comes in parts: what is left to ask for, the parts put together, and the check of the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from megatron_rl.algorithms.hashing import hash64
+from megatron_rl.rollout.dialect import Completion
+from megatron_rl.rollout.engine import EngineError, Request
+from megatron_rl.types import Rollout
+
+
+def rest(request: Request, done: Completion) -> Request:
+    """What is left to generate of a response that was cut short."""
+    count = len(done.token_ids)
+    if not count:
+        return request
+    sampling = dataclasses.replace(
+        request.sampling,
+        max_response_tokens=request.sampling.max_response_tokens - count,
+        seed=int(hash64(request.sampling.seed, count)) & (2**63 - 1),  # the same seed would repeat the same draws
+    )
+    return dataclasses.replace(request, token_ids=(*request.token_ids, *done.token_ids), sampling=sampling)
+
+
+def joined(done: Completion, part: Completion, weight_version: int) -> Completion:
+    """`part` after `done`; `weight_version` is that of the part when the server does not tell."""
+    spans = part.spans if part.spans is not None else ((weight_version, len(part.token_ids)),)
+    merged = list(done.spans or ())
+    for version, count in spans:
+        if not count:
+            continue
+        if merged and merged[-1][0] == version:
+            merged[-1] = (version, merged[-1][1] + count)
+        else:
+            merged.append((version, count))
+    return Completion(done.token_ids + part.token_ids, done.logprobs + part.logprobs, part.finish_reason, tuple(merged))
+
+
+def as_rollout(request: Request, done: Completion) -> Rollout:
+    """Raises: EngineError when the answer cannot be that of the request."""
+    sampled, name = torch.tensor(done.logprobs), f"prompt {request.prompt_id}, sample {request.sample_index}"
+    limit, counted = request.sampling.max_response_tokens, sum(count for _, count in done.spans or ())
+    if not 0 < len(done.token_ids) <= limit or {len(done.logprobs), counted} != {len(done.token_ids)}:
+        raise EngineError(
+            f"generate: {name}: got {len(done.token_ids)} tokens with {len(done.logprobs)} log-probabilities and "
+            f"weight versions for {counted}, expected 1 to {limit} of each"
+        )
+    if not bool(sampled.isfinite().all()):
+        raise EngineError(
+            f"generate: {name}: a sampled token's log-probability is not finite under weight versions {done.spans}; "
+            "the weights have diverged"
+        )
+    stopped = done.token_ids[-1] in request.sampling.stop_token_ids
+    if not stopped and (done.finish_reason == "stop" or len(done.token_ids) != limit):
+        raise EngineError(
+            f"generate: {name}: ended ({done.finish_reason}) after {len(done.token_ids)} of {limit} tokens with token "
+            f"{done.token_ids[-1]}, which is none of the stop tokens {list(request.sampling.stop_token_ids)}"
+        )
+    prompt = len(request.token_ids)
+    return Rollout(
+        prompt_id=request.prompt_id,
+        sample_index=request.sample_index,
+        token_ids=torch.tensor([*request.token_ids, *done.token_ids]),
+        rollout_logprobs=torch.cat([torch.zeros(prompt), sampled]),
+        loss_mask=torch.arange(prompt + len(done.token_ids)) >= prompt,
+        finish_reason="stop" if stopped else "length",  # servers differ on a stop token at the limit
+        weight_version=min(version for version, _ in done.spans or ()),
+        spans=done.spans or (),
+    )
+
+
+def too_late(request: Request, seconds: float, error: Exception) -> str:
+    """The message of a response that did not come in time."""
+    return (
+        f"generate: prompt {request.prompt_id}, sample {request.sample_index} had no answer within "
+        f"rollout.server.request_seconds={seconds:g}: {error}. Raise it, lower rollout.server.max_concurrency, or add "
+        "servers"
+    )
