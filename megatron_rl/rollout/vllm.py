@@ -46,6 +46,8 @@ class VLLM:
             argv += ["--enable-sleep-mode"] if spec.colocated else []
             env |= device.visible_devices(spec.devices)
         else:
+            if spec.colocated:
+                raise EngineError("rollout.server.share_memory=true: vLLM cannot sleep on a CPU; set it to false")
             hf, cores = read_config_json(spec.model_dir), device.cpu_cores()
             if head_width(hf) not in _CPU_HEAD_SIZES:
                 raise EngineError(

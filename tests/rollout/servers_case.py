@@ -127,9 +127,9 @@ def _train_and_compare(raw: dict[str, Any]) -> list[dict[str, Any]]:
             before: dict[str, Tensor] | None = None
             for step in range(config.train.num_steps):
                 metrics = train.run_step(run, step, timers, logger)
-                train.sync_weights(run)
-                weights = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
-                found.append(compare(run, weights, before) | {"mismatch": metrics["mismatch/abs_max"]})
+                with train.generating(run, timers):
+                    weights = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
+                    found.append(compare(run, weights, before) | {"mismatch": metrics["mismatch/abs_max"]})
                 before = weights
         run.collector.close()
         run.engine.close()

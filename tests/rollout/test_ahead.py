@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +30,8 @@ def _train_ahead(raw: dict[str, Any]) -> dict[str, Any]:
     def keep_weights(run: Any) -> None:
         weights[run.weight_version] = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
         weights["config"] = run.policy.hf_config
+        if run.weight_version:
+            time.sleep(0.7)  # a longer training phase: the responses ahead are under way when the update comes
         sync_weights(run)
 
     def note(collector: Any, step: int) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollout.servers_case import ENGINES, raw_of, serving, train_and_compare
+from tests.rollout.servers_case import ENGINES, python_of, raw_of, rows, serving, train_and_compare
 from tests.worlds import Worlds
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
@@ -43,3 +43,13 @@ def test_every_update_is_served_exactly(
                         assert found["same"] and found["worst"] < 1e-4, (raw["name"], step, found)
                         assert found["mismatch"] < 1e-4 and found["versions"] == {step}
                     assert steps[1]["stale"] > 1e-2, "the weights hardly moved: a stale server would pass"
+
+
+def test_servers_and_trainer_take_turns_with_the_memory(worlds: Worlds, tmp_path: Path) -> None:
+    """The server sleeps during training and gets its weights when it wakes; gradients are freed in between."""
+    python_of("sglang")
+    raw = raw_of(tmp_path, "turns", "sglang", rollout={"server": {"share_memory": True}}, train={"num_steps": 3})
+    for (steps,) in worlds.run(2, train_and_compare, [raw], timeout=300):
+        assert all(found["same"] and found["worst"] < 1e-4 for found in steps)
+        assert all(found["stale"] > 1e-2 for found in steps[1:])
+    assert all(row["optimizer/grad_norm"] > 0 for row in rows(tmp_path / "turns"))
