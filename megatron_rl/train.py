@@ -242,7 +242,7 @@ def sync_weights(run: Run) -> None:
             run.engine_version = run.weight_version
         except ServersLost as error:  # the next update restarts the dead, or ends the run when too many died
             tries += 1
-            if tries > run.config.rollout.server.max_failures:
+            if tries > run.config.rollout.server.max_failures + 1:  # they live, and yet the connection breaks
                 raise
             if run.groups.rank == 0:
                 print(f"weights again, because a server was lost: {error}", flush=True)

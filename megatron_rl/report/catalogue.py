@@ -130,6 +130,12 @@ UPDATES: list[Line | Custom] = [
         (("mismatch/kl", "KL"),),
         "nats",
     ),
+    Line(
+        "Staleness",
+        "Age of the weights that sampled the step's tokens: above 0 the mismatch is also a distance between policies.",
+        (("staleness/mean", "mean"), ("staleness/max", "largest")),
+        "steps",
+    ),
 ]
 SYSTEM: list[Line | Custom] = [
     PHASE_TIMES,

@@ -134,11 +134,13 @@ class ServerEngine:
 
     async def _complete(self, request: Request) -> Rollout:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._config.request_seconds
+        deadline = float("inf")
         done, tries = Completion([], [], "abort", ()), 0
         pause, longest = _BACKOFF_SECONDS
         while done.finish_reason == "abort":
             target = await self._acquire()
+            # from the first time it is sent: how long it waits for its turn depends on the others
+            deadline = min(deadline, loop.time() + self._config.request_seconds)
             sent_under = self.weight_version
             rid = f"{self._name}-{request.prompt_id}-{request.sample_index}-{next(self._serial)}"
             try:
@@ -213,8 +215,16 @@ class ServerEngine:
 
         Raises: ServersLost, on every rank, when a server died on the way: call it again, and it is restarted first.
         """
-        self._trouble = "its last update_weights failed; update again"
         self._loop.submit(self._close_gate()).result()
+        try:
+            self._update(stream, weight_version)
+        except EngineError:
+            self._trouble = "its last update_weights failed; update again"
+            raise
+        self.weight_version, self._trouble = weight_version, ""
+        self._loop.submit(self._open_gate()).result()
+
+    def _update(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         self._fleet.heal()
         if [target.server.url for target in self._targets] != self._fleet.urls:
             self._targets = [_Target(Server(url, self._loop.session)) for url in self._fleet.urls]
@@ -228,8 +238,6 @@ class ServerEngine:
             if not isinstance(error, ServersLost) and not self._all_alive(servers):
                 raise ServersLost(str(error)) from error  # it could still say that it is dying
             raise
-        self.weight_version, self._trouble = weight_version, ""
-        self._loop.submit(self._open_gate()).result()
 
     def _agree(self, action: Any) -> None:
         """Run it on every rank, and fail on all when it fails on one."""

@@ -90,7 +90,8 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert page.links == [] and page.open == []
     assert not re.search(r"//cdn\.|jsdelivr|unpkg|cdnjs", text)
     assert "default-src 'none'" in text
-    expected = [spec.title for _, specs in sections(load_runs(runs)) for spec in specs]
+    titles = [spec.title for _, specs in sections(load_runs(runs)) for spec in specs]
+    expected = [title for title in titles if title != "Staleness"]  # no run generated ahead of its training
     assert page.headings == expected and len(expected) == 25
     figures = figures_of(text)
     assert sorted(figures) == sorted(i for i in page.ids if i.startswith("figure-"))
