@@ -25,7 +25,8 @@ LOGGED = (
     "cov/top_2pct_mean select/count select/fraction select/logprob_mean select/entropy_mean reward/mean "
     "response/length_mean loss/clip_low loss/policy optimizer/grad_norm optimizer/lr mismatch/abs_mean "
     "mismatch/abs_max mismatch/kl staleness/mean staleness/max "
-    "time/rollout time/reward time/old_logprobs time/select time/update time/sync time/probe time/total throughput/tokens_per_second"
+    "time/rollout time/reward time/old_logprobs time/select time/update time/sync time/probe "
+    "time/total throughput/tokens_per_second"
 ).split()
 A, B = 0.2, 0.6
 
