@@ -126,6 +126,17 @@ def test_a_killed_server_is_replaced_and_nothing_is_lost_or_counted_twice(
     assert max(row["mismatch/abs_max"] for row in rows(tmp_path / "killed")) < 1e-4
 
 
+def test_one_of_two_servers_dies_and_the_other_serves_on(worlds: Worlds, tmp_path: Path) -> None:
+    """Its requests go to the other at once; the next update brings it back."""
+    python_of("sglang")
+    raw = _long(tmp_path, "pair", "sglang", count=2, max_concurrency=8)
+    raw["train"]["num_steps"] = 3
+    for rank in worlds.run(2, _train, raw, "killed in generation", timeout=400):
+        assert rank["error"] == "" and rank["failures"] == 1 and len(rank["steps"]) == 3
+        _complete(rank)
+    assert max(row["mismatch/abs_max"] for row in rows(tmp_path / "pair")) < 1e-4
+
+
 def test_too_many_failures_end_the_run_with_a_checkpoint(worlds: Worlds, tmp_path: Path) -> None:
     python_of("sglang")
     raw = _long(tmp_path, "dying", "sglang", max_failures=0)
