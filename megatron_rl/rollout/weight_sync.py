@@ -39,6 +39,7 @@ from megatron_rl.save_hf import SHARD_BYTES, write_shards
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_SHARED_MEMORY = Path("/dev/shm")
 GROUP_SECONDS = 300.0  # for the servers' workers to join, and for one broadcast
 
 Submit = Callable[[Coroutine[Any, Any, Any]], "Future[Any]"]  # runs a coroutine on the engine's event loop
@@ -113,13 +114,13 @@ class Buffers:
     def __init__(self, shapes: dict[str, tuple[int, ...]], bucket_bytes: int, itemsize: int) -> None:
         """`itemsize`: bytes of an element of the stream's widest dtype."""
         sizes = [torch.Size(shape).numel() * itemsize for shape in shapes.values()]
-        self._nbytes = max(max(sizes), min(bucket_bytes, sum(sizes)))
+        self.nbytes = max(max(sizes), min(bucket_bytes, sum(sizes)))
         self._flats: list[Tensor] = []
 
     def __call__(self, number: int) -> Tensor:
         """That of bucket `number`; its former contents must have been read."""
         while len(self._flats) <= min(number, 1):
-            self._flats.append(torch.empty(self._nbytes, dtype=torch.uint8, device=device.device()))
+            self._flats.append(torch.empty(self.nbytes, dtype=torch.uint8, device=device.device()))
         return self._flats[number % 2]
 
     def free(self) -> None:
@@ -147,8 +148,16 @@ class Colocated:
         self._servers: Sequence[Server] = ()
 
     def open(self, servers: Sequence[Server]) -> None:
-        """See `Channel`."""
-        self._servers = servers
+        """See `Channel`. Raises: EngineError when shared memory is too small: writing would kill the process."""
+        first, self._servers = not self._servers, servers
+        if first and not device.ON_GPU:
+            ranks = len({rank for workers in self._readers() for rank in workers})
+            needed, free = 2 * self._buffers.nbytes * ranks, shutil.disk_usage(_SHARED_MEMORY).free
+            if needed > free:
+                raise EngineError(
+                    f"rollout.weight_sync.mode=colocated needs {needed:,} bytes of shared memory, {_SHARED_MEMORY} has "
+                    f"{free:,} free; lower rollout.weight_sync.bucket_mib, or set mode to disaggregated or disk"
+                )
 
     def send(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         """See `Channel`. A rank refills a buffer once it has left the gather of the next bucket, and rank 0 enters

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.convert.hf import hub_views
+from megatron_rl.rollout import weight_sync
 from megatron_rl.rollout.engine import EngineError
-from megatron_rl.rollout.weight_sync import Buffers, check_same_model, expected_weights, pack_buckets, share
+from megatron_rl.rollout.weight_sync import Buffers, Colocated, check_same_model, expected_weights, pack_buckets, share
 
 QWEN = {"model_type": "qwen2", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 QWEN |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 37}
@@ -102,3 +105,18 @@ def test_shared_memory_is_a_handle_that_another_reader_sees_change() -> None:
     other = pickle.loads(payload)["flat"]
     flat[5] = 7
     assert other[5] == 7 and other.numel() == 1 << 15
+
+
+def test_too_little_shared_memory_is_an_error_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = Buffers({"a": (1 << 20,)}, 1 << 30, 4)
+    nothing: Any = None
+
+    def channel() -> Colocated:
+        return Colocated(nothing, {}, buffers, nothing, nothing, 0, lambda: [[0], [1]])
+
+    server: Any = object()
+    monkeypatch.setattr(weight_sync.shutil, "disk_usage", lambda path: SimpleNamespace(free=(16 << 20) - 1))
+    with pytest.raises(EngineError, match=r"needs 16,777,216 bytes of shared memory, /dev/shm has 16,777,215 free"):
+        channel().open([server])
+    monkeypatch.setattr(weight_sync.shutil, "disk_usage", lambda path: SimpleNamespace(free=16 << 20))
+    channel().open([server])
