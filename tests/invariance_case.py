@@ -218,25 +218,26 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         tokenizer=None,
         policy=policy,
         engine=SimpleNamespace(update_weights=lambda stream, version: list(stream)),  # type: ignore[arg-type]
-        cursor=None,  # type: ignore[arg-type]
+        collector=None,  # type: ignore[arg-type]
         eval_prompts=[],
         data_digest="",
-        reward_fn=None,
     )
     kept = len(rollouts) - case.filtered
     cut = [r.replace(loss_mask=torch.zeros_like(r.loss_mask), finish_reason="length") for r in rollouts[kept:]]
     rollouts = rollouts[:kept] + cut
     outcome = Outcome()
     logger: Any = SimpleNamespace(log_samples=lambda *_: None)
-    with _observed(run, case, CollectResult(rollouts, {}, {}), outcome):
+    collected = CollectResult(rollouts, {}, {})
+    run.collector = SimpleNamespace(collect=lambda _: collected, go_ahead=lambda _: None)  # type: ignore[assignment]
+    with _observed(run, case, outcome):
         outcome.metrics = train.run_step(run, 0, Timers(), logger)
     outcome.weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
     return outcome
 
 
 @contextlib.contextmanager
-def _observed(run: Any, case: Case, collected: Any, outcome: Outcome) -> Iterator[None]:
-    """Put the frozen rollouts and the forced packing into the step, and record what passes by."""
+def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
+    """Put the forced packing into the step, and record what passes by."""
     from megatron_rl import packing, train
     from megatron_rl.parallel.reduce import Reducer
 
@@ -279,7 +280,7 @@ def _observed(run: Any, case: Case, collected: Any, outcome: Outcome) -> Iterato
     pack = functools.partial(train.pack, num_micro_batches=case.num_micro_batches)
     deal = _dealt_at_random if case.reordered else packing._longest_first
     with (
-        mock.patch.multiple(train, collect=lambda *_: collected, pack=pack, select_tokens=select),
+        mock.patch.multiple(train, pack=pack, select_tokens=select),
         mock.patch.object(packing, "_longest_first", deal),
         mock.patch.object(run.policy, "update", update),
     ):
