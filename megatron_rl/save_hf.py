@@ -40,7 +40,8 @@ def save_hf(policy: MegatronPolicy, tokenizer: Any, folder: Path, *, shard_bytes
             write_shards(draft, stream, shard_bytes)
             _replace(draft, folder)
         except OSError as error:
-            free = shutil.disk_usage(folder.parent).free
+            place = next(parent for parent in folder.absolute().parents if parent.exists())
+            free = shutil.disk_usage(place).free
             problem = f"cannot write the model to {folder}: {error}; {free:,} bytes are free there"
             shutil.rmtree(draft, ignore_errors=True)
     for _ in stream:  # a collective: every rank exhausts it, rank 0 also after a failure

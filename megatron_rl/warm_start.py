@@ -16,12 +16,14 @@ import torch
 from megatron_rl import __version__, device
 from megatron_rl.algorithms.losses import sft
 from megatron_rl.config import Config, WarmStartConfig
-from megatron_rl.convert.hf import folder_source, write_folder
+from megatron_rl.config_checks import hf_folder
+from megatron_rl.convert.hf import folder_source
 from megatron_rl.data import countdown_solutions
 from megatron_rl.packing import pack_supervised
 from megatron_rl.parallel.groups import barrier
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.save_hf import save_hf
 from megatron_rl.types import Prompt
 
 
@@ -29,20 +31,21 @@ def warm_start(policy: MegatronPolicy, prompts: list[Prompt], tokenizer: Any) ->
     """Train the policy on solutions, or load the cached result. The optimizer starts RL afresh afterwards.
 
     The cache key covers everything that the result depends on but the layout: layouts agree to float tolerance.
+    Raises: UserError, on every rank, when the result cannot be written.
     """
     config, groups = policy.config, policy.groups
     options = config.warm_start
     assert options is not None
-    folder = Path(options.cache_dir) / _cache_key(config, len(prompts))
-    cached = (folder / "model.safetensors").is_file()
+    world = Reducer(groups.world, device.device())
+    # rank 0's key for all: a node's own copy of the model may have other times
+    folder = Path(options.cache_dir) / world.gather_objects(_cache_key(config, len(prompts)))[0]
     # one answer for all ranks, found before any of them writes: another run may publish this folder at any moment
-    if Reducer(groups.world, device.device()).any(not cached):
+    if world.any(not folder.is_dir()):
         _train(policy, prompts, tokenizer, options)
-        weights = {name: tensor.cpu() for name, tensor in policy.hf_weights()}
+        draft = folder.with_name(f".{folder.name}.{os.getpid()}")  # rank 0's counts; another run has its own
+        save_hf(policy, tokenizer, draft)
         if groups.rank == 0:
-            tokenizer.save_pretrained(_draft(folder))
-            write_folder(_draft(folder), policy.hf_config, weights)
-            _publish(folder)
+            _publish(draft, folder)
         barrier(groups)
     # also after training: RL then starts from the same bits whether or not the cache was warm
     policy.load(folder_source(folder, policy.hf_config))
@@ -75,7 +78,8 @@ def _cache_key(config: Config, num_prompts: int) -> str:
     parts = {
         "version": __version__,
         "seed": config.seed,
-        "model": config.model.model_dump(mode="json", exclude={"recompute", "logits_block_rows"}),
+        "model": config.model.model_dump(mode="json", exclude={"recompute", "logits_block_rows"})
+        | {"path": _fingerprint(Path(config.model.path)) if config.model.path is not None else None},
         "data": config.data.model_dump(mode="json"),
         "num_prompts": num_prompts,
         "warm_start": config.warm_start.model_dump(mode="json", exclude={"cache_dir"}) if config.warm_start else None,
@@ -87,15 +91,22 @@ def _cache_key(config: Config, num_prompts: int) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _draft(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{os.getpid()}")
+def _fingerprint(model: Path) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of the last change in ns) of each file of a model folder, however its path is spelled.
+
+    The weights themselves are not read: a hash of a large model takes minutes. So a copy with other times counts as
+    another model, which costs a warm start; a file changed within its size and time goes unnoticed.
+    """
+    files = [file for folder in {model, hf_folder(model)} for file in folder.iterdir() if file.is_file()]
+    stats = [(str(file.relative_to(model)), file.stat()) for file in files]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def _publish(folder: Path) -> None:
+def _publish(draft: Path, folder: Path) -> None:
     """Rename the finished draft: a killed warm start leaves no half-written cache."""
     try:
-        _draft(folder).rename(folder)
+        draft.rename(folder)
     except OSError:
-        if not (folder / "model.safetensors").is_file():
+        if not folder.is_dir():
             raise
-        shutil.rmtree(_draft(folder))  # another run published the same weights first
+        shutil.rmtree(draft)  # another run published the same weights first

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, ModelConfig
 from megatron_rl.config_loss import PpoClipLoss
+from megatron_rl.convert.to_megatron import hf_to_megatron
 from megatron_rl.data import build_tokenizer, load_prompts
-from tests.policy.tiny import HF, make_batch, make_config, policy_of, same_bits, weights_of, worst
+from megatron_rl.errors import UserError
+from tests.policy.tiny import HF, hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of, worst
 from tests.worlds import Worlds, leave_layout
 
 STEPS = 5
@@ -130,25 +135,90 @@ def test_the_cache_key_covers_what_the_result_depends_on(tmp_path: Path) -> None
     assert {key(**change) for change in same} == {key()}
 
 
-def _interrupted(config: Config, cache: Path) -> dict[str, Any]:
-    import megatron_rl.warm_start as module
+def test_the_cache_key_follows_the_files_of_the_model_not_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_rl.warm_start import _cache_key
 
-    write = module.write_folder
+    def key(path: str | Path) -> str:
+        config = _config(tmp_path)
+        return _cache_key(config.model_copy(update={"model": ModelConfig(path=str(path))}), 24)
+
+    folder = save(hf_model(), tmp_path / "model")
+    (tmp_path / "link").symlink_to(folder)
+    shutil.copytree(folder, tmp_path / "same", copy_function=shutil.copy2)
+    (folder / "a_run_in_it").mkdir()
+    monkeypatch.chdir(tmp_path)
+    first = key(folder)
+    assert {key(path) for path in ("model", "./model/", tmp_path / "link", "same/../model", "same")} == {first}
+
+    hf_to_megatron(folder, tmp_path / "megatron")
+    keys = [first, key("megatron")]
+    for file in ("megatron/hf/config.json", "megatron/.metadata", "model/model.safetensors"):  # rewritten in place
+        path = tmp_path / file
+        path.write_bytes(path.read_bytes())
+        keys.append(key(path.parent.parent if path.parent.name == "hf" else path.parent))
+    save(hf_model(hidden_size=64), folder)
+    assert len({*keys, key(folder)}) == len(keys) + 1
+
+
+def _warm_in_small_files(configs: list[Config]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Each rank has a config of its own. Twice; the second call must not train at all."""
+    from megatron_rl import save_hf
+
+    config = configs[int(os.environ["RANK"])]
+    with mock.patch.object(save_hf.save_hf, "__kwdefaults__", {"shard_bytes": 20_000}):
+        first = _warm(config)
+    with mock.patch("megatron_rl.warm_start._train", None):
+        return first, _warm(config)
+
+
+def test_nodes_with_copies_of_the_model_share_one_cache_of_several_files(worlds: Worlds, tmp_path: Path) -> None:
+    """The copies' times differ, and so would their keys; the weights are streamed into files as save_hf writes them."""
+    copies = [save(hf_model(), tmp_path / name) for name in ("node0", "node1")]
+    os.utime(copies[1] / "config.json", (0, 0))
+    config = _config(tmp_path / "cache", parallel={"tp": 2})
+    configs = [config.model_copy(update={"model": ModelConfig(path=str(copy))}) for copy in copies]
+    ranks = worlds.run(2, _warm_in_small_files, configs)
+    for first, second in ranks:
+        assert same_bits(first["weights"], second["weights"]) and same_bits(first["weights"], ranks[0][0]["weights"])
+        assert worst(first["before"], first["weights"]) > 1e-3
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert (cache / "model.safetensors.index.json").is_file() and len(list(cache.glob("*.safetensors"))) > 2
+    assert same_bits(dict(AutoModelForCausalLM.from_pretrained(cache).state_dict()), ranks[0][0]["weights"])
+
+
+def _warm_start_error(config: Config) -> str:
+    try:
+        _warm(config)
+    except UserError as error:
+        leave_layout()
+        return str(error)
+    return "no error"
+
+
+def test_a_cache_that_cannot_be_written_is_named_on_every_rank(worlds: Worlds, tmp_path: Path) -> None:
+    """Even its parent folder cannot be made: a file is in the way."""
+    (tmp_path / "file").touch()
+    for message in worlds.run(2, _warm_start_error, _config(tmp_path / "file" / "cache", parallel={"tp": 2})):
+        assert message.startswith(f"cannot write the model to {tmp_path}/file/cache/.") and "bytes are free" in message
+
+
+def _interrupted(config: Config, cache: Path) -> dict[str, Any]:
+    from megatron_rl import save_hf
+
+    write = save_hf.write_file
 
     def killed(path: Path, *args: Any) -> None:
         write(path, *args)
-        (path / "model.safetensors").write_bytes(b"half")
+        path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    module.write_folder = killed
     found: dict[str, Any] = {}
-    try:
+    with mock.patch.object(save_hf, "write_file", killed), pytest.raises(KeyboardInterrupt):
         _warm(config)
-    except KeyboardInterrupt:
-        leave_layout()
-        found["left behind"] = sorted(path.name for path in cache.iterdir())
-    finally:
-        module.write_folder = write
+    leave_layout()
+    found["left behind"] = sorted(path.name for path in cache.iterdir())
     found["again"] = _warm(config)["weights"]
     found["then"] = sorted(path.name for path in cache.iterdir())
     return found
@@ -160,4 +230,5 @@ def test_an_interrupted_warm_start_leaves_no_cache(
     found = worlds.run(1, _interrupted, _config(tmp_path), tmp_path)[0]
     assert len(found["left behind"]) == 1 and found["left behind"][0].startswith(".")
     assert same_bits(found["again"], warmed["tp1"][1][0][0]["weights"])
-    assert [name for name in found["then"] if not name.startswith(".")] == [found["left behind"][0].split(".")[1]]
+    key = found["left behind"][0].split(".")[2]  # ..KEY.PID.draft
+    assert [name for name in found["then"] if not name.startswith(".")] == [key]

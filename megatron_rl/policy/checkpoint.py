@@ -64,7 +64,8 @@ class CheckpointStore:
     """The checkpoints of one run, under `folder`. Every method but `newest` is collective."""
 
     def __init__(self, folder: Path, policy: MegatronPolicy, groups: Groups, tokenizer: Any = None) -> None:
-        """`folder` need not exist. `tokenizer` travels in hf/; None: hf/ holds the model's part alone."""
+        """`folder` need not exist; all nodes must see it, and room is looked up from rank 0's. `tokenizer` travels in
+        hf/; None: hf/ holds the model's part alone."""
         self.folder, self.policy, self.groups, self.tokenizer = folder, policy, groups, tokenizer
         self._world = Reducer(groups.world, device.device())
         self._background = AsyncCallsQueue()

@@ -1,6 +1,6 @@
 """Every architecture from its Hugging Face folder to Megatron's shards and back, bit for bit.
 
-The quick test deals the tensors out to simulated ranks; the slow one loads real policies, under real process groups.
+The quick test deals the tensors out to simulated ranks; the slow ones load real policies, under real process groups.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from megatron_rl.convert.mapping import (
     split_of,
     to_shard,
 )
+from megatron_rl.convert.to_hf import megatron_to_hf
+from megatron_rl.convert.to_megatron import hf_to_megatron
+from tests.policy.tiny import same_bits
 from tests.worlds import Worlds
 
 _COMMON = {
@@ -123,6 +126,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp4_sp": {"tp": 4, "sp": True},
     "tp4_sp_pp2": {"tp": 4, "sp": True, "pp": 2},
     "tp2_sp_ep4": {"world_size": 4, "tp": 2, "sp": True, "ep": 4},
+    "tp4_sp_ep4_pp2": {"tp": 4, "sp": True, "ep": 4, "pp": 2},
 }
 QUICK = ("tp2_sp", "tp2_sp_ep2")
 
@@ -158,6 +162,63 @@ def test_a_policy_streams_the_folder_that_it_loaded(worlds: Worlds, folders: dic
             weights, got = load_file(folder / "model.safetensors"), rank[model]
             assert got.keys() == weights.keys(), model
             assert [name for name in got if not torch.equal(got[name], weights[name])] == [], model
+
+
+# (model.path, a checkpoint to load over it or None, the folder to save to or None)
+_HandOver = tuple[Path, Path | None, Path | None]
+
+
+def _hand_over(cases: list[_HandOver], parallel: dict[str, Any]) -> list[list[dict[str, Tensor]]]:
+    """What each policy streams after loading model.path, and after Megatron filled its zeros from the checkpoint."""
+    from megatron_rl.policy.checkpoint import CheckpointStore
+    from tests.policy.tiny import make_config, policy_of, weights_of
+
+    found = []
+    for path, checkpoint, target in cases:
+        with policy_of(make_config(path, parallel=parallel)) as policy:
+            streams = [weights_of(policy)]
+            if checkpoint is not None:
+                for _, parameter in policy.parameters:
+                    parameter.data.zero_()
+                CheckpointStore(checkpoint.parent, policy, policy.groups).load(checkpoint)
+                streams.append(weights_of(policy))
+            if target is not None:
+                CheckpointStore(target, policy, policy.groups).save(1, {})
+            found.append(streams)
+    return found
+
+
+@pytest.mark.slow
+def test_checkpoints_cross_layouts(worlds: Worlds, folders: dict[str, Path], tmp_path: Path) -> None:
+    """A conversion to PP2; its checkpoint to TP4xPP2; its checkpoint to TP2; and from each checkpoint back."""
+
+    def run(size: int, parallel: dict[str, Any], cases: dict[str, _HandOver]) -> None:
+        for rank in worlds.run(size, _hand_over, list(cases.values()), parallel, timeout=280):
+            for (model, (_, checkpoint, _)), streams in zip(cases.items(), rank, strict=True):
+                assert len(streams) == 1 + (checkpoint is not None)
+                assert all(same_bits(stream, weights[model]) for stream in streams), (model, parallel)
+
+    def saved(layout: str) -> Path:
+        return tmp_path / model / layout / "step_00000001"
+
+    weights = {model: load_file(folder / "model.safetensors") for model, folder in folders.items()}
+    narrow: dict[str, _HandOver] = {}
+    wide: dict[str, _HandOver] = {}
+    tp2: dict[str, _HandOver] = {}
+    for model, folder in folders.items():
+        converted = tmp_path / model / "converted"
+        hf_to_megatron(folder, converted)
+        narrow[model] = converted, None, saved("narrow").parent
+        wide[model] = converted, saved("narrow"), saved("wide").parent
+        tp2[model] = saved("wide"), saved("wide"), None
+    run(2, {"pp": 2}, narrow)
+    run(8, {"tp": 4, "sp": True, "pp": 2}, wide)
+    run(2, {"tp": 2, "sp": True}, tp2)
+    for model in folders:
+        for layout in ("narrow", "wide"):
+            megatron_to_hf(saved(layout), tmp_path / model / f"{layout}_hf")
+            back = load_file(tmp_path / model / f"{layout}_hf" / "model.safetensors")
+            assert same_bits(back, weights[model]), (model, layout)
 
 
 def test_transformers_reads_and_writes_the_same_names_and_values(folders: dict[str, Path], tmp_path: Path) -> None:

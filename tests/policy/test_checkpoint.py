@@ -1,4 +1,4 @@
-"""Resuming is exact on one layout, agrees across layouts, and never starts from a damaged or unfinished checkpoint."""
+"""Resuming is exact on one layout, agrees across layouts, and never starts from a damaged checkpoint."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_a_checkpoint_can_be_exported(saved: dict[str, tuple[Path, list[Any]]], 
     assert written.to_diff_dict() == given.to_diff_dict() and written.architectures == ["Qwen2ForCausalLM"]
 
 
-# --- disks that are full ----------------------------------------------------------------------------------------------
+# --- damage -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_checkpoint_is_named_on_every_rank(

@@ -1,4 +1,4 @@
-"""Checkpoints when something fails: a killed save, a full disk, a damaged folder; and which are kept."""
+"""Which checkpoints are kept, also when a save fails: killed, or on a full disk."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ import pytest
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
+from tests.policy import test_checkpoint
 from tests.policy.checkpoint_case import config_of, load_newest, update
-from tests.policy.tiny import hf_model, policy_of, save
+from tests.policy.tiny import policy_of
 from tests.worlds import Worlds
 
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(hf_model(tie_word_embeddings=True), tmp_path_factory.mktemp("checkpoint"))
+model_folder = test_checkpoint.model_folder  # the fixture
 
 
 def _killed_while_saving(config: Config, folder: Path) -> dict[str, Any]:
@@ -157,6 +155,3 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
         assert "It needs 1,000 bytes" in found["while"]
         assert found["loaded"] == (1, {"which": "good"}) and found["at the end"] == (2, {"which": "with room"})
     assert ranks[0]["before"] == ranks[1]["before"] and ranks[0]["while"] == ranks[1]["while"]
-
-
-# --- damage -----------------------------------------------------------------------------------------------------------
