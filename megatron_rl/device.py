@@ -14,7 +14,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Sequence
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -63,6 +63,15 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def reset_peak_memory() -> None:
+    """Let `peak_memory_bytes` count from what is in use now; on a CPU, Linux alone can."""
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+
 def visible_devices(indices: Sequence[int]) -> dict[str, str]:
     """Environment of a process that shall see these GPUs alone, counted among those that this process sees; an empty
     value removes a variable.
@@ -85,6 +94,24 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
 def cpu_cores() -> list[int]:
     """The cores that this process may use."""
     return sorted(os.sched_getaffinity(0))
+
+
+def vocab_kernels(logits: torch.Tensor) -> ModuleType:
+    """Who computes vocabulary statistics of these logits: Triton's kernels on a GPU, their torch twins on a CPU.
+
+    Raises: UserError on a GPU without Triton, which torch's builds for GPUs bring along.
+    """
+    if not logits.is_cuda:
+        from megatron_rl.kernels import vocab_torch
+
+        return vocab_torch
+    try:
+        from megatron_rl.kernels import vocab_triton
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the GPU's kernels need Triton ({error}); install the release that your torch names"
+        ) from error
+    return vocab_triton
 
 
 def vocab_pad_multiple() -> int:

@@ -1,0 +1,152 @@
+"""Row statistics of a logits shard and the gradient written over it, as Triton kernels: the twin of `vocab_torch`.
+
+Both are bound by memory traffic: forward reads each logit once, backward reads it once and writes it once. A program
+holds one row's tile at a time, so a row may have any length; many rows in flight hide the latency. With V a multiple of
+16 and a base address that is one too, loads and stores are 128 bits wide.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 2048
+WARPS = 4
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LOWEST = tl.constexpr(-1.0e4)  # see vocab_torch.LOWEST_EXPONENT
+
+
+def shard_stats(
+    logits: Tensor,
+    columns: Tensor,
+    real_columns: int,
+    temperature: float,
+    with_sum_p2: bool,
+    block_rows: int | None = None,
+) -> Tensor:
+    """See `vocab_torch.shard_stats`; `block_rows` has no meaning here, where no scratch memory is used."""
+    tokens, width = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    stats = torch.zeros(tokens, 6 if with_sum_p2 else 4, dtype=dtype, device=logits.device)
+    if tokens:
+        stats_kernel[(tokens,)](
+            logits, columns, stats, width, real_columns, 1.0 / temperature, with_sum_p2, BLOCK, num_warps=WARPS
+        )
+    return stats
+
+
+def write_gradient(
+    logits: Tensor,
+    columns: Tensor,
+    real_columns: int,
+    maximum: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    at_target: Tensor | None,
+    temperature: float,
+    block_rows: int | None = None,
+) -> None:
+    """See `vocab_torch.write_gradient`."""
+    tokens, width = logits.shape
+    if tokens and width:
+        factors = (a, a if b is None else b, a if at_target is None else at_target)
+        has = (b is not None, at_target is not None)
+        grid = (tokens, triton.cdiv(width, BLOCK))
+        gradient_kernel[grid](
+            logits, columns, maximum, *factors, width, real_columns, 1.0 / temperature, *has, BLOCK, num_warps=WARPS
+        )
+
+
+@triton.jit
+def stats_kernel(
+    logits,
+    columns,
+    stats,
+    width,
+    real_columns,
+    inverse_temperature,
+    WITH_SUM_P2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: an online softmax with its first moment, in base 2, and the moments of its square."""
+    row = tl.program_id(0).to(tl.int64)  # rows * width passes 2^31
+    acc = stats.dtype.element_ty
+    scale = (inverse_temperature * _LOG2_E).to(acc)
+    base = logits + row * width
+    m = tl.full([], float("-inf"), acc)
+    s = tl.full([], 0.0, acc)
+    t = tl.full([], 0.0, acc)
+    q = tl.full([], 0.0, acc)
+    u = tl.full([], 0.0, acc)
+    for start in range(0, real_columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(base + at, mask=at < real_columns, other=float("-inf")).to(acc)
+        new = tl.maximum(m, tl.max(x, 0))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        delta = _exponent(m, shift, scale)
+        d = _exponent(x, shift, scale)
+        e = tl.exp2(d)
+        w = tl.exp2(delta)
+        de = d * e
+        t = w * (t + delta * s) + tl.sum(de, 0)
+        s = w * s + tl.sum(e, 0)
+        if WITH_SUM_P2:
+            u = w * w * (u + delta * q) + tl.sum(de * e, 0)
+            q = w * w * q + tl.sum(e * e, 0)
+        m = new
+    column = tl.load(columns + row)
+    on_shard = (column >= 0) & (column < real_columns)
+    z = tl.load(base + tl.where(on_shard, column, 0), mask=on_shard, other=float("-inf")).to(acc)
+    out = stats + row * (6 if WITH_SUM_P2 else 4)
+    tl.store(out, m)
+    tl.store(out + 1, s)
+    tl.store(out + 2, t / _LOG2_E)
+    tl.store(out + 3, z)
+    if WITH_SUM_P2:
+        tl.store(out + 4, q)
+        tl.store(out + 5, u / _LOG2_E)
+
+
+@triton.jit
+def gradient_kernel(
+    logits,
+    columns,
+    maximum,
+    a,
+    b,
+    at_target,
+    width,
+    real_columns,
+    inverse_temperature,
+    HAS_B: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a tile of a row: the softmax again, and the gradient over the logits that it came from."""
+    row = tl.program_id(0).to(tl.int64)
+    acc = maximum.dtype.element_ty
+    scale = (inverse_temperature * _LOG2_E).to(acc)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    where = logits + row * width + at
+    x = tl.load(where, mask=at < real_columns, other=float("-inf")).to(acc)
+    m = tl.load(maximum + row)
+    d = _exponent(x, tl.where(m == float("-inf"), 0.0, m), scale)
+    factor = tl.load(a + row)
+    if HAS_B:
+        factor = factor + tl.load(b + row) / _LOG2_E * d
+    gradient = tl.exp2(d) * factor
+    if HAS_TARGET:
+        gradient += tl.where(at == tl.load(columns + row), tl.load(at_target + row), 0.0)
+    gradient = tl.where(at < real_columns, gradient, 0.0)
+    tl.store(where, gradient.to(logits.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _exponent(x, shift, scale):
+    """(x - shift) * scale, finite where x is -inf. Not `maximum`, which would turn a NaN into a number."""
+    d = (x - shift) * scale
+    return tl.where(d < _LOWEST, _LOWEST, d)
