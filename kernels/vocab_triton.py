@@ -34,7 +34,7 @@ def shard_stats(
     stats = torch.zeros(tokens, 6 if with_sum_p2 else 4, dtype=dtype, device=logits.device)
     if tokens:
         stats_kernel[(tokens,)](
-            logits, columns, stats, width, real_columns, 1.0 / temperature, with_sum_p2, BLOCK, num_warps=WARPS
+            logits, columns, stats, width, real_columns, _scale(temperature), with_sum_p2, BLOCK, num_warps=WARPS
         )
     return stats
 
@@ -57,8 +57,13 @@ def write_gradient(
         has = (b is not None, at_target is not None)
         grid = (tokens, triton.cdiv(width, BLOCK))
         gradient_kernel[grid](
-            logits, columns, maximum, *factors, width, real_columns, 1.0 / temperature, *has, BLOCK, num_warps=WARPS
+            logits, columns, maximum, *factors, width, real_columns, _scale(temperature), *has, BLOCK, num_warps=WARPS
         )
+
+
+def _scale(temperature: float) -> float:
+    """Compiled in: a float argument would be float32, and a run has one temperature or two."""
+    return math.log2(math.e) / temperature
 
 
 @triton.jit
@@ -68,14 +73,13 @@ def stats_kernel(
     stats,
     width,
     real_columns,
-    inverse_temperature,
+    SCALE: tl.constexpr,
     WITH_SUM_P2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a row: an online softmax with its first moment, in base 2, and the moments of its square."""
     row = tl.program_id(0).to(tl.int64)  # rows * width passes 2^31
     acc = stats.dtype.element_ty
-    scale = (inverse_temperature * _LOG2_E).to(acc)
     base = logits + row * width
     m = tl.full([], float("-inf"), acc)
     s = tl.full([], 0.0, acc)
@@ -84,11 +88,12 @@ def stats_kernel(
     u = tl.full([], 0.0, acc)
     for start in range(0, real_columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = tl.load(base + at, mask=at < real_columns, other=float("-inf")).to(acc)
+        x = tl.load(base + at, mask=at < width, other=float("-inf")).to(acc)
+        x = tl.where(at < real_columns, x, float("-inf"))  # not in the load: it would be narrow when V is odd
         new = tl.maximum(m, tl.max(x, 0))
         shift = tl.where(new == float("-inf"), 0.0, new)
-        delta = _exponent(m, shift, scale)
-        d = _exponent(x, shift, scale)
+        delta = _exponent(m, shift, SCALE)
+        d = _exponent(x, shift, SCALE)
         e = tl.exp2(d)
         w = tl.exp2(delta)
         de = d * e
@@ -121,7 +126,7 @@ def gradient_kernel(
     at_target,
     width,
     real_columns,
-    inverse_temperature,
+    SCALE: tl.constexpr,
     HAS_B: tl.constexpr,
     HAS_TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -129,12 +134,11 @@ def gradient_kernel(
     """One program a tile of a row: the softmax again, and the gradient over the logits that it came from."""
     row = tl.program_id(0).to(tl.int64)
     acc = maximum.dtype.element_ty
-    scale = (inverse_temperature * _LOG2_E).to(acc)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     where = logits + row * width + at
-    x = tl.load(where, mask=at < real_columns, other=float("-inf")).to(acc)
+    x = tl.load(where, mask=at < width, other=float("-inf")).to(acc)
     m = tl.load(maximum + row)
-    d = _exponent(x, tl.where(m == float("-inf"), 0.0, m), scale)
+    d = _exponent(x, tl.where(m == float("-inf"), 0.0, m), SCALE)
     factor = tl.load(a + row)
     if HAS_B:
         factor = factor + tl.load(b + row) / _LOG2_E * d
@@ -146,7 +150,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def _exponent(x, shift, scale):
-    """(x - shift) * scale, finite where x is -inf. Not `maximum`, which would turn a NaN into a number."""
-    d = (x - shift) * scale
+def _exponent(x, shift, SCALE: tl.constexpr):
+    """(x - shift) * SCALE, finite where x is -inf. Not `maximum`, which would turn a NaN into a number."""
+    d = (x - shift) * SCALE
     return tl.where(d < _LOWEST, _LOWEST, d)

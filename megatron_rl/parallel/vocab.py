@@ -154,11 +154,11 @@ def merge_shards(local: Tensor, group: ProcessGroup | None, temperature: float) 
     Returns: `[T]` global maximum (before the temperature), log S, logprobs, entropy and, when `local` has 6 columns,
         sum_p2 and sum_p2_logp, in the dtype of `local`.
     """
-    return tuple(x.to(local.dtype) for x in _merge(_all_gather(local, group), temperature))
+    return tuple(x.to(local.dtype) for x in merge_stacked(_all_gather(local, group), temperature))
 
 
-def _merge(shards: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    """What `merge_shards` returns, in float64, from `[ranks, T, 4 or 6]`.
+def merge_stacked(shards: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """What `merge_shards` returns, in float64, from the statistics of all shards, `[ranks, T, 4 or 6]`.
 
     The maximum and log S stay apart: their sum, one log-sum-exp, has no bits left for log S when logits are large.
     """
