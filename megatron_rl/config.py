@@ -32,7 +32,12 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and activations")
     recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
     logits_block_rows: PositiveInt | None = Field(
-        None, description="rows of logits that the vocabulary statistics treat at once; null: blocks of 2^20 elements"
+        None,
+        description="on a CPU, rows of logits that the vocabulary statistics treat at once; null: what cache holds",
+    )
+    fused_linear_stats: Literal["off", "on", "auto"] = Field(
+        "off",
+        description="on: never hold a micro-batch's logits, and compute them twice; auto: on above 4 GiB of them a rank",
     )
 
     @model_validator(mode="after")

@@ -80,22 +80,31 @@ def _check(logits: Tensor, labels: Tensor, temperature: float, block_rows: int |
             f"logits: got shape {tuple(logits.shape)}, strides {logits.stride()}, {logits.dtype}; expected a "
             "contiguous floating-point [T, V_local], whose storage the gradient may overwrite"
         )
-    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, {labels.dtype}; expected int64 [{logits.shape[0]}], one "
-            "per row of logits"
-        )
+    check_labels(labels, logits.shape[0])
     if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "logits is a leaf that requires grad: backward would overwrite its values with its gradient; "
             "pass logits.clone()"
         )
+    check_temperature(temperature)
+    if block_rows is not None and block_rows < 1:
+        raise ValueError(f"block_rows: got {block_rows}, expected at least 1")
+
+
+def check_labels(labels: Tensor, tokens: int) -> None:
+    """Raises: ValueError unless labels are int64 `[tokens]`."""
+    if labels.shape != (tokens,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, {labels.dtype}; expected int64 [{tokens}], one per token"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises: ValueError unless it is finite and positive."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(
             f"temperature: got {temperature}, expected a finite number > 0; decode greedily with argmax instead"
         )
-    if block_rows is not None and block_rows < 1:
-        raise ValueError(f"block_rows: got {block_rows}, expected at least 1")
 
 
 class _VocabParallelStats(torch.autograd.Function):

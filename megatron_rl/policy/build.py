@@ -11,6 +11,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
@@ -35,6 +39,14 @@ class Model:
     ddp: DistributedDataParallel
     vocab_size: int  # real
     vocab_start: int  # first global column of this rank's logits shard
+    hands_over_hidden: bool  # the last stage returns hidden states, and the output layer belongs to the statistics
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """`[padded V/TP, H]`, of the last pipeline stage's output layer; the embedding's where the two are tied."""
+        if self.gpt.share_embeddings_and_output_weights:
+            return self.gpt.shared_embedding_or_output_weight()
+        return self.gpt.output_layer.weight
 
 
 def resolve_hf_config(raw: dict[str, Any]) -> PretrainedConfig:
@@ -160,6 +172,9 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -
         post_process=groups.is_last_stage,
     )
     _use_hf_rope(gpt, hf)
+    fused = fuses_output_layer(config, vocab)
+    if fused and groups.is_last_stage:
+        _hand_over_hidden(gpt, groups)
     module = Float16Module(tconfig, gpt) if tconfig.bf16 else gpt
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -169,7 +184,27 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -
     ddp = DistributedDataParallel(tconfig, ddp_config, module)
     _count_padding(ddp)
     tconfig.finalize_model_grads_func = finalize_model_grads
-    return Model(hf, tconfig, gpt, ddp, hf.vocab_size, groups.tp_rank * (vocab // groups.tp_size))
+    return Model(hf, tconfig, gpt, ddp, hf.vocab_size, groups.tp_rank * (vocab // groups.tp_size), fused)
+
+
+def fuses_output_layer(config: Config, padded_vocab: int) -> bool:
+    """Whether the statistics compute the logits themselves, in chunks (model.fused_linear_stats)."""
+    size = config.train.micro_batch_tokens * padded_vocab // config.parallel.tp * DTYPES[config.model.dtype].itemsize
+    return {"off": False, "on": True, "auto": size > 4 * 2**30}[config.model.fused_linear_stats]
+
+
+def _hand_over_hidden(gpt: GPTModel, groups: Groups) -> None:
+    """Let the output layer return its whole input, whose gradient is then summed over TP as the layer would.
+
+    The layer stays where it is, with its weight: checkpoints, gradient buffers and tying know no difference.
+    """
+
+    def forward(hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        if gpt.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, group=groups.tp), None
+        return copy_to_tensor_model_parallel_region(hidden, group=groups.tp), None
+
+    gpt.output_layer.forward = forward
 
 
 def _count_padding(ddp: DistributedDataParallel) -> None:

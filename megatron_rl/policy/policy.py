@@ -16,6 +16,7 @@ from megatron_rl.config import Config
 from megatron_rl.convert.hf import Source, folder_source, random_source
 from megatron_rl.convert.mapping import load_weights
 from megatron_rl.errors import UserError
+from megatron_rl.parallel.fused_linear import linear_stats
 from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.parallel.vocab import vocab_parallel_stats
@@ -102,8 +103,8 @@ class MegatronPolicy:
     def stats(self, mini_batch: MiniBatch, *, with_sum_p2: bool = False) -> list[TokenStats]:
         """Forward only: statistics of each micro-batch's tokens under the current weights, on every pipeline stage."""
 
-        def collect(logits: Tensor, micro_batch: MicroBatch) -> TokenStats:
-            return self._token_stats(logits, micro_batch, with_sum_p2)
+        def collect(output: Tensor, micro_batch: MicroBatch) -> TokenStats:
+            return self._token_stats(output, micro_batch, with_sum_p2)
 
         with torch.no_grad():
             outputs: list[TokenStats | None] = run_schedule(self.model, mini_batch, collect, forward_only=True)
@@ -150,14 +151,14 @@ class MegatronPolicy:
         Raises: NonFiniteError when more than train.max_nonfinite_updates gradients in a row were not finite.
         """
 
-        def on_logits(logits: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            outputs = loss(loss_inputs(micro_batch, self._token_stats(logits, micro_batch, False)), loss_config)
-            count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=logits.device)
+        def on_output(output: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            outputs = loss(loss_inputs(micro_batch, self._token_stats(output, micro_batch, False)), loss_config)
+            count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=output.device)
             return outputs.loss_sum, count, outputs.metrics
 
         self.model.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
-        collected = run_schedule(self.model, mini_batch, on_logits, forward_only=False)
+        collected = run_schedule(self.model, mini_batch, on_output, forward_only=False)
         sums = _add_up(collected)
         if self.groups.pp_size > 1:
             sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
@@ -201,17 +202,18 @@ class MegatronPolicy:
                 "update. Look at optimizer.lr, rewards and the train-against-rollout mismatch."
             )
 
-    def _token_stats(self, logits: Tensor, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
-        return vocab_parallel_stats(
-            logits,
-            micro_batch.labels,
-            group=self.groups.tp if self.groups.tp_size > 1 else None,
-            vocab_start=self.model.vocab_start,
-            vocab_size=self.model.vocab_size,
-            temperature=self.temperature,
-            with_sum_p2=with_sum_p2,
-            block_rows=self.config.model.logits_block_rows,
-        )
+    def _token_stats(self, output: Tensor, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
+        options: dict[str, Any] = {
+            "group": self.groups.tp if self.groups.tp_size > 1 else None,
+            "vocab_start": self.model.vocab_start,
+            "vocab_size": self.model.vocab_size,
+            "temperature": self.temperature,
+            "with_sum_p2": with_sum_p2,
+        }
+        if self.model.hands_over_hidden:
+            return linear_stats(output, self.model.output_weight, micro_batch.labels, **options)
+        rows = self.config.model.logits_block_rows
+        return vocab_parallel_stats(output, micro_batch.labels, **options, block_rows=rows)
 
     def _on_every_stage(self, stats: TokenStats | None, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
         fields = ["logprobs", "entropy", *(["sum_p2", "sum_p2_logp"] if with_sum_p2 else [])]

@@ -13,15 +13,15 @@ from torch import Tensor
 from megatron_rl.policy.build import Model
 from megatron_rl.types import MicroBatch, MiniBatch
 
-# from (logits shard [T, V/TP], micro-batch) to Megatron's triple (loss sum, count, what to collect) or, forward only,
+# from (logits shard [T, V/TP], or hidden states [T, H] where the model hands them over; micro-batch) to Megatron's triple (loss sum, count, what to collect) or, forward only,
 # to any value
-LogitsFunction = Callable[[Tensor, MicroBatch], Any]
+OutputFunction = Callable[[Tensor, MicroBatch], Any]
 
 
-def run_schedule(model: Model, mini_batch: MiniBatch, on_logits: LogitsFunction, *, forward_only: bool) -> list[Any]:
+def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction, *, forward_only: bool) -> list[Any]:
     """Run all micro-batches through Megatron's schedule (1F1B when pipelined).
 
-    With forward_only, `on_logits` returns any value and the result lists them; otherwise it returns (loss sum, int
+    With forward_only, `on_output` returns any value and the result lists them; otherwise it returns (loss sum, int
     count, metrics) and the result lists the metrics. Only the last pipeline stage gets a non-empty list. Gradients end
     in Megatron's main_grad
     buffers, divided once by the count over all micro-batches and data-parallel ranks.
@@ -40,8 +40,8 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_logits: LogitsFunction,
             **options,
         )
 
-        def loss_function(logits: Tensor, non_loss_data: bool = False) -> Any:
-            return on_logits(logits.view(-1, logits.shape[-1]), micro_batch)
+        def loss_function(output: Tensor, non_loss_data: bool = False) -> Any:
+            return on_output(output.view(-1, output.shape[-1]), micro_batch)
 
         return output, loss_function
 

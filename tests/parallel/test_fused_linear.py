@@ -1,0 +1,88 @@
+"""The fused output layer against the layer and the statistics apart, whose gradients autograd takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.parallel.fused_linear import linear_stats
+from megatron_rl.parallel.vocab import vocab_parallel_stats
+from tests.parallel.test_vocab import _Watch
+from tests.worlds import Worlds
+
+T, H, V, V_PADDED = 13, 10, 45, 64  # at TP 2 the second shard is partly padding
+
+
+def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(T, H, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V_PADDED, H, generator=generator, dtype=torch.float64)
+    weight[V:] *= 20  # would dominate every sum if padding counted
+    labels = torch.randint(0, V, (T,), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), labels, torch.randn(2, T, generator=generator)
+
+
+def _both(dtype: torch.dtype) -> list[list[Tensor]]:
+    """Values and gradients of hidden (summed over ranks) and weight, apart and fused, on this rank's shard."""
+    hidden, weight, labels, upstream = _inputs(dtype)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    shard = weight.chunk(size)[rank]
+    options: dict[str, Any] = {"vocab_start": rank * len(shard), "vocab_size": V, "temperature": 0.7}
+    options |= {"group": dist.group.WORLD, "with_sum_p2": True}
+    found = []
+    for fused in (False, True):
+        h, w = hidden.clone().requires_grad_(), shard.clone().requires_grad_()
+        if fused:
+            stats = linear_stats(h, w, labels, **options, chunk_tokens=4)
+        else:
+            stats = vocab_parallel_stats(h @ w.t(), labels, **options)
+        (stats.logprobs * upstream[0] + stats.entropy * upstream[1]).sum().backward()
+        assert h.grad is not None and w.grad is not None
+        dist.all_reduce(h.grad)
+        padding = max(0, min(len(shard), rank * len(shard) + len(shard) - V))
+        assert not w.grad[len(shard) - padding :].any()
+        values = [stats.logprobs, stats.entropy, stats.sum_p2, stats.sum_p2_logp]
+        found.append([*(value.detach() for value in values if value is not None), h.grad, w.grad])
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_fused_equals_apart(worlds: Worlds, size: int) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+        for apart, fused in worlds.run(size, _both, dtype):
+            assert len(apart) == len(fused) == 6
+            for want, got in zip(apart, fused, strict=True):
+                assert got.dtype == want.dtype
+                torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def _watched() -> tuple[list[str], int]:
+    tokens, width, chunk = 64, 500, 4
+    hidden, weight = torch.randn(tokens, 8, requires_grad=True), torch.randn(width, 8, requires_grad=True)
+    options: dict[str, Any] = {"vocab_start": width * dist.get_rank(), "vocab_size": 970, "chunk_tokens": chunk}
+    with _Watch(hidden) as watch:
+        stats = linear_stats(hidden, weight, torch.arange(tokens), group=dist.group.WORLD, **options)
+        (stats.logprobs.sum() + stats.entropy.sum()).backward()
+    return watch.collectives, max(watch.allocated.values())
+
+
+def test_one_collective_and_never_more_than_a_chunk_of_logits(worlds: Worlds) -> None:
+    for collectives, largest in worlds.run(2, _watched):
+        assert len(collectives) == 1 and "allgather" in collectives[0]
+        assert largest <= 2 * 4 * 500  # the scratch of a chunk; the weight's gradient has 4,000 elements too
+
+
+def test_no_tokens_and_inputs_that_cannot_work() -> None:
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(6, 4, requires_grad=True)
+    labels = torch.empty(0, dtype=torch.int64)
+    stats = linear_stats(hidden, weight, labels, group=None, vocab_start=0, vocab_size=6)
+    stats.logprobs.sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
+    with pytest.raises(ValueError, match=r"weight \(6, 4\).*one dtype"):
+        linear_stats(hidden.double(), weight, labels, group=None, vocab_start=0, vocab_size=6)
+    with pytest.raises(ValueError, match="chunk_tokens: got 0"):
+        linear_stats(hidden, weight, labels, group=None, vocab_start=0, vocab_size=6, chunk_tokens=0)
