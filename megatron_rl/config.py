@@ -33,11 +33,11 @@ class ModelConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
     logits_block_rows: PositiveInt | None = Field(
         None,
-        description="on a CPU, rows of logits that the vocabulary statistics treat at once; null: what cache holds",
+        description="on a CPU, rows of logits that the vocabulary statistics treat at once; null: by cache",
     )
     fused_linear_stats: Literal["off", "on", "auto"] = Field(
         "off",
-        description="on: never hold a micro-batch's logits, and compute them twice; auto: on above 4 GiB of them a rank",
+        description="on: never hold the logits, and compute them twice; auto: on above 4 GiB of them a rank",
     )
 
     @model_validator(mode="after")

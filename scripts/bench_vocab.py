@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rl import device, launch
 from megatron_rl.config import ParallelConfig
+from megatron_rl.parallel.fused_linear import linear_stats
 from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
 from megatron_rl.parallel.vocab import vocab_parallel_stats
 
@@ -138,6 +139,10 @@ def logits_ways(tp: int) -> dict[str, Way]:
     return ways
 
 
+def linear_ways() -> dict[str, Way]:
+    return {"separate": separate, "fused": fused}
+
+
 def classical(logits: Tensor, labels: Tensor, setting: dict[str, Any], groups: Groups) -> tuple[Tensor, Tensor]:
     """Two operators, each with softmax and collectives of its own. The cross entropy overwrites what it is given."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # noqa: TID251  what is measured against
@@ -150,6 +155,17 @@ def classical(logits: Tensor, labels: Tensor, setting: dict[str, Any], groups: G
 def one_pass(logits: Tensor, labels: Tensor, setting: dict[str, Any], groups: Groups) -> tuple[Tensor, Tensor]:
     group = groups.tp if groups.tp_size > 1 else None
     stats = vocab_parallel_stats(logits, labels, group=group, vocab_start=setting["start"], vocab_size=setting["vocab"])
+    return stats.logprobs, stats.entropy
+
+
+def separate(inputs: Any, labels: Tensor, setting: dict[str, Any], groups: Groups) -> tuple[Tensor, Tensor]:
+    hidden, weight = inputs
+    return one_pass(hidden @ weight.t(), labels, setting, groups)
+
+
+def fused(inputs: Any, labels: Tensor, setting: dict[str, Any], groups: Groups) -> tuple[Tensor, Tensor]:
+    group = groups.tp if groups.tp_size > 1 else None
+    stats = linear_stats(*inputs, labels, group=group, vocab_start=setting["start"], vocab_size=setting["vocab"])
     return stats.logprobs, stats.entropy
 
 

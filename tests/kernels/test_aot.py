@@ -66,7 +66,7 @@ def test_odd_vocabularies_compile_with_narrow_loads(figures: dict[str, Any]) -> 
 
 
 def test_occupancy() -> None:
-    """Hand-computed: 40 registers are 5 units of 256 a warp, 12 blocks of 4 warps in 65536; 255 are 32 units, 2 blocks."""
+    """By hand: 40 registers are 5 units of 256 a warp, 12 blocks of 4 warps in 65536; 255 are 32 units, 2 blocks."""
     from megatron_rl.kernels.aot import occupancy
 
     assert [occupancy(40, 4), occupancy(41, 4), occupancy(255, 4), occupancy(16, 1)] == [0.75, 0.625, 0.125, 0.5]

@@ -26,7 +26,9 @@ def _outcome(folder: Path, parallel: dict[str, Any], fused: str) -> tuple[dict[s
     from megatron_rl.algorithms.losses import LOSSES
     from megatron_rl.policy.schedule import run_schedule
 
-    config = make_config(folder, parallel=parallel, model={"fused_linear_stats": fused}, loss={"entropy_coef": 0.1})
+    config = make_config(
+        folder, parallel=parallel, model={"fused_linear_stats": fused}, loss={"type": "ppo_clip", "entropy_coef": 0.1}
+    )
     with policy_of(config) as policy:
         mini_batch = make_batch(config, policy.groups).mini_batches[0]
         stats = policy.stats(mini_batch, with_sum_p2=True)
