@@ -7,6 +7,7 @@ starts. The resolved copy is saved with the run. All config objects are frozen.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -43,24 +44,43 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Process layout. The data-parallel size is world_size / (tp * pp)."""
+    """Process layout. The data-parallel size is world_size / (tp * pp * cp)."""
 
-    world_size: PositiveInt | None = Field(None, description="processes, started if torchrun did not; null: tp * pp")
+    world_size: PositiveInt | None = Field(
+        None, description="processes, started if torchrun did not; null: tp * pp * cp"
+    )
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     pp: PositiveInt = Field(1, description="pipeline-parallel size")
-    ep: PositiveInt = Field(1, description="expert-parallel size, a divisor of tp * dp; 1: tp splits the experts")
+    vpp: PositiveInt = Field(1, description="virtual pipeline stages: model chunks that a pipeline rank interleaves")
+    cp: PositiveInt = Field(1, description="context-parallel size: ranks that share each sequence's tokens")
+    ep: PositiveInt = Field(1, description="expert-parallel size, a divisor of tp * cp * dp; 1: tp splits the experts")
     sp: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = Field(True, description="shard the optimizer state over data-parallel ranks")
 
     @property
     def processes(self) -> int:
         """Number of processes in the world."""
-        return self.world_size or self.tp * self.pp
+        return self.world_size or self.tp * self.pp * self.cp
 
     @property
     def dp(self) -> int:
         """Data-parallel size."""
-        return self.processes // (self.tp * self.pp)
+        return self.processes // (self.tp * self.pp * self.cp)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Packing pads each sequence to a multiple of this many tokens: two chunks for every context-parallel rank."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def token_multiple(self) -> int:
+        """Packing pads each micro-batch, over all context-parallel ranks, to a multiple of this many tokens."""
+        return math.lcm(self.sequence_multiple, self.cp * (self.tp if self.sp else 1))
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """A mini-batch has a multiple of this many micro-batches: interleaved chunks go through in groups of pp."""
+        return self.pp if self.vpp > 1 else 1
 
 
 class CountdownData(Section):
@@ -159,7 +179,9 @@ class TrainConfig(Section):
     num_steps: PositiveInt = Field(100, description="RL steps (one generation phase each)")
     prompts_per_step: PositiveInt = Field(32, description="prompts whose groups form one step")
     prompts_per_minibatch: PositiveInt = Field(8, description="prompts per optimizer update")
-    micro_batch_tokens: PositiveInt = Field(4096, description="token budget of one packed micro-batch")
+    micro_batch_tokens: PositiveInt = Field(
+        4096, description="token budget of one packed micro-batch, over its context-parallel ranks together"
+    )
     max_nonfinite_updates: NonNegativeInt = Field(
         3, description="updates in a row with a non-finite gradient that are skipped and counted before the run ends"
     )

@@ -35,6 +35,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"world_size": 2},
     "tp2_sp": {"world_size": 2, "tp": 2, "sp": True},
     "tp2_pp2": {"world_size": 4, "tp": 2, "pp": 2},
+    "cp2": {"world_size": 2, "cp": 2},
+    "pp2_vpp2": {"world_size": 2, "pp": 2, "vpp": 2},
 }
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -187,8 +187,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 HF = "model__hf_config__"
 INCONSISTENT: list[tuple[dict[str, Any], str]] = [
-    ({"parallel": {"tp": 2, "world_size": 5}}, "world_size=5 is not a multiple of tp*pp=2; set it to 4 or 6"),
-    ({"parallel": {"tp": 2, "world_size": 1}}, "world_size=1 is not a multiple of tp*pp=2; set it to 2"),
+    ({"parallel": {"tp": 2, "world_size": 5}}, "world_size=5 is not a multiple of tp*pp*cp=2; set it to 4 or 6"),
+    ({"parallel": {"tp": 2, "world_size": 1}}, "world_size=1 is not a multiple of tp*pp*cp=2; set it to 2"),
     ({"parallel": {"tp": 1, "sp": True}}, "set sp=false or raise tp"),
     ({"parallel": {"tp": 4}}, "num_attention_heads=6 is not divisible by parallel.tp=4; choose tp from [1, 2, 6]"),
     (

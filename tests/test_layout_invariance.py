@@ -47,6 +47,8 @@ QUICK = {
     "dp2": (8, True),  # 12 sequences in 16 micro-batches: some are empty
     "tp2_sp": (2, False),
     "tp2_pp2": (8, True),
+    "cp2": (2, True),
+    "pp2_vpp2": (8, True),
 }
 EXTRA = {
     "tp2": [Case("kl_cov_vocab", 8)],

@@ -29,7 +29,7 @@ def _stream(layout: str) -> list[tuple[str, str, list[str], list[str]]]:
         policy.load(source.__getitem__)
         for bucket, size in BUCKETS.items():
             stream = weight_stream(
-                policy.parameters, policy.hf_config, groups, layer_offset=policy.layer_offset, bucket_bytes=size
+                policy.parameters, policy.hf_config, groups, bucket_bytes=size
             )
             pairs = [(name, tensor.clone()) for name, tensor in stream]
             wrong = [n for n, t in pairs if t.dtype != source[n].dtype or not torch.equal(t, source[n])]
@@ -91,7 +91,7 @@ def _expert_stream(parallel: dict[str, Any]) -> list[tuple[list[str], list[str]]
     results = []
     for size in BUCKETS.values():
         stream = weight_stream(
-            policy.parameters, policy.hf_config, groups, layer_offset=policy.layer_offset, bucket_bytes=size
+            policy.parameters, policy.hf_config, groups, bucket_bytes=size
         )
         pairs = [(name, tensor.clone()) for name, tensor in stream]
         results.append(([name for name, _ in pairs], [n for n, t in pairs if not torch.equal(t, source(n) + 0.1)]))

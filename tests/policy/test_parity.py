@@ -89,6 +89,7 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
     import torch.distributed as dist
 
     from megatron_rl.algorithms.losses import sft
+    from megatron_rl.parallel.groups import packing_options
     from megatron_rl.parallel.weights import weight_stream
     from megatron_rl.policy.schedule import run_schedule
 
@@ -104,10 +105,7 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
             batch = pack_supervised(
                 [(sequence[:1], sequence[1:]) for sequence in _sequences()],
                 micro_batch_tokens=60,
-                dp_rank=groups.dp_rank,
-                dp_size=groups.dp_size,
-                pad_multiple=groups.tp_size if config.parallel.sp else 1,
-                equal_lengths=groups.pp_size > 1,
+                **packing_options(groups, config.parallel),
             )
             assert len(batch.micro_batches) > 1 or groups.dp_size > 2
 
@@ -122,7 +120,7 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
             zeros = [torch.zeros_like(mb.advantages) for mb in batch.micro_batches]
             result = policy.update(batch.replace_each("old_logprobs", zeros), sft, None)
             main_grads = [(name, parameter.main_grad) for name, parameter in policy.parameters]
-            grads = weight_stream(main_grads, policy.hf_config, groups, layer_offset=policy.layer_offset)
+            grads = weight_stream(main_grads, policy.hf_config, groups)
             found[case] = {
                 "logits": _by_sequence(batch, logits) if logits else {},
                 "logprobs": _by_sequence(batch, [s.logprobs for s in stats]),
