@@ -29,7 +29,9 @@ def local_tokens(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
         return torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     lengths = cu_seqlens.diff().long()
     if bool((lengths % (2 * size)).any()):
-        raise ValueError(f"sequences of {lengths.tolist()} tokens: over {size} ranks each must be a multiple of {2 * size}")
+        raise ValueError(
+            f"sequences of {lengths.tolist()} tokens: over {size} ranks each must be a multiple of {2 * size}"
+        )
     chunks = lengths // (2 * size)
     mine = torch.stack([torch.full_like(chunks, rank), torch.full_like(chunks, 2 * size - 1 - rank)], dim=1).flatten()
     starts = cu_seqlens[:-1].long().repeat_interleave(2) + mine * chunks.repeat_interleave(2)

@@ -48,8 +48,8 @@ def weight_stream(
     """Yield (hf_name, full tensor) of the whole model on every rank, in the same order; a collective: all ranks must
     exhaust it.
 
-    parameters: this rank's (Megatron name, shard) pairs, layers numbered over the whole model. bucket_bytes: bound on a gathered bucket (one parameter
-    at least).
+    parameters: this rank's (Megatron name, shard) pairs, layers numbered over the whole model. bucket_bytes: bound on a
+    gathered bucket (one parameter at least).
     """
     mine = [_entry(name, parameter, hf, groups) for name, parameter in parameters]
     stages: list[list[_Entry]] = Reducer(groups.pp, parameters[0][1].device).gather_objects(mine)
