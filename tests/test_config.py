@@ -198,6 +198,17 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ({"parallel": {"ep": 2}}, "parallel.ep=2: qwen2 has no experts; set ep=1"),
     ({HF + "model_type": "qwen3_moe"}, "lacks a positive num_experts, moe_intermediate_size, num_experts_per_tok"),
     ({"parallel": {"pp": 3}}, "num_hidden_layers=4 is not divisible by parallel.pp=3; choose pp from [1, 2, 4]"),
+    (
+        {"parallel": {"pp": 2, "vpp": 4}},
+        "vpp=4 does not divide the 2 layers of a pipeline stage; choose vpp from [1, 2]",
+    ),
+    ({"parallel": {"vpp": 2}}, "parallel.vpp=2 interleaves chunks of pipeline stages: raise pp, or set vpp=1"),
+    ({"parallel": {"cp": 2, "world_size": 3}}, "world_size=3 is not a multiple of tp*pp*cp=2; set it to 2 or 4"),
+    ({"parallel": {"cp": 5}, "train__micro_batch_tokens": 99}, "padded to a multiple of 10); raise it to at least 100"),
+    (
+        {"parallel": {"cp": 2}, "loss": {"type": "kl_cov", "cov_scope": "microbatch"}},
+        "parallel.cp=2 spreads each sequence over several; set cov_scope=minibatch",
+    ),
     ({HF + "intermediate_size": 97}, "intermediate_size=97 is not divisible by parallel.tp=2"),
     ({HF + "num_key_value_heads": 4}, "num_attention_heads=6 is not divisible by num_key_value_heads=4"),
     ({HF + "model_type": "gpt2"}, "supported: llama, mistral, qwen2, qwen3, qwen3_moe"),

@@ -48,7 +48,7 @@ def gather_tokens(local: Tensor, cu_seqlens: Tensor, group: ProcessGroup) -> Ten
     """
     size = dist.get_world_size(group)
     held = torch.cat([local_tokens(cu_seqlens, rank, size) for rank in range(size)])
-    return _Gather.apply(local, group)[held.argsort()]  # type: ignore[no-untyped-call]
+    return _Gather.apply(local, group)[held.argsort()]
 
 
 class _Gather(torch.autograd.Function):
@@ -63,7 +63,7 @@ class _Gather(torch.autograd.Function):
         return whole
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         size = dist.get_world_size(ctx.group)
         mine = grad.new_empty(grad.shape[0] // size, *grad.shape[1:])
         _reduce_scatter_flat(mine, grad.contiguous(), group=ctx.group)

@@ -39,6 +39,16 @@ class Model:
     vocab_size: int  # real
     vocab_start: int  # first global column of this rank's logits shard
 
+    def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[int, Any]:
+        """What a checkpoint keeps of each chunk. Its keys number the layers over the whole model."""
+        # no list: Megatron cannot merge lists of different lengths, as another layout's would be
+        return {index: chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.chunks)}
+
+    def load_state_dict(self, state: dict[int, Any]) -> None:
+        """Fill the chunks from the loaded state of the same structure."""
+        for index, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state[index])
+
 
 def resolve_hf_config(raw: dict[str, Any]) -> PretrainedConfig:
     """Fill in the architecture's defaults. Raises: ConfigError for features that the Megatron policy would silently

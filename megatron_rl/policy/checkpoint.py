@@ -143,8 +143,7 @@ class CheckpointStore:
                 f"cannot load the checkpoint {path}: {_reasons(error)}\nIf it belongs to another model, use another "
                 "run name or train.resume=never; if it is damaged, remove it"
             ) from error
-        for index, chunk in enumerate(self.policy.model.chunks):
-            chunk.load_state_dict(state["model"][index])
+        self.policy.model.load_state_dict(state["model"])
         self._load_optimizer(state)
         self.policy.skipped_in_a_row = state["skipped_in_a_row"]
         if "random" in state:
@@ -170,8 +169,7 @@ class CheckpointStore:
             "dp_cp_group": self.groups.dp,
         }
         _begin_torch_adam(self.policy.optimizer)
-        chunks = enumerate(self.policy.model.chunks)  # a dict, as common states of other lengths would not merge
-        model = {index: chunk.sharded_state_dict(metadata=metadata) for index, chunk in chunks}
+        model = self.policy.model.sharded_state_dict(metadata)
         gc.freeze()  # Megatron collects garbage in the next line: a second of walking through all that was imported
         optimizer = self.policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         gc.unfreeze()

@@ -62,17 +62,16 @@ class PackedAttention(MegatronModule):
             raise ValueError("PackedAttention takes packed (thd) sequences only; pass packed_seq_params")
         cu_seqlens, longest = packed_seq_params.cu_seqlens_q, int(packed_seq_params.max_seqlen_q)
         index, valid = _padded_index(cu_seqlens, longest)
-        queries, visible, options = index, valid, {"is_causal": True}
+        queries, visible, seen = index, valid, None
         if (size := self.context.size()) > 1:
             key, value = gather_tokens(torch.stack([key, value], dim=1), cu_seqlens, self.context).unbind(1)
             queries, visible = _padded_index(cu_seqlens // size, longest // size)
             positions = local_tokens(cu_seqlens, self.context.rank(), size)[queries] - cu_seqlens[:-1, None]
-            seen = torch.arange(longest, device=query.device) <= positions[..., None]
-            options = {"attn_mask": seen[:, None]}
+            seen = (torch.arange(longest, device=query.device) <= positions[..., None])[:, None]
         # [S, longest, n, d] -> [S, n, longest, d]; causal masking keeps the padded keys out of every real query's sight
         q, k, v = (x[rows].transpose(1, 2) for x, rows in ((query, queries), (key, index), (value, index)))
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1], **options
+            q, k, v, seen, is_causal=seen is None, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
         )
         return out.transpose(1, 2)[visible].reshape(query.shape[0], 1, -1)
 
