@@ -31,7 +31,16 @@ class ModelConfig(Section):
         None, description="contents of a config.json; the policy then starts from random weights drawn from `seed`"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and activations")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activation recomputation: of whole layers (full) or of `recompute_modules` (selective)"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        None, description="full: units of recompute_layers each, or that many layers of each model chunk; null: uniform"
+    )
+    recompute_layers: PositiveInt | None = Field(None, description="full: see recompute_method; null: 1")
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] | None = Field(
+        None, min_length=1, description="selective: what is recomputed in every layer; null: core_attn"
+    )
     logits_block_rows: PositiveInt | None = Field(
         None, description="rows of logits that the vocabulary statistics treat at once; null: blocks of 2^20 elements"
     )
@@ -40,6 +49,14 @@ class ModelConfig(Section):
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.hf_config is None):
             raise ValueError("set exactly one of model.path and model.hf_config")
+        return self
+
+    @model_validator(mode="after")
+    def _recompute_options(self) -> ModelConfig:
+        owners = {"recompute_method": "full", "recompute_layers": "full", "recompute_modules": "selective"}
+        for name, owner in owners.items():
+            if getattr(self, name) is not None and self.recompute != owner:
+                raise ValueError(f"{name} does nothing with recompute={self.recompute}; remove it, or set {owner}")
         return self
 
 

@@ -251,6 +251,16 @@ def _model_faults(config: Config) -> list[str]:
         faults.append(
             f"parallel.vpp={vpp} does not divide the {layers // pp} layers of a pipeline stage; choose vpp from {fits}"
         )
+    chunk_layers, recomputed = layers // (pp * vpp), config.model.recompute_layers or 1
+    if recomputed > max(1, chunk_layers):
+        faults.append(
+            f"model.recompute_layers={recomputed} exceeds the {chunk_layers} layers of a model chunk (num_hidden_layers"
+            f" / pp / vpp); lower it"
+        )
+    dense = not is_moe(hf) or bool(hf.get("mlp_only_layers")) or hf.get("decoder_sparse_step", 1) != 1
+    for name, occurs in {"mlp": dense, "moe": is_moe(hf)}.items():
+        if name in (config.model.recompute_modules or ()) and not occurs:
+            faults.append(f"model.recompute_modules: no layer of this {hf['model_type']} has a {name}; remove it")
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     positions = hf.get("max_position_embeddings")
     if isinstance(positions, int) and longest > positions:

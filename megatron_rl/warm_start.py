@@ -76,7 +76,7 @@ def _cache_key(config: Config, num_prompts: int) -> str:
     parts = {
         "version": __version__,
         "seed": config.seed,
-        "model": config.model.model_dump(mode="json", exclude={"recompute", "logits_block_rows"})
+        "model": config.model.model_dump(mode="json", include={"hf_config", "dtype"})
         | {"path": _fingerprint(Path(config.model.path)) if config.model.path is not None else None},
         "data": config.data.model_dump(mode="json"),
         "num_prompts": num_prompts,

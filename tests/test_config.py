@@ -209,6 +209,11 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
         {"parallel": {"cp": 2}, "loss": {"type": "kl_cov", "cov_scope": "microbatch"}},
         "parallel.cp=2 spreads each sequence over several; set cov_scope=minibatch",
     ),
+    ({"model__recompute": "full", "model__recompute_layers": 5}, "exceeds the 4 layers of a model chunk"),
+    (
+        {"model__recompute": "selective", "model__recompute_modules": ["moe"]},
+        "no layer of this qwen2 has a moe; remove it",
+    ),
     ({HF + "intermediate_size": 97}, "intermediate_size=97 is not divisible by parallel.tp=2"),
     ({HF + "num_key_value_heads": 4}, "num_attention_heads=6 is not divisible by num_key_value_heads=4"),
     ({HF + "model_type": "gpt2"}, "supported: llama, mistral, qwen2, qwen3, qwen3_moe"),

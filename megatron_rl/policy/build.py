@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_rl import device
-from megatron_rl.config import Config, OptimizerConfig
+from megatron_rl.config import Config, ModelConfig, OptimizerConfig
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
 from megatron_rl.parallel.groups import Groups, expert_tp
@@ -87,11 +87,6 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfig:
     """Megatron's description of the architecture and the layout."""
     dtype, parallel = DTYPES[config.model.dtype], config.parallel
-    recompute: dict[str, Any] = {}
-    if config.model.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif config.model.recompute == "selective":
-        recompute = {"recompute_granularity": "selective"}
     return TransformerConfig(
         **_moe_options(hf, config),
         num_layers=hf.num_hidden_layers,
@@ -123,9 +118,19 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
         perform_initialization=True,
         deterministic_mode=not device.ON_GPU,
         **(_INTERLEAVED | {"virtual_pipeline_model_parallel_size": parallel.vpp} if parallel.vpp > 1 else {}),
-        **recompute,
+        **_recompute_options(config.model),
         **device.transformer_config_options(),
     )
+
+
+def _recompute_options(model: ModelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if model.recompute == "full":
+        options = {"recompute_method": model.recompute_method or "uniform"}
+        options["recompute_num_layers"] = model.recompute_layers or 1
+    elif model.recompute == "selective":
+        options = {"recompute_modules": list(model.recompute_modules or ("core_attn",))}
+    return {"recompute_granularity": model.recompute, **options} if options else {}
 
 
 def _moe_options(hf: PretrainedConfig, config: Config) -> dict[str, Any]:
