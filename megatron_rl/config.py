@@ -85,14 +85,10 @@ class ParallelConfig(Section):
         return self.processes // (self.tp * self.pp * self.cp)
 
     @property
-    def sequence_multiple(self) -> int:
-        """Packing pads each sequence to a multiple of this many tokens: two chunks for every context-parallel rank."""
-        return 2 * self.cp if self.cp > 1 else 1
-
-    @property
     def token_multiple(self) -> int:
-        """Packing pads each micro-batch, over all context-parallel ranks, to a multiple of this many tokens."""
-        return math.lcm(self.sequence_multiple, self.cp * (self.tp if self.sp else 1))
+        """Packing pads each micro-batch, over all context-parallel ranks, to a multiple of this many tokens: each rank
+        has two chunks of every sequence, and sequence parallelism splits what it has."""
+        return self.cp * math.lcm(2 if self.cp > 1 else 1, self.tp if self.sp else 1)
 
     @property
     def micro_batch_multiple(self) -> int:

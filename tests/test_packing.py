@@ -53,15 +53,14 @@ def micro_batches(batch: TrainBatch) -> list[MicroBatch]:
     return [mb for mini in batch.minibatches() for mb in mini.micro_batches]
 
 
+def two_sequences() -> tuple[Config, list[Rollout]]:
+    loss = {"type": "ppo_clip", "aggregation": "seq_mean_token_mean"}
+    config = make_config(prompts=1, per_minibatch=1, samples=2, budget=30, loss=loss)
+    return config, [make_rollout(7, 0, [11, 12], [13, 14, 15]), make_rollout(7, 1, [21], [22])]
+
+
 def test_two_sequences_by_hand() -> None:
-    config = make_config(
-        prompts=1,
-        per_minibatch=1,
-        samples=2,
-        budget=30,
-        loss={"type": "ppo_clip", "aggregation": "seq_mean_token_mean"},
-    )
-    rollouts = [make_rollout(7, 0, [11, 12], [13, 14, 15]), make_rollout(7, 1, [21], [22])]
+    config, rollouts = two_sequences()
     (mini,) = pack(
         rollouts, torch.tensor([0.5, -2.0]), config, step=3, dp_rank=0, dp_size=1, pad_multiple=5
     ).minibatches()
@@ -82,14 +81,7 @@ def test_two_sequences_by_hand() -> None:
 
 def test_two_sequences_over_two_context_parallel_ranks_by_hand() -> None:
     """Lengths 5 and 2 become 8 and 4; each rank holds the first and the last, or the middle two, of their quarters."""
-    config = make_config(
-        prompts=1,
-        per_minibatch=1,
-        samples=2,
-        budget=30,
-        loss={"type": "ppo_clip", "aggregation": "seq_mean_token_mean"},
-    )
-    rollouts = [make_rollout(7, 0, [11, 12], [13, 14, 15]), make_rollout(7, 1, [21], [22])]
+    config, rollouts = two_sequences()
     options = {"step": 3, "dp_rank": 0, "dp_size": 1, "cp_size": 2, "pad_multiple": 4}
     outer, inner = (
         pack(rollouts, torch.tensor([0.5, -2.0]), config, cp_rank=rank, **options).mini_batches[0].micro_batches[0]
