@@ -107,7 +107,7 @@ def _train_rank(config: Config) -> None:
     if world != config.parallel.processes:
         raise ConfigError(
             f"this world has {world} processes (WORLD_SIZE), the config asks for {config.parallel.processes} "
-            f"(parallel.world_size, or tp * pp); start that many, or set parallel.world_size={world}"
+            f"(parallel.world_size, or tp * pp * cp); start that many, or set parallel.world_size={world}"
         )
     from megatron_rl import train  # torch and Megatron: seconds
 

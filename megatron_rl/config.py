@@ -7,6 +7,7 @@ starts. The resolved copy is saved with the run. All config objects are frozen.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -30,7 +31,16 @@ class ModelConfig(Section):
         None, description="contents of a config.json; the policy then starts from random weights drawn from `seed`"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and activations")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activation recomputation: of whole layers (full) or of `recompute_modules` (selective)"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        None, description="full: units of recompute_layers each, or that many layers of each model chunk; null: uniform"
+    )
+    recompute_layers: PositiveInt | None = Field(None, description="full: see recompute_method; null: 1")
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] | None = Field(
+        None, min_length=1, description="selective: what is recomputed in every layer; null: core_attn"
+    )
     logits_block_rows: PositiveInt | None = Field(
         None, description="rows of logits that the vocabulary statistics treat at once; null: blocks of 2^20 elements"
     )
@@ -41,26 +51,49 @@ class ModelConfig(Section):
             raise ValueError("set exactly one of model.path and model.hf_config")
         return self
 
+    @model_validator(mode="after")
+    def _recompute_options(self) -> ModelConfig:
+        owners = {"recompute_method": "full", "recompute_layers": "full", "recompute_modules": "selective"}
+        for name, owner in owners.items():
+            if getattr(self, name) is not None and self.recompute != owner:
+                raise ValueError(f"{name} does nothing with recompute={self.recompute}; remove it, or set {owner}")
+        return self
+
 
 class ParallelConfig(Section):
-    """Process layout. The data-parallel size is world_size / (tp * pp)."""
+    """Process layout. The data-parallel size is world_size / (tp * pp * cp)."""
 
-    world_size: PositiveInt | None = Field(None, description="processes, started if torchrun did not; null: tp * pp")
+    world_size: PositiveInt | None = Field(
+        None, description="processes, started if torchrun did not; null: tp * pp * cp"
+    )
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     pp: PositiveInt = Field(1, description="pipeline-parallel size")
-    ep: PositiveInt = Field(1, description="expert-parallel size, a divisor of tp * dp; 1: tp splits the experts")
+    vpp: PositiveInt = Field(1, description="virtual pipeline stages: model chunks that a pipeline rank interleaves")
+    cp: PositiveInt = Field(1, description="context-parallel size: ranks that share each sequence's tokens")
+    ep: PositiveInt = Field(1, description="expert-parallel size, a divisor of tp * cp * dp; 1: tp splits the experts")
     sp: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = Field(True, description="shard the optimizer state over data-parallel ranks")
 
     @property
     def processes(self) -> int:
         """Number of processes in the world."""
-        return self.world_size or self.tp * self.pp
+        return self.world_size or self.tp * self.pp * self.cp
 
     @property
     def dp(self) -> int:
         """Data-parallel size."""
-        return self.processes // (self.tp * self.pp)
+        return self.processes // (self.tp * self.pp * self.cp)
+
+    @property
+    def token_multiple(self) -> int:
+        """Packing pads each micro-batch, over all context-parallel ranks, to a multiple of this many tokens: each rank
+        has two chunks of every sequence, and sequence parallelism splits what it has."""
+        return self.cp * math.lcm(2 if self.cp > 1 else 1, self.tp if self.sp else 1)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """A mini-batch has a multiple of this many micro-batches: interleaved chunks go through in groups of pp."""
+        return self.pp if self.vpp > 1 else 1
 
 
 class CountdownData(Section):
@@ -159,7 +192,9 @@ class TrainConfig(Section):
     num_steps: PositiveInt = Field(100, description="RL steps (one generation phase each)")
     prompts_per_step: PositiveInt = Field(32, description="prompts whose groups form one step")
     prompts_per_minibatch: PositiveInt = Field(8, description="prompts per optimizer update")
-    micro_batch_tokens: PositiveInt = Field(4096, description="token budget of one packed micro-batch")
+    micro_batch_tokens: PositiveInt = Field(
+        4096, description="token budget of one packed micro-batch, over its context-parallel ranks together"
+    )
     max_nonfinite_updates: NonNegativeInt = Field(
         3, description="updates in a row with a non-finite gradient that are skipped and counted before the run ends"
     )

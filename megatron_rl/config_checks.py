@@ -72,15 +72,22 @@ def _folder_faults(config: Config) -> list[str]:
 
 def _layout_faults(config: Config) -> list[str]:
     parallel, faults = config.parallel, []
-    model_parallel = parallel.tp * parallel.pp
+    model_parallel = parallel.tp * parallel.pp * parallel.cp
     if parallel.processes % model_parallel:
         low = parallel.processes // model_parallel * model_parallel
         near = f"{low} or {low + model_parallel}" if low else str(model_parallel)
         faults.append(
-            f"parallel.world_size={parallel.processes} is not a multiple of tp*pp={model_parallel}; set it to {near}"
+            f"parallel.world_size={parallel.processes} is not a multiple of tp*pp*cp={model_parallel}; set it to {near}"
         )
     if parallel.sp and parallel.tp == 1:
         faults.append("parallel.sp=true needs parallel.tp > 1; set sp=false or raise tp")
+    if parallel.vpp > 1 and parallel.pp == 1:
+        faults.append(f"parallel.vpp={parallel.vpp} interleaves chunks of pipeline stages: raise pp, or set vpp=1")
+    if parallel.cp > 1 and getattr(config.loss, "cov_scope", "minibatch") == "microbatch":
+        faults.append(
+            f"loss.cov_scope=microbatch ranks the tokens of one process, and parallel.cp={parallel.cp} spreads each "
+            "sequence over several; set cov_scope=minibatch, which is exact under any layout, or cp=1"
+        )
     return faults
 
 
@@ -99,10 +106,13 @@ def _batch_faults(config: Config) -> list[str]:
             f"{config.parallel.dp} data-parallel ranks; raise prompts_per_minibatch or lower world_size"
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if train.micro_batch_tokens < longest:
+    parallel = config.parallel
+    needed = -(-longest // parallel.token_multiple) * parallel.token_multiple
+    if train.micro_batch_tokens < needed:
+        padded = f", padded to a multiple of {parallel.token_multiple}" if needed > longest else ""
         faults.append(
             f"train.micro_batch_tokens={train.micro_batch_tokens} is below the longest sequence "
-            f"(max_prompt_tokens + max_response_tokens = {longest}); raise it to at least {longest}"
+            f"(max_prompt_tokens + max_response_tokens = {longest}{padded}); raise it to at least {needed}"
         )
     if config.algorithm.overlong.penalty_buffer > config.rollout.max_response_tokens:
         faults.append(
@@ -232,9 +242,25 @@ def _model_faults(config: Config) -> list[str]:
         )
     if heads % groups:
         faults.append(f"model num_attention_heads={heads} is not divisible by num_key_value_heads={groups}")
+    vpp = config.parallel.vpp
     if layers % pp:
         fits = [d for d in range(1, layers + 1) if layers % d == 0]
         faults.append(f"model num_hidden_layers={layers} is not divisible by parallel.pp={pp}; choose pp from {fits}")
+    elif layers % (pp * vpp):
+        fits = [d for d in range(1, layers // pp + 1) if layers // pp % d == 0]
+        faults.append(
+            f"parallel.vpp={vpp} does not divide the {layers // pp} layers of a pipeline stage; choose vpp from {fits}"
+        )
+    chunk_layers, recomputed = layers // (pp * vpp), config.model.recompute_layers or 1
+    if recomputed > max(1, chunk_layers):
+        faults.append(
+            f"model.recompute_layers={recomputed} exceeds the {chunk_layers} layers of a model chunk (num_hidden_layers"
+            f" / pp / vpp); lower it"
+        )
+    dense = not is_moe(hf) or bool(hf.get("mlp_only_layers")) or hf.get("decoder_sparse_step", 1) != 1
+    for name, occurs in {"mlp": dense, "moe": is_moe(hf)}.items():
+        if name in (config.model.recompute_modules or ()) and not occurs:
+            faults.append(f"model.recompute_modules: no layer of this {hf['model_type']} has a {name}; remove it")
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     positions = hf.get("max_position_embeddings")
     if isinstance(positions, int) and longest > positions:

@@ -27,7 +27,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.logs import RunLogger
 from megatron_rl.metrics import Metrics, Timers
 from megatron_rl.packing import pack, packing_metrics
-from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups, packing_options
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.policy import MegatronPolicy
@@ -125,10 +125,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
         advantages,
         config,
         step=step,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        pad_multiple=groups.tp_size if config.parallel.sp else 1,  # sequence parallelism splits the tokens evenly
-        equal_lengths=groups.pp_size > 1,  # pipeline stages exchange activations of one shape
+        **packing_options(groups, config.parallel),
     ).to(device.device())
     with timers("old_logprobs"):
         old_stats = [policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]

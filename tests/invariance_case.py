@@ -35,6 +35,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"world_size": 2},
     "tp2_sp": {"world_size": 2, "tp": 2, "sp": True},
     "tp2_pp2": {"world_size": 4, "tp": 2, "pp": 2},
+    "cp2": {"world_size": 2, "cp": 2},
+    "pp2_vpp2": {"world_size": 2, "pp": 2, "vpp": 2},
+    "ep2": {"world_size": 2, "ep": 2},
+    "cp2_tp2": {"world_size": 4, "cp": 2, "tp": 2},
+    "cp2_tp2_sp": {"world_size": 4, "cp": 2, "tp": 2, "sp": True},
+    "cp2_dp2": {"world_size": 4, "cp": 2},
+    "cp4": {"world_size": 4, "cp": 4},
+    "cp2_pp2_vpp2": {"world_size": 4, "cp": 2, "pp": 2, "vpp": 2},
+    "tp2_pp2_vpp2": {"world_size": 4, "tp": 2, "pp": 2, "vpp": 2},
+    "tp2_sp_ep2": {"world_size": 2, "tp": 2, "sp": True, "ep": 2},
+    "cp2_ep2": {"world_size": 2, "cp": 2, "ep": 2},
+    "ep2_pp2_vpp2": {"world_size": 4, "ep": 2, "pp": 2, "vpp": 2},
 }
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -43,6 +55,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", **_COMMON, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **_COMMON, "tie_word_embeddings": False, "head_dim": 8},
     "llama": {"model_type": "llama", **_COMMON, "tie_word_embeddings": False},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_COMMON,
+        "tie_word_embeddings": False,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+    },
 }
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -56,7 +78,9 @@ LOSSES: dict[str, dict[str, Any]] = {
         "ref_kl_coef": 0.1,
         "rollout_correction": {"weights": "mask", "level": "sequence", "cap": 1.4, "floor": 0.7, "max_kl": 0.05},
     },
+    "gspo": {"type": "gspo", "aggregation": "seq_mean_token_mean", "eps_low": 0.2, "eps_high": 0.3},
 }
+SELECTING = ("clip_cov", "kl_cov")
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,13 @@ class Outcome:
 
 
 def initial_weights(model: str) -> dict[str, Tensor]:
+    """`_own_weights` under the names of checkpoints on disk, which know no stacked experts."""
+    from megatron_rl.convert.hf import hub_views
+
+    return hub_views(_own_weights(model))
+
+
+def _own_weights(model: str) -> dict[str, Tensor]:
     """Every tensor distinct: transformers starts norms at 1 and biases at 0, which would hide an exchange of two of
     them."""
     generator = torch.Generator().manual_seed(7)
@@ -122,7 +153,7 @@ def make_config(case: Case, layout: str) -> Config:
     """The run's config. Adam's eps of 0.1 makes the update nearly proportional to the gradient: with the usual 1e-8 the
     first updates are its sign, which hides a wrong scale and amplifies rounding where a gradient is almost 0."""
     loss = dict(LOSSES[case.loss])
-    if loss["type"] != "ppo_clip":
+    if loss["type"] in SELECTING:
         loss["cov_scope"] = case.scope
     return parse_config(
         {
@@ -152,7 +183,7 @@ def make_config(case: Case, layout: str) -> Config:
 def frozen_rollouts(model: str) -> list[Rollout]:
     """Half of the responses are likely under the initial weights, half are noise; rewards differ inside every group."""
     reference = _hf_model(MODELS[model])
-    reference.load_state_dict(initial_weights(model))
+    reference.load_state_dict(_own_weights(model))
     draw = torch.Generator().manual_seed(11)
     rollouts = []
     for prompt_id in range(PROMPTS):
@@ -251,8 +282,8 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
         if getattr(loss, "cov_estimator", "batch") == "vocab":
             cov = torch.cat([entropy_loss_per_step(s, m.advantages)[m.loss_mask] for s, m in pairs])
         ids, log_ratio = chosen.cat("token_ids_global"), logprobs - chosen.cat("old_logprobs")
-        marked = torch.zeros_like(ids, dtype=torch.bool) if loss.type == "ppo_clip" else chosen.cat("selected")
-        if loss.type != "ppo_clip":  # padding and prompts are never selected
+        marked = chosen.cat("selected") if loss.type in SELECTING else torch.zeros_like(ids, dtype=torch.bool)
+        if loss.type in SELECTING:  # padding and prompts are never selected
             assert not any((m.selected & ~m.loss_mask).any() for m in chosen.micro_batches)
         of_all_ranks = reducer.gather_objects((ids, cov, chosen.cat("advantages"), log_ratio, marked))
         gathered = [torch.cat(parts) for parts in zip(*of_all_ranks, strict=True)]

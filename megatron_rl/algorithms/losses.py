@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import segment_ids, segment_sums
+from megatron_rl.algorithms.aggregation import sequence_sums
 from megatron_rl.algorithms.kl import k3, kl_penalty, masked_sum_count, safe_exp
 from megatron_rl.algorithms.mismatch import rollout_weights
 from megatron_rl.types import LossInputs, LossOutputs
@@ -94,15 +94,14 @@ def gspo(inputs: LossInputs, config: GspoLoss) -> LossOutputs:
     Each token carries `max(-A s, -A clip(s))` with the gradient `-A s` (0 when clipped) on its own log-probability, the
     paper's GSPO-token form. Advantages are equal within a sequence, so with `aggregation: seq_mean_token_mean`, that
     of the paper, value and gradient are those of the sequence objective: ds/dlogprobs[t] = s / length is s times
-    the token's weight. A sequence must lie whole in one micro-batch; ratios and clip fractions count tokens.
+    the token's weight. A sequence lies in one micro-batch, whole or with its other parts behind `inputs.context`;
+    ratios and clip fractions count tokens.
     Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
     Source: arXiv 2507.18071, eq. 5-7 and 13-14.
     """
     inputs = _without_masked(inputs)
-    ids = segment_ids(inputs.cu_seqlens, inputs.logprobs.numel())
-    counts = segment_sums(inputs.loss_mask.to(inputs.logprobs.dtype), inputs.cu_seqlens, ids).clamp_min(1)
-    log_ratio = (inputs.logprobs - inputs.old_logprobs).detach()
-    sequence = safe_exp(segment_sums(log_ratio, inputs.cu_seqlens, ids) / counts)[ids]
+    counts = sequence_sums(inputs.loss_mask.to(inputs.logprobs.dtype), inputs).clamp_min(1)
+    sequence = safe_exp(sequence_sums(inputs.logprobs - inputs.old_logprobs, inputs) / counts)
     ratio = (
         sequence * (inputs.logprobs - inputs.logprobs.detach()).exp()
     )  # value s, derivative s in the token's own logprob

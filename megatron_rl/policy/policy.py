@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rl import device
 from megatron_rl.config import Config
 from megatron_rl.convert.hf import Source, folder_source, random_source
-from megatron_rl.convert.mapping import load_weights
+from megatron_rl.convert.mapping import global_name, load_weights
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
 from megatron_rl.parallel.reduce import Reducer
@@ -51,6 +51,7 @@ class MegatronPolicy:
         self.model = build_model(raw_hf_config, config, groups)
         self.hf_config = self.model.hf_config
         self.temperature = config.rollout.temperature
+        self._context = Reducer(groups.cp, device.device()) if groups.cp_size > 1 else None
         path = config.model.path
         hf = self.hf_config
         self.load(folder_source(path, hf) if path is not None else random_source(hf, config.seed))
@@ -61,13 +62,12 @@ class MegatronPolicy:
 
     @property
     def parameters(self) -> list[tuple[str, Tensor]]:
-        """This rank's (local Megatron name, shard) pairs."""
-        return list(self.model.gpt.named_parameters())
-
-    @property
-    def layer_offset(self) -> int:
-        """Layers on earlier pipeline stages."""
-        return self.model.gpt.decoder.layers[0].layer_number - 1
+        """This rank's (Megatron name, shard) pairs, layers numbered over the whole model."""
+        return [
+            (global_name(name, chunk.decoder.layers[0].layer_number - 1), parameter)
+            for chunk in self.model.chunks
+            for name, parameter in chunk.named_parameters()
+        ]
 
     def reset_optimizer(self) -> None:
         """A fresh optimizer and schedule, with main weights copied from the current parameters."""
@@ -87,7 +87,6 @@ class MegatronPolicy:
             self.parameters,
             source,
             self.hf_config,
-            layer_offset=self.layer_offset,
             tp_rank=self.groups.tp_rank,
             tp_size=self.groups.tp_size,
             padded_vocab=padded_vocab_size(self.hf_config.vocab_size, self.groups.tp_size),
@@ -97,7 +96,7 @@ class MegatronPolicy:
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the full (hf_name, tensor) pairs to every rank."""
-        return weight_stream(self.parameters, self.hf_config, self.groups, layer_offset=self.layer_offset)
+        return weight_stream(self.parameters, self.hf_config, self.groups)
 
     def stats(self, mini_batch: MiniBatch, *, with_sum_p2: bool = False) -> list[TokenStats]:
         """Forward only: statistics of each micro-batch's tokens under the current weights, on every pipeline stage."""
@@ -115,14 +114,16 @@ class MegatronPolicy:
 
     def offload(self) -> None:
         """Free the gradients' memory and move the optimizer's to the host, until `reload`; the weights stay."""
-        self.model.ddp.offload_grad_buffers()
+        for ddp in self.model.ddp:
+            ddp.offload_grad_buffers()
         # in float32 the optimizer's parameters are views of the model's, and moving them would tear the two apart
         if self.config.model.dtype != "float32":
             self.optimizer.offload_to_cpu()
 
     def reload(self) -> None:
         """Undo `offload`; gradients are zero."""
-        self.model.ddp.restore_grad_buffers()
+        for ddp in self.model.ddp:
+            ddp.restore_grad_buffers()
         if self.config.model.dtype != "float32":
             self.optimizer.restore_from_cpu()
 
@@ -151,11 +152,13 @@ class MegatronPolicy:
         """
 
         def on_logits(logits: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            outputs = loss(loss_inputs(micro_batch, self._token_stats(logits, micro_batch, False)), loss_config)
+            stats = self._token_stats(logits, micro_batch, False)
+            outputs = loss(loss_inputs(micro_batch, stats, self._context), loss_config)
             count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=logits.device)
             return outputs.loss_sum, count, outputs.metrics
 
-        self.model.ddp.zero_grad_buffer()
+        for ddp in self.model.ddp:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
         collected = run_schedule(self.model, mini_batch, on_logits, forward_only=False)
         sums = _add_up(collected)
@@ -224,8 +227,11 @@ class MegatronPolicy:
                 parameter.copy_(value)
 
 
-def loss_inputs(micro_batch: MicroBatch, stats: TokenStats) -> LossInputs:
-    """What the loss sees of a micro-batch. Raises: ValueError when old_logprobs were never set."""
+def loss_inputs(micro_batch: MicroBatch, stats: TokenStats, context: Reducer | None) -> LossInputs:
+    """What the loss sees of a micro-batch; `context`: over context-parallel ranks, if there are several.
+
+    Raises: ValueError when old_logprobs were never set.
+    """
     if micro_batch.old_logprobs is None:
         raise ValueError("micro-batch without old_logprobs; call with_old_logprobs on the batch before updating")
     return LossInputs(
@@ -239,6 +245,7 @@ def loss_inputs(micro_batch: MicroBatch, stats: TokenStats) -> LossInputs:
         token_weights=micro_batch.token_weights,
         cu_seqlens=micro_batch.cu_seqlens,
         selected=micro_batch.selected,
+        context=context,
     )
 
 

@@ -31,6 +31,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("cispo", {}),
     ("cispo", {"eps_low": 0.2, **SHARED}),
 ]
+PER_TOKEN = [f.name for f in dataclasses.fields(LossInputs) if f.name not in ("cu_seqlens", "context")]
 LENGTHS = [6, 3, 9, 4, 7, 2]  # the last sequence is padding
 
 
@@ -211,10 +212,9 @@ def surrogate_by_hand(name: str, config: Any, x: dict[str, Any], s: float) -> tu
 def by_loops(name: str, config: Any, inputs: LossInputs) -> tuple[float, list[float], list[float]]:
     """The loss, and its derivatives by logprobs and entropy, token after token in Python floats."""
     total, grad, entropy_grad = 0.0, [0.0] * sum(LENGTHS), [0.0] * sum(LENGTHS)
-    fields = [f.name for f in dataclasses.fields(inputs) if f.name != "cu_seqlens"]
     start = 0
     for length in LENGTHS:
-        rows = [{field: getattr(inputs, field)[t].item() for field in fields} for t in range(start, start + length)]
+        rows = [{field: getattr(inputs, field)[t].item() for field in PER_TOKEN} for t in range(start, start + length)]
         counted = [row for row in rows if row["loss_mask"]]
         logs = [row["logprobs"] - row["old_logprobs"] for row in counted]
         s = math.exp(sum(logs) / len(logs)) if logs else 1.0
@@ -313,7 +313,7 @@ def take(inputs: LossInputs, sequences: list[int], mode: str) -> tuple[LossInput
     bounds = inputs.cu_seqlens.tolist()
     where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in sequences])
     cu_seqlens = torch.tensor([0, *(LENGTHS[i] for i in sequences)]).cumsum(0).int()
-    changes = {f.name: getattr(inputs, f.name)[where] for f in dataclasses.fields(inputs) if f.name != "cu_seqlens"}
+    changes = {field: getattr(inputs, field)[where] for field in PER_TOKEN}
     weights, denominator = token_weights(mode, changes["loss_mask"], cu_seqlens, constant_length=12)
     changes.update(cu_seqlens=cu_seqlens, token_weights=weights.double())
     return dataclasses.replace(inputs, **changes), denominator, where
@@ -375,7 +375,7 @@ def test_huge_log_ratios_stay_finite(name: str, options: dict[str, Any]) -> None
 def test_no_value_is_read_on_the_host(name: str, options: dict[str, Any]) -> None:
     """Meta tensors have no values: `.item()`, a branch on a tensor or boolean indexing would raise."""
     inputs, _ = random_inputs()
-    fields = {f.name: getattr(inputs, f.name).to("meta") for f in dataclasses.fields(inputs)}
+    fields = {name: getattr(inputs, name).to("meta") for name in [*PER_TOKEN, "cu_seqlens"]}
     loss, metrics, _, _ = run(name, LossInputs(**fields), **options)
     assert loss.device.type == "meta" and all(value.shape == (2,) for value in metrics.values())
 
