@@ -190,6 +190,9 @@ class LoggingConfig(Section):
         None, description="W&B project; needs the extra `wandb`; WANDB_MODE=offline works"
     )
     samples_per_step: NonNegativeInt = Field(4, description="decoded rollouts kept per step in samples.jsonl")
+    ledger_every: NonNegativeInt = Field(
+        1, description="steps between entries of ledger.jsonl, which says which tokens spent the entropy; 0: never"
+    )
 
 
 class Config(Section):

@@ -12,6 +12,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_rl import device
+from megatron_rl.algorithms.losses import loss_inputs
 from megatron_rl.config import Config
 from megatron_rl.convert.hf import Source, folder_source, random_source
 from megatron_rl.convert.mapping import load_weights
@@ -222,24 +223,6 @@ class MegatronPolicy:
         with torch.no_grad():
             for (_, parameter), value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
-
-
-def loss_inputs(micro_batch: MicroBatch, stats: TokenStats) -> LossInputs:
-    """What the loss sees of a micro-batch. Raises: ValueError when old_logprobs were never set."""
-    if micro_batch.old_logprobs is None:
-        raise ValueError("micro-batch without old_logprobs; call with_old_logprobs on the batch before updating")
-    return LossInputs(
-        logprobs=stats.logprobs,
-        entropy=stats.entropy,
-        old_logprobs=micro_batch.old_logprobs,
-        rollout_logprobs=micro_batch.rollout_logprobs,
-        ref_logprobs=micro_batch.ref_logprobs,
-        advantages=micro_batch.advantages,
-        loss_mask=micro_batch.loss_mask,
-        token_weights=micro_batch.token_weights,
-        cu_seqlens=micro_batch.cu_seqlens,
-        selected=micro_batch.selected,
-    )
 
 
 def _add_up(collected: list[dict[str, Tensor]]) -> dict[str, Tensor]:
