@@ -33,6 +33,7 @@ from megatron_rl.packing import pack, packing_metrics
 from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.policy.gradients import EntropyTangent
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
 from megatron_rl.reward import load_reward
@@ -48,7 +49,7 @@ from megatron_rl.step_metrics import (
     needs_current_stats,
     samples_for_log,
 )
-from megatron_rl.types import Prompt, TrainBatch
+from megatron_rl.types import Prompt, Rollout, TrainBatch
 from megatron_rl.warm_start import warm_start
 
 
@@ -123,25 +124,13 @@ def train(config: Config, groups: Groups) -> None:
 
 def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str, float]:
     """Generate, grade, pack, select, update. Returns the step's metrics, the same on every rank."""
-    config, policy, groups = run.config, run.policy, run.groups
+    config, policy = run.config, run.policy
     metrics = Metrics(device.device())
     with generating(run, timers), timers("rollout"):
         collected = run.collector.collect(step)
         run.collector.go_ahead(step)
     metrics.set(collected.metrics)
-    rewards = torch.tensor([rollout.reward for rollout in collected.rollouts], dtype=torch.float64)
-    prompt_ids = torch.tensor([rollout.prompt_id for rollout in collected.rollouts])
-    advantages = ADVANTAGES[config.algorithm.advantage](rewards, prompt_ids, config.algorithm)
-    batch = pack(
-        collected.rollouts,
-        advantages,
-        config,
-        step=step,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        pad_multiple=groups.tp_size if config.parallel.sp else 1,  # sequence parallelism splits the tokens evenly
-        equal_lengths=groups.pp_size > 1,  # pipeline stages exchange activations of one shape
-    ).to(device.device())
+    batch = packed(run, collected.rollouts, step)
     with timers("old_logprobs"):
         old_stats = [policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]
         batch = batch.with_old_logprobs(old_stats)
@@ -150,6 +139,8 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
     add_batch_metrics(metrics, batch, old_stats, run.data_parallel)
     loss, run.control, controls = adapt(config.loss, run.control, mean_entropy(batch, old_stats, run.data_parallel))
     metrics.set(controls)
+    with timers("probe"):
+        tangent = EntropyTangent(policy, batch.mini_batches[0]) if config.train.entropy_tangent else None
     predicted_change = 0.0
     for mini_batch, stats in zip(batch.minibatches(), old_stats, strict=True):
         with timers("select"):
@@ -177,6 +168,8 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
     run.weight_version = step + 1
     with timers("probe"):
         after = policy.stats(batch.mini_batches[0]) if config.train.entropy_probe else None
+        if tangent is not None:
+            metrics.set({"entropy/first_order_change": tangent.change()})
     if after is not None:
         metrics.add(entropy_change(batch.mini_batches[0], old_stats[0], after))
     if config.logging.ledger_every and step % config.logging.ledger_every == 0:
@@ -184,6 +177,24 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
     metrics.set(batch_totals(run, batch))
     logger.log_samples(step, samples_for_log(collected, run.tokenizer, config.logging.samples_per_step))
     return metrics.reduce(run.data_parallel.sum, run.data_parallel.max)
+
+
+def packed(run: Run, rollouts: list[Rollout], step: int) -> TrainBatch:
+    """Advantages over the whole step, and this data-parallel rank's share of the step on the device."""
+    config, groups = run.config, run.groups
+    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    prompt_ids = torch.tensor([rollout.prompt_id for rollout in rollouts])
+    advantages = ADVANTAGES[config.algorithm.advantage](rewards, prompt_ids, config.algorithm)
+    return pack(
+        rollouts,
+        advantages,
+        config,
+        step=step,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        pad_multiple=groups.tp_size if config.parallel.sp else 1,  # sequence parallelism splits the tokens evenly
+        equal_lengths=groups.pp_size > 1,  # pipeline stages exchange activations of one shape
+    ).to(device.device())
 
 
 def set_up(config: Config, groups: Groups) -> Run:

@@ -153,6 +153,7 @@ def make_config(case: Case, layout: str) -> Config:
                 "prompts_per_step": PROMPTS,
                 "prompts_per_minibatch": PROMPTS // 2,
                 "micro_batch_tokens": case.budget,
+                "entropy_tangent": True,
             },
             "logging": {"samples_per_step": 0},
         }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Loss = TypeVar("Loss", bound="LossBase")
 
-ControlState = dict[str, float]  # option of the loss: its value in the next step; empty before the first step
+ControlState = dict[str, float]  # option of the loss: where its next step begins; empty before the first step
 
 
 def adapt(loss: Loss, state: ControlState, entropy: float) -> tuple[Loss, ControlState, dict[str, float]]:
@@ -33,9 +33,8 @@ def adapt(loss: Loss, state: ControlState, entropy: float) -> tuple[Loss, Contro
         following["entropy_coef"] = next_coef(coef, entropy, options)
     band: EntropyBand | None = getattr(loss, "entropy_band", None)
     if band is not None:
-        value = _clamp(state.get(band.option, getattr(loss, band.option)), band.minimum, band.maximum)
-        in_force[band.option] = value
-        following[band.option] = next_value(value, entropy, band)
+        base = _clamp(state.get(band.option, getattr(loss, band.option)), band.minimum, band.maximum)
+        in_force[band.option], following[band.option] = band_values(base, entropy, band)
     if not in_force:
         return loss, {}, {}
     return loss.model_copy(update=in_force), following, {f"control/{name}": v for name, v in in_force.items()}
@@ -53,16 +52,20 @@ def next_coef(coef: float, entropy: float, options: AdaptiveEntropy) -> float:
     return coef if math.isnan(entropy) else _clamp(coef + change, 0.0, options.max_coef)
 
 
-def next_value(value: float, entropy: float, band: EntropyBand) -> float:
-    """Of select_fraction or kl_coef in the next step: `value * exp(gain * violation)`, inside [minimum, maximum].
+def band_values(base: float, entropy: float, band: EntropyBand) -> tuple[float, float]:
+    """select_fraction or kl_coef in this step, and the base of the next one: `base * exp(gain * violation)` and
+    `base * exp(integral_gain * violation)`, both inside [minimum, maximum], which keeps the base from winding up.
 
     violation: nats by which the entropy is below the band (the restraint grows), or minus those by which it is above
-    (the restraint shrinks); 0 inside. An integral controller of the logarithm, which the bounds keep from winding up.
+    (the restraint shrinks); 0 inside. A proportional-integral controller of the logarithm: entropy accumulates what the
+    restraint does, and an integral alone, acting on an accumulator, would swing for ever.
     """
     if math.isnan(entropy):
-        return value
+        return base, base
     violation = max(0.0, band.low - entropy) - max(0.0, entropy - band.high)
-    return _clamp(value * math.exp(band.gain * violation), band.minimum, band.maximum)
+    values = (base * math.exp(factor * violation) for factor in (band.gain, band.integral_gain))
+    now, following = (_clamp(value, band.minimum, band.maximum) for value in values)
+    return now, following
 
 
 def _clamp(value: float, low: float, high: float) -> float:

@@ -150,18 +150,7 @@ class MegatronPolicy:
         would move the weights for it.
         Raises: NonFiniteError when more than train.max_nonfinite_updates gradients in a row were not finite.
         """
-
-        def on_logits(logits: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            outputs = loss(loss_inputs(micro_batch, self._token_stats(logits, micro_batch, False)), loss_config)
-            count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=logits.device)
-            return outputs.loss_sum, count, outputs.metrics
-
-        self.model.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
-        collected = run_schedule(self.model, mini_batch, on_logits, forward_only=False)
-        sums = _add_up(collected)
-        if self.groups.pp_size > 1:
-            sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
+        sums = self.backward(mini_batch, loss, loss_config)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         grad_norm, skipped = self._step(mini_batch)
         if not math.isfinite(grad_norm):
@@ -170,6 +159,26 @@ class MegatronPolicy:
             self.skipped_in_a_row = 0
             self.scheduler.step(increment=1)
         return UpdateResult(sums, grad_norm, learning_rate, skipped)
+
+    def backward(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any) -> dict[str, Tensor]:
+        """Gradients of the mean loss, in Megatron's buffers; returns this data-parallel rank's part of the metrics."""
+
+        def on_logits(logits: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            outputs = loss(loss_inputs(micro_batch, self._token_stats(logits, micro_batch, False)), loss_config)
+            count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=logits.device)
+            return outputs.loss_sum, count, outputs.metrics
+
+        self.clear_gradients()
+        collected = run_schedule(self.model, mini_batch, on_logits, forward_only=False)
+        sums = _add_up(collected)
+        if self.groups.pp_size > 1:
+            sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
+        return sums
+
+    def clear_gradients(self) -> None:
+        """Forget what `backward` left."""
+        self.model.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
 
     def _step(self, mini_batch: MiniBatch) -> tuple[float, bool]:
         """What ChainedOptimizer.step does, with a look at the norm before anything moves: (norm, whether skipped)."""
