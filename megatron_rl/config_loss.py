@@ -124,9 +124,9 @@ class EntropyBand(Section):
     option: Literal["select_fraction", "kl_coef"] = Field(
         "select_fraction", description="what is adapted, beginning at the loss's own value; kl_coef: KL-Cov only"
     )
-    gain: Annotated[float, Field(gt=0)] = Field(5.0, description="its logarithm moves at once by this per nat outside")
+    gain: Annotated[float, Field(gt=0)] = Field(10.0, description="its logarithm moves at once by this per nat outside")
     integral_gain: Annotated[float, Field(ge=0)] = Field(
-        0.05, description="and for good by this per nat outside and step; 0: it comes back to the loss's own value"
+        0.1, description="and for good by this per nat outside and step; 0: it comes back to the loss's own value"
     )
     minimum: Annotated[float, Field(gt=0)] = Field(description="smallest value")
     maximum: Annotated[float, Field(gt=0)] = Field(description="largest value")
