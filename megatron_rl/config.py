@@ -201,6 +201,11 @@ class TrainConfig(Section):
     entropy_probe: bool = Field(
         True, description="one extra forward of the first mini-batch after the updates: realised entropy change"
     )
+    entropy_tangent: bool = Field(
+        False,
+        description="one extra forward and backward of the first mini-batch before the updates: the entropy change "
+        "that their real movement of the weights predicts to first order",
+    )
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0: never")
     eval_samples: PositiveInt = Field(1, description="samples per held-out prompt")
     eval_temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy")
@@ -225,6 +230,9 @@ class LoggingConfig(Section):
         None, description="W&B project; needs the extra `wandb`; WANDB_MODE=offline works"
     )
     samples_per_step: NonNegativeInt = Field(4, description="decoded rollouts kept per step in samples.jsonl")
+    ledger_every: NonNegativeInt = Field(
+        1, description="steps between entries of ledger.jsonl, which says which tokens spent the entropy; 0: never"
+    )
 
 
 class Config(Section):

@@ -11,6 +11,7 @@ from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
+    from megatron_rl.config_loss import LossBase
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
@@ -152,6 +153,17 @@ def _loss_faults(config: Config) -> list[str]:
     loss, faults = config.loss, []
     if loss.type == "clip_cov" and loss.cov_low >= loss.cov_high:
         faults.append(f"loss.cov_low={loss.cov_low} must be below loss.cov_high={loss.cov_high}")
+    if loss.type == "forking" and loss.aggregation != "token_mean":
+        faults.append(
+            f"loss.aggregation={loss.aggregation} with loss.type=forking: the paper's mean is over the kept tokens of "
+            "the mini-batch; set aggregation=token_mean"
+        )
+    if loss.adaptive_entropy is not None and loss.entropy_coef:
+        faults.append(
+            f"loss.entropy_coef={loss.entropy_coef} and loss.adaptive_entropy are both set; begin at another "
+            "coefficient with adaptive_entropy.initial_coef, and leave entropy_coef at 0"
+        )
+    faults += _band_faults(loss)
     truncated = config.rollout.top_p < 1 or config.rollout.top_k > 0
     if truncated and loss.rollout_correction is None:
         faults.append(
@@ -161,6 +173,21 @@ def _loss_faults(config: Config) -> list[str]:
     if config.warm_start is not None and config.data.type != "countdown":
         faults.append("warm_start needs a task with known solutions (data.type=countdown); remove it")
     return faults
+
+
+def _band_faults(loss: LossBase) -> list[str]:
+    band = getattr(loss, "entropy_band", None)
+    if band is None:
+        return []
+    value = getattr(loss, band.option, None)
+    if value is None:
+        return [f"loss.entropy_band.option={band.option}: the loss has no such option; set it to select_fraction"]
+    if not band.minimum <= value <= band.maximum:
+        return [
+            f"loss.{band.option}={value} is outside of loss.entropy_band's [{band.minimum}, {band.maximum}], where the "
+            "adaptation begins; widen the bounds or move the value"
+        ]
+    return []
 
 
 def head_width(hf: dict[str, Any]) -> int:

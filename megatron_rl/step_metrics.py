@@ -18,7 +18,7 @@ from megatron_rl.types import MiniBatch, TokenStats, TrainBatch
 
 def needs_current_stats(loss: LossBase, index: int) -> bool:
     """Whether selection in mini-batch `index` pays a forward: the first of a step has the weights of old_logprobs."""
-    return index > 0 and getattr(loss, "cov_logprobs", "old") == "current"
+    return index > 0 and "current" in (getattr(loss, "cov_logprobs", "old"), getattr(loss, "stats", "old"))
 
 
 def add_batch_metrics(
@@ -39,6 +39,16 @@ def add_batch_metrics(
     metrics.max("mismatch/abs_max", worst)
     p10, p90 = data_parallel.quantiles(torch.cat(entropies), [0.1, 0.9])
     metrics.set({"entropy/p10": p10, "entropy/p90": p90})
+
+
+def mean_entropy(batch: TrainBatch, stats: list[list[TokenStats]], data_parallel: Reducer) -> float:
+    """Of the step's response tokens over all ranks, nats; NaN when none counts."""
+    total = torch.zeros(2, dtype=torch.float64, device=stats[0][0].entropy.device)
+    for mini_batch, of_mini_batch in zip(batch.minibatches(), stats, strict=True):
+        for micro_batch, stat in zip(mini_batch.micro_batches, of_mini_batch, strict=True):
+            total += masked_sum_count(stat.entropy, micro_batch.loss_mask)
+    entropy, count = data_parallel.sum(total).tolist()
+    return entropy / count if count else float("nan")
 
 
 def entropy_change(mini_batch: MiniBatch, before: list[TokenStats], after: list[TokenStats]) -> dict[str, Tensor]:

@@ -80,6 +80,7 @@ class MicroBatch:
     old_logprobs: Tensor | None = None  # float32, nats
     ref_logprobs: Tensor | None = None  # float32, nats
     selected: Tensor | None = None  # bool, the tokens that Clip-Cov or KL-Cov picked
+    surrogate_weights: Tensor | None = None  # float32, of the policy-gradient term, by the weighting losses
 
     @property
     def num_tokens(self) -> int:
@@ -174,6 +175,7 @@ class LossInputs:
     token_weights: Tensor  # of the aggregation; 0 outside loss_mask
     cu_seqlens: Tensor  # [S + 1] int32
     selected: Tensor | None  # bool
+    surrogate_weights: Tensor | None = None  # of the policy-gradient term, without gradient; None: 1
     context: SupportsSum | None = None  # over the ranks that hold the rest of these sequences; None: they are whole
 
 

@@ -1,7 +1,7 @@
 """One frozen step of rollouts through the real `train.run_step`, under any layout, micro-batch count and packing.
 
 Only the sampling is replaced. What the test compares is recorded where the step passes by: the covariances and the
-selection after `select_tokens`, the loss sum and its denominator inside `policy.update`, the gradient norm, the
+selection after `mark_tokens`, the loss sum and its denominator inside `policy.update`, the gradient norm, the
 metrics, and the
 exported weights.
 """
@@ -71,6 +71,13 @@ LOSSES: dict[str, dict[str, Any]] = {
     "clip_cov": {"type": "clip_cov", "select_fraction": 0.06, "cov_low": 0.4, "cov_high": 3.0, "eps_high": 0.25},
     "kl_cov": {"type": "kl_cov", "select_fraction": 0.06},
     "kl_cov_vocab": {"type": "kl_cov", "select_fraction": 0.06, "cov_estimator": "vocab"},
+    "forking": {
+        "type": "forking",
+        "keep_fraction": 0.3,
+        "adaptive_entropy": {"target_entropy": 9, "initial_coef": 0.01},
+    },
+    "steer": {"type": "steer", "weight_min": 0.3},
+    "gaussian_cov": {"type": "gaussian_cov"},
     "ppo_clip": {
         "type": "ppo_clip",
         "aggregation": "seq_mean_token_mean",
@@ -106,6 +113,7 @@ class Update:
     advantages: Tensor  # [N] float32
     log_ratio: Tensor  # [N] float32, current against old policy: 0 while the weights have not moved
     selected: Tensor  # [N] bool
+    weights: Tensor  # [N] float32, of the policy-gradient term
     loss_sum: float = 0.0
     denominator: float = 0.0
     grad_norm: float = 0.0
@@ -118,6 +126,7 @@ class Outcome:
 
     updates: list[Update] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -174,6 +183,7 @@ def make_config(case: Case, layout: str) -> Config:
                 "prompts_per_step": PROMPTS,
                 "prompts_per_minibatch": PROMPTS // 2,
                 "micro_batch_tokens": case.budget,
+                "entropy_tangent": True,
             },
             "logging": {"samples_per_step": 0},
         }
@@ -257,7 +267,9 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
     cut = [r.replace(loss_mask=torch.zeros_like(r.loss_mask), finish_reason="length") for r in rollouts[kept:]]
     rollouts = rollouts[:kept] + cut
     outcome = Outcome()
-    logger: Any = SimpleNamespace(log_samples=lambda *_: None)
+    logger: Any = SimpleNamespace(
+        log_samples=lambda *_: None, log_ledger=lambda _, entry, __: outcome.ledger.update(entry)
+    )
     collected = CollectResult(rollouts, {}, {})
     run.collector = SimpleNamespace(collect=lambda _: collected, go_ahead=lambda _: None)  # type: ignore[assignment]
     with _observed(run, case, outcome):
@@ -272,20 +284,23 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
     from megatron_rl import packing, train
     from megatron_rl.parallel.reduce import Reducer
 
-    real_select, real_update = train.select_tokens, run.policy.update
+    real_mark, real_update = train.mark_tokens, run.policy.update
 
-    def select(mini_batch: MiniBatch, stats: list[TokenStats], loss: Any, reducer: Any, **options: int) -> Any:
-        chosen, metrics = real_select(mini_batch, stats, loss, reducer, **options)
+    def mark(mini_batch: MiniBatch, stats: list[TokenStats], loss: Any, reducer: Any, **options: int) -> Any:
+        chosen, metrics = real_mark(mini_batch, stats, loss, reducer, **options)
         pairs = list(zip(stats, mini_batch.micro_batches, strict=True))
         logprobs = torch.cat([s.logprobs[m.loss_mask] for s, m in pairs])
         cov, _ = covariance(logprobs, chosen.cat("advantages"), reducer)
         if getattr(loss, "cov_estimator", "batch") == "vocab":
             cov = torch.cat([entropy_loss_per_step(s, m.advantages)[m.loss_mask] for s, m in pairs])
         ids, log_ratio = chosen.cat("token_ids_global"), logprobs - chosen.cat("old_logprobs")
-        marked = chosen.cat("selected") if loss.type in SELECTING else torch.zeros_like(ids, dtype=torch.bool)
+        marked, weights = torch.zeros_like(ids, dtype=torch.bool), torch.ones(len(ids))
         if loss.type in SELECTING:  # padding and prompts are never selected
+            marked = chosen.cat("selected")
             assert not any((m.selected & ~m.loss_mask).any() for m in chosen.micro_batches)
-        of_all_ranks = reducer.gather_objects((ids, cov, chosen.cat("advantages"), log_ratio, marked))
+        elif loss.type != "ppo_clip":
+            weights = chosen.cat("surrogate_weights")
+        of_all_ranks = reducer.gather_objects((ids, cov, chosen.cat("advantages"), log_ratio, marked, weights))
         gathered = [torch.cat(parts) for parts in zip(*of_all_ranks, strict=True)]
         order = gathered[0].argsort()
         outcome.updates.append(Update(*(values[order] for values in gathered)))
@@ -311,7 +326,7 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
     pack = functools.partial(train.pack, num_micro_batches=case.num_micro_batches)
     deal = _dealt_at_random if case.reordered else packing._longest_first
     with (
-        mock.patch.multiple(train, pack=pack, select_tokens=select),
+        mock.patch.multiple(train, pack=pack, mark_tokens=mark),
         mock.patch.object(packing, "_longest_first", deal),
         mock.patch.object(run.policy, "update", update),
     ):

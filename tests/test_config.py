@@ -36,6 +36,8 @@ BASE: dict[str, Any] = {
     "train": {"prompts_per_step": 8, "prompts_per_minibatch": 4, "micro_batch_tokens": 512},
 }
 
+BAND = {"low": 0.4, "high": 0.5, "minimum": 0.01, "maximum": 0.3}
+
 
 def raw(**changes: Any) -> dict[str, Any]:
     """BASE with dotted keys (spelled a__b) replaced."""
@@ -235,6 +237,16 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
         "give held-out problems or set eval_every=0",
     ),
     ({"loss": {"type": "clip_cov", "cov_low": 5.0}}, "cov_low=5.0 must be below loss.cov_high=5.0"),
+    ({"loss": {"type": "forking", "aggregation": "seq_mean_token_mean"}}, "set aggregation=token_mean"),
+    ({"loss": {"type": "kl_cov", "entropy_coef": 0.1, "adaptive_entropy": {}}}, "leave entropy_coef at 0"),
+    ({"loss": {"type": "kl_cov", "entropy_band": BAND}}, "select_fraction=0.002 is outside of loss.entropy_band's"),
+    ({"loss": {"type": "clip_cov", "entropy_band": {**BAND, "option": "kl_coef"}}}, "set it to select_fraction"),
+    ({"loss": {"type": "kl_cov", "entropy_band": {**BAND, "low": 0.6}}}, "low=0.6 must be below high=0.5"),
+    ({"loss": {"type": "kl_cov", "entropy_band": {**BAND, "maximum": 2}}}, "select_fraction is a fraction, at most 1"),
+    (
+        {"loss": {"type": "gspo", "adaptive_entropy": {"initial_coef": 2}}},
+        "initial_coef=2.0 must not exceed max_coef=1.0",
+    ),
     ({"rollout__top_p": 0.9}, "set top_p=1 and top_k=0, or turn on the correction with loss.rollout_correction"),
     ({"rollout__max_staleness": 1}, "the embedded engine shares its process with the trainer"),
     ({"rollout": {"engine": "sglang", "max_staleness": 1}}, "set loss.rollout_correction={cap: 2}, or max_staleness=0"),

@@ -8,7 +8,9 @@ the reference. Everywhere else the selected token sets must be identical, and th
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ from tests.worlds import Worlds
 COV = 5e-5  # nats * advantage units, absolute [1.3e-5; covariances reach 4, log-probabilities -13]
 LOSS = 2e-6  # loss sum, absolute per unit of the denominator [3.9e-7]
 GRAD_NORM = 1e-5  # relative [1.8e-6]
+TOKEN_WEIGHTS = 2e-5  # absolute
 WEIGHTS = 1e-6  # absolute, where the two updates move weights by up to 2e-2 [2.4e-7]
 METRICS = 1e-5  # relative to max(|metric|, 1) [1.1e-6]
 
@@ -47,10 +50,11 @@ QUICK = {
 }
 EXTRA = {
     "tp2": [Case("kl_cov_vocab", 8)],
-    "pp2": [Case("kl_cov_vocab", 2, reordered=True), Case("ppo_clip", 2)],
-    "dp2": [Case("ppo_clip", 2)],
-    "tp2_sp": [Case("kl_cov", 2, model="qwen3")],  # per-head norms: shared by ranks that hold different heads
-    "tp2_pp2": [Case("kl_cov", 1, model="qwen3")],
+    "pp2": [Case("kl_cov_vocab", 2, reordered=True), Case("ppo_clip", 2), Case("steer", 2)],
+    "dp2": [Case("ppo_clip", 2), *(Case(loss, 2, reordered=True) for loss in ("forking", "steer", "gaussian_cov"))],
+    # per-head norms: shared by ranks that hold different heads
+    "tp2_sp": [Case("forking", 2), Case("kl_cov", 2, model="qwen3")],
+    "tp2_pp2": [Case("gaussian_cov", 2), Case("kl_cov", 1, model="qwen3")],
     "cp2": [Case("ppo_clip", 8), Case("gspo", 2)],  # both sum over sequences, whose tokens are on both ranks
 }
 # layouts of two or three dimensions at once meet every loss in one split
@@ -107,6 +111,7 @@ def check_outcome(got: Outcome, expected: Outcome) -> None:
         assert torch.equal(a.ids, b.ids)
         torch.testing.assert_close(a.cov, b.cov, rtol=0, atol=COV)
         assert a.ids[a.selected].tolist() == b.ids[b.selected].tolist()
+        torch.testing.assert_close(a.weights, b.weights, rtol=0, atol=TOKEN_WEIGHTS)
         assert a.denominator == b.denominator and not a.skipped
         assert abs(a.loss_sum - b.loss_sum) <= LOSS * b.denominator
         assert math.isclose(a.grad_norm, b.grad_norm, rel_tol=GRAD_NORM)
@@ -114,6 +119,7 @@ def check_outcome(got: Outcome, expected: Outcome) -> None:
     for name, value in expected.metrics.items():
         if not name.startswith(("packing/", "memory/")) and name != "batch/tokens":  # padding counts there
             assert abs(got.metrics[name] - value) <= METRICS * max(abs(value), 1.0), name
+    check_ledger(got.ledger, expected.ledger)
     assert got.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():
         torch.testing.assert_close(got.weights[name], weight, rtol=0, atol=WEIGHTS, msg=lambda m, n=name: f"{n}: {m}")
@@ -122,6 +128,15 @@ def check_outcome(got: Outcome, expected: Outcome) -> None:
 def model_of(layout: str) -> str:
     """Only a mixture of experts has any to deal out."""
     return "qwen3_moe" if LAYOUTS[layout].get("ep", 1) > 1 else "qwen2"
+
+
+def check_ledger(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same groups with the same counts; sums up to rounding."""
+    for part in ("total", "tokens", "other_tokens", "positions", "covariance"):
+        a, b = (np.array(entry[part], dtype=float) for entry in (got, expected))
+        counts = [-4, -2]  # columns count and probed, after the group's name
+        assert a.shape == b.shape and np.array_equal(a[..., counts], b[..., counts]), part
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4, err_msg=part)
 
 
 @pytest.mark.parametrize("layout", QUICK)

@@ -12,6 +12,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_rl import device
+from megatron_rl.algorithms.losses import loss_inputs
 from megatron_rl.config import Config
 from megatron_rl.convert.hf import Source, folder_source, random_source
 from megatron_rl.convert.mapping import global_name, load_weights
@@ -51,7 +52,7 @@ class MegatronPolicy:
         self.model = build_model(raw_hf_config, config, groups)
         self.hf_config = self.model.hf_config
         self.temperature = config.rollout.temperature
-        self._context = Reducer(groups.cp, device.device()) if groups.cp_size > 1 else None
+        self.context = Reducer(groups.cp, device.device()) if groups.cp_size > 1 else None
         path = config.model.path
         hf = self.hf_config
         self.load(folder_source(path, hf) if path is not None else random_source(hf, config.seed))
@@ -150,20 +151,7 @@ class MegatronPolicy:
         would move the weights for it.
         Raises: NonFiniteError when more than train.max_nonfinite_updates gradients in a row were not finite.
         """
-
-        def on_logits(logits: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            stats = self._token_stats(logits, micro_batch, False)
-            outputs = loss(loss_inputs(micro_batch, stats, self._context), loss_config)
-            count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=logits.device)
-            return outputs.loss_sum, count, outputs.metrics
-
-        for ddp in self.model.ddp:
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
-        collected = run_schedule(self.model, mini_batch, on_logits, forward_only=False)
-        sums = _add_up(collected)
-        if self.groups.pp_size > 1:
-            sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
+        sums = self.backward(mini_batch, loss, loss_config)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         grad_norm, skipped = self._step(mini_batch)
         if not math.isfinite(grad_norm):
@@ -172,6 +160,28 @@ class MegatronPolicy:
             self.skipped_in_a_row = 0
             self.scheduler.step(increment=1)
         return UpdateResult(sums, grad_norm, learning_rate, skipped)
+
+    def backward(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any) -> dict[str, Tensor]:
+        """Gradients of the mean loss, in Megatron's buffers; returns this data-parallel rank's part of the metrics."""
+
+        def on_logits(logits: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            stats = self._token_stats(logits, micro_batch, False)
+            outputs = loss(loss_inputs(micro_batch, stats, self.context), loss_config)
+            count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=logits.device)
+            return outputs.loss_sum, count, outputs.metrics
+
+        self.clear_gradients()
+        collected = run_schedule(self.model, mini_batch, on_logits, forward_only=False)
+        sums = _add_up(collected)
+        if self.groups.pp_size > 1:
+            sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
+        return sums
+
+    def clear_gradients(self) -> None:
+        """Forget what `backward` left."""
+        for ddp in self.model.ddp:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
 
     def _step(self, mini_batch: MiniBatch) -> tuple[float, bool]:
         """What ChainedOptimizer.step does, with a look at the norm before anything moves: (norm, whether skipped)."""
@@ -225,28 +235,6 @@ class MegatronPolicy:
         with torch.no_grad():
             for (_, parameter), value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
-
-
-def loss_inputs(micro_batch: MicroBatch, stats: TokenStats, context: Reducer | None) -> LossInputs:
-    """What the loss sees of a micro-batch; `context`: over context-parallel ranks, if there are several.
-
-    Raises: ValueError when old_logprobs were never set.
-    """
-    if micro_batch.old_logprobs is None:
-        raise ValueError("micro-batch without old_logprobs; call with_old_logprobs on the batch before updating")
-    return LossInputs(
-        logprobs=stats.logprobs,
-        entropy=stats.entropy,
-        old_logprobs=micro_batch.old_logprobs,
-        rollout_logprobs=micro_batch.rollout_logprobs,
-        ref_logprobs=micro_batch.ref_logprobs,
-        advantages=micro_batch.advantages,
-        loss_mask=micro_batch.loss_mask,
-        token_weights=micro_batch.token_weights,
-        cu_seqlens=micro_batch.cu_seqlens,
-        selected=micro_batch.selected,
-        context=context,
-    )
 
 
 def _add_up(collected: list[dict[str, Tensor]]) -> dict[str, Tensor]:
