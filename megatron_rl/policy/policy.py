@@ -22,6 +22,7 @@ from megatron_rl.parallel.vocab import vocab_parallel_stats
 from megatron_rl.parallel.weights import weight_stream
 from megatron_rl.policy.build import build_model, build_optimizer, padded_vocab_size
 from megatron_rl.policy.schedule import run_schedule
+from megatron_rl.profiling.spans import OFF, Spans
 from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, MiniBatch, TokenStats
 
 LossFunction = Callable[[LossInputs, Any], LossOutputs]
@@ -141,8 +142,8 @@ class MegatronPolicy:
         finally:
             self._set_parameters(current)
 
-    def update(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any) -> UpdateResult:
-        """One optimizer update: forward, backward, clip, step.
+    def update(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any, spans: Spans = OFF) -> UpdateResult:
+        """One optimizer update: forward, backward, clip, step; `spans` sees the first two and the last two.
 
         A non-finite gradient leaves weights, moments and schedule alone and is reported as skipped. So does a
         mini-batch without a counted token (overlong filtering can mask all of it): its mean is 0/0, and Adam's momentum
@@ -155,14 +156,16 @@ class MegatronPolicy:
             count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=logits.device)
             return outputs.loss_sum, count, outputs.metrics
 
-        self.model.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
-        collected = run_schedule(self.model, mini_batch, on_logits, forward_only=False)
+        with spans("forward_backward"):
+            self.model.ddp.zero_grad_buffer()
+            self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
+            collected = run_schedule(self.model, mini_batch, on_logits, forward_only=False)
         sums = _add_up(collected)
         if self.groups.pp_size > 1:
             sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        grad_norm, skipped = self._step(mini_batch)
+        with spans("optimizer"):
+            grad_norm, skipped = self._step(mini_batch)
         if not math.isfinite(grad_norm):
             self._count_skipped(mini_batch, grad_norm, sums)
         elif not skipped:
