@@ -18,7 +18,8 @@ PHASES = (
     "rollout reward sync pack old_logprobs metrics select forward_backward optimizer update probe log eval checkpoint"
 ).split()
 POINT_TO_POINT = ("send", "recv")
-# a rank for which the others wait longer than this share of a step is named a straggler
+# A rank is a straggler when the others wait for it longer than for a rank on average, by more than this share of a
+# step: where everyone is late now and then nobody is one.
 STRAGGLER_FRACTION = 0.05
 
 
@@ -85,7 +86,7 @@ def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:
     steps = [record.step for record in ranks[0].steps]
     if not steps or any([record.step for record in rank.steps] != steps for rank in ranks):
         raise ValueError(f"ranks measured different steps: {[[r.step for r in rank.steps] for rank in ranks]}")
-    waits, caused = _waiting(ranks)
+    waits, caused = waiting(ranks)
     costs = [[_costs(rank, index, waits) for index in range(len(steps))] for rank in ranks]
     walls = [[_wall(record) for record in rank.steps] for rank in ranks]
     phases: dict[str, Cost] = defaultdict(Cost)
@@ -108,12 +109,12 @@ def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:
     tracked = [sum(s for name, s in mine.items() if name != "checkpoint") for mine in by_rank]
     untracked = max(1 - part / statistics.mean(row) for part, row in zip(tracked, walls, strict=True))
     stepwise = [cost for name, cost in phases.items() if name != "checkpoint"]
-    threshold = STRAGGLER_FRACTION * wall
+    threshold = statistics.mean(caused) + STRAGGLER_FRACTION * wall
     return Summary(
         steps=steps,
         step_seconds=wall,
         untracked_fraction=untracked,
-        phases={name: phases[name] for name in sorted(phases, key=_order)},
+        phases={name: phases[name] for name in sorted(phases, key=order)},
         by_rank=by_rank,
         caused_waiting=caused,
         stragglers=[rank for rank, seconds in enumerate(caused) if seconds > threshold and not on_gpu],
@@ -160,7 +161,7 @@ def _passes(stage: RankRecord, index: int) -> list[tuple[float, float, float]]:
     ]
 
 
-def _waiting(ranks: Sequence[RankRecord]) -> tuple[dict[int, float], list[float]]:
+def waiting(ranks: Sequence[RankRecord]) -> tuple[dict[int, float], list[float]]:
     """(seconds that a rank waited in a collective, by the id of the Collective; what each rank caused, mean of a step).
 
     Waiting ends when the last rank calls. A send or a receive is all waiting.
@@ -226,5 +227,6 @@ def _seconds(cost: Cost) -> float:
     return cost.seconds
 
 
-def _order(name: str) -> tuple[int, str]:
+def order(name: str) -> tuple[int, str]:
+    """Sorts phases as a step has them, others behind."""
     return (PHASES.index(name) if name in PHASES else len(PHASES), name)

@@ -37,7 +37,7 @@ def run(
     config: Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c", show_default=False)] = None,
     steps: Annotated[int, typer.Option(min=1, help="measured steps")] = 5,
-    warmup: Annotated[int, typer.Option(min=1, help="steps before them; the last of these is traced")] = 2,
+    warmup: Annotated[int, typer.Option(min=2, help="steps before them; the last but one is traced")] = 3,
     trace: Annotated[bool, typer.Option(help="write a trace of torch's profiler, one a rank")] = True,
     out: Annotated[
         Path | None,
@@ -87,6 +87,7 @@ def load_profile(folder: Path) -> dict[str, Any]:
 def _run(config: Config, out: Path, options: list[str], *, steps: int, warmup: int, trace: bool) -> int:
     from megatron_rl import launch
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to the terminal
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         path = out / "profiled.yaml"
         return launch.run_world(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl import __version__
-from megatron_rl.profiling.analysis import PHASES, RankRecord, Summary
+from megatron_rl.profiling.analysis import PHASES, RankRecord, Summary, order, waiting
 from megatron_rl.profiling.tables import ASYNCHRONOUS, phase_rows, rate_rows
 from megatron_rl.report.figures import Figure
 from megatron_rl.report.page import card, document, table_html
@@ -25,7 +25,8 @@ COLOURS = dict(
         strict=True,
     )
 )
-OTHER_COLOUR, COLLECTIVE_COLOUR = "#8b8f99", "#d1495b"
+COLOURS |= {"waiting": "#f4b6bd", "communication": "#d1495b"}
+OTHER_COLOUR = "#8b8f99"
 # stretches of one kind that lie closer together than this share of the step are drawn as one: they are one pixel
 _PIXEL = 1 / 4000
 _ROW = 34  # pixels
@@ -55,26 +56,27 @@ def write_page(
     step = median_step(ranks)
     timeline = Figure(
         f"Step {step} on every rank",
-        "Upper row of a rank: its phases. Middle: parts of a phase. Lower: what its host spent in collectives. The "
+        "Upper row of a rank: its phases. Middle: parts of a phase. Lower: its host in collectives. The "
         "step is the one of median length; zoom with a drag, hover for names and seconds.",
         *timeline_figure(ranks, step),
     )
     where = Figure("Seconds of each phase by rank", "A longer bar of one rank is a straggler's.", *bars_figure(summary))
+    phases, rates = table_html(phase_rows(profile)), table_html([["what", "value"], *map(list, rate_rows(profile))])
+    places = table_html(rank_rows(summary, ranks, on_gpu=facts["on_gpu"]))
     body = [
         f"<header><h1>Profile of {escape(facts['name'])}</h1><p>{len(summary.steps)} measured steps of "
         f"{summary.step_seconds:.3f} s after {facts['warmup']} others; {facts['processes']} processes "
         f"({escape(facts['layout'])}), {escape(facts['device'])}, torch {escape(facts['torch'])}, megatron_rl "
         f"{__version__}.</p></header>",
-        f"<section><h2>Timeline</h2>{card(timeline, plots)}</section>",
-        f'<section><h2>Phases</h2><div class="grid"><article>{table_html(phase_rows(profile))}</article>'
-        f"{card(where, plots)}</div></section>",
-        '<section><h2>Rates</h2><div class="grid"><article>'
-        f"{table_html([['what', 'value'], *map(list, rate_rows(profile))])}</article>"
-        f"<article><h3>Ranks</h3>{table_html(rank_rows(summary, ranks, on_gpu=facts['on_gpu']))}</article>"
-        f"<article><h3>Collectives of one rank and step</h3>{_collectives(summary, facts)}</article></div></section>",
-        f"<section><h2>How to read it</h2>{_paragraphs(DEFINITIONS)}</section>",
-        f"<section><h2>Configuration</h2><details><summary>config.yaml</summary><pre>{escape(config_text)}</pre>"
-        "</details></section>",
+        _section("Timeline", card(timeline, plots)),
+        _section("Phases", f"<article>{phases}</article><br>{card(where, plots)}"),
+        _section(
+            "Rates and ranks",
+            f'<article style="max-width: 44rem">{rates}</article><br><div class="grid"><article><h3>Ranks</h3>{places}</article>'
+            f"<article><h3>Collectives of one rank and step</h3>{_collectives(summary, facts)}</article></div>",
+        ),
+        _section("How to read it", "".join(f"<p>{escape(text)}</p>" for text in DEFINITIONS)),
+        _section("Configuration", f"<details><summary>config.yaml</summary><pre>{escape(config_text)}</pre></details>"),
     ]
     path.write_text(document(f"Profile of {facts['name']}", body, plots), encoding="utf-8")
 
@@ -92,6 +94,7 @@ def timeline_figure(ranks: Sequence[RankRecord], step: int) -> tuple[list[dict[s
     records = [next(record for record in rank.steps if record.step == step) for rank in ranks]
     origin = min(record.start + rank.clock_offset for rank, record in zip(ranks, records, strict=True))
     length = max(record.end + rank.clock_offset for rank, record in zip(ranks, records, strict=True)) - origin
+    waits, _ = waiting(ranks)
     bars: dict[str, list[tuple[str, float, float]]] = defaultdict(list)  # name -> (row, start, end)
     rows: list[str] = []
     for rank, record in zip(ranks, records, strict=True):
@@ -102,11 +105,12 @@ def timeline_figure(ranks: Sequence[RankRecord], step: int) -> tuple[list[dict[s
             bars[span.name].append((row, span.start + shift, span.end + shift))
             used.append(row)
         for c in record.collectives:
-            bars["collectives"].append((f"{label} collectives", c.start + shift, c.end + shift))
-            used.append(f"{label} collectives")
+            row, arrived = f"{label} collectives", c.start + waits.get(id(c), 0.0)
+            bars["waiting"].append((row, c.start + shift, arrived + shift))
+            bars["communication"].append((row, arrived + shift, c.end + shift))
+            used.append(row)
         rows += dict.fromkeys(used)
-    names = sorted(bars, key=lambda name: (PHASES.index(name) if name in PHASES else len(PHASES), name))
-    traces = [_bars(name, _merged(bars[name], length * _PIXEL)) for name in names]
+    traces = [_bars(name, _merged(bars[name], length * _PIXEL)) for name in sorted(bars, key=order)]
     layout = {
         "barmode": "overlay",
         "bargap": 0.15,
@@ -139,8 +143,8 @@ def bars_figure(summary: Summary) -> tuple[list[dict[str, Any]], dict[str, Any]]
     layout = {
         "barmode": "stack",
         "showlegend": True,
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-        "height": 220 + _ROW * len(labels),
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        "height": 160 + _ROW * len(labels),
         "xaxis": {"title": {"text": "seconds of a step"}},
         "yaxis": {"type": "category", "autorange": "reversed"},
     }
@@ -169,8 +173,8 @@ def _collectives(summary: Summary, facts: dict[str, Any]) -> str:
     return html
 
 
-def _paragraphs(texts: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+def _section(title: str, html: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{html}</section>"
 
 
 def _merged(stretches: list[tuple[str, float, float]], gap: float) -> list[tuple[str, float, float]]:
@@ -184,7 +188,6 @@ def _merged(stretches: list[tuple[str, float, float]], gap: float) -> list[tuple
 
 
 def _bars(name: str, stretches: list[tuple[str, float, float]]) -> dict[str, Any]:
-    colour = COLLECTIVE_COLOUR if name == "collectives" else COLOURS.get(name, OTHER_COLOUR)
     return {
         "type": "bar",
         "orientation": "h",
@@ -192,6 +195,6 @@ def _bars(name: str, stretches: list[tuple[str, float, float]]) -> dict[str, Any
         "y": [row for row, _, _ in stretches],
         "base": [round(start, 6) for _, start, _ in stretches],
         "x": [round(end - start, 6) for _, start, end in stretches],
-        "marker": {"color": colour, "line": {"width": 0}},
+        "marker": {"color": COLOURS.get(name, OTHER_COLOUR), "line": {"width": 0}},
         "hovertemplate": f"{name}<br>from %{{base:.4f}} s, %{{x:.4f}} s",
     }

@@ -36,12 +36,13 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 def record(config: Config, *, warmup: int, trace: bool) -> None:
     """One rank's part, on the world that torchrun's environment describes. `config`: as `profile_config` makes it; its
-    first `warmup` steps are not measured, and the last of those is traced."""
+    first `warmup` steps (2 at least) are not measured, and the last but one is traced: ranks need a step to come
+    together again after writing their traces, which takes them differently long."""
     folder = config.run_dir
     groups = init_groups(config.parallel, config.seed)
     world = Reducer(groups.world, device.device())
     place = f"rank{groups.rank}"
-    traced = warmup - 1 if trace else None
+    traced = warmup - 2 if trace else None
     trace_path = folder / "traces" / f"{place}.json.gz"
     recorder = Recorder(range(warmup, config.train.num_steps), watch_collectives, traced=traced, trace_path=trace_path)
     barrier(groups)  # ranks that share cores measure their peak together, as they will work

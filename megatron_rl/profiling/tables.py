@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 # rate -> (what it is called, format)
@@ -20,20 +21,21 @@ FRACTIONS = {
     "pipeline_bubble": "pipeline bubble, fraction of the passes",
     "untracked_fraction": "outside every phase, fraction of the step",
 }
+_NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
 ASYNCHRONOUS = "not measured: the device runs asynchronously, see the trace"
 
 
 def phase_rows(profile: dict[str, Any]) -> list[list[str]]:
-    """Header, one row a phase, and their sum. Seconds and MiB; "–" where nothing was measured."""
+    """Header, one row a phase, and their sum; `slowest` rank (its seconds), MiB at the peak, "–": not measured."""
     summary = profile["summary"]
     wall, on_gpu = summary["step_seconds"], profile["facts"]["on_gpu"]
-    rows = [["phase", "seconds", "share", "device s", "in collectives", "waiting", "slowest rank", "peak MiB"]]
+    rows = [["phase", "s", "share", "device s", "comm s", "wait s", "slowest", "MiB"]]
     for name, cost in summary["phases"].items():
         own = [of_rank.get(name, 0.0) for of_rank in summary["by_rank"]]
         slowest = max(range(len(own)), key=own.__getitem__)
         rows.append(
             [
-                name if name != "checkpoint" else "checkpoint, one save",
+                name if name != "checkpoint" else "checkpoint (one)",
                 f"{cost['seconds']:.3f}",
                 f"{cost['seconds'] / wall:.3f}" if name != "checkpoint" else "–",
                 f"{cost['device_seconds']:.3f}" if cost["device_seconds"] else "–",
@@ -64,7 +66,7 @@ def rate_rows(profile: dict[str, Any]) -> list[tuple[str, str]]:
         value = summary["rates"][key]
         none = source if key.startswith("mfu") and peak is None else "not measured"
         rows.append((label, none if value is None else style.format(value)))
-    rows.append(("peak FLOP/s of all processes", f"{peak:.3g}, {source}" if peak else source))
+    rows.append(("peak FLOP/s of all processes", f"{peak:.3g} ({source})" if peak else source))
     for key, label in FRACTIONS.items():
         value = summary[key]
         rows.append((label, ASYNCHRONOUS if value is None else f"{value:.3f}"))
@@ -78,7 +80,7 @@ def summary_table(profile: dict[str, Any]) -> Table:
     facts, (header, *rows) = profile["facts"], phase_rows(profile)
     caption = "\n".join(f"{label}: {value}" for label, value in rate_rows(profile))
     title = f"{facts['name']}: {len(profile['summary']['steps'])} steps, {facts['layout']}, {facts['device']}"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", **_NARROW)
     for column in header:
         table.add_column(column, justify="left" if column == "phase" else "right", no_wrap=True)
     for row in rows:
@@ -113,7 +115,7 @@ def compare_table(first: dict[str, Any], second: dict[str, Any], name: str, othe
     keys = ("device", "torch", "processes", "layout")
     differing = [key for key in keys if first["facts"][key] != second["facts"][key]]
     caption = "\n".join(f"{key}: {first['facts'][key]} against {second['facts'][key]}" for key in differing)
-    table = Table(title=f"{name} against {other}", caption=caption or None, title_justify="left")
+    table = Table(title=f"{name} against {other}", caption=caption or None, title_justify="left", **_NARROW)
     for column in header:
         table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
     for row in rows:
