@@ -72,7 +72,8 @@ def write_page(
         _section("Phases", f"<article>{phases}</article><br>{card(where, plots)}"),
         _section(
             "Rates and ranks",
-            f'<article style="max-width: 44rem">{rates}</article><br><div class="grid"><article><h3>Ranks</h3>{places}</article>'
+            f'<article style="max-width: 44rem">{rates}</article><br><div class="grid">'
+            f"<article><h3>Ranks</h3>{places}</article>"
             f"<article><h3>Collectives of one rank and step</h3>{_collectives(summary, facts)}</article></div>",
         ),
         _section("How to read it", "".join(f"<p>{escape(text)}</p>" for text in DEFINITIONS)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich import box
@@ -91,7 +92,8 @@ def summary_table(profile: dict[str, Any]) -> Table:
 def compare_rows(first: dict[str, Any], second: dict[str, Any]) -> list[list[str]]:
     """Header, one row a phase, the step and the rates: what, first, second, second / first."""
 
-    def row(name: str, a: float | None, b: float | None, style: str = "{:.3f}") -> list[str]:
+    def row(name: str, values: Iterable[float | None], style: str = "{:.3f}") -> list[str]:
+        a, b = values
         shown = ["–" if value is None else style.format(value) for value in (a, b)]
         return [name, *shown, f"{b / a:.2f}" if a and b is not None else "–"]
 
@@ -100,12 +102,12 @@ def compare_rows(first: dict[str, Any], second: dict[str, Any]) -> list[list[str
     rows = [["what", "first", "second", "ratio"]]
     for name in names:
         costs = [summary["phases"].get(name) for summary in (a, b)]
-        rows.append(row(f"{name}, s", *(None if cost is None else cost["seconds"] for cost in costs)))
-    rows.append(row("step, s", a["step_seconds"], b["step_seconds"]))
-    rows += [row(label, a["rates"][key], b["rates"][key], style) for key, (label, style) in RATES.items()]
-    rows += [row(label, a[key], b[key]) for key, label in FRACTIONS.items()]
+        rows.append(row(f"{name}, s", [None if cost is None else cost["seconds"] for cost in costs]))
+    rows.append(row("step, s", [a["step_seconds"], b["step_seconds"]]))
+    rows += [row(label, [a["rates"][key], b["rates"][key]], style) for key, (label, style) in RATES.items()]
+    rows += [row(label, [a[key], b[key]]) for key, label in FRACTIONS.items()]
     peaks = [max(cost["peak_bytes"] for cost in s["phases"].values()) / 2**20 for s in (a, b)]
-    rows.append(row("peak memory of a process, MiB", *peaks, "{:,.0f}"))
+    rows.append(row("peak memory of a process, MiB", peaks, "{:,.0f}"))
     return rows
 
 
