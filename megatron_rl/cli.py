@@ -1,4 +1,4 @@
-"""The command line: `megatron-rl train`, `convert` and `report`.
+"""The command line: `megatron-rl train`, `convert`, `report` and `profile`.
 
 What is slow to import (torch, Megatron) is imported where it is needed: `--help` and `--check` answer at once.
 """
@@ -18,6 +18,7 @@ from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import UserError
 from megatron_rl.lab.commands import shadow
+from megatron_rl.profiling.commands import app as profile_app
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(convert_app, name="convert")
 app.command()(shadow)
+app.add_typer(profile_app, name="profile")
 
 
 def main(command: Callable[[], None] | None = None) -> None:

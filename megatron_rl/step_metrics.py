@@ -3,6 +3,7 @@ mismatch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from megatron_rl.config_loss import LossBase
 from megatron_rl.metrics import Metrics
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.rollout.collect import CollectResult
-from megatron_rl.types import MiniBatch, TokenStats, TrainBatch
+from megatron_rl.types import MiniBatch, Rollout, TokenStats, TrainBatch
 
 
 def needs_current_stats(loss: LossBase, index: int) -> bool:
@@ -58,6 +59,16 @@ def entropy_change(mini_batch: MiniBatch, before: list[TokenStats], after: list[
     for micro_batch, old, new in zip(mini_batch.micro_batches, before, after, strict=True):
         change += masked_sum_count(new.entropy - old.entropy, micro_batch.loss_mask)
     return {"entropy/realised_change": change}
+
+
+def sequence_totals(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What the step's floating-point operations follow from, over all ranks and without padding: tokens, and pairs of a
+    token and one that it attends to, itself included."""
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    return {
+        "batch/sequence_tokens": float(sum(lengths)),
+        "batch/attention_pairs": float(sum(length * (length + 1) // 2 for length in lengths)),
+    }
 
 
 def samples_for_log(collected: CollectResult, tokenizer: Any, count: int) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.gradients import EntropyTangent
 from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.profiling.spans import OFF, Spans
 from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
 from megatron_rl.reward import load_reward
 from megatron_rl.rollout.build import write_model_dir
@@ -48,6 +49,7 @@ from megatron_rl.step_metrics import (
     mean_entropy,
     needs_current_stats,
     samples_for_log,
+    sequence_totals,
 )
 from megatron_rl.types import Prompt, Rollout, TrainBatch
 from megatron_rl.warm_start import warm_start
@@ -82,12 +84,12 @@ def main(config: Config) -> None:
     destroy_groups()
 
 
-def train(config: Config, groups: Groups) -> None:
-    """All steps, from the start or from a checkpoint."""
-    run = set_up(config, groups)
+def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
+    """All steps, from the start or from a checkpoint. `spans` sees where their time goes."""
+    run = set_up(config, groups, spans)
     store = CheckpointStore(config.run_dir / "checkpoints", run.policy, groups, run.tokenizer)
     start_step, notes = restore(run, store)
-    timers = Timers(device.synchronize)
+    timers = Timers(device.synchronize, spans)
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
         for note in notes:
             logger.message(note)
@@ -96,7 +98,7 @@ def train(config: Config, groups: Groups) -> None:
                 f"nothing to train: {config.run_dir} has {start_step} steps and train.num_steps="
                 f"{config.train.num_steps}; raise it to go on"
             )
-        for step in range(start_step, config.train.num_steps):
+        for step in spans.steps(range(start_step, config.train.num_steps)):
             try:
                 metrics = run_step(run, step, timers, logger)
                 metrics |= run.law.observe(metrics.get("entropy/mean", math.nan), metrics["reward/accuracy"])
@@ -106,8 +108,9 @@ def train(config: Config, groups: Groups) -> None:
                 raise
             # before the checkpoint (whose time the next row tells): a process killed between the two then leaves a row
             # too many, which the next process drops, rather than one too few
-            logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
-            stopping = run.world.any(launch.stop_requested())
+            with spans("log"):
+                logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
+                stopping = run.world.any(launch.stop_requested())
             with timers("checkpoint"):
                 checkpoint(run, store, step, metrics.get("eval/accuracy"), stopping=stopping)
             if stopping and step + 1 < config.train.num_steps:
@@ -130,13 +133,15 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
         collected = run.collector.collect(step)
         run.collector.go_ahead(step)
     metrics.set(collected.metrics)
-    batch = packed(run, collected.rollouts, step)
+    with timers("pack"):
+        batch = packed(run, collected.rollouts, step)
     with timers("old_logprobs"):
         old_stats = [policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]
         batch = batch.with_old_logprobs(old_stats)
         if config.loss.ref_kl_coef > 0:
             batch = batch.with_ref_logprobs([policy.ref_logprobs(mini_batch) for mini_batch in batch.minibatches()])
-    add_batch_metrics(metrics, batch, old_stats, run.data_parallel)
+    with timers("metrics"):
+        add_batch_metrics(metrics, batch, old_stats, run.data_parallel)
     loss, run.control, controls = adapt(config.loss, run.control, mean_entropy(batch, old_stats, run.data_parallel))
     metrics.set(controls)
     with timers("probe"):
@@ -159,7 +164,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
         predicted_change += marked.pop("entropy/predicted_change", 0.0)  # absent when overlong filtering masked it all
         metrics.add_means(marked)
         with timers("update"):
-            result = policy.update(mini_batch, LOSSES[loss.type], loss)
+            result = policy.update(mini_batch, LOSSES[loss.type], loss, timers.spans)
         metrics.add(result.sums)
         metrics.add_means(
             {"optimizer/grad_norm": result.grad_norm, "optimizer/skipped_fraction": float(result.skipped)}
@@ -173,11 +178,12 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
             metrics.set({"entropy/first_order_change": tangent.change()})
     if after is not None:
         metrics.add(entropy_change(batch.mini_batches[0], old_stats[0], after))
-    if config.logging.ledger_every and step % config.logging.ledger_every == 0:
-        logger.log_ledger(step, ledger(batch, old_stats, after, run.data_parallel), run.tokenizer)
-    metrics.set(batch_totals(run, batch))
-    logger.log_samples(step, samples_for_log(collected, run.tokenizer, config.logging.samples_per_step))
-    return metrics.reduce(run.data_parallel.sum, run.data_parallel.max)
+    with timers("metrics"):
+        if config.logging.ledger_every and step % config.logging.ledger_every == 0:
+            logger.log_ledger(step, ledger(batch, old_stats, after, run.data_parallel), run.tokenizer)
+        metrics.set(batch_totals(run, batch) | sequence_totals(collected.rollouts))
+        logger.log_samples(step, samples_for_log(collected, run.tokenizer, config.logging.samples_per_step))
+        return metrics.reduce(run.data_parallel.sum, run.data_parallel.max)
 
 
 def packed(run: Run, rollouts: list[Rollout], step: int) -> TrainBatch:
@@ -195,7 +201,7 @@ def packed(run: Run, rollouts: list[Rollout], step: int) -> TrainBatch:
     ).to(device.device())
 
 
-def set_up(config: Config, groups: Groups) -> Run:
+def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
     reward_fn = load_reward(config.reward.function)  # before anything slow
     tokenizer = build_tokenizer(config)
@@ -218,7 +224,7 @@ def set_up(config: Config, groups: Groups) -> Run:
         policy.keep_reference()
     cursor = PromptCursor(problems.train, config.seed)
     run: Run
-    collector = Collector(engine, cursor, reward_fn, tokenizer, config, place, revive=lambda: revive(run))
+    collector = Collector(engine, cursor, reward_fn, tokenizer, config, place, lambda: revive(run), spans)
     run = Run(
         config=config,
         groups=groups,

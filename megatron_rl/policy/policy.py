@@ -23,6 +23,7 @@ from megatron_rl.parallel.vocab import vocab_parallel_stats
 from megatron_rl.parallel.weights import weight_stream
 from megatron_rl.policy.build import build_model, build_optimizer, padded_vocab_size
 from megatron_rl.policy.schedule import run_schedule
+from megatron_rl.profiling.spans import OFF, Spans
 from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, MiniBatch, TokenStats
 
 LossFunction = Callable[[LossInputs, Any], LossOutputs]
@@ -143,17 +144,19 @@ class MegatronPolicy:
         finally:
             self._set_parameters(current)
 
-    def update(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any) -> UpdateResult:
-        """One optimizer update: forward, backward, clip, step.
+    def update(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any, spans: Spans = OFF) -> UpdateResult:
+        """One optimizer update: forward, backward, clip, step; `spans` sees the first two and the last two.
 
         A non-finite gradient leaves weights, moments and schedule alone and is reported as skipped. So does a
         mini-batch without a counted token (overlong filtering can mask all of it): its mean is 0/0, and Adam's momentum
         would move the weights for it.
         Raises: NonFiniteError when more than train.max_nonfinite_updates gradients in a row were not finite.
         """
-        sums = self.backward(mini_batch, loss, loss_config)
+        with spans("forward_backward"):
+            sums = self.backward(mini_batch, loss, loss_config)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        grad_norm, skipped = self._step(mini_batch)
+        with spans("optimizer"):
+            grad_norm, skipped = self._step(mini_batch)
         if not math.isfinite(grad_norm):
             self._count_skipped(mini_batch, grad_norm, sums)
         elif not skipped:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.data import PromptCursor
 from megatron_rl.errors import UserError
+from megatron_rl.profiling.spans import OFF, Spans
 from megatron_rl.reward import RewardFn, check_failures, filter_overlong, grade, shape_rewards
 from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
 from megatron_rl.types import Prompt, Rollout
@@ -75,8 +76,10 @@ class Collector:
         config: Config,
         place: Place,
         revive: Callable[[], None],
+        spans: Spans = OFF,
     ) -> None:
         """`revive`: a collective that restarts dead servers and gives them the current weights."""
+        self._spans = spans
         self.engine, self.cursor, self._reward_fn, self._tokenizer = engine, cursor, reward_fn, tokenizer
         self._config, self._place, self._revive = config, place, revive
         self._ahead: deque[_Pending] = deque()
@@ -194,7 +197,8 @@ class Collector:
         by_id, rollouts = {prompt.prompt_id: prompt for prompt in prompts}, []
         try:
             for _, rollout in self.engine.stream(requests):
-                rollouts += grade([rollout], by_id, self._reward_fn, self._tokenizer)
+                with self._spans.light("reward"):
+                    rollouts += grade([rollout], by_id, self._reward_fn, self._tokenizer)
         except ServersLost:
             pass  # what is missing is asked for again
         except EngineError as error:
