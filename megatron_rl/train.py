@@ -21,7 +21,7 @@ from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.covariance import select_tokens
 from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.config import Config
-from megatron_rl.config_checks import read_hf_config
+from megatron_rl.config_checks import read_hf_config, require_model
 from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.logs import RunLogger
@@ -94,7 +94,7 @@ def train(config: Config, groups: Groups) -> None:
             # before the checkpoint (whose time the next row tells): a process killed between the two then leaves a row
             # too many, which the next process drops, rather than one too few
             logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
-            stopping = run.world.any(launch.stop_requested())
+            stopping = run.world.any(launch.stop_requested(config.run_dir))
             with timers("checkpoint"):
                 checkpoint(run, store, step, metrics.get("eval/accuracy"), stopping=stopping)
             if stopping and step + 1 < config.train.num_steps:
@@ -172,7 +172,8 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
 
 def set_up(config: Config, groups: Groups) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
-    reward_fn = load_reward(config.reward.function)  # before anything slow
+    require_model(config)  # before anything slow
+    reward_fn = load_reward(config.reward.function)
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
     raw_hf_config = read_hf_config(config)
