@@ -52,8 +52,8 @@ def claim(config_path: Path, overrides: Sequence[str], job: Job, root: Path) -> 
     config = load_config(config_path, given)
     if config.parallel.processes % job.nodes:
         raise ConfigError(
-            f"parallel.world_size={config.parallel.processes} cannot be dealt out evenly over {job.nodes} nodes; change "
-            "it, or sbatch -N"
+            f"parallel.world_size={config.parallel.processes} cannot be dealt out evenly over {job.nodes} nodes; "
+            "change it, or sbatch -N"
         )
     if not _take(config, job):
         config = load_config(config_path, [*given, f"name={config.name}-{job.id}"])
