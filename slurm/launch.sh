@@ -5,7 +5,8 @@
 #    all requeues, this job runs the frozen copy, this script included.
 # 2. Preflight on all ranks, then training: one torchrun agent a node. The first rank of a node starts its engines.
 # 3. Slurm's warning (USR1 before the time limit, TERM before a pre-emption) becomes the file `stop`, which every rank
-#    looks for at a step's end: the run saves and ends, and the job goes back into the queue.
+#    looks for at a step's end: the run saves and ends, and the job goes back into the queue. So does a job of which a
+#    node died. A requeued job goes on from the newest checkpoint.
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?is not set: this script runs inside a job; submit one of slurm/*.sbatch}"
@@ -98,24 +99,40 @@ tail -n 0 -F "$run_dir/logs/rank0.log" 2> /dev/null &
 tail=$!
 code_of_run=0
 on_all "$merged" train || code_of_run=$?
+sleep 1 # for the last lines to be shown
 kill "$tail" 2> /dev/null || true
 
 # --- the end ----------------------------------------------------------------------------------------------------------
+
+requeue() {
+    echo "$1: back into the queue"
+    scontrol requeue "$SLURM_JOB_ID" || {
+        echo "this cluster does not let a job requeue itself; the same sbatch command continues" >&2
+        exit 75
+    }
+    sleep 60 # Slurm ends this script
+    exit 75
+}
+
+state() {
+    scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*' | cut -d= -f2
+}
+
+nodes_answer() {
+    timeout 60 "${srun[@]}" --nodes="$SLURM_JOB_NUM_NODES" --immediate=50 true > /dev/null 2>&1
+}
 
 steps=0
 on_head python -m megatron_rl.cluster conclude "$run_dir" "$merged" "$code_of_run" || steps=$?
 if ((code_of_run != 0)); then
     echo "failed with exit code $code_of_run; the merged log, reason first: $merged" >&2
+    # the ranks see a dead node as a lost connection, long before Slurm gives it up
+    nodes_answer || [[ $(state) != RUNNING ]] || requeue "a node does not answer"
     exit "$code_of_run"
 fi
 ((steps == 75)) || exit "$steps"
-state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*' | cut -d= -f2)
-if [[ $state != RUNNING ]] || [[ -e $run_dir/stop && -z $warned ]]; then
-    echo "stopped by hand ($state); the same sbatch command continues"
+if [[ $(state) != RUNNING ]] || [[ -e $run_dir/stop && -z $warned ]]; then
+    echo "stopped by hand; the same sbatch command continues"
     exit 0
 fi
-echo "steps are left: back into the queue"
-scontrol requeue "$SLURM_JOB_ID" || {
-    echo "this cluster does not let a job requeue itself; the same sbatch command continues" >&2
-    exit 75
-}
+requeue "steps are left"

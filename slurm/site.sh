@@ -10,6 +10,7 @@ export MEGATRON_RL_RUNS=${MEGATRON_RL_RUNS:-$MEGATRON_RL_ROOT/runs}
 # Runs on every node, inside the container if there is one: makes `python` the one with megatron-rl.
 site_setup() {
     # module load cuda
+    # shellcheck source=/dev/null
     source "$MEGATRON_RL_ROOT/.venv/bin/activate"
 }
 

@@ -42,7 +42,7 @@ def claim(config_path: Path, overrides: Sequence[str], job: Job, root: Path) -> 
     Raises: ConfigError when the config, or its number of processes on this many nodes, cannot work.
     """
     given = list(overrides)
-    if not any(override.startswith("parallel.world_size=") for override in given):
+    if not any(_sets_world_size(override) for override in given):
         if not job.gpus_per_node:
             raise ConfigError(
                 "the job has no GPUs, so the number of processes is unknown; ask for some (--gpus-per-node), or give "
@@ -66,6 +66,11 @@ def claim(config_path: Path, overrides: Sequence[str], job: Job, root: Path) -> 
 def code_folder(run_dir: Path, job_id: str) -> Path:
     """The copy of the code that a job runs."""
     return run_dir / "code" / job_id
+
+
+def _sets_world_size(override: str) -> bool:
+    key, _, value = override.partition("=")
+    return key == "parallel.world_size" or (key == "parallel" and "world_size" in value)
 
 
 def _take(config: Config, job: Job) -> bool:

@@ -54,7 +54,8 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
     faults, versions = _versions(), {name: version for name in _SHOWN if (version := _installed(name))}
     gpu = device.gpu_memory() if device.ON_GPU else None
     base = {"rank": int(os.environ.get("RANK", "0")), "local_rank": launch.local_rank(), "host": socket.gethostname()}
-    base |= {"versions": versions | device.gpu_versions(), "version_faults": faults, "gpu": gpu}
+    versions = {"python": sys.version.split()[0]} | versions | device.gpu_versions()
+    base |= {"versions": versions, "version_faults": faults, "gpu": gpu}
     if launch.local_rank() != 0:
         return Facts(**base)
     engine_version, engine_fault = _engine_version(config)
@@ -166,8 +167,3 @@ def _resolves(host: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def python_version() -> str:
-    """As in 3.11.7."""
-    return sys.version.split()[0]

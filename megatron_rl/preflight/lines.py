@@ -142,10 +142,8 @@ def _engine_version(config: Config, facts: list[Facts]) -> Line:
     if engine == "transformers":
         return Line("engine", "transformers, embedded", None)
     versions = sorted({fact.engine_version for fact in _nodes(facts)})
-    fine = (
-        f"{engine} {', '.join(versions)}" if any(versions) else f"{engine} at {', '.join(config.rollout.server.urls)}"
-    )
-    return _on_nodes("engine", facts, lambda fact: fact.engine_fault, fine)
+    which = ", ".join(versions) if any(versions) else f"at {', '.join(config.rollout.server.urls)}"
+    return _on_nodes("engine", facts, lambda fact: fact.engine_fault, f"{engine} {which}")
 
 
 def _data(facts: list[Facts]) -> Line:
@@ -161,9 +159,8 @@ def _folder(config: Config, facts: list[Facts]) -> Line:
     blind = [fact.host for fact in _nodes(facts) if not fact.sees_shared]
     if blind:
         remedy = "put logging.run_dir (MEGATRON_RL_RUNS) on a disk that all nodes share"
-        return Line(
-            "run folder", f"{config.run_dir.parent} is not the same folder on {', '.join(blind)}", False, remedy
-        )
+        finding = f"{config.run_dir.parent} is not the same folder on {', '.join(blind)}"
+        return Line("run folder", finding, False, remedy)
     return Line("run folder", f"{config.run_dir}, seen by every node")
 
 

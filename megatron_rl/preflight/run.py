@@ -62,7 +62,7 @@ def check_rank(config: Config) -> None:
             "ask for as many GPUs as processes of a node (--gpus-per-node), or lower parallel.world_size"
         )
     world = join_world()
-    # 64 MiB an update of a bucket; a CPU's world only shows that it works
+    # large enough on GPUs for the links' full speed; on CPUs it only shows that the ranks reach each other
     bandwidth, is_right = all_reduce_bandwidth(world, nbytes=2**28 if device.ON_GPU else 2**22, repeats=5)
     lines = _check(config, world, bandwidth, is_right)
     failed = [line.what for line in lines if line.is_ok is False]
