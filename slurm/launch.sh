@@ -57,6 +57,7 @@ free_port() {
 
 warned=""
 signalled=""
+# shellcheck disable=SC2317  # the traps call it
 warn() { # SIGNAL
     signalled=1
     [[ -z $warned ]] || return 0

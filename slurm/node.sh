@@ -11,8 +11,8 @@ export PYTHONPATH=$MEGATRON_RL_CODE${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 
 [[ $1 == agent ]] || exec "$@"
 shift
 
-# Slurm's signals are for the ranks, which save: a torchrun that saw them would kill the ranks after 30 s.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps sequence parallelism only so
+# Slurm's signals are for the ranks, which save: a torchrun that saw them would kill the ranks after 30 s.
 trap '' TERM USR1
 options=()
 torch=$(python -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")

@@ -41,7 +41,7 @@ GresTypes=gpu
 ReturnToService=2
 SlurmdTimeout=15
 SlurmdParameters=config_overrides
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=8 RealMemory=2000 Gres=gpu:{gpus}
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=8 RealMemory=2000 Gres=gpu:{gpus}
 PartitionName=main Nodes=ALL Default=YES MaxTime=48:00:00 State=UP
 """
 
@@ -142,10 +142,8 @@ class Cluster:
         for number in range(_GPUS):  # Slurm wants a file for each; nobody opens it
             (folder / f"gpu{number}").touch()
         port, *ports = free_ports(_NODES + 1)
-        first, last = ports[0], ports[-1]
-        config = _CONF.format(
-            folder=folder, host=host, port=port, nodes=_NODES, first=first, last=last, gpus=_GPUS
-        )  # fmt: skip
+        between = f"{ports[0]}-{ports[-1]}"
+        config = _CONF.format(folder=folder, host=host, port=port, nodes=_NODES, ports=between, gpus=_GPUS)
         (folder / "slurm.conf").write_text(config)
         (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-{_GPUS - 1}]\n")
         key = folder / "munge.key"
