@@ -19,6 +19,7 @@ from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import UserError
 from megatron_rl.lab.commands import shadow
 from megatron_rl.profiling.commands import app as profile_app
+from megatron_rl.preflight.run import preflight
 
 app = typer.Typer(
     add_completion=False,
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.add_typer(convert_app, name="convert")
 app.command()(shadow)
 app.add_typer(profile_app, name="profile")
+app.command()(preflight)
 
 
 def main(command: Callable[[], None] | None = None) -> None:

@@ -18,17 +18,21 @@ from pydantic import Field, ValidationError, model_validator
 
 from megatron_rl.config_base import Fraction, NonNegativeInt, PositiveInt, Section
 from megatron_rl.config_checks import ConfigError, check_consistency
+from megatron_rl.config_env import UnsetVariable, expand
 from megatron_rl.config_loss import LossConfig, PpoClipLoss
 from megatron_rl.config_rollout import RolloutConfig
 
 
 class ModelConfig(Section):
-    """The policy. Either `path` (a Hugging Face folder with config.json and safetensors) or `hf_config` (random
-    weights)."""
+    """The policy: `path` (a Hugging Face folder with config.json and safetensors) or `hf_config` (random weights).
+
+    With both, `hf_config` states the architecture where the folder is not, so that a recipe can be checked and planned
+    anywhere; where the folder is, its config.json must agree.
+    """
 
     path: str | None = Field(None, description="Hugging Face model folder; its weights are the initial policy")
     hf_config: dict[str, Any] | None = Field(
-        None, description="contents of a config.json; the policy then starts from random weights drawn from `seed`"
+        None, description="contents of a config.json; without `path` the weights are random, drawn from `seed`"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and activations")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -46,9 +50,9 @@ class ModelConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _one_source(self) -> ModelConfig:
-        if (self.path is None) == (self.hf_config is None):
-            raise ValueError("set exactly one of model.path and model.hf_config")
+    def _has_source(self) -> ModelConfig:
+        if self.path is None and self.hf_config is None:
+            raise ValueError("set model.path, or model.hf_config for random weights")
         return self
 
     @model_validator(mode="after")
@@ -264,7 +268,7 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read YAML, apply `a.b=c` overrides, validate types, ranges and consistency.
+    """Read YAML, apply `a.b=c` overrides, replace ${MEGATRON_RL_NAME}, validate types, ranges and consistency.
 
     Raises: ConfigError, with one line per fault: where, what was got, what was expected.
     """
@@ -279,6 +283,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: expected a mapping of options at the top, got {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
+    try:
+        raw = expand(raw)
+    except UnsetVariable as error:
+        raise ConfigError(f"{path}: {error}") from error
     return parse_config(raw)
 
 

@@ -39,10 +39,37 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def read_hf_config(config: Config) -> dict[str, Any]:
-    """The policy's Hugging Face config as a dict. Raises: ConfigError when model.path has no readable config.json."""
-    if config.model.hf_config is not None:
-        return dict(config.model.hf_config)
-    return read_config_json(Path(config.model.path or ""))
+    """The policy's Hugging Face config as a dict: that of model.path; model.hf_config without a path, or where the
+    path is not on this machine (then `require_model` refuses to train).
+
+    Raises: ConfigError when model.path has no readable config.json, or one that disagrees with model.hf_config.
+    """
+    path, stated = config.model.path, config.model.hf_config
+    if path is None:
+        return dict(stated or {})
+    if stated is not None and not Path(path).exists():
+        return dict(stated)
+    found = read_config_json(Path(path))
+    if stated is not None:
+        shared = [key for key in stated if key in found]  # a config.json leaves out what is the default
+        differ = [f"{key}: {stated[key]!r}, there {found[key]!r}" for key in shared if stated[key] != found[key]]
+        if differ:
+            raise ConfigError(
+                f"model.hf_config states another architecture than {hf_folder(path) / 'config.json'} ("
+                + "; ".join(differ)
+                + "); correct model.path, or model.hf_config"
+            )
+    return found
+
+
+def require_model(config: Config) -> None:
+    """Raises: ConfigError when the weights that the config names are not on this machine."""
+    path = config.model.path
+    if path is not None and not Path(path).exists():
+        raise ConfigError(
+            f"model.path={path}: no such folder here; download the model into it, name another, or set the environment "
+            "variable MEGATRON_RL_MODELS where the config uses it"
+        )
 
 
 def check_consistency(config: Config) -> None:

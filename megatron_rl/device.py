@@ -58,6 +58,24 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def local_gpus() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count() if ON_GPU else 0
+
+
+def gpu_memory() -> tuple[str, int, int]:
+    """(name, free bytes, all bytes) of this process's GPU; call it where ON_GPU."""
+    return (torch.cuda.get_device_name(), *torch.cuda.mem_get_info())
+
+
+def gpu_versions() -> dict[str, str]:
+    """Versions of the libraries under torch; empty on a CPU."""
+    if not ON_GPU:
+        return {}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {"CUDA": str(torch.version.cuda), "NCCL": nccl}
+
+
 def peak_memory_bytes() -> int:
     """Peak device memory allocated by torch, or peak resident memory of the process on a CPU."""
     if ON_GPU:

@@ -23,7 +23,7 @@ from megatron_rl.algorithms.ledger import ledger
 from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
-from megatron_rl.config_checks import read_hf_config
+from megatron_rl.config_checks import read_hf_config, require_model
 from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.law import LawMonitor
@@ -110,7 +110,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
             # too many, which the next process drops, rather than one too few
             with spans("log"):
                 logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
-                stopping = run.world.any(launch.stop_requested())
+                stopping = run.world.any(launch.stop_requested(config.run_dir))
             with timers("checkpoint"):
                 checkpoint(run, store, step, metrics.get("eval/accuracy"), stopping=stopping)
             if stopping and step + 1 < config.train.num_steps:
@@ -203,7 +203,8 @@ def packed(run: Run, rollouts: list[Rollout], step: int) -> TrainBatch:
 
 def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
-    reward_fn = load_reward(config.reward.function)  # before anything slow
+    require_model(config)  # before anything slow
+    reward_fn = load_reward(config.reward.function)
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
     raw_hf_config = read_hf_config(config)
