@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from megatron_rl import reward
 from megatron_rl.config import parse_config
+from megatron_rl.grading.rules import countdown
 from megatron_rl.reward import REWARDS, RewardError, check_failures, filter_overlong, grade, load_reward, shape_rewards
 from megatron_rl.types import Prompt, Rollout
 
@@ -53,15 +53,15 @@ ANSWER = json.dumps({"numbers": [5, 3, 7], "target": 22})
     ],
 )
 def test_countdown_truth_table(response, score):
-    assert reward.countdown(response, ANSWER) == score
+    assert countdown(response, ANSWER) == score
 
 
 def test_countdown_is_exact_and_counts_equal_numbers():
-    assert reward.countdown("1/3*3", json.dumps({"numbers": [3, 1, 3], "target": 1})) == 1.0
-    assert reward.countdown("8/(3-8/3)", json.dumps({"numbers": [3, 3, 8, 8], "target": 24})) == 1.0
-    assert reward.countdown("8/(3-8/3)", json.dumps({"numbers": [3, 8, 8, 3, 1], "target": 24})) == 0.0
+    assert countdown("1/3*3", json.dumps({"numbers": [3, 1, 3], "target": 1})) == 1.0
+    assert countdown("8/(3-8/3)", json.dumps({"numbers": [3, 3, 8, 8], "target": 24})) == 1.0
+    assert countdown("8/(3-8/3)", json.dumps({"numbers": [3, 8, 8, 3, 1], "target": 24})) == 0.0
     # 1/49*49 is 0.9999999999999999 in floating point
-    assert reward.countdown("1/49*49", json.dumps({"numbers": [1, 49, 49], "target": 1})) == 1.0
+    assert countdown("1/49*49", json.dumps({"numbers": [1, 49, 49], "target": 1})) == 1.0
 
 
 def test_countdown_agrees_with_reasoning_gym():
@@ -72,7 +72,7 @@ def test_countdown_agrees_with_reasoning_gym():
     )
     entry = {"metadata": {"numbers": [5, 3, 7], "target": 22}}
     for response in ("5*3+7", "7+5*3", "5*3", "5+3+7", "5*3+7+7-7", "3*(5+7)-14"):
-        assert reward.countdown(response, ANSWER) == float(dataset.score_answer(response, entry) == 1.0)
+        assert countdown(response, ANSWER) == float(dataset.score_answer(response, entry) == 1.0)
 
 
 def test_exact():
@@ -85,10 +85,10 @@ def test_load_reward(tmp_path, monkeypatch):
     )
     (tmp_path / "broken_rewards.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_reward("countdown") is reward.countdown
+    assert load_reward("countdown") is countdown
     assert load_reward("my_rewards:good")("", "") == 0.5
     for name, message in [
-        ("maths", "expected one of countdown, exact, or module:function"),
+        ("maths", "expected one of countdown, exact, math, regex, format, or module:function"),
         ("no_such_module:f", "importing no_such_module failed with ModuleNotFoundError"),
         ("broken_rewards:f", "importing broken_rewards failed with ZeroDivisionError"),
         ("my_rewards:god", "has no 'god'; did you mean 'good'"),
