@@ -32,7 +32,7 @@ from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
-from megatron_rl.reward import load_reward
+from megatron_rl.reward import build_grader
 from megatron_rl.rollout.build import write_model_dir
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost, build_engine
@@ -172,7 +172,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
 
 def set_up(config: Config, groups: Groups) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
-    reward_fn = load_reward(config.reward.function)  # before anything slow
+    grader = build_grader(config.reward)  # before anything slow
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
     raw_hf_config = read_hf_config(config)
@@ -193,7 +193,7 @@ def set_up(config: Config, groups: Groups) -> Run:
         policy.keep_reference()
     cursor = PromptCursor(problems.train, config.seed)
     run: Run
-    collector = Collector(engine, cursor, reward_fn, tokenizer, config, place, revive=lambda: revive(run))
+    collector = Collector(engine, cursor, grader, tokenizer, config, place, revive=lambda: revive(run))
     run = Run(
         config=config,
         groups=groups,

@@ -38,7 +38,12 @@ _REPLACEMENTS = tuple(
         (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # a thin space between groups of three digits
         (r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\,)\s*(?:\\!)?(?=\d{3}(?!\d))", ","),
         (r"\\!", ""),
-        (r"\\(?:[,;:> ]|quad|qquad|enspace|thinspace)(?![a-zA-Z])|~", " "),
+        (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
+        (
+            r"^\\\{\s*(\w+)\s*(?:\\mid|\||:)(?:\s*\1\s*\\in\s*\\mathbb\{?R\}?\s*,)?(.+)\\\}$",
+            r"\2",
+        ),  # a set by its condition
+        (r"(?<!\\)\\(?:[,;:> ]|quad|qquad|enspace|thinspace)(?![a-zA-Z])|~", " "),
         (r"\\(?:\$|#|&)|\$", ""),
         (r"\\(?:operatorname|mathrm|mathbf|mathit|textbf|textit|textrm|textnormal|mbox)\s*\*?\s*\{", r"\\text{"),
         (r"\\(?:le|leq|leqslant|leqq)(?![a-zA-Z])|<=", r"\\le "),
@@ -60,7 +65,9 @@ _REPLACEMENTS = tuple(
         (r"\s+", " "),
     )
 )
-_DEGREES = re.compile(r"\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree|(?<=[\d}])\s*(?:\\text\{\s*)?degrees?(?:\s*\})?")
+_DEGREES = re.compile(
+    r"\s*\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree))|\\degree|(?<=[\d}])\s*(?:\\text\{\s*)?degrees?(?:\s*\})?"
+)
 _TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _PAIRS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\langle": "\\rangle"}
 
@@ -133,6 +140,7 @@ _NUMBER = re.compile(
     r"|(?:\\times|\\cdot|\*|x)10\^\{?(?P<ten>[+-]?\d{1,4})\}?)?"
     r"|10\^\{?(?P<power>[+-]?\d{1,4})\}?)(?P<percent>\\%)?"
 )
+_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline\{(\d+)\}")
 _SPACED_MIXED = re.compile(r"([+-]?)(\d+)\s+(\d+)\s*/\s*(\d+)")
 _MAX_NUMBER = 400  # characters; far beyond any answer, and within the digits that int() reads
 
@@ -157,6 +165,14 @@ def number(text: str) -> Number | None:
     if mixed and int(mixed[4]):
         value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
         return Number(-value if mixed[1] == "-" else value, "fraction", Fraction(0), 0, False, False)
+    repeating = _REPEATING.fullmatch(text)
+    if repeating:
+        sign, whole, start, period = repeating.groups()
+        tail = Fraction(int(period), 10 ** len(period) - 1) + int(start or 0)
+        value = int(whole or 0) + tail / 10 ** len(start)
+        return Number(-value if sign == "-" else value, "fraction", Fraction(0), 0, False, False)
+    if re.search(r",\s", text):
+        return None  # a list, while a comma without space may separate thousands
     compact = text.replace(" ", "")
     if compact.startswith("(") and compact.endswith(")") and "(" not in compact[1:]:
         compact = compact[1:-1]
@@ -210,6 +226,37 @@ def parts(text: str) -> Parts:
         if len(inner) > 1 or (is_set and closing == "\\}"):
             return Parts(opening, tuple(inner), closing)
     return Parts("", tuple(split(re.sub(r",?\s+(?:and|or)\s+", ",", text), ",;")), "")
+
+
+_COLUMN = re.compile(r"\\begin\{([pb]?matrix)\}([^&]*)\\end\{\1\}", re.S)
+_ENDS = {"<": ("(", ")"), "\\le": ("[", "]"), ">": (")", "("), "\\ge": ("]", "[")}
+_BETWEEN = re.compile(
+    r"(?P<low>[^<>]+?)\s*(?P<a><|\\le(?![a-z]))\s*[A-Za-z]\s*(?P<b><|\\le(?![a-z]))\s*(?P<high>[^<>]+)"
+)
+_BEYOND = re.compile(r"[A-Za-z]\s*(?P<sign><|>|\\le(?![a-z])|\\ge(?![a-z]))\s*(?P<bound>[^<>]+)")
+
+
+def column_as_tuple(text: str) -> str:
+    """A column vector in the notation of a tuple; other texts unchanged."""
+    match = _COLUMN.fullmatch(text)
+    return "(" + re.sub(r"\\\\", ",", match[2].strip().removesuffix("\\\\")) + ")" if match else text
+
+
+def intervals(text: str) -> list[str] | None:
+    """A cleaned union of inequalities in one letter, joined by "or", as intervals; None when it is something else."""
+    found = []
+    for piece in re.split(r"\s+or\s+|\\cup(?![a-z])|\\lor(?![a-z])", text):
+        between, beyond = _BETWEEN.fullmatch(piece.strip()), _BEYOND.fullmatch(piece.strip())
+        if between and "\\le" not in between["low"] + between["high"]:
+            ends = _ENDS[between["a"]][0], _ENDS[between["b"]][1]
+            found.append(f"{ends[0]}{between['low']},{between['high'].strip()}{ends[1]}")
+        elif beyond and not re.search(r"\\[lg]e(?![a-z])", beyond["bound"]):
+            bound, is_upper = beyond["bound"].strip(), beyond["sign"] in ("<", "\\le")
+            end = _ENDS[beyond["sign"]][1]
+            found.append(f"(-\\infty,{bound}{end}" if is_upper else f"{end}{bound},\\infty)")
+        else:
+            return None
+    return found
 
 
 def split(text: str, separators: str) -> list[str]:
@@ -267,7 +314,7 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
     for name, factor in table.items()
 }  # fmt: skip
 _TEXT_UNIT = re.compile(r"\\text\{([^{}]*)\}\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?$")
-_BARE_UNIT = re.compile(r"(?<=[\d})])\s*([a-zA-Z]+(?:/[a-zA-Z]+)?)s?\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?$")
+_BARE_UNIT = re.compile(r"(?:(?<=[\d})])|(?<=\\pi))\s*([a-zA-Z]+(?:/[a-zA-Z]+)?)s?\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?$")
 _BARE_WORDS = re.compile(r"(?<=[\d})%])\s+[a-zA-Z][a-z]+(?:[\s/-]+[a-zA-Z]+)*$")
 _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 
@@ -280,16 +327,18 @@ class Unit:
     size: Fraction = Fraction(1)
 
 
-def split_unit(text: str, *, words: bool) -> tuple[str, Unit | None]:
-    """The cleaned text without its trailing unit, and the unit. `words`: any words after a number are a unit too."""
+def split_unit(text: str, *, words: bool = False, letters: bool = False) -> tuple[str, Unit | None]:
+    """The cleaned text without its trailing unit, and the unit.
+
+    `words`: any words after a number are a unit too; `letters`: single letters such as m are units, not variables.
+    """
     match = _TEXT_UNIT.search(text)
     if match and text[: match.start()].strip():
         return text[: match.start()].strip(), _unit(match[1], match[2])
     match = _BARE_UNIT.search(text)
     if match:
         unit = _unit(match[1], match[2])
-        # a single letter after a number is a variable more often than a unit
-        if unit.dimension and len(match[1]) > 1:
+        if unit.dimension and (letters or len(match[1]) > 1):
             return text[: match.start()].strip(), unit
     match = _BARE_WORDS.search(text) if words else None
     if match:

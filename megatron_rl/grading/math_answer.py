@@ -24,7 +24,9 @@ _SAID = (
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 _PLAIN_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s*\\?%)?(?![\w])")
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?")
-_CHOICE_WITH_TEXT = re.compile(r"\(?\s*([A-Z])\s*[).:]\s*.+", re.S)
+_CHOICE_WITH_TEXT = re.compile(r"(?:\\text\{)?\(?\s*([A-Z])\s*[).:]\}?\s*.+", re.S)
+_BASE = re.compile(r"(?P<digits>[0-9A-F]+)(?:_\{?(?P<base>\d+)\}?)?")
+_LEAD_IN = re.compile(r"\\text\{[^{}]*(?:is|are|:|=)\s*\}")
 _ASSIGNED = re.compile(r"(?P<name>[^=<>]*[^=<>!\\\s])\s*=(?P<value>[^=].*)", re.S)
 _MEMBER = re.compile(r"(?P<name>[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s*\\in(?![a-z])\s*(?P<value>.+)", re.S)
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*")
@@ -45,7 +47,7 @@ def math(response: str, answer: str, *, strict: bool = False) -> float:
     and a rounded decimal is not the exact value.
     Raises: ImportError without math-verify.
     """
-    golds = list(dict.fromkeys([answer, *re.split(r"\s+OR\s+", answer)]))
+    golds = list(dict.fromkeys([*re.split(r"\s+OR\s+", answer), answer]))
     boxes = last_boxes(response)
     found = boxes[-1] if boxes else None if strict else unboxed_answer(response)
     if found is None:
@@ -97,6 +99,8 @@ def _box_spans(text: str) -> list[tuple[int, int, str]]:
 def unboxed_answer(response: str) -> str | None:
     """The answer of a response without a box, or None."""
     text = response.rpartition("</think>")[2].strip()
+    if _BOX.search(text):
+        return None  # the box was cut
     for pattern in _SAID:
         said = [match["answer"] for match in pattern.finditer(text)]
         if said:
@@ -145,16 +149,26 @@ def _equal_clean(found: str, gold: str, strict: bool) -> bool:
         return gold.casefold() == found.casefold()
     if _WORDS.fullmatch(gold) and len(gold) > 3:
         return False  # sympy would take the letters for a product
-    found, gold = _same_side(found, gold)
+    if "_" in found + gold:
+        a, b = _BASE.fullmatch(_compact(found)), _BASE.fullmatch(_compact(gold))
+        if a and b:  # the problem may name the base, so that the answer need not
+            return a["digits"] == b["digits"] and (a["base"] == b["base"] or None in (a["base"], b["base"]))
+    if "\\text" in found + gold and _letters(found) == _letters(gold):
+        return True
+    found, gold = _same_side(_LEAD_IN.sub("", found), gold)
     found, gold = _expand_signs(found), _expand_signs(gold)
     verdict = _equal_numbers(found, gold, strict)
-    if verdict is None:
+    if verdict is None or (not verdict and "," in found and "," in gold):
         verdict = _equal_parts(found, gold, strict)
     return _equal_symbolic(found, gold, strict) if verdict is None else verdict
 
 
 def _compact(text: str) -> str:
     return re.sub(r"\s+", "", text).replace("\\text{", "{")
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\\text(?![a-z])|[\s{}.,;]", "", text).casefold()
 
 
 def _same_side(found: str, gold: str) -> tuple[str, str]:
@@ -171,7 +185,7 @@ def _same_side(found: str, gold: str) -> tuple[str, str]:
 
 
 def _named(text: str) -> tuple[str, str]:
-    if len(latex.split(text, ",;")) > 1:
+    if len(latex.parts(text).items) > 1:
         return "", text
     match = _MEMBER.fullmatch(text) or _ASSIGNED.fullmatch(text)
     if match is None or re.search(r"\\(?:le|ge|ne)(?![a-z])", match["name"]):
@@ -198,8 +212,9 @@ def _equal_numbers(found: str, gold: str, strict: bool) -> bool | None:
         if latex.has_degrees(gold) and "\\pi" in found or latex.has_degrees(found) and "\\pi" in gold:
             return None
         found, gold = latex.without_degrees(found), latex.without_degrees(gold)
-    gold, gold_unit = latex.split_unit(gold, words=False)
-    found, found_unit = latex.split_unit(found, words=latex.number(gold) is not None)
+    gold, gold_unit = latex.split_unit(gold)
+    with_unit = gold_unit is not None and gold_unit.dimension != ""
+    found, found_unit = latex.split_unit(found, words=latex.number(gold) is not None, letters=with_unit)
     b = latex.number(gold)
     a = latex.number(found)
     if a is None or b is None:
@@ -240,13 +255,12 @@ def close(found: Number, gold: Number, scale: Fraction, strict: bool) -> bool:
 
 def _equal_parts(found: str, gold: str, strict: bool) -> bool | None:
     """The verdict on tuples, intervals, unions, sets and lists; None when the two are not alike in that."""
-    found_union, gold_union = (re.split(r"\\cup(?![a-z])", text) for text in (found, gold))
-    if len(found_union) > 1 and len(found_union) == len(gold_union):
-        return _match_up([p.strip() for p in found_union], [p.strip() for p in gold_union], strict)
-    a, b = latex.parts(found), latex.parts(gold)
+    found_union, gold_union = _unions(found, gold)
+    if max(len(found_union), len(gold_union)) > 1 and len(found_union) == len(gold_union):
+        return _match_up(found_union, gold_union, strict)
+    found, gold = found_union[0], gold_union[0]
+    a, b = latex.parts(latex.column_as_tuple(found)), latex.parts(latex.column_as_tuple(gold))
     if len(b.items) < 2 and not b.opening or len(a.items) < 2 and not a.opening:
-        return None
-    if a.items and a.items[0].startswith("\\begin") or b.items and b.items[0].startswith("\\begin"):
         return None
     if len(a.items) != len(b.items):
         return False
@@ -255,6 +269,15 @@ def _equal_parts(found: str, gold: str, strict: bool) -> bool | None:
     if "\\{" in (a.opening, b.opening) or not a.opening and not b.opening:
         return _match_up(list(a.items), list(b.items), strict)
     return all(_equal_clean(x, y, strict) for x, y in zip(a.items, b.items, strict=True))
+
+
+def _unions(found: str, gold: str) -> tuple[list[str], list[str]]:
+    """The members of unions; inequalities become intervals where the other side has intervals."""
+    a, b = latex.intervals(found), latex.intervals(gold)
+    plain_a, plain_b = ([part.strip() for part in re.split(r"\\cup(?![a-z])", text)] for text in (found, gold))
+    if (a is None) == (b is None):
+        return plain_a, plain_b
+    return a or plain_a, b or plain_b
 
 
 def _brackets_agree(a: Parts, b: Parts) -> bool:
@@ -281,7 +304,7 @@ def _equal_symbolic(found: str, gold: str, strict: bool) -> bool:
     if len(found) > max(_MAX_PARSED, 4 * len(gold)) or _EXPLOSIVE.search(found):
         return False
     found, gold = _in_radians(found, gold)
-    found, gold = (latex.split_unit(text, words=False)[0] for text in (found, gold))
+    found, gold = (latex.split_unit(text)[0] for text in (found, gold))
     a, b = _parsed(found), _parsed(gold)
     if a is None or b is None:
         return False
