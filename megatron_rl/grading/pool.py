@@ -16,6 +16,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
+from typing import Any
 
 import psutil
 
@@ -133,12 +134,12 @@ class _Worker:
         self.process = subprocess.Popen(command, env=env, pass_fds=[child.fileno()], stdin=subprocess.DEVNULL)
         child.close()
 
-    def ask(self, message: object, seconds: float) -> dict[str, object] | None:
+    def ask(self, message: object, seconds: float) -> dict[str, Any] | None:
         """The reply, or None after `seconds`. Raises: EOFError or OSError when the process is gone."""
         self._connection.send_bytes(json.dumps(message).encode())
         if not self._connection.poll(seconds):
             return None
-        reply: dict[str, object] = json.loads(self._connection.recv_bytes())
+        reply: dict[str, Any] = json.loads(self._connection.recv_bytes())
         return reply
 
     def kill(self) -> None:
