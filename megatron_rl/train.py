@@ -37,7 +37,7 @@ from megatron_rl.policy.gradients import EntropyTangent
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.profiling.spans import OFF, Spans
 from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
-from megatron_rl.reward import load_reward
+from megatron_rl.reward import build_grader
 from megatron_rl.rollout.build import write_model_dir
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost, build_engine
@@ -204,7 +204,7 @@ def packed(run: Run, rollouts: list[Rollout], step: int) -> TrainBatch:
 def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
     require_model(config)  # before anything slow
-    reward_fn = load_reward(config.reward.function)
+    grader = build_grader(config.reward)
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
     raw_hf_config = read_hf_config(config)
@@ -225,7 +225,7 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
         policy.keep_reference()
     cursor = PromptCursor(problems.train, config.seed)
     run: Run
-    collector = Collector(engine, cursor, reward_fn, tokenizer, config, place, lambda: revive(run), spans)
+    collector = Collector(engine, cursor, grader, tokenizer, config, place, lambda: revive(run), spans)
     run = Run(
         config=config,
         groups=groups,
