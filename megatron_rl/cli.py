@@ -18,8 +18,8 @@ from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import UserError
 from megatron_rl.lab.commands import shadow
-from megatron_rl.profiling.commands import app as profile_app
 from megatron_rl.preflight.run import preflight
+from megatron_rl.profiling.commands import app as profile_app
 
 app = typer.Typer(
     add_completion=False,

@@ -21,7 +21,7 @@ from megatron_rl.config import Config
 from megatron_rl.config_checks import read_hf_config, require_model
 from megatron_rl.data import build_tokenizer, load_prompts, vocab_size
 from megatron_rl.errors import UserError
-from megatron_rl.reward import load_reward
+from megatron_rl.reward import build_grader
 from megatron_rl.rollout.fleet import engine_python
 
 _SHOWN = ("torch", "megatron-core", "transformers", "transformer-engine")
@@ -53,7 +53,11 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
     """This rank's. `shared`: a file that rank 0 wrote; `hosts`: the names of all nodes."""
     faults, versions = _versions(), {name: version for name in _SHOWN if (version := _installed(name))}
     gpu = device.gpu_memory() if device.ON_GPU else None
-    base = {"rank": int(os.environ.get("RANK", "0")), "local_rank": launch.local_rank(), "host": socket.gethostname()}
+    base: dict[str, Any] = {
+        "rank": int(os.environ.get("RANK", "0")),
+        "local_rank": launch.local_rank(),
+        "host": socket.gethostname(),
+    }
     versions = {"python": sys.version.split()[0]} | versions | device.gpu_versions()
     base |= {"versions": versions, "version_faults": faults, "gpu": gpu}
     if launch.local_rank() != 0:
@@ -65,7 +69,7 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
         engine_version=engine_version,
         engine_fault=engine_fault,
         model_fault=_fault_of(lambda: _open_model(config)),
-        reward_fault=_fault_of(lambda: load_reward(config.reward.function)),
+        reward_fault=_fault_of(lambda: build_grader(config.reward).close()),
         data=data,
         data_fault=data_fault,
         sees_shared=shared.is_file(),
