@@ -155,3 +155,11 @@ def test_the_timeline_is_on_one_clock() -> None:
     waiting = zip(by_name["waiting"]["y"], by_name["waiting"]["base"], by_name["waiting"]["x"], strict=True)
     assert ("rank 0 collectives", 5.0, 1.5) in list(waiting)
     assert layout["yaxis"]["categoryarray"][-1] == "rank 0" and "rank 0 ahead" in layout["yaxis"]["categoryarray"]
+
+
+def test_who_waits_is_told_on_one_clock() -> None:
+    """As above, but the rank whose clock is ahead comes first."""
+    early = rank(1, [Collective("all_reduce", "tp", 0, 5.0, 5.0, 7.0, 3)], shift=AHEAD)
+    summary = summarise([rank(0, [Collective("all_reduce", "tp", 0, 6.5, 6.5, 7.0, 3)]), early], on_gpu=False)
+    assert summary.caused_waiting == pytest.approx([1.5, 0.0]) and summary.stragglers == [0]
+    assert summary.phases["forward_backward"].waiting_seconds == pytest.approx(0.75)
