@@ -7,21 +7,29 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-all test-engines engines lint clean
+.PHONY: demo test test-all test-engines test-slurm engines lint clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 test: lint
-	$(PYTEST) -m "not slow and not engines"
+	$(PYTEST) -m "not slow and not engines and not slurm"
 
 test-all: lint
-	$(PYTEST) -m "not engines"
+	$(PYTEST) -m "not engines and not slurm"
 
 engines: .engines/sglang/.installed .engines/vllm/.installed
 
 test-engines: $(READY) engines
 	$(PYTEST) -m engines
+
+# Debian's packages; the tests start and stop daemons of their own, on loopback.
+SLURM_PROGRAMS := munged slurmctld slurmd shellcheck
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+test-slurm: $(READY)
+	PATH="$$PATH:/usr/sbin" command -v $(SLURM_PROGRAMS) | wc -l | grep -qx $(words $(SLURM_PROGRAMS)) || \
+	{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y --no-install-recommends slurm-wlm munge shellcheck; }
+	$(SUDO) $(PYTEST) -m slurm
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""The command line: `megatron-rl train`, `convert` and `report`.
+"""The command line: `megatron-rl train`, `convert`, `report` and `profile`.
 
 What is slow to import (torch, Megatron) is imported where it is needed: `--help` and `--check` answer at once.
 """
@@ -17,6 +17,9 @@ from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import UserError
+from megatron_rl.lab.commands import shadow
+from megatron_rl.preflight.run import preflight
+from megatron_rl.profiling.commands import app as profile_app
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +28,9 @@ app = typer.Typer(
     help="Reinforcement learning on Megatron-Core.",
 )
 app.add_typer(convert_app, name="convert")
+app.command()(shadow)
+app.add_typer(profile_app, name="profile")
+app.command()(preflight)
 
 
 def main(command: Callable[[], None] | None = None) -> None:
@@ -107,7 +113,7 @@ def _train_rank(config: Config) -> None:
     if world != config.parallel.processes:
         raise ConfigError(
             f"this world has {world} processes (WORLD_SIZE), the config asks for {config.parallel.processes} "
-            f"(parallel.world_size, or tp * pp); start that many, or set parallel.world_size={world}"
+            f"(parallel.world_size, or tp * pp * cp); start that many, or set parallel.world_size={world}"
         )
     from megatron_rl import train  # torch and Megatron: seconds
 

@@ -7,6 +7,7 @@ starts. The resolved copy is saved with the run. All config objects are frozen.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -15,22 +16,36 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_rl.config_base import Fraction, NonNegativeInt, PositiveInt, Section
+from megatron_rl.config_base import NonNegativeInt, PositiveInt, Section
 from megatron_rl.config_checks import ConfigError, check_consistency
+from megatron_rl.config_env import UnsetVariable, expand
 from megatron_rl.config_loss import LossConfig, PpoClipLoss
+from megatron_rl.config_reward import RewardConfig
 from megatron_rl.config_rollout import RolloutConfig
 
 
 class ModelConfig(Section):
-    """The policy. Either `path` (a Hugging Face folder with config.json and safetensors) or `hf_config` (random
-    weights)."""
+    """The policy: `path` (a Hugging Face folder with config.json and safetensors) or `hf_config` (random weights).
+
+    With both, `hf_config` states the architecture where the folder is not, so that a recipe can be checked and planned
+    anywhere; where the folder is, its config.json must agree.
+    """
 
     path: str | None = Field(None, description="Hugging Face model folder; its weights are the initial policy")
     hf_config: dict[str, Any] | None = Field(
-        None, description="contents of a config.json; the policy then starts from random weights drawn from `seed`"
+        None, description="contents of a config.json; without `path` the weights are random, drawn from `seed`"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and activations")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activation recomputation: of whole layers (full) or of `recompute_modules` (selective)"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        None, description="full: units of recompute_layers each, or that many layers of each model chunk; null: uniform"
+    )
+    recompute_layers: PositiveInt | None = Field(None, description="full: see recompute_method; null: 1")
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] | None = Field(
+        None, min_length=1, description="selective: what is recomputed in every layer; null: core_attn"
+    )
     logits_block_rows: PositiveInt | None = Field(
         None,
         description="on a CPU, rows of logits that the vocabulary statistics treat at once; null: by cache",
@@ -41,31 +56,54 @@ class ModelConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _one_source(self) -> ModelConfig:
-        if (self.path is None) == (self.hf_config is None):
-            raise ValueError("set exactly one of model.path and model.hf_config")
+    def _has_source(self) -> ModelConfig:
+        if self.path is None and self.hf_config is None:
+            raise ValueError("set model.path, or model.hf_config for random weights")
+        return self
+
+    @model_validator(mode="after")
+    def _recompute_options(self) -> ModelConfig:
+        owners = {"recompute_method": "full", "recompute_layers": "full", "recompute_modules": "selective"}
+        for name, owner in owners.items():
+            if getattr(self, name) is not None and self.recompute != owner:
+                raise ValueError(f"{name} does nothing with recompute={self.recompute}; remove it, or set {owner}")
         return self
 
 
 class ParallelConfig(Section):
-    """Process layout. The data-parallel size is world_size / (tp * pp)."""
+    """Process layout. The data-parallel size is world_size / (tp * pp * cp)."""
 
-    world_size: PositiveInt | None = Field(None, description="processes, started if torchrun did not; null: tp * pp")
+    world_size: PositiveInt | None = Field(
+        None, description="processes, started if torchrun did not; null: tp * pp * cp"
+    )
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     pp: PositiveInt = Field(1, description="pipeline-parallel size")
-    ep: PositiveInt = Field(1, description="expert-parallel size, a divisor of tp * dp; 1: tp splits the experts")
+    vpp: PositiveInt = Field(1, description="virtual pipeline stages: model chunks that a pipeline rank interleaves")
+    cp: PositiveInt = Field(1, description="context-parallel size: ranks that share each sequence's tokens")
+    ep: PositiveInt = Field(1, description="expert-parallel size, a divisor of tp * cp * dp; 1: tp splits the experts")
     sp: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = Field(True, description="shard the optimizer state over data-parallel ranks")
 
     @property
     def processes(self) -> int:
         """Number of processes in the world."""
-        return self.world_size or self.tp * self.pp
+        return self.world_size or self.tp * self.pp * self.cp
 
     @property
     def dp(self) -> int:
         """Data-parallel size."""
-        return self.processes // (self.tp * self.pp)
+        return self.processes // (self.tp * self.pp * self.cp)
+
+    @property
+    def token_multiple(self) -> int:
+        """Packing pads each micro-batch, over all context-parallel ranks, to a multiple of this many tokens: each rank
+        has two chunks of every sequence, and sequence parallelism splits what it has."""
+        return self.cp * math.lcm(2 if self.cp > 1 else 1, self.tp if self.sp else 1)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """A mini-batch has a multiple of this many micro-batches: interleaved chunks go through in groups of pp."""
+        return self.pp if self.vpp > 1 else 1
 
 
 class CountdownData(Section):
@@ -91,18 +129,6 @@ class JsonlData(Section):
     suffix: str = Field("", description="appended to each problem")
     max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are dealt with by `overlong_prompts`")
     overlong_prompts: Literal["error", "drop"] = Field("error", description="drop counts and logs what it drops")
-
-
-class RewardConfig(Section):
-    """What scores a response."""
-
-    function: str = Field(
-        "countdown", description="countdown, exact, or module:function taking (response, answer) and returning a float"
-    )
-    max_failures: Fraction = Field(
-        0.1,
-        description="fraction of a step's gradings that may raise or return NaN (scored 0, counted)",
-    )
 
 
 class DynamicSamplingConfig(Section):
@@ -164,12 +190,19 @@ class TrainConfig(Section):
     num_steps: PositiveInt = Field(100, description="RL steps (one generation phase each)")
     prompts_per_step: PositiveInt = Field(32, description="prompts whose groups form one step")
     prompts_per_minibatch: PositiveInt = Field(8, description="prompts per optimizer update")
-    micro_batch_tokens: PositiveInt = Field(4096, description="token budget of one packed micro-batch")
+    micro_batch_tokens: PositiveInt = Field(
+        4096, description="token budget of one packed micro-batch, over its context-parallel ranks together"
+    )
     max_nonfinite_updates: NonNegativeInt = Field(
         3, description="updates in a row with a non-finite gradient that are skipped and counted before the run ends"
     )
     entropy_probe: bool = Field(
         True, description="one extra forward of the first mini-batch after the updates: realised entropy change"
+    )
+    entropy_tangent: bool = Field(
+        False,
+        description="one extra forward and backward of the first mini-batch before the updates: the entropy change "
+        "that their real movement of the weights predicts to first order",
     )
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0: never")
     eval_samples: PositiveInt = Field(1, description="samples per held-out prompt")
@@ -195,6 +228,9 @@ class LoggingConfig(Section):
         None, description="W&B project; needs the extra `wandb`; WANDB_MODE=offline works"
     )
     samples_per_step: NonNegativeInt = Field(4, description="decoded rollouts kept per step in samples.jsonl")
+    ledger_every: NonNegativeInt = Field(
+        1, description="steps between entries of ledger.jsonl, which says which tokens spent the entropy; 0: never"
+    )
 
 
 class Config(Section):
@@ -226,7 +262,7 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read YAML, apply `a.b=c` overrides, validate types, ranges and consistency.
+    """Read YAML, apply `a.b=c` overrides, replace ${MEGATRON_RL_NAME}, validate types, ranges and consistency.
 
     Raises: ConfigError, with one line per fault: where, what was got, what was expected.
     """
@@ -241,6 +277,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: expected a mapping of options at the top, got {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
+    try:
+        raw = expand(raw)
+    except UnsetVariable as error:
+        raise ConfigError(f"{path}: {error}") from error
     return parse_config(raw)
 
 

@@ -11,6 +11,7 @@ from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
+    from megatron_rl.config_loss import LossBase
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
@@ -38,10 +39,37 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def read_hf_config(config: Config) -> dict[str, Any]:
-    """The policy's Hugging Face config as a dict. Raises: ConfigError when model.path has no readable config.json."""
-    if config.model.hf_config is not None:
-        return dict(config.model.hf_config)
-    return read_config_json(Path(config.model.path or ""))
+    """The policy's Hugging Face config as a dict: that of model.path; model.hf_config without a path, or where the
+    path is not on this machine (then `require_model` refuses to train).
+
+    Raises: ConfigError when model.path has no readable config.json, or one that disagrees with model.hf_config.
+    """
+    path, stated = config.model.path, config.model.hf_config
+    if path is None:
+        return dict(stated or {})
+    if stated is not None and not Path(path).exists():
+        return dict(stated)
+    found = read_config_json(Path(path))
+    if stated is not None:
+        shared = [key for key in stated if key in found]  # a config.json leaves out what is the default
+        differ = [f"{key}: {stated[key]!r}, there {found[key]!r}" for key in shared if stated[key] != found[key]]
+        if differ:
+            raise ConfigError(
+                f"model.hf_config states another architecture than {hf_folder(path) / 'config.json'} ("
+                + "; ".join(differ)
+                + "); correct model.path, or model.hf_config"
+            )
+    return found
+
+
+def require_model(config: Config) -> None:
+    """Raises: ConfigError when the weights that the config names are not on this machine."""
+    path = config.model.path
+    if path is not None and not Path(path).exists():
+        raise ConfigError(
+            f"model.path={path}: no such folder here; download the model into it, name another, or set the environment "
+            "variable MEGATRON_RL_MODELS where the config uses it"
+        )
 
 
 def check_consistency(config: Config) -> None:
@@ -72,15 +100,22 @@ def _folder_faults(config: Config) -> list[str]:
 
 def _layout_faults(config: Config) -> list[str]:
     parallel, faults = config.parallel, []
-    model_parallel = parallel.tp * parallel.pp
+    model_parallel = parallel.tp * parallel.pp * parallel.cp
     if parallel.processes % model_parallel:
         low = parallel.processes // model_parallel * model_parallel
         near = f"{low} or {low + model_parallel}" if low else str(model_parallel)
         faults.append(
-            f"parallel.world_size={parallel.processes} is not a multiple of tp*pp={model_parallel}; set it to {near}"
+            f"parallel.world_size={parallel.processes} is not a multiple of tp*pp*cp={model_parallel}; set it to {near}"
         )
     if parallel.sp and parallel.tp == 1:
         faults.append("parallel.sp=true needs parallel.tp > 1; set sp=false or raise tp")
+    if parallel.vpp > 1 and parallel.pp == 1:
+        faults.append(f"parallel.vpp={parallel.vpp} interleaves chunks of pipeline stages: raise pp, or set vpp=1")
+    if parallel.cp > 1 and getattr(config.loss, "cov_scope", "minibatch") == "microbatch":
+        faults.append(
+            f"loss.cov_scope=microbatch ranks the tokens of one process, and parallel.cp={parallel.cp} spreads each "
+            "sequence over several; set cov_scope=minibatch, which is exact under any layout, or cp=1"
+        )
     return faults
 
 
@@ -99,10 +134,13 @@ def _batch_faults(config: Config) -> list[str]:
             f"{config.parallel.dp} data-parallel ranks; raise prompts_per_minibatch or lower world_size"
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if train.micro_batch_tokens < longest:
+    parallel = config.parallel
+    needed = -(-longest // parallel.token_multiple) * parallel.token_multiple
+    if train.micro_batch_tokens < needed:
+        padded = f", padded to a multiple of {parallel.token_multiple}" if needed > longest else ""
         faults.append(
             f"train.micro_batch_tokens={train.micro_batch_tokens} is below the longest sequence "
-            f"(max_prompt_tokens + max_response_tokens = {longest}); raise it to at least {longest}"
+            f"(max_prompt_tokens + max_response_tokens = {longest}{padded}); raise it to at least {needed}"
         )
     if config.algorithm.overlong.penalty_buffer > config.rollout.max_response_tokens:
         faults.append(
@@ -142,6 +180,17 @@ def _loss_faults(config: Config) -> list[str]:
     loss, faults = config.loss, []
     if loss.type == "clip_cov" and loss.cov_low >= loss.cov_high:
         faults.append(f"loss.cov_low={loss.cov_low} must be below loss.cov_high={loss.cov_high}")
+    if loss.type == "forking" and loss.aggregation != "token_mean":
+        faults.append(
+            f"loss.aggregation={loss.aggregation} with loss.type=forking: the paper's mean is over the kept tokens of "
+            "the mini-batch; set aggregation=token_mean"
+        )
+    if loss.adaptive_entropy is not None and loss.entropy_coef:
+        faults.append(
+            f"loss.entropy_coef={loss.entropy_coef} and loss.adaptive_entropy are both set; begin at another "
+            "coefficient with adaptive_entropy.initial_coef, and leave entropy_coef at 0"
+        )
+    faults += _band_faults(loss)
     truncated = config.rollout.top_p < 1 or config.rollout.top_k > 0
     if truncated and loss.rollout_correction is None:
         faults.append(
@@ -151,6 +200,21 @@ def _loss_faults(config: Config) -> list[str]:
     if config.warm_start is not None and config.data.type != "countdown":
         faults.append("warm_start needs a task with known solutions (data.type=countdown); remove it")
     return faults
+
+
+def _band_faults(loss: LossBase) -> list[str]:
+    band = getattr(loss, "entropy_band", None)
+    if band is None:
+        return []
+    value = getattr(loss, band.option, None)
+    if value is None:
+        return [f"loss.entropy_band.option={band.option}: the loss has no such option; set it to select_fraction"]
+    if not band.minimum <= value <= band.maximum:
+        return [
+            f"loss.{band.option}={value} is outside of loss.entropy_band's [{band.minimum}, {band.maximum}], where the "
+            "adaptation begins; widen the bounds or move the value"
+        ]
+    return []
 
 
 def head_width(hf: dict[str, Any]) -> int:
@@ -232,9 +296,25 @@ def _model_faults(config: Config) -> list[str]:
         )
     if heads % groups:
         faults.append(f"model num_attention_heads={heads} is not divisible by num_key_value_heads={groups}")
+    vpp = config.parallel.vpp
     if layers % pp:
         fits = [d for d in range(1, layers + 1) if layers % d == 0]
         faults.append(f"model num_hidden_layers={layers} is not divisible by parallel.pp={pp}; choose pp from {fits}")
+    elif layers % (pp * vpp):
+        fits = [d for d in range(1, layers // pp + 1) if layers // pp % d == 0]
+        faults.append(
+            f"parallel.vpp={vpp} does not divide the {layers // pp} layers of a pipeline stage; choose vpp from {fits}"
+        )
+    chunk_layers, recomputed = layers // (pp * vpp), config.model.recompute_layers or 1
+    if recomputed > max(1, chunk_layers):
+        faults.append(
+            f"model.recompute_layers={recomputed} exceeds the {chunk_layers} layers of a model chunk (num_hidden_layers"
+            f" / pp / vpp); lower it"
+        )
+    dense = not is_moe(hf) or bool(hf.get("mlp_only_layers")) or hf.get("decoder_sparse_step", 1) != 1
+    for name, occurs in {"mlp": dense, "moe": is_moe(hf)}.items():
+        if name in (config.model.recompute_modules or ()) and not occurs:
+            faults.append(f"model.recompute_modules: no layer of this {hf['model_type']} has a {name}; remove it")
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     positions = hf.get("max_position_embeddings")
     if isinstance(positions, int) and longest > positions:

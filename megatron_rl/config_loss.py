@@ -32,6 +32,21 @@ class RolloutCorrection(Section):
         return self
 
 
+class AdaptiveEntropy(Section):
+    """An entropy coefficient that follows a target entropy (Skywork-OR1, arXiv 2505.22312, section 3.2.5)."""
+
+    target_entropy: Annotated[float, Field(ge=0)] = Field(0.2, description="nats per token; no bonus above it")
+    step: Annotated[float, Field(gt=0)] = Field(0.005, description="the coefficient's change from step to step")
+    initial_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="coefficient of the first step")
+    max_coef: Annotated[float, Field(gt=0)] = Field(1.0, description="the coefficient stays in [0, max_coef]")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> AdaptiveEntropy:
+        if self.initial_coef > self.max_coef:
+            raise ValueError(f"initial_coef={self.initial_coef} must not exceed max_coef={self.max_coef}")
+        return self
+
+
 class LossBase(Section):
     """Options that every loss shares."""
 
@@ -39,6 +54,9 @@ class LossBase(Section):
         "token_mean", description="weights of token losses; constant_length divides by max_response_tokens (Dr.GRPO)"
     )
     entropy_coef: float = Field(0.0, description="entropy bonus; the loss gets -entropy_coef * H")
+    adaptive_entropy: AdaptiveEntropy | None = Field(
+        None, description="entropy_coef follows a target entropy from step to step; null: it is constant"
+    )
     ref_kl_coef: Annotated[float, Field(ge=0)] = Field(
         0.0, description="KL to the initial policy; 0: no reference is kept"
     )
@@ -59,6 +77,72 @@ class PpoClipLoss(LossBase):
     )
 
 
+class ForkingLoss(LossBase):
+    """80/20 (arXiv 2506.01939): only the tokens of highest entropy, the forks, get the policy gradient."""
+
+    type: Literal["forking"] = "forking"
+    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="PPO-clip below")
+    eps_high: Annotated[float, Field(ge=0)] = Field(0.28, description="PPO-clip above; the paper's base is DAPO")
+    keep_fraction: Fraction = Field(0.2, description="of the mini-batch's response tokens, those of highest entropy")
+    stats: Literal["current", "old"] = Field("current", description="entropies of which weights; old is free")
+
+
+class EntropyAdvantageLoss(LossBase):
+    """Entropy-shaped advantage (arXiv 2506.14758): A + min(alpha * H, |A| / kappa), H without gradient."""
+
+    type: Literal["entropy_advantage"] = "entropy_advantage"
+    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="PPO-clip below")
+    eps_high: Annotated[float, Field(ge=0)] = Field(0.2, description="PPO-clip above")
+    alpha: Annotated[float, Field(gt=0)] = Field(0.4, description="advantage per nat of entropy")
+    kappa: Annotated[float, Field(gt=1)] = Field(2.0, description="the bonus is at most |A| / kappa")
+
+
+class SteerLoss(LossBase):
+    """STEER (arXiv 2510.10150): tokens weigh less, the larger their estimated change of entropy."""
+
+    type: Literal["steer"] = "steer"
+    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="PPO-clip below")
+    eps_high: Annotated[float, Field(ge=0)] = Field(0.2, description="PPO-clip above")
+    weight_min: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="weight of the largest change")
+    stats: Literal["current", "old"] = Field("current", description="estimate under which weights; old is free")
+
+
+class GaussianCovLoss(LossBase):
+    """Covariance-weighted GRPO (arXiv 2605.11538): a Gaussian kernel weighs down tokens of extreme covariance."""
+
+    type: Literal["gaussian_cov"] = "gaussian_cov"
+    eps_low: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="PPO-clip below")
+    eps_high: Annotated[float, Field(ge=0)] = Field(0.2, description="PPO-clip above")
+    stats: Literal["current", "old"] = Field("current", description="covariance under which weights; old is free")
+
+
+class EntropyBand(Section):
+    """A target band of the entropy: outside it, an option of the covariance method is raised or lowered every step."""
+
+    low: Annotated[float, Field(ge=0)] = Field(description="nats per token; below it the restraint grows")
+    high: Annotated[float, Field(gt=0)] = Field(description="nats per token; above it the restraint shrinks")
+    option: Literal["select_fraction", "kl_coef"] = Field(
+        "select_fraction", description="what is adapted, beginning at the loss's own value; kl_coef: KL-Cov only"
+    )
+    gain: Annotated[float, Field(gt=0)] = Field(10.0, description="its logarithm moves at once by this per nat outside")
+    integral_gain: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="and for good by this per nat outside and step; 0: it comes back to the loss's own value"
+    )
+    minimum: Annotated[float, Field(gt=0)] = Field(description="smallest value")
+    maximum: Annotated[float, Field(gt=0)] = Field(description="largest value")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> EntropyBand:
+        if self.low >= self.high or self.minimum >= self.maximum:
+            raise ValueError(
+                f"low={self.low} must be below high={self.high}, and minimum={self.minimum} below "
+                f"maximum={self.maximum}"
+            )
+        if self.option == "select_fraction" and self.maximum > 1:
+            raise ValueError(f"maximum={self.maximum}: select_fraction is a fraction, at most 1")
+        return self
+
+
 class CovarianceLoss(LossBase):
     """Options of the two covariance methods (arXiv 2505.22617)."""
 
@@ -69,6 +153,7 @@ class CovarianceLoss(LossBase):
     cov_estimator: Literal["batch", "vocab"] = Field(
         "batch", description="batch: Theorem 2; vocab: Theorem 1 per state, exact over the vocabulary"
     )
+    entropy_band: EntropyBand | None = Field(None, description="adapt an option to a target entropy; null: off")
 
 
 class ClipCovLoss(CovarianceLoss):
@@ -107,6 +192,14 @@ class CispoLoss(LossBase):
 
 
 LossConfig = Annotated[
-    PpoClipLoss | ClipCovLoss | KlCovLoss | GspoLoss | CispoLoss,
+    PpoClipLoss
+    | ClipCovLoss
+    | KlCovLoss
+    | GspoLoss
+    | CispoLoss
+    | ForkingLoss
+    | EntropyAdvantageLoss
+    | SteerLoss
+    | GaussianCovLoss,
     Field(discriminator="type", description="the policy loss"),
 ]

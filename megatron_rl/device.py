@@ -12,8 +12,10 @@ import os
 import re
 import resource
 import sys
+import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -56,6 +58,24 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def local_gpus() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count() if ON_GPU else 0
+
+
+def gpu_memory() -> tuple[str, int, int]:
+    """(name, free bytes, all bytes) of this process's GPU; call it where ON_GPU."""
+    return (torch.cuda.get_device_name(), *torch.cuda.mem_get_info())
+
+
+def gpu_versions() -> dict[str, str]:
+    """Versions of the libraries under torch; empty on a CPU."""
+    if not ON_GPU:
+        return {}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {"CUDA": str(torch.version.cuda), "NCCL": nccl}
+
+
 def peak_memory_bytes() -> int:
     """Peak device memory allocated by torch, or peak resident memory of the process on a CPU."""
     if ON_GPU:
@@ -63,13 +83,107 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def reset_peak_memory() -> None:
-    """Let `peak_memory_bytes` count from what is in use now; on a CPU, Linux alone can."""
+# What profiling asks of a device.
+
+
+def mark() -> Any:
+    """A moment of device time, for `seconds_between`: an event on the current stream, or on a CPU the seconds of
+    processor time that all threads of the process have used."""
+    if not ON_GPU:
+        return time.process_time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Device seconds between two marks that the device has passed (`synchronize` after the second): on a GPU gaps
+    count, on a CPU several threads count several times and waiting does not."""
+    return start.elapsed_time(end) / 1e3 if ON_GPU else end - start
+
+
+def reset_peak() -> None:
+    """Begin a new measurement of `peak_since_reset`; `peak_memory_bytes` begins anew as well."""
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-    else:
+    elif sys.platform == "linux":
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
+            file.write("5")  # proc(5): resets the peak resident set size to the present one
+
+
+def peak_since_reset() -> int:
+    """Bytes: most device memory that torch had allocated, or most resident memory of the process on a CPU."""
+    if ON_GPU or sys.platform != "linux":
+        return peak_memory_bytes()
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def push_range(name: str) -> None:
+    """Open an NVTX range, which nsys shows; nothing on a CPU."""
+    if ON_GPU:
+        torch.cuda.nvtx.range_push(name)
+
+
+def pop_range() -> None:
+    """Close the innermost range."""
+    if ON_GPU:
+        torch.cuda.nvtx.range_pop()
+
+
+def profiler_activities() -> list[torch.profiler.ProfilerActivity]:
+    """What torch's profiler shall record."""
+    activities = torch.profiler.ProfilerActivity
+    return [activities.CPU, activities.CUDA] if ON_GPU else [activities.CPU]
+
+
+def record_memory_history() -> None:
+    """From here on torch remembers where device memory was allocated, for `save_memory_snapshot`; nothing on a CPU."""
+    if ON_GPU:
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+
+def save_memory_snapshot(path: Path) -> None:
+    """Write what pytorch.org/memory_viz reads, and stop remembering; nothing on a CPU."""
+    if ON_GPU:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+# FLOP/s of one GPU without sparsity, by a part of its name: bfloat16 on tensor cores, float32 off them. Source:
+# NVIDIA's datasheets of the SXM boards.
+_PEAK_FLOPS = {
+    "H200": (989.4e12, 67e12),
+    "H100": (989.4e12, 67e12),
+    "A100": (312e12, 19.5e12),
+}
+_GEMM_SIZE, _GEMM_REPEATS = 1024, 5
+
+
+def name() -> str:
+    """Of the device."""
+    return torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads a process"
+
+
+def peak_flops(dtype: torch.dtype) -> tuple[float | None, str]:
+    """FLOP/s that this process's device can reach, and where the number comes from; None for an unknown GPU.
+
+    A CPU is measured: the best of a few matrix products, with whatever else runs on its cores at that moment.
+    """
+    if ON_GPU:
+        for part, (bfloat16, float32) in _PEAK_FLOPS.items():
+            if part in name() and not any(board in name() for board in ("PCIe", "PCIE", "NVL")):
+                return (bfloat16 if dtype == torch.bfloat16 else float32), f"datasheet of {part} SXM"
+        return None, f"no peak known for {name()}"
+    a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+    seconds = []
+    for _ in range(_GEMM_REPEATS):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * _GEMM_SIZE**3 / min(seconds), f"best of {_GEMM_REPEATS} matrix products of {_GEMM_SIZE} rows"
 
 
 def visible_devices(indices: Sequence[int]) -> dict[str, str]:

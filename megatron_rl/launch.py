@@ -46,7 +46,7 @@ class Failure:
     """Why one rank died, as it wrote it down itself."""
 
     rank: int
-    seconds: float  # on the machine's monotonic clock, to order the ranks
+    seconds: float  # since the epoch, to order the ranks of all machines
     message: str
     traceback: str
     from_user: bool  # the message stands alone
@@ -57,19 +57,27 @@ class Failure:
 
 
 def install_stop_handler() -> None:
-    """From here on SIGTERM and SIGINT no longer end this process but turn `stop_requested()` True."""
+    """From here on SIGTERM, SIGINT and SIGUSR1 (Slurm's warnings) no longer end this process but turn
+    `stop_requested()` True."""
 
     def note(signum: int, _frame: FrameType | None) -> None:
         _stop_signals.append(signum)
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGUSR1, note)
 
 
-def stop_requested() -> bool:
-    """Whether this process was asked to stop. Ranks learn it at different moments: agree on it (a max over the world)
-    at the end of each step before acting on it, else one rank leaves while another enters the next collective."""
-    return bool(_stop_signals)
+def stop_requested(run_dir: Path) -> bool:
+    """Whether this process was asked to stop, by a signal or by a file `stop` in the run's folder, which reaches all
+    nodes. Ranks learn it at different moments: agree on it (a max over the world) at the end of each step before
+    acting on it, else one rank leaves while another enters the next collective."""
+    return bool(_stop_signals) or stop_file(run_dir).exists()
+
+
+def stop_file(run_dir: Path) -> Path:
+    """The file that asks a run to save and end after the step it is in; whoever starts the run removes it first."""
+    return run_dir / "stop"
 
 
 def local_rank() -> int:
@@ -112,7 +120,7 @@ def _record_failure(error: Exception, run_dir: Path) -> None:
     name = type(error).__name__
     failure = Failure(
         rank=int(os.environ.get("RANK", "0")),
-        seconds=time.monotonic(),
+        seconds=time.time(),
         message=str(error) if isinstance(error, UserError) else f"{name}: {error}",
         traceback=text,
         from_user=isinstance(error, UserError),
@@ -168,6 +176,7 @@ def run_world(
     run_dir.mkdir(parents=True, exist_ok=True)
     with _hold(run_dir), _reserved_port() as port, _noted_signals() as signals:
         shutil.rmtree(failures, ignore_errors=True)
+        stop_file(run_dir).unlink(missing_ok=True)
         logs.mkdir(exist_ok=True)
         prepare()
         workers: list[subprocess.Popen[bytes]] = []
@@ -201,7 +210,7 @@ def _spawn(command: Sequence[str], rank: int, processes: int, port: int, logs: P
 def _supervise(workers: list[subprocess.Popen[bytes]], run_dir: Path, grace_seconds: float, signals: list[int]) -> int:
     stopping, deadline = False, float("inf")
     while any(worker.poll() is None for worker in workers):
-        failures = _read_failures(run_dir)
+        failures = read_failures(run_dir)
         if signals and not stopping:
             stopping, deadline = True, time.monotonic() + grace_seconds
             _say(f"stopping: up to {grace_seconds:g} s to finish the step; once more to stop at once")
@@ -219,14 +228,14 @@ def _supervise(workers: list[subprocess.Popen[bytes]], run_dir: Path, grace_seco
     _kill(workers)
     if late and sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # a progress display that was killed cannot give the cursor back
-    return _conclude(_read_failures(run_dir), codes, late, run_dir, signals)
+    return _conclude(read_failures(run_dir), codes, late, run_dir, signals)
 
 
 def _conclude(
     failures: list[Failure], codes: dict[int, int], late: list[int], run_dir: Path, signals: list[int]
 ) -> int:
     """Say what happened; the exit code."""
-    causes = sorted(failures, key=lambda failure: (failure.lost_peer, failure.seconds))
+    causes = in_order(failures)
     if signals:
         if late:
             _say(f"killed: {_ranks(late)} did not stop in time")
@@ -268,7 +277,13 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _read_failures(run_dir: Path) -> list[Failure]:
+def in_order(failures: list[Failure]) -> list[Failure]:
+    """Causes by time, then what follows from a lost peer."""
+    return sorted(failures, key=lambda failure: (failure.lost_peer, failure.seconds))
+
+
+def read_failures(run_dir: Path) -> list[Failure]:
+    """What failed ranks wrote down since the run was started."""
     return [Failure(**json.loads(path.read_text())) for path in sorted((run_dir / "failures").glob("rank*.json"))]
 
 

@@ -1,10 +1,11 @@
-"""Where a run's numbers go: metrics.jsonl, samples.jsonl, TensorBoard, W&B and the terminal.
+"""Where a run's numbers go: metrics.jsonl, samples.jsonl, ledger.jsonl, TensorBoard, W&B and the terminal.
 
 Only rank 0 writes; on other ranks every method returns at once, so the training loop needs no `if rank == 0`.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -48,13 +49,14 @@ class RunLogger:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", dump_config(config))
         self._progress = _ProgressDisplay(console or Console(), config.name, start_step, config.train.num_steps)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "ledger.jsonl"):
             if dropped := cut_from_step(run_dir / name, start_step):
                 self.message(
                     f"{run_dir / name}: dropped {dropped} rows from step {start_step} on, of an earlier process"
                 )
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._samples = (run_dir / "samples.jsonl").open("a", encoding="utf-8")
+        self._ledger = (run_dir / "ledger.jsonl").open("a", encoding="utf-8")
         self._tensorboard: Any = None
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import; not needed without it
@@ -81,6 +83,15 @@ class RunLogger:
         self._samples.writelines(to_line({"step": step, **sample}) for sample in samples)
         self._samples.flush()
 
+    def log_ledger(self, step: int, entry: dict[str, Any], tokenizer: Any) -> None:
+        """Append who spent the step's entropy to ledger.jsonl: algorithms/ledger.py's entry, six digits a number, with
+        each token's text put before its id's columns. Nothing without tokens."""
+        if not self._active or not entry:
+            return
+        named = [[tokenizer.decode([row[0]]), *row] for row in entry["tokens"]]
+        self._ledger.write(to_line({"step": step, **_rounded(entry | {"tokens": named})}))
+        self._ledger.flush()
+
     def message(self, text: str) -> None:
         """One line to the terminal, above the progress display."""
         if self._active:
@@ -94,6 +105,7 @@ class RunLogger:
         self._progress.close()
         self._metrics.close()
         self._samples.close()
+        self._ledger.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -146,6 +158,17 @@ class _ProgressDisplay:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits of each float, whole ones as integers, null for what JSON has no number for."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return int(value) if value.is_integer() else float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def format_duration(seconds: float) -> str:

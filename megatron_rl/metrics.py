@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from megatron_rl.profiling.spans import OFF, Spans
+
 Reducer = Callable[[Tensor], Tensor]  # float64 [K] in, reduced over all ranks out
 
 
@@ -94,11 +96,12 @@ class Timers:
     """Wall seconds per phase of a step.
 
     `synchronize` is called at both ends of a phase (a device that runs asynchronously would otherwise charge the work
-    of one phase to the next one that waits).
+    of one phase to the next one that waits). Each phase is a span of `spans` as well.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+    def __init__(self, synchronize: Callable[[], None] | None = None, spans: Spans = OFF) -> None:
         """Start the first step's clock."""
+        self.spans = spans
         self._synchronize = synchronize or (lambda: None)
         self._seconds: dict[str, float] = {}
         self._start = time.perf_counter()
@@ -111,7 +114,8 @@ class Timers:
         self._synchronize()
         start = time.perf_counter()
         try:
-            yield
+            with self.spans(phase):
+                yield
         finally:
             self._synchronize()
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -6,6 +6,7 @@ assignment changes where a token is computed, never its `token_ids_global`, its 
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import token_weights
 from megatron_rl.config import Config
+from megatron_rl.parallel.context import local_tokens
 from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
 
@@ -25,19 +27,31 @@ class _Layout:
     budget: int  # tokens of one micro-batch, padding included
     dp_rank: int
     dp_size: int
+    cp_rank: int
+    cp_size: int
     pad_multiple: int
     equal_lengths: bool
+    count_multiple: int
     num_micro_batches: int | None
     aggregation: str
     constant_length: int
     stride: int  # token_ids_global = rollout index * stride + position; at least the longest sequence
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dp_rank < self.dp_size:
-            raise ValueError(f"dp_rank={self.dp_rank} is not in [0, dp_size={self.dp_size})")
-        if self.pad_multiple < 1 or (self.num_micro_batches is not None and self.num_micro_batches < 1):
+        for name in ("dp", "cp"):
+            rank, size = getattr(self, f"{name}_rank"), getattr(self, f"{name}_size")
+            if not 0 <= rank < size:
+                raise ValueError(f"{name}_rank={rank} is not in [0, {name}_size={size})")
+        forced = self.num_micro_batches
+        if self.pad_multiple < 1 or (forced is not None and (forced < 1 or forced % self.count_multiple)):
             raise ValueError(
-                f"pad_multiple={self.pad_multiple} and num_micro_batches={self.num_micro_batches} must be at least 1"
+                f"pad_multiple={self.pad_multiple} and num_micro_batches={forced} must be at least 1, the second a "
+                f"multiple of {self.count_multiple}"
+            )
+        if self.pad_multiple % self.sequence_multiple:
+            raise ValueError(
+                f"pad_multiple={self.pad_multiple} must be a multiple of {self.sequence_multiple} tokens, two chunks "
+                f"for each of {self.cp_size} context-parallel ranks"
             )
         if self.capacity == 0:
             raise ValueError(
@@ -49,6 +63,15 @@ class _Layout:
         """Tokens that fit once the length is rounded up to the padding multiple."""
         return self.budget // self.pad_multiple * self.pad_multiple
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Each sequence is padded to a multiple of it, to be cut into two chunks for every context-parallel rank."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    def padded(self, length: int) -> int:
+        """Tokens that a sequence of `length` takes up."""
+        return -(-length // self.sequence_multiple) * self.sequence_multiple
+
 
 def pack(
     rollouts: list[Rollout],
@@ -58,18 +81,23 @@ def pack(
     step: int,
     dp_rank: int,
     dp_size: int,
+    cp_rank: int = 0,
+    cp_size: int = 1,
     pad_multiple: int = 1,
     equal_lengths: bool = False,
+    count_multiple: int = 1,
     num_micro_batches: int | None = None,
 ) -> TrainBatch:
-    """This data-parallel rank's share of one step.
+    """This rank's share of one step: the micro-batches of its data-parallel rank, and its context-parallel part of
+    each.
 
     `rollouts`: the step's full list, the same on every rank, ordered by prompt then sample. `advantages`: `[B]` float,
     one per rollout. Mini-batch j holds the j-th run of `train.prompts_per_minibatch` groups. Micro-batches stay within
     `train.micro_batch_tokens` (padding included), and every rank gets the same number of them per mini-batch, the
-    smallest that longest-processing-time balancing fits. `pad_multiple`: micro-batch lengths are multiples of it
-    (tensor parallel size under sequence parallelism). `equal_lengths`: one length for all micro-batches of a mini-batch
-    on this rank (pipeline parallelism). `num_micro_batches` forces the count per mini-batch.
+    smallest that longest-processing-time balancing fits. `pad_multiple`: micro-batch lengths, over all context-parallel
+    ranks, are multiples of it (sequence and context parallelism). `equal_lengths`: one length for all micro-batches of
+    a mini-batch on this rank (pipeline parallelism). The count per mini-batch is a multiple of `count_multiple`
+    (virtual pipeline stages), or forced by `num_micro_batches`.
 
     Raises: ValueError, naming the rollouts, when groups are incomplete or out of order, a rollout is empty, has no
     response, exceeds the budget or the configured lengths, or an advantage is not finite.
@@ -78,8 +106,11 @@ def pack(
         budget=config.train.micro_batch_tokens,
         dp_rank=dp_rank,
         dp_size=dp_size,
+        cp_rank=cp_rank,
+        cp_size=cp_size,
         pad_multiple=pad_multiple,
         equal_lengths=equal_lengths,
+        count_multiple=count_multiple,
         num_micro_batches=num_micro_batches,
         aggregation=config.loss.aggregation,
         constant_length=config.rollout.max_response_tokens,
@@ -109,8 +140,11 @@ def pack_supervised(
     dp_rank: int,
     dp_size: int,
     index: int = 0,
+    cp_rank: int = 0,
+    cp_size: int = 1,
     pad_multiple: int = 1,
     equal_lengths: bool = False,
+    count_multiple: int = 1,
     num_micro_batches: int | None = None,
 ) -> MiniBatch:
     """One supervised update: (prompt_ids, response_ids) pairs, the same full list on every rank, token mean.
@@ -125,8 +159,11 @@ def pack_supervised(
         budget=micro_batch_tokens,
         dp_rank=dp_rank,
         dp_size=dp_size,
+        cp_rank=cp_rank,
+        cp_size=cp_size,
         pad_multiple=pad_multiple,
         equal_lengths=equal_lengths,
+        count_multiple=count_multiple,
         num_micro_batches=num_micro_batches,
         aggregation="token_mean",
         constant_length=micro_batch_tokens,
@@ -164,7 +201,7 @@ def packing_metrics(batch: TrainBatch) -> dict[str, float]:
 def _pack_minibatch(
     index: int, members: range, rollouts: list[Rollout], advantages: Tensor, layout: _Layout
 ) -> MiniBatch:
-    lengths = [len(rollouts[i].token_ids) for i in members]
+    lengths = [layout.padded(len(rollouts[i].token_ids)) for i in members]
     bins = _rank_bins(lengths, layout)
     totals = [sum(lengths[i] for i in chosen) for chosen in bins]
     longest = max(totals)
@@ -180,7 +217,8 @@ def _pack_minibatch(
 def _rank_bins(lengths: list[int], layout: _Layout) -> list[list[int]]:
     """The micro-batches of this rank, as indices into `lengths`, ascending in each."""
     forced, ranks = layout.num_micro_batches, layout.dp_size
-    count = forced or max(1, -(-sum(lengths) // (layout.capacity * ranks)))
+    unit = layout.count_multiple
+    count = forced or unit * max(1, -(-sum(lengths) // (layout.capacity * ranks * unit)))
     bins = _longest_first(lengths, count * ranks)
     while max(_load(b, lengths) for b in bins) > layout.capacity:
         if forced:
@@ -189,7 +227,7 @@ def _rank_bins(lengths: list[int], layout: _Layout) -> list[list[int]]:
                 f"num_micro_batches={forced} over {ranks} data-parallel ranks needs {heaviest} tokens in one "
                 f"micro-batch; micro_batch_tokens={layout.budget} allows {layout.capacity}; raise either"
             )
-        count += 1
+        count += unit
         bins = _longest_first(lengths, count * ranks)
     # Heaviest first, one to each rank per round, the heaviest of a round to the rank with the least so far: equal
     # counts, balanced ranks, and micro-batches of one round that are alike, so that ranks keep pace.
@@ -233,6 +271,7 @@ def _micro_batch(
     boundaries, start = [0], 0
     for i in indices:
         rollout, stop = rollouts[i], start + len(rollouts[i].token_ids)
+        end = start + layout.padded(stop - start)
         predicting = slice(start, stop - 1)  # the last position predicts nothing
         token_ids[start:stop] = rollout.token_ids
         labels[predicting] = rollout.token_ids[1:]
@@ -244,8 +283,9 @@ def _micro_batch(
         global_ids[start:stop] = i * layout.stride + positions + 1  # position 0 is never a label, so no two coincide
         prompt_ids[start:stop] = rollout.prompt_id
         sample_indices[start:stop] = rollout.sample_index
-        boundaries.append(stop)
-        start = stop
+        position_ids[stop:end] = torch.arange(stop - start, end - start)
+        boundaries.append(end)
+        start = end
     if start < length:
         position_ids[start:] = torch.arange(length - start)
         boundaries.append(length)
@@ -253,7 +293,7 @@ def _micro_batch(
         values.masked_fill_(~loss_mask, 0)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
     weights, denominator = token_weights(layout.aggregation, loss_mask, cu_seqlens, layout.constant_length)
-    return MicroBatch(
+    whole = MicroBatch(
         token_ids=token_ids,
         labels=labels,
         position_ids=position_ids,
@@ -268,6 +308,16 @@ def _micro_batch(
         loss_denominator=denominator,
         num_sequences=len(indices),
     )
+    return whole if layout.cp_size == 1 else _context_part(whole, layout)
+
+
+def _context_part(whole: MicroBatch, layout: _Layout) -> MicroBatch:
+    """This context-parallel rank's tokens. The first rank brings the denominator of all."""
+    mine = local_tokens(whole.cu_seqlens, layout.cp_rank, layout.cp_size)
+    fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+    part = {name: value[mine] for name, value in fields.items() if isinstance(value, Tensor) and name != "cu_seqlens"}
+    denominator = whole.loss_denominator if layout.cp_rank == 0 else 0
+    return whole.replace(**part, cu_seqlens=whole.cu_seqlens // layout.cp_size, loss_denominator=denominator)
 
 
 def _as_rollout(index: int, prompt: Sequence[int], response: Sequence[int]) -> Rollout:
@@ -320,9 +370,9 @@ def _check_rollouts(rollouts: list[Rollout], layout: _Layout, *, may_be_masked: 
             faults.append(
                 f"{_name(rollout)}: the response starts at token 0; no position predicts it, so give a prompt"
             )
-        elif length > layout.capacity:
+        elif layout.padded(length) > layout.capacity:
             faults.append(
-                f"{_name(rollout)}: {length} tokens exceed micro_batch_tokens={layout.budget} "
+                f"{_name(rollout)}: {layout.padded(length)} tokens exceed micro_batch_tokens={layout.budget} "
                 f"(of which {layout.capacity} are usable with lengths padded to a multiple of {layout.pad_multiple})"
             )
         elif length > layout.stride:

@@ -7,12 +7,13 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_rl import device
+from megatron_rl.config import Config
 from megatron_rl.config_checks import hf_folder
 from megatron_rl.convert.safetensors_io import TensorInfo, file_names, write_file, write_index
 from megatron_rl.errors import UserError
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
     from megatron_rl.policy.policy import MegatronPolicy
 
 SHARD_BYTES = 4 * 2**30
+
+
+class Described(Protocol):
+    """A model as far as its description goes: the policy, or one that is not built."""
+
+    @property
+    def config(self) -> Config:
+        """Of the run."""
+
+    @property
+    def hf_config(self) -> PretrainedConfig:
+        """Its architecture."""
 
 
 def save_hf(policy: MegatronPolicy, tokenizer: Any, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -51,7 +64,7 @@ def save_hf(policy: MegatronPolicy, tokenizer: Any, folder: Path, *, shard_bytes
         raise UserError(problem)
 
 
-def write_hf_extras(folder: Path, policy: MegatronPolicy, tokenizer: Any) -> None:
+def write_hf_extras(folder: Path, policy: Described, tokenizer: Any) -> None:
     """Write what a model folder holds beside its weights: config.json, the tokenizer with its chat template (unless it
     is None), and the generation config of model.path if it has one."""
     folder.mkdir(parents=True, exist_ok=True)

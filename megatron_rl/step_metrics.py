@@ -3,6 +3,7 @@ mismatch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from megatron_rl.config_loss import LossBase
 from megatron_rl.metrics import Metrics
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.rollout.collect import CollectResult
-from megatron_rl.types import MiniBatch, TokenStats, TrainBatch
+from megatron_rl.types import MiniBatch, Rollout, TokenStats, TrainBatch
 
 
 def needs_current_stats(loss: LossBase, index: int) -> bool:
     """Whether selection in mini-batch `index` pays a forward: the first of a step has the weights of old_logprobs."""
-    return index > 0 and getattr(loss, "cov_logprobs", "old") == "current"
+    return index > 0 and "current" in (getattr(loss, "cov_logprobs", "old"), getattr(loss, "stats", "old"))
 
 
 def add_batch_metrics(
@@ -41,6 +42,16 @@ def add_batch_metrics(
     metrics.set({"entropy/p10": p10, "entropy/p90": p90})
 
 
+def mean_entropy(batch: TrainBatch, stats: list[list[TokenStats]], data_parallel: Reducer) -> float:
+    """Of the step's response tokens over all ranks, nats; NaN when none counts."""
+    total = torch.zeros(2, dtype=torch.float64, device=stats[0][0].entropy.device)
+    for mini_batch, of_mini_batch in zip(batch.minibatches(), stats, strict=True):
+        for micro_batch, stat in zip(mini_batch.micro_batches, of_mini_batch, strict=True):
+            total += masked_sum_count(stat.entropy, micro_batch.loss_mask)
+    entropy, count = data_parallel.sum(total).tolist()
+    return entropy / count if count else float("nan")
+
+
 def entropy_change(mini_batch: MiniBatch, before: list[TokenStats], after: list[TokenStats]) -> dict[str, Tensor]:
     """Realised change of the mean entropy over a step's updates, on the tokens of one mini-batch: (sum, count),
     nats."""
@@ -48,6 +59,16 @@ def entropy_change(mini_batch: MiniBatch, before: list[TokenStats], after: list[
     for micro_batch, old, new in zip(mini_batch.micro_batches, before, after, strict=True):
         change += masked_sum_count(new.entropy - old.entropy, micro_batch.loss_mask)
     return {"entropy/realised_change": change}
+
+
+def sequence_totals(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What the step's floating-point operations follow from, over all ranks and without padding: tokens, and pairs of a
+    token and one that it attends to, itself included."""
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    return {
+        "batch/sequence_tokens": float(sum(lengths)),
+        "batch/attention_pairs": float(sum(length * (length + 1) // 2 for length in lengths)),
+    }
 
 
 def samples_for_log(collected: CollectResult, tokenizer: Any, count: int) -> list[dict[str, Any]]:

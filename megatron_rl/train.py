@@ -11,35 +11,47 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from megatron_rl import device, launch
 from megatron_rl.algorithms.advantages import ADVANTAGES
-from megatron_rl.algorithms.covariance import select_tokens
+from megatron_rl.algorithms.control import ControlState, adapt
+from megatron_rl.algorithms.ledger import ledger
 from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
-from megatron_rl.config_checks import read_hf_config
+from megatron_rl.config_checks import read_hf_config, require_model
 from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
 from megatron_rl.errors import UserError
+from megatron_rl.law import LawMonitor
 from megatron_rl.logs import RunLogger
 from megatron_rl.metrics import Metrics, Timers
 from megatron_rl.packing import pack, packing_metrics
-from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups, packing_options
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.policy.gradients import EntropyTangent
 from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.profiling.spans import OFF, Spans
 from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
-from megatron_rl.reward import load_reward
+from megatron_rl.reward import build_grader
 from megatron_rl.rollout.build import write_model_dir
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost, build_engine
 from megatron_rl.rollout.probe import probe_engine
 from megatron_rl.save_hf import save_hf
-from megatron_rl.step_metrics import add_batch_metrics, entropy_change, needs_current_stats, samples_for_log
-from megatron_rl.types import Prompt, TrainBatch
+from megatron_rl.step_metrics import (
+    add_batch_metrics,
+    entropy_change,
+    mean_entropy,
+    needs_current_stats,
+    samples_for_log,
+    sequence_totals,
+)
+from megatron_rl.types import Prompt, Rollout, TrainBatch
 from megatron_rl.warm_start import warm_start
 
 
@@ -60,6 +72,8 @@ class Run:
     weight_version: int = 0
     engine_version: int = -1
     best_accuracy: float = -math.inf  # of the evaluations so far
+    control: ControlState = field(default_factory=dict)  # options of the loss that follow the entropy
+    law: LawMonitor = field(default_factory=LawMonitor)
 
 
 def main(config: Config) -> None:
@@ -70,12 +84,12 @@ def main(config: Config) -> None:
     destroy_groups()
 
 
-def train(config: Config, groups: Groups) -> None:
-    """All steps, from the start or from a checkpoint."""
-    run = set_up(config, groups)
+def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
+    """All steps, from the start or from a checkpoint. `spans` sees where their time goes."""
+    run = set_up(config, groups, spans)
     store = CheckpointStore(config.run_dir / "checkpoints", run.policy, groups, run.tokenizer)
     start_step, notes = restore(run, store)
-    timers = Timers(device.synchronize)
+    timers = Timers(device.synchronize, spans)
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
         for note in notes:
             logger.message(note)
@@ -84,17 +98,19 @@ def train(config: Config, groups: Groups) -> None:
                 f"nothing to train: {config.run_dir} has {start_step} steps and train.num_steps="
                 f"{config.train.num_steps}; raise it to go on"
             )
-        for step in range(start_step, config.train.num_steps):
+        for step in spans.steps(range(start_step, config.train.num_steps)):
             try:
                 metrics = run_step(run, step, timers, logger)
+                metrics |= run.law.observe(metrics.get("entropy/mean", math.nan), metrics["reward/accuracy"])
                 metrics |= evaluate(run, step, timers)
             except EngineError:
                 rescue(run, store, step, logger)
                 raise
             # before the checkpoint (whose time the next row tells): a process killed between the two then leaves a row
             # too many, which the next process drops, rather than one too few
-            logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
-            stopping = run.world.any(launch.stop_requested())
+            with spans("log"):
+                logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
+                stopping = run.world.any(launch.stop_requested(config.run_dir))
             with timers("checkpoint"):
                 checkpoint(run, store, step, metrics.get("eval/accuracy"), stopping=stopping)
             if stopping and step + 1 < config.train.num_steps:
@@ -111,49 +127,44 @@ def train(config: Config, groups: Groups) -> None:
 
 def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str, float]:
     """Generate, grade, pack, select, update. Returns the step's metrics, the same on every rank."""
-    config, policy, groups = run.config, run.policy, run.groups
+    config, policy = run.config, run.policy
     metrics = Metrics(device.device())
     with generating(run, timers), timers("rollout"):
         collected = run.collector.collect(step)
         run.collector.go_ahead(step)
     metrics.set(collected.metrics)
-    rewards = torch.tensor([rollout.reward for rollout in collected.rollouts], dtype=torch.float64)
-    prompt_ids = torch.tensor([rollout.prompt_id for rollout in collected.rollouts])
-    advantages = ADVANTAGES[config.algorithm.advantage](rewards, prompt_ids, config.algorithm)
-    batch = pack(
-        collected.rollouts,
-        advantages,
-        config,
-        step=step,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        pad_multiple=groups.tp_size if config.parallel.sp else 1,  # sequence parallelism splits the tokens evenly
-        equal_lengths=groups.pp_size > 1,  # pipeline stages exchange activations of one shape
-    ).to(device.device())
+    with timers("pack"):
+        batch = packed(run, collected.rollouts, step)
     with timers("old_logprobs"):
         old_stats = [policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]
         batch = batch.with_old_logprobs(old_stats)
         if config.loss.ref_kl_coef > 0:
             batch = batch.with_ref_logprobs([policy.ref_logprobs(mini_batch) for mini_batch in batch.minibatches()])
-    add_batch_metrics(metrics, batch, old_stats, run.data_parallel)
+    with timers("metrics"):
+        add_batch_metrics(metrics, batch, old_stats, run.data_parallel)
+    loss, run.control, controls = adapt(config.loss, run.control, mean_entropy(batch, old_stats, run.data_parallel))
+    metrics.set(controls)
+    with timers("probe"):
+        tangent = EntropyTangent(policy, batch.mini_batches[0]) if config.train.entropy_tangent else None
     predicted_change = 0.0
     for mini_batch, stats in zip(batch.minibatches(), old_stats, strict=True):
         with timers("select"):
-            if needs_current_stats(config.loss, mini_batch.index):
+            if needs_current_stats(loss, mini_batch.index):
                 stats = policy.stats(mini_batch, with_sum_p2=True)
-            mini_batch, selection = select_tokens(
+            mini_batch, marked = mark_tokens(
                 mini_batch,
                 stats,
-                config.loss,
+                loss,
                 run.data_parallel,
                 seed=config.seed,
                 step=step,
                 updates_per_step=config.minibatches_per_step,
+                context=policy.context,
             )
-        metrics.add_means(selection)
-        predicted_change -= selection.get("cov/vocab_mean", 0.0)  # absent when overlong filtering masked every token
+        predicted_change += marked.pop("entropy/predicted_change", 0.0)  # absent when overlong filtering masked it all
+        metrics.add_means(marked)
         with timers("update"):
-            result = policy.update(mini_batch, LOSSES[config.loss.type], config.loss)
+            result = policy.update(mini_batch, LOSSES[loss.type], loss, timers.spans)
         metrics.add(result.sums)
         metrics.add_means(
             {"optimizer/grad_norm": result.grad_norm, "optimizer/skipped_fraction": float(result.skipped)}
@@ -161,18 +172,39 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
         metrics.set({"optimizer/lr": result.learning_rate})
     metrics.set({"entropy/predicted_change": predicted_change})  # nats per unit of logit step, over the step's updates
     run.weight_version = step + 1
-    if config.train.entropy_probe:
-        with timers("probe"):
-            after = policy.stats(batch.mini_batches[0])
+    with timers("probe"):
+        after = policy.stats(batch.mini_batches[0]) if config.train.entropy_probe else None
+        if tangent is not None:
+            metrics.set({"entropy/first_order_change": tangent.change()})
+    if after is not None:
         metrics.add(entropy_change(batch.mini_batches[0], old_stats[0], after))
-    metrics.set(batch_totals(run, batch))
-    logger.log_samples(step, samples_for_log(collected, run.tokenizer, config.logging.samples_per_step))
-    return metrics.reduce(run.data_parallel.sum, run.data_parallel.max)
+    with timers("metrics"):
+        if config.logging.ledger_every and step % config.logging.ledger_every == 0:
+            logger.log_ledger(step, ledger(batch, old_stats, after, run.data_parallel), run.tokenizer)
+        metrics.set(batch_totals(run, batch) | sequence_totals(collected.rollouts))
+        logger.log_samples(step, samples_for_log(collected, run.tokenizer, config.logging.samples_per_step))
+        return metrics.reduce(run.data_parallel.sum, run.data_parallel.max)
 
 
-def set_up(config: Config, groups: Groups) -> Run:
+def packed(run: Run, rollouts: list[Rollout], step: int) -> TrainBatch:
+    """Advantages over the whole step, and this data-parallel rank's share of the step on the device."""
+    config, groups = run.config, run.groups
+    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    prompt_ids = torch.tensor([rollout.prompt_id for rollout in rollouts])
+    advantages = ADVANTAGES[config.algorithm.advantage](rewards, prompt_ids, config.algorithm)
+    return pack(
+        rollouts,
+        advantages,
+        config,
+        step=step,
+        **packing_options(groups, config.parallel),
+    ).to(device.device())
+
+
+def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
-    reward_fn = load_reward(config.reward.function)  # before anything slow
+    require_model(config)  # before anything slow
+    grader = build_grader(config.reward)
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
     raw_hf_config = read_hf_config(config)
@@ -193,7 +225,7 @@ def set_up(config: Config, groups: Groups) -> Run:
         policy.keep_reference()
     cursor = PromptCursor(problems.train, config.seed)
     run: Run
-    collector = Collector(engine, cursor, reward_fn, tokenizer, config, place, revive=lambda: revive(run))
+    collector = Collector(engine, cursor, grader, tokenizer, config, place, lambda: revive(run), spans)
     run = Run(
         config=config,
         groups=groups,
@@ -298,6 +330,8 @@ def saved_state(run: Run, cursor: dict[str, int]) -> dict[str, Any]:
         "weight_version": run.weight_version,
         "best_accuracy": run.best_accuracy,
         "data_digest": run.data_digest,
+        "control": run.control,
+        "law": run.law.state(),
     }
 
 
@@ -326,6 +360,8 @@ def restore(run: Run, store: CheckpointStore) -> tuple[int, list[str]]:
         notes.append(f"other problems or another seed than {path}: they are drawn from the start")
     if own:
         run.best_accuracy = state["best_accuracy"]
+        run.law = LawMonitor(**state["law"])
+    run.control = state["control"]
     run.weight_version = state["weight_version"]
     return step, [*notes, f"continuing from {path}, {step} steps"]
 

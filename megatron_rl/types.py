@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class Rollout:
     reward: float = math.nan  # score plus penalties: what the advantage estimator sees
     error: str = ""  # why grading failed; such a rollout scores 0 and is counted in the metrics
     spans: tuple[tuple[int, int], ...] = ()  # (weight_version, tokens), in order; empty: all by `weight_version`
+    unfinished: str = ""  # "deadline" or "crash" when the verifier was ended over this response, which scores 0
+    terms: tuple[float, ...] = ()  # values of reward.terms, in their order
 
     @property
     def response_length(self) -> int:
@@ -58,12 +61,15 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Packed sequences of one forward pass. All tensors `[T]`, logits-aligned, unless said otherwise."""
+    """Packed sequences of one forward pass. All tensors `[T]`, logits-aligned, unless said otherwise.
+
+    Under context parallelism T counts this rank's tokens: its two chunks of every sequence, see parallel/context.py.
+    """
 
     token_ids: Tensor  # int64
     labels: Tensor  # int64, the next token; 0 where loss_mask is False
     position_ids: Tensor  # int64, restarts at 0 in each sequence
-    cu_seqlens: Tensor  # [S + 1] int32, sequence boundaries; trailing padding forms a last sequence of its own
+    cu_seqlens: Tensor  # [S + 1] int32, boundaries in these T; trailing padding forms a last sequence of its own
     loss_mask: Tensor  # bool, True where labels[t] was sampled by the policy and counts
     advantages: Tensor  # float32
     rollout_logprobs: Tensor  # float32, nats
@@ -71,11 +77,12 @@ class MicroBatch:
     prompt_ids: Tensor  # int64
     sample_indices: Tensor  # int64
     token_ids_global: Tensor  # int64, unique in the step and independent of the layout; -1 on padding
-    loss_denominator: int  # what this micro-batch adds to the global denominator (tokens or sequences)
+    loss_denominator: int  # what this rank's part adds to the global denominator (tokens or sequences)
     num_sequences: int  # without the padding sequence
     old_logprobs: Tensor | None = None  # float32, nats
     ref_logprobs: Tensor | None = None  # float32, nats
     selected: Tensor | None = None  # bool, the tokens that Clip-Cov or KL-Cov picked
+    surrogate_weights: Tensor | None = None  # float32, of the policy-gradient term, by the weighting losses
 
     @property
     def num_tokens(self) -> int:
@@ -148,6 +155,14 @@ class TokenStats:
     sum_p2_logp: Tensor | None = None  # sum_a pi_a^2 log pi_a
 
 
+class SupportsSum(Protocol):
+    """What adds up over ranks; parallel/reduce.py has the real one."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks, the same on each."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LossInputs:
     """All that a loss may look at: one micro-batch, `[T]` float32 unless said otherwise."""
@@ -162,6 +177,8 @@ class LossInputs:
     token_weights: Tensor  # of the aggregation; 0 outside loss_mask
     cu_seqlens: Tensor  # [S + 1] int32
     selected: Tensor | None  # bool
+    surrogate_weights: Tensor | None = None  # of the policy-gradient term, without gradient; None: 1
+    context: SupportsSum | None = None  # over the ranks that hold the rest of these sequences; None: they are whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from megatron_rl.config_checks import hf_folder
 from megatron_rl.convert.hf import folder_source
 from megatron_rl.data import countdown_solutions
 from megatron_rl.packing import pack_supervised
-from megatron_rl.parallel.groups import barrier
+from megatron_rl.parallel.groups import barrier, packing_options
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.save_hf import save_hf
@@ -61,24 +61,22 @@ def _train(policy: MegatronPolicy, prompts: list[Prompt], tokenizer: Any, option
         mini_batch = pack_supervised(
             rng.sample(pairs, min(options.batch_size, len(pairs))),
             micro_batch_tokens=config.train.micro_batch_tokens,
-            dp_rank=groups.dp_rank,
-            dp_size=groups.dp_size,
-            pad_multiple=groups.tp_size if config.parallel.sp else 1,
-            equal_lengths=groups.pp_size > 1,
+            **packing_options(groups, config.parallel),
         ).to(device.device())
         policy.set_learning_rate(options.lr * (1 - step / options.steps))
         zeros = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
         result = policy.update(mini_batch.replace_each("old_logprobs", zeros), sft, None)
-        if groups.rank == 0 and (step + 1) % max(1, options.steps // 5) == 0:
-            total, count = result.sums["loss/nll"].tolist()
-            print(f"warm start  step {step + 1}/{options.steps}  nll {total / count:.3f} nats", flush=True)
+        if (step + 1) % max(1, options.steps // 5) == 0:
+            total, count = Reducer(groups.dp, device.device()).sum(result.sums["loss/nll"]).tolist()
+            if groups.rank == 0:
+                print(f"warm start  step {step + 1}/{options.steps}  nll {total / count:.3f} nats", flush=True)
 
 
 def _cache_key(config: Config, num_prompts: int) -> str:
     parts = {
         "version": __version__,
         "seed": config.seed,
-        "model": config.model.model_dump(mode="json", exclude={"recompute", "logits_block_rows", "fused_linear_stats"})
+        "model": config.model.model_dump(mode="json", include={"hf_config", "dtype"})
         | {"path": _fingerprint(Path(config.model.path)) if config.model.path is not None else None},
         "data": config.data.model_dump(mode="json"),
         "num_prompts": num_prompts,

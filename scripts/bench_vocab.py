@@ -102,8 +102,8 @@ def work(setting: dict[str, Any]) -> None:
 def run_once(setting: dict[str, Any], groups: Groups, way: Way) -> dict[str, float]:
     """Forward and backward of a policy-gradient loss with an entropy term, on fresh inputs."""
     inputs, labels = make_inputs(setting)
-    device.reset_peak_memory()
-    before = device.peak_memory_bytes()
+    device.reset_peak()
+    before = device.peak_since_reset()
     barrier(groups)
     wall, cpu = time.perf_counter(), time.process_time()
     logprobs, entropy = way(inputs, labels, setting, groups)
@@ -111,7 +111,7 @@ def run_once(setting: dict[str, Any], groups: Groups, way: Way) -> dict[str, flo
     device.synchronize()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     shard = setting["tokens"] * setting["vocab"] // setting["tp"] * getattr(torch, setting["dtype"]).itemsize
-    return {"wall": wall, "cpu": cpu, "memory": (device.peak_memory_bytes() - before) / shard}
+    return {"wall": wall, "cpu": cpu, "memory": (device.peak_since_reset() - before) / shard}
 
 
 def make_inputs(setting: dict[str, Any]) -> tuple[Any, Tensor]:
@@ -165,7 +165,10 @@ def separate(inputs: Any, labels: Tensor, setting: dict[str, Any], groups: Group
 
 def fused(inputs: Any, labels: Tensor, setting: dict[str, Any], groups: Groups) -> tuple[Tensor, Tensor]:
     group = groups.tp if groups.tp_size > 1 else None
-    stats = linear_stats(*inputs, labels, group=group, vocab_start=setting["start"], vocab_size=setting["vocab"])
+    hidden, weight = inputs
+    stats = linear_stats(
+        hidden, weight, labels, group=group, vocab_start=setting["start"], vocab_size=setting["vocab"]
+    )
     return stats.logprobs, stats.entropy
 
 

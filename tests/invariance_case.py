@@ -1,7 +1,7 @@
 """One frozen step of rollouts through the real `train.run_step`, under any layout, micro-batch count and packing.
 
 Only the sampling is replaced. What the test compares is recorded where the step passes by: the covariances and the
-selection after `select_tokens`, the loss sum and its denominator inside `policy.update`, the gradient norm, the
+selection after `mark_tokens`, the loss sum and its denominator inside `policy.update`, the gradient norm, the
 metrics, and the
 exported weights.
 """
@@ -35,6 +35,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"world_size": 2},
     "tp2_sp": {"world_size": 2, "tp": 2, "sp": True},
     "tp2_pp2": {"world_size": 4, "tp": 2, "pp": 2},
+    "cp2": {"world_size": 2, "cp": 2},
+    "pp2_vpp2": {"world_size": 2, "pp": 2, "vpp": 2},
+    "ep2": {"world_size": 2, "ep": 2},
+    "cp2_tp2": {"world_size": 4, "cp": 2, "tp": 2},
+    "cp2_tp2_sp": {"world_size": 4, "cp": 2, "tp": 2, "sp": True},
+    "cp2_dp2": {"world_size": 4, "cp": 2},
+    "cp4": {"world_size": 4, "cp": 4},
+    "cp2_pp2_vpp2": {"world_size": 4, "cp": 2, "pp": 2, "vpp": 2},
+    "tp2_pp2_vpp2": {"world_size": 4, "tp": 2, "pp": 2, "vpp": 2},
+    "tp2_sp_ep2": {"world_size": 2, "tp": 2, "sp": True, "ep": 2},
+    "cp2_ep2": {"world_size": 2, "cp": 2, "ep": 2},
+    "ep2_pp2_vpp2": {"world_size": 4, "ep": 2, "pp": 2, "vpp": 2},
 }
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -43,12 +55,29 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", **_COMMON, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **_COMMON, "tie_word_embeddings": False, "head_dim": 8},
     "llama": {"model_type": "llama", **_COMMON, "tie_word_embeddings": False},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_COMMON,
+        "tie_word_embeddings": False,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+    },
 }
 
 LOSSES: dict[str, dict[str, Any]] = {
     "clip_cov": {"type": "clip_cov", "select_fraction": 0.06, "cov_low": 0.4, "cov_high": 3.0, "eps_high": 0.25},
     "kl_cov": {"type": "kl_cov", "select_fraction": 0.06},
     "kl_cov_vocab": {"type": "kl_cov", "select_fraction": 0.06, "cov_estimator": "vocab"},
+    "forking": {
+        "type": "forking",
+        "keep_fraction": 0.3,
+        "adaptive_entropy": {"target_entropy": 9, "initial_coef": 0.01},
+    },
+    "steer": {"type": "steer", "weight_min": 0.3},
+    "gaussian_cov": {"type": "gaussian_cov"},
     "ppo_clip": {
         "type": "ppo_clip",
         "aggregation": "seq_mean_token_mean",
@@ -56,7 +85,9 @@ LOSSES: dict[str, dict[str, Any]] = {
         "ref_kl_coef": 0.1,
         "rollout_correction": {"weights": "mask", "level": "sequence", "cap": 1.4, "floor": 0.7, "max_kl": 0.05},
     },
+    "gspo": {"type": "gspo", "aggregation": "seq_mean_token_mean", "eps_low": 0.2, "eps_high": 0.3},
 }
+SELECTING = ("clip_cov", "kl_cov")
 
 
 @dataclass(frozen=True)
@@ -82,6 +113,7 @@ class Update:
     advantages: Tensor  # [N] float32
     log_ratio: Tensor  # [N] float32, current against old policy: 0 while the weights have not moved
     selected: Tensor  # [N] bool
+    weights: Tensor  # [N] float32, of the policy-gradient term
     loss_sum: float = 0.0
     denominator: float = 0.0
     grad_norm: float = 0.0
@@ -94,10 +126,18 @@ class Outcome:
 
     updates: list[Update] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def initial_weights(model: str) -> dict[str, Tensor]:
+    """`_own_weights` under the names of checkpoints on disk, which know no stacked experts."""
+    from megatron_rl.convert.hf import hub_views
+
+    return hub_views(_own_weights(model))
+
+
+def _own_weights(model: str) -> dict[str, Tensor]:
     """Every tensor distinct: transformers starts norms at 1 and biases at 0, which would hide an exchange of two of
     them."""
     generator = torch.Generator().manual_seed(7)
@@ -122,7 +162,7 @@ def make_config(case: Case, layout: str) -> Config:
     """The run's config. Adam's eps of 0.1 makes the update nearly proportional to the gradient: with the usual 1e-8 the
     first updates are its sign, which hides a wrong scale and amplifies rounding where a gradient is almost 0."""
     loss = dict(LOSSES[case.loss])
-    if loss["type"] != "ppo_clip":
+    if loss["type"] in SELECTING:
         loss["cov_scope"] = case.scope
     return parse_config(
         {
@@ -143,6 +183,7 @@ def make_config(case: Case, layout: str) -> Config:
                 "prompts_per_step": PROMPTS,
                 "prompts_per_minibatch": PROMPTS // 2,
                 "micro_batch_tokens": case.budget,
+                "entropy_tangent": True,
             },
             "logging": {"samples_per_step": 0},
         }
@@ -152,7 +193,7 @@ def make_config(case: Case, layout: str) -> Config:
 def frozen_rollouts(model: str) -> list[Rollout]:
     """Half of the responses are likely under the initial weights, half are noise; rewards differ inside every group."""
     reference = _hf_model(MODELS[model])
-    reference.load_state_dict(initial_weights(model))
+    reference.load_state_dict(_own_weights(model))
     draw = torch.Generator().manual_seed(11)
     rollouts = []
     for prompt_id in range(PROMPTS):
@@ -226,7 +267,9 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
     cut = [r.replace(loss_mask=torch.zeros_like(r.loss_mask), finish_reason="length") for r in rollouts[kept:]]
     rollouts = rollouts[:kept] + cut
     outcome = Outcome()
-    logger: Any = SimpleNamespace(log_samples=lambda *_: None)
+    logger: Any = SimpleNamespace(
+        log_samples=lambda *_: None, log_ledger=lambda _, entry, __: outcome.ledger.update(entry)
+    )
     collected = CollectResult(rollouts, {}, {})
     run.collector = SimpleNamespace(collect=lambda _: collected, go_ahead=lambda _: None)  # type: ignore[assignment]
     with _observed(run, case, outcome):
@@ -241,20 +284,23 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
     from megatron_rl import packing, train
     from megatron_rl.parallel.reduce import Reducer
 
-    real_select, real_update = train.select_tokens, run.policy.update
+    real_mark, real_update = train.mark_tokens, run.policy.update
 
-    def select(mini_batch: MiniBatch, stats: list[TokenStats], loss: Any, reducer: Any, **options: int) -> Any:
-        chosen, metrics = real_select(mini_batch, stats, loss, reducer, **options)
+    def mark(mini_batch: MiniBatch, stats: list[TokenStats], loss: Any, reducer: Any, **options: int) -> Any:
+        chosen, metrics = real_mark(mini_batch, stats, loss, reducer, **options)
         pairs = list(zip(stats, mini_batch.micro_batches, strict=True))
         logprobs = torch.cat([s.logprobs[m.loss_mask] for s, m in pairs])
         cov, _ = covariance(logprobs, chosen.cat("advantages"), reducer)
         if getattr(loss, "cov_estimator", "batch") == "vocab":
             cov = torch.cat([entropy_loss_per_step(s, m.advantages)[m.loss_mask] for s, m in pairs])
         ids, log_ratio = chosen.cat("token_ids_global"), logprobs - chosen.cat("old_logprobs")
-        marked = torch.zeros_like(ids, dtype=torch.bool) if loss.type == "ppo_clip" else chosen.cat("selected")
-        if loss.type != "ppo_clip":  # padding and prompts are never selected
+        marked, weights = torch.zeros_like(ids, dtype=torch.bool), torch.ones(len(ids))
+        if loss.type in SELECTING:  # padding and prompts are never selected
+            marked = chosen.cat("selected")
             assert not any((m.selected & ~m.loss_mask).any() for m in chosen.micro_batches)
-        of_all_ranks = reducer.gather_objects((ids, cov, chosen.cat("advantages"), log_ratio, marked))
+        elif loss.type != "ppo_clip":
+            weights = chosen.cat("surrogate_weights")
+        of_all_ranks = reducer.gather_objects((ids, cov, chosen.cat("advantages"), log_ratio, marked, weights))
         gathered = [torch.cat(parts) for parts in zip(*of_all_ranks, strict=True)]
         order = gathered[0].argsort()
         outcome.updates.append(Update(*(values[order] for values in gathered)))
@@ -280,7 +326,7 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
     pack = functools.partial(train.pack, num_micro_batches=case.num_micro_batches)
     deal = _dealt_at_random if case.reordered else packing._longest_first
     with (
-        mock.patch.multiple(train, pack=pack, select_tokens=select),
+        mock.patch.multiple(train, pack=pack, mark_tokens=mark),
         mock.patch.object(packing, "_longest_first", deal),
         mock.patch.object(run.policy, "update", update),
     ):

@@ -45,7 +45,7 @@ def _main() -> None:
         raise UserError("the data set is empty")
     elif MODE == "work":
         _mark("ready")
-        while not stop_requested():
+        while not stop_requested(RUN_DIR):
             time.sleep(0.02)
         _mark("checkpoint")
     elif MODE == "stubborn":  # and with a child process of its own

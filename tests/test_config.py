@@ -36,6 +36,8 @@ BASE: dict[str, Any] = {
     "train": {"prompts_per_step": 8, "prompts_per_minibatch": 4, "micro_batch_tokens": 512},
 }
 
+BAND = {"low": 0.4, "high": 0.5, "minimum": 0.01, "maximum": 0.3}
+
 
 def raw(**changes: Any) -> dict[str, Any]:
     """BASE with dotted keys (spelled a__b) replaced."""
@@ -187,8 +189,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 HF = "model__hf_config__"
 INCONSISTENT: list[tuple[dict[str, Any], str]] = [
-    ({"parallel": {"tp": 2, "world_size": 5}}, "world_size=5 is not a multiple of tp*pp=2; set it to 4 or 6"),
-    ({"parallel": {"tp": 2, "world_size": 1}}, "world_size=1 is not a multiple of tp*pp=2; set it to 2"),
+    ({"parallel": {"tp": 2, "world_size": 5}}, "world_size=5 is not a multiple of tp*pp*cp=2; set it to 4 or 6"),
+    ({"parallel": {"tp": 2, "world_size": 1}}, "world_size=1 is not a multiple of tp*pp*cp=2; set it to 2"),
     ({"parallel": {"tp": 1, "sp": True}}, "set sp=false or raise tp"),
     ({"parallel": {"tp": 4}}, "num_attention_heads=6 is not divisible by parallel.tp=4; choose tp from [1, 2, 6]"),
     (
@@ -198,6 +200,22 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ({"parallel": {"ep": 2}}, "parallel.ep=2: qwen2 has no experts; set ep=1"),
     ({HF + "model_type": "qwen3_moe"}, "lacks a positive num_experts, moe_intermediate_size, num_experts_per_tok"),
     ({"parallel": {"pp": 3}}, "num_hidden_layers=4 is not divisible by parallel.pp=3; choose pp from [1, 2, 4]"),
+    (
+        {"parallel": {"pp": 2, "vpp": 4}},
+        "vpp=4 does not divide the 2 layers of a pipeline stage; choose vpp from [1, 2]",
+    ),
+    ({"parallel": {"vpp": 2}}, "parallel.vpp=2 interleaves chunks of pipeline stages: raise pp, or set vpp=1"),
+    ({"parallel": {"cp": 2, "world_size": 3}}, "world_size=3 is not a multiple of tp*pp*cp=2; set it to 2 or 4"),
+    ({"parallel": {"cp": 5}, "train__micro_batch_tokens": 99}, "padded to a multiple of 10); raise it to at least 100"),
+    (
+        {"parallel": {"cp": 2}, "loss": {"type": "kl_cov", "cov_scope": "microbatch"}},
+        "parallel.cp=2 spreads each sequence over several; set cov_scope=minibatch",
+    ),
+    ({"model__recompute": "full", "model__recompute_layers": 5}, "exceeds the 4 layers of a model chunk"),
+    (
+        {"model__recompute": "selective", "model__recompute_modules": ["moe"]},
+        "no layer of this qwen2 has a moe; remove it",
+    ),
     ({HF + "intermediate_size": 97}, "intermediate_size=97 is not divisible by parallel.tp=2"),
     ({HF + "num_key_value_heads": 4}, "num_attention_heads=6 is not divisible by num_key_value_heads=4"),
     ({HF + "model_type": "gpt2"}, "supported: llama, mistral, qwen2, qwen3, qwen3_moe"),
@@ -219,6 +237,16 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
         "give held-out problems or set eval_every=0",
     ),
     ({"loss": {"type": "clip_cov", "cov_low": 5.0}}, "cov_low=5.0 must be below loss.cov_high=5.0"),
+    ({"loss": {"type": "forking", "aggregation": "seq_mean_token_mean"}}, "set aggregation=token_mean"),
+    ({"loss": {"type": "kl_cov", "entropy_coef": 0.1, "adaptive_entropy": {}}}, "leave entropy_coef at 0"),
+    ({"loss": {"type": "kl_cov", "entropy_band": BAND}}, "select_fraction=0.002 is outside of loss.entropy_band's"),
+    ({"loss": {"type": "clip_cov", "entropy_band": {**BAND, "option": "kl_coef"}}}, "set it to select_fraction"),
+    ({"loss": {"type": "kl_cov", "entropy_band": {**BAND, "low": 0.6}}}, "low=0.6 must be below high=0.5"),
+    ({"loss": {"type": "kl_cov", "entropy_band": {**BAND, "maximum": 2}}}, "select_fraction is a fraction, at most 1"),
+    (
+        {"loss": {"type": "gspo", "adaptive_entropy": {"initial_coef": 2}}},
+        "initial_coef=2.0 must not exceed max_coef=1.0",
+    ),
     ({"rollout__top_p": 0.9}, "set top_p=1 and top_k=0, or turn on the correction with loss.rollout_correction"),
     ({"rollout__max_staleness": 1}, "the embedded engine shares its process with the trainer"),
     ({"rollout": {"engine": "sglang", "max_staleness": 1}}, "set loss.rollout_correction={cap: 2}, or max_staleness=0"),

@@ -8,7 +8,9 @@ the reference. Everywhere else the selected token sets must be identical, and th
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,15 +32,10 @@ from tests.worlds import Worlds
 COV = 5e-5  # nats * advantage units, absolute [1.3e-5; covariances reach 4, log-probabilities -13]
 LOSS = 2e-6  # loss sum, absolute per unit of the denominator [3.9e-7]
 GRAD_NORM = 1e-5  # relative [1.8e-6]
+TOKEN_WEIGHTS = 2e-5  # absolute
 WEIGHTS = 1e-6  # absolute, where the two updates move weights by up to 2e-2 [2.4e-7]
 METRICS = 1e-5  # relative to max(|metric|, 1) [1.1e-6]
 
-REFERENCES = [
-    *(Case(loss) for loss in LOSSES),
-    Case("kl_cov", model="qwen3"),
-    Case("clip_cov", scope="microbatch"),
-    Case("kl_cov", scope="microbatch"),
-]
 # (micro-batches, reordered): another split for each layout, so that the quick tests meet all of them
 QUICK = {
     "tp1": (8, True),
@@ -47,36 +44,62 @@ QUICK = {
     "dp2": (8, True),  # 12 sequences in 16 micro-batches: some are empty
     "tp2_sp": (2, False),
     "tp2_pp2": (8, True),
+    "cp2": (2, True),
+    "pp2_vpp2": (8, True),
+    "ep2": (2, True),
 }
 EXTRA = {
     "tp2": [Case("kl_cov_vocab", 8)],
-    "pp2": [Case("kl_cov_vocab", 2, reordered=True), Case("ppo_clip", 2)],
-    "dp2": [Case("ppo_clip", 2)],
-    "tp2_sp": [Case("kl_cov", 2, model="qwen3")],  # per-head norms: shared by ranks that hold different heads
-    "tp2_pp2": [Case("kl_cov", 1, model="qwen3")],
+    "pp2": [Case("kl_cov_vocab", 2, reordered=True), Case("ppo_clip", 2), Case("steer", 2)],
+    "dp2": [Case("ppo_clip", 2), *(Case(loss, 2, reordered=True) for loss in ("forking", "steer", "gaussian_cov"))],
+    # per-head norms: shared by ranks that hold different heads
+    "tp2_sp": [Case("forking", 2), Case("kl_cov", 2, model="qwen3")],
+    "tp2_pp2": [Case("gaussian_cov", 2), Case("kl_cov", 1, model="qwen3")],
+    "cp2": [Case("ppo_clip", 8), Case("gspo", 2)],  # both sum over sequences, whose tokens are on both ranks
 }
+# layouts of two or three dimensions at once meet every loss in one split
+COMBINED = [layout for layout in LAYOUTS if layout not in QUICK]
 
 Rollouts = dict[str, list]
 
 
 @pytest.fixture(scope="module")
 def rollouts(worlds: Worlds) -> Rollouts:
-    return {model: worlds.run(1, frozen_rollouts, model)[0] for model in ("qwen2", "qwen3")}
+    return {model: worlds.run(1, frozen_rollouts, model)[0] for model in ("qwen2", "qwen3", "qwen3_moe")}
+
+
+class References(dict[Case, Outcome]):
+    """Outcomes on world size 1 with one micro-batch, computed when first asked for."""
+
+    def __init__(self, worlds: Worlds, rollouts: Rollouts) -> None:
+        super().__init__()
+        self.worlds, self.rollouts = worlds, rollouts
+
+    def compute(self, cases: list[Case]) -> None:
+        missing = [case for case in cases if case not in self]
+        if missing:
+            (outcomes,) = self.worlds.run(1, run_cases, "tp1", missing, self.rollouts)
+            self.update(zip(missing, outcomes, strict=True))
+
+    def __missing__(self, case: Case) -> Outcome:
+        self.compute([case])
+        return self[case]
 
 
 @pytest.fixture(scope="module")
-def reference(worlds: Worlds, rollouts: Rollouts) -> dict[Case, Outcome]:
-    (outcomes,) = worlds.run(1, run_cases, "tp1", REFERENCES, rollouts)
-    return dict(zip(REFERENCES, outcomes, strict=True))
+def reference(worlds: Worlds, rollouts: Rollouts) -> References:
+    return References(worlds, rollouts)
 
 
 def check_layout(
-    worlds: Worlds, rollouts: Rollouts, reference: dict[Case, Outcome], layout: str, cases: list[Case], timeout: float
+    worlds: Worlds, rollouts: Rollouts, reference: References, layout: str, cases: list[Case], timeout: float
 ) -> None:
+    unsplit = [Case(case.loss, model=case.model, scope=case.scope) for case in cases]
+    reference.compute(list(dict.fromkeys(unsplit)))
     ranks = worlds.run(LAYOUTS[layout]["world_size"], run_cases, layout, cases, rollouts, timeout=timeout)
     for i, case in enumerate(cases):
         print(layout, case)  # shown when it fails
-        expected = reference[Case(case.loss, model=case.model, scope=case.scope)]
+        expected = reference[unsplit[i]]
         for rank in ranks:
             check_outcome(rank[i], expected)
             for name, weight in rank[i].weights.items():
@@ -88,6 +111,7 @@ def check_outcome(got: Outcome, expected: Outcome) -> None:
         assert torch.equal(a.ids, b.ids)
         torch.testing.assert_close(a.cov, b.cov, rtol=0, atol=COV)
         assert a.ids[a.selected].tolist() == b.ids[b.selected].tolist()
+        torch.testing.assert_close(a.weights, b.weights, rtol=0, atol=TOKEN_WEIGHTS)
         assert a.denominator == b.denominator and not a.skipped
         assert abs(a.loss_sum - b.loss_sum) <= LOSS * b.denominator
         assert math.isclose(a.grad_norm, b.grad_norm, rel_tol=GRAD_NORM)
@@ -95,34 +119,63 @@ def check_outcome(got: Outcome, expected: Outcome) -> None:
     for name, value in expected.metrics.items():
         if not name.startswith(("packing/", "memory/")) and name != "batch/tokens":  # padding counts there
             assert abs(got.metrics[name] - value) <= METRICS * max(abs(value), 1.0), name
+    check_ledger(got.ledger, expected.ledger)
     assert got.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():
         torch.testing.assert_close(got.weights[name], weight, rtol=0, atol=WEIGHTS, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def model_of(layout: str) -> str:
+    """Only a mixture of experts has any to deal out."""
+    return "qwen3_moe" if LAYOUTS[layout].get("ep", 1) > 1 else "qwen2"
+
+
+def check_ledger(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same groups with the same counts; sums up to rounding."""
+    for part in ("total", "tokens", "other_tokens", "positions", "covariance"):
+        a, b = (np.array(entry[part], dtype=float) for entry in (got, expected))
+        counts = [-4, -2]  # columns count and probed, after the group's name
+        assert a.shape == b.shape and np.array_equal(a[..., counts], b[..., counts]), part
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4, err_msg=part)
+
+
+@pytest.mark.parametrize("layout", QUICK)
 def test_selection_losses_and_weights_do_not_depend_on_the_layout(
-    worlds: Worlds, rollouts: Rollouts, reference: dict[Case, Outcome], layout: str
+    worlds: Worlds, rollouts: Rollouts, reference: References, layout: str
 ) -> None:
     count, reordered = QUICK[layout]
-    cases = [Case(loss, count, reordered) for loss in ("clip_cov", "kl_cov")] + EXTRA.get(layout, [])
+    model = model_of(layout)
+    cases = [Case(loss, count, reordered, model=model) for loss in ("clip_cov", "kl_cov")] + EXTRA.get(layout, [])
     check_layout(worlds, rollouts, reference, layout, cases, timeout=240)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", QUICK)
 def test_every_split_and_packing_on_every_layout(
-    worlds: Worlds, rollouts: Rollouts, reference: dict[Case, Outcome], layout: str
+    worlds: Worlds, rollouts: Rollouts, reference: References, layout: str
 ) -> None:
-    cases = [Case(loss, count, reordered) for loss in LOSSES for count in (1, 2, 8) for reordered in (False, True)]
-    cases += [Case(loss, None, budget=64) for loss in LOSSES]  # as many micro-batches as the token budget asks for
-    cases += [Case("kl_cov", count, model="qwen3") for count in (1, 2)]
+    model = model_of(layout)
+    counts = (2, 4, 8) if "vpp" in LAYOUTS[layout] else (1, 2, 8)
+    cases = [Case(loss, n, order, model=model) for loss in LOSSES for n in counts for order in (False, True)]
+    # as many micro-batches as the token budget asks for
+    cases += [Case(loss, None, budget=64, model=model) for loss in LOSSES]
+    if model == "qwen2":
+        cases += [Case("kl_cov", n, model="qwen3") for n in counts[:2]]
     check_layout(worlds, rollouts, reference, layout, cases, timeout=1100)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", COMBINED)
+def test_dimensions_at_once(worlds: Worlds, rollouts: Rollouts, reference: References, layout: str) -> None:
+    model = model_of(layout)
+    cases = [Case(loss, 2, True, model=model) for loss in LOSSES] + [Case("kl_cov", None, budget=64, model=model)]
+    check_layout(worlds, rollouts, reference, layout, cases, timeout=500)
+
+
 @pytest.mark.parametrize("loss", ["clip_cov", "kl_cov", "kl_cov_vocab"])
-def test_the_frozen_step_can_tell(reference: dict[Case, Outcome], loss: str, worlds: Worlds) -> None:
+def test_the_frozen_step_can_tell(reference: References, loss: str, worlds: Worlds) -> None:
     """The selections are non-trivial and far from rounding; the updates move weights by far more than the tolerance."""
     outcome = reference[Case(loss)]
     first, second = outcome.updates
@@ -172,7 +225,7 @@ def test_a_mini_batch_that_overlong_filtering_masked_is_harmless(
 
 @pytest.mark.parametrize("loss", ["clip_cov", "kl_cov"])
 def test_a_scope_of_one_micro_batch_does_depend_on_the_split(
-    worlds: Worlds, rollouts: Rollouts, reference: dict[Case, Outcome], loss: str
+    worlds: Worlds, rollouts: Rollouts, reference: References, loss: str
 ) -> None:
     """The authors' scope: the check above is able to fail. On one micro-batch the two scopes are the same."""
     split = Case(loss, 8, scope="microbatch")

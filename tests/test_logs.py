@@ -66,10 +66,24 @@ def test_run_and_resume(tmp_path: Path) -> None:
     assert len(list((run_dir / "tensorboard").glob("events*"))) == 2
 
 
+def test_the_ledger_names_tokens_and_is_cut_with_the_rest(tmp_path: Path) -> None:
+    config, entry = make_config(), {"total": [3.0, 0.123456789], "tokens": [[7, 2.0, float("nan")]], "edges": [None]}
+    tokenizer = types.SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
+    with RunLogger(tmp_path, config, console=quiet()) as logger:
+        logger.log_ledger(0, entry, tokenizer)
+        logger.log_ledger(1, {}, tokenizer)  # a step without tokens
+        logger.log_ledger(2, entry, tokenizer)
+    with RunLogger(tmp_path, config, start_step=2, console=quiet()):
+        pass
+    (row,) = read_rows(tmp_path / "ledger.jsonl")[0]
+    assert row == {"step": 0, "total": [3, 0.123457], "tokens": [["<7>", 7, 2, None]], "edges": [None]}
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     logger = RunLogger(tmp_path / "run", make_config(logging={"wandb_project": "absent"}), rank=1)
     logger.log(0, {"x": 1.0})
     logger.log_samples(0, [{}])
+    logger.log_ledger(0, {"tokens": []}, None)
     logger.message("hello")
     logger.close()
     assert not (tmp_path / "run").exists()

@@ -53,15 +53,14 @@ def micro_batches(batch: TrainBatch) -> list[MicroBatch]:
     return [mb for mini in batch.minibatches() for mb in mini.micro_batches]
 
 
+def two_sequences() -> tuple[Config, list[Rollout]]:
+    loss = {"type": "ppo_clip", "aggregation": "seq_mean_token_mean"}
+    config = make_config(prompts=1, per_minibatch=1, samples=2, budget=30, loss=loss)
+    return config, [make_rollout(7, 0, [11, 12], [13, 14, 15]), make_rollout(7, 1, [21], [22])]
+
+
 def test_two_sequences_by_hand() -> None:
-    config = make_config(
-        prompts=1,
-        per_minibatch=1,
-        samples=2,
-        budget=30,
-        loss={"type": "ppo_clip", "aggregation": "seq_mean_token_mean"},
-    )
-    rollouts = [make_rollout(7, 0, [11, 12], [13, 14, 15]), make_rollout(7, 1, [21], [22])]
+    config, rollouts = two_sequences()
     (mini,) = pack(
         rollouts, torch.tensor([0.5, -2.0]), config, step=3, dp_rank=0, dp_size=1, pad_multiple=5
     ).minibatches()
@@ -78,6 +77,38 @@ def test_two_sequences_by_hand() -> None:
     assert mb.sample_indices.tolist() == [0] * 5 + [1] * 2 + [-1] * 3
     torch.testing.assert_close(mb.token_weights, torch.tensor([0, 1 / 3, 1 / 3, 1 / 3, 0, 1, 0, 0, 0, 0]))
     assert (mb.loss_denominator, mb.num_sequences, mb.num_tokens) == (2, 2, 4)
+
+
+def test_two_sequences_over_two_context_parallel_ranks_by_hand() -> None:
+    """Lengths 5 and 2 become 8 and 4; each rank holds the first and the last, or the middle two, of their quarters."""
+    config, rollouts = two_sequences()
+    options = {"step": 3, "dp_rank": 0, "dp_size": 1, "cp_size": 2, "pad_multiple": 4}
+    outer, inner = (
+        pack(rollouts, torch.tensor([0.5, -2.0]), config, cp_rank=rank, **options).mini_batches[0].micro_batches[0]
+        for rank in (0, 1)
+    )
+    assert outer.token_ids.tolist() == [11, 12, 0, 0, 21, 0] and inner.token_ids.tolist() == [13, 14, 15, 0, 22, 0]
+    assert outer.labels.tolist() == [0, 13, 0, 0, 22, 0] and inner.labels.tolist() == [14, 15, 0, 0, 0, 0]
+    assert outer.position_ids.tolist() == [0, 1, 6, 7, 0, 3] and inner.position_ids.tolist() == [2, 3, 4, 5, 1, 2]
+    assert outer.cu_seqlens.tolist() == inner.cu_seqlens.tolist() == [0, 4, 6]
+    assert outer.token_ids_global.tolist() == [1, 2, -1, -1, 31, -1]
+    assert inner.token_ids_global.tolist() == [3, 4, 5, -1, 32, -1]
+    torch.testing.assert_close(outer.token_weights, torch.tensor([0, 1 / 3, 0, 0, 1, 0]))
+    torch.testing.assert_close(inner.token_weights, torch.tensor([1 / 3, 1 / 3, 0, 0, 0, 0]))
+    assert (outer.loss_denominator, inner.loss_denominator) == (2, 0)  # sequences, counted once
+    assert (outer.num_tokens, inner.num_tokens) == (2, 2)
+
+
+def test_interleaved_pipelines_get_a_multiple_of_micro_batches() -> None:
+    config = make_config(prompts=1, per_minibatch=1, samples=3, budget=30)
+    rollouts = [make_rollout(7, i, [11], [12] * 19) for i in range(3)]  # 20 tokens: one to a micro-batch
+    options = {"step": 0, "dp_rank": 0, "dp_size": 1, "equal_lengths": True}
+    (mini,) = pack(rollouts, torch.zeros(3), config, count_multiple=2, **options).minibatches()
+    assert [mb.num_sequences for mb in mini.micro_batches] == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match="num_micro_batches=3 must be at least 1, the second a multiple of 2"):
+        pack(rollouts, torch.zeros(3), config, count_multiple=2, num_micro_batches=3, **options)
+    with pytest.raises(ValueError, match="pad_multiple=2 must be a multiple of 4 tokens"):
+        pack(rollouts, torch.zeros(3), config, cp_size=2, pad_multiple=2, **options)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])

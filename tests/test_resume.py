@@ -167,6 +167,48 @@ def test_the_reference_is_the_initial_policy_again_and_more_steps_may_be_asked_f
     assert f"nothing to train: {tmp_path}/resumed has 4 steps and train.num_steps=4; raise it to go on" in nothing
 
 
+CONTROLLED: dict[str, dict[str, Any]] = {
+    # an untrained policy's entropy is about 3 nats: below the target, above the band
+    "adaptive": {"type": "forking", "adaptive_entropy": {"target_entropy": 9.0, "step": 0.01}},
+    "band": {
+        "type": "kl_cov",
+        "select_fraction": 0.2,
+        "entropy_band": {"low": 0.1, "high": 2.5, "option": "kl_coef", "minimum": 0.1, "maximum": 2.0, "gain": 0.2},
+    },
+}
+
+
+def test_what_follows_the_entropy_goes_on_exactly(worlds: Worlds, tmp_path: Path) -> None:
+    """Coefficients, the law's history and the ledger, bit for bit; a branch takes over the coefficients."""
+    raws = []
+    for loss in CONTROLLED:
+        path = str(tmp_path / f"{loss}_cut" / "checkpoints" / "step_00000003")
+        runs = (("straight", 5, "auto"), ("cut", 3, "auto"), ("cut", 5, "auto"), ("branch", 5, path))
+        for name, steps, resume in runs:
+            train = {"num_steps": steps, "save_final": steps == 3, "resume": resume, **TRAIN}
+            raws.append(tiny_raw(tmp_path, f"{loss}_{name}", loss=CONTROLLED[loss], train=train))
+    weights = worlds.run(2, train_each_and_remember_the_law, raws, timeout=LIMIT)[0]
+    for i, option in ((0, "entropy_coef"), (4, "kl_coef")):
+        straight, _, cut, branch = raws[i : i + 4]
+        rows = [measured(row) for row in rows_of(straight)]
+        assert [measured(row) for row in rows_of(cut)] == rows
+        assert rows_of(cut, "ledger.jsonl") == rows_of(straight, "ledger.jsonl") and len(rows) == 5
+        values = [row[f"control/{option}"] for row in rows]
+        assert len(set(values)) == 5 and values[3:] == [row[f"control/{option}"] for row in rows_of(branch)]
+        (first, law), (second, law_of_cut), (_, law_of_branch) = (weights[i + k] for k in (0, 2, 3))
+        assert _equal(first, second) and law == law_of_cut
+        assert len(law["entropy"]) == 5 and len(law_of_branch["entropy"]) == 2  # another run's law
+
+
+def train_each_and_remember_the_law(raws: list[dict[str, Any]]) -> list[tuple[Weights, dict[str, Any]]]:
+    found = []
+    for raw in raws:
+        with trained(raw) as run:
+            weights = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
+            found.append((weights, run.law.state()))
+    return found
+
+
 ACCURACY = {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4, 5: 0.45, 6: 0.3}  # after that many steps
 
 

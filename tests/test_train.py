@@ -118,6 +118,21 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "kl_cov_vocab": ({"loss": KL_COV | {"cov_estimator": "vocab"}}, SELECTED),
     "gspo": ({"loss": {"type": "gspo", "aggregation": "seq_mean_token_mean"}}, CLIPPED),
     "cispo": ({"loss": {"type": "cispo", "aggregation": "seq_mean_token_sum"}}, CLIPPED),
+    "forking": (
+        {"loss": {"type": "forking"}, "train": {"entropy_tangent": True}},
+        [*CLIPPED, "weight/effective_fraction", "entropy/first_order_change"],
+    ),
+    "steer": ({"loss": {"type": "steer", "stats": "old"}}, [*CLIPPED, "weight/min"]),
+    "gaussian_cov": ({"loss": {"type": "gaussian_cov"}}, [*CLIPPED, "weight/min"]),
+    "entropy_advantage": ({"loss": {"type": "entropy_advantage"}}, [*CLIPPED, "loss/advantage_bonus"]),
+    "adaptive_entropy": (
+        {"loss": {"adaptive_entropy": {"target_entropy": 9.0, "initial_coef": 0.01}}},
+        ["control/entropy_coef", "loss/entropy_bonus"],
+    ),
+    "entropy_band": (
+        {"loss": CLIP_COV | {"entropy_band": {"low": 0.1, "high": 0.2, "minimum": 0.01, "maximum": 0.2}}},
+        [*SELECTED, "control/select_fraction"],
+    ),
     "dr_grpo": ({"algorithm": {"advantage": "dr_grpo"}, "loss": {"aggregation": "constant_length"}}, []),
     "rloo": ({"algorithm": {"advantage": "rloo"}}, []),
     "reinforce_pp": ({"algorithm": {"advantage": "reinforce_pp"}}, []),

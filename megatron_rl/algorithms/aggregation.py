@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_rl.types import LossInputs
+
 
 def segment_ids(cu_seqlens: Tensor, length: int) -> Tensor:
     """The sequence of each token, `[length]` int64, from boundaries `[S + 1]`, empty ones allowed. No host sync."""
@@ -24,6 +26,13 @@ def segment_ids(cu_seqlens: Tensor, length: int) -> Tensor:
 def segment_sums(values: Tensor, cu_seqlens: Tensor, ids: Tensor) -> Tensor:
     """Sum of `values` `[T]` in each sequence, `[S]`; `ids` are `segment_ids`. Differentiable."""
     return values.new_zeros(cu_seqlens.numel() - 1).index_add(0, ids, values)
+
+
+def sequence_sums(values: Tensor, inputs: LossInputs) -> Tensor:
+    """For each token the sum of `values` `[T]` over its whole sequence, wherever its tokens are: `[T]`, detached."""
+    ids = segment_ids(inputs.cu_seqlens, values.numel())
+    sums = segment_sums(values.detach(), inputs.cu_seqlens, ids)
+    return (sums if inputs.context is None else inputs.context.sum(sums))[ids]
 
 
 def token_weights(mode: str, loss_mask: Tensor, cu_seqlens: Tensor, constant_length: int) -> tuple[Tensor, int]:

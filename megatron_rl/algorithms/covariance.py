@@ -86,9 +86,11 @@ def select_tokens(
     Identical decisions on every rank. Warns once about configurations in which a method cannot work.
     """
     advantages = mini_batch.cat("advantages")
-    logprobs, ids = _cat(mini_batch, [s.logprobs for s in stats]), mini_batch.cat("token_ids_global")
+    logprobs, ids = response_tokens(mini_batch, [s.logprobs for s in stats]), mini_batch.cat("token_ids_global")
     cov, count = covariance(logprobs, advantages, reducer)
-    vocab = _cat(mini_batch, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, mini_batch)])
+    vocab = response_tokens(
+        mini_batch, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, mini_batch)]
+    )
     metrics = _covariance_metrics(cov, vocab, ids, count, reducer)
     if loss.type not in PRIORITIES:  # type: ignore[attr-defined]
         return mini_batch, metrics
@@ -106,7 +108,7 @@ def select_tokens(
             for s, mb in _pairs(stats, mini_batch)
         ]
     mini_batch = mini_batch.replace_each("selected", chosen)
-    entropy = _cat(mini_batch, [s.entropy for s in stats])
+    entropy = response_tokens(mini_batch, [s.entropy for s in stats])
     return mini_batch, metrics | _selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, reducer)
 
 
@@ -118,11 +120,11 @@ def _choose(
     reducer: SupportsReduce,
 ) -> list[Tensor]:
     """`selected [T]` bool per micro-batch: the top quota of the priority over the tokens of `part` on all ranks."""
-    cov, count = covariance(_cat(part, [s.logprobs for s in stats]), part.cat("advantages"), reducer)
+    cov, count = covariance(response_tokens(part, [s.logprobs for s in stats]), part.cat("advantages"), reducer)
     if count == 0:
         return [torch.zeros_like(mb.loss_mask) for mb in part.micro_batches]
     if loss.cov_estimator == "vocab":
-        cov = _cat(part, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, part)])
+        cov = response_tokens(part, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, part)])
     ids = part.cat("token_ids_global")
     candidates, priority = PRIORITIES[loss.type](part, stats, cov, loss, counter)
     _, winners = reducer.top_k(priority[candidates], ids[candidates], quota(loss.select_fraction, count))
@@ -146,7 +148,7 @@ def clip_cov_priority(
     The order is a pure function of (seed, step, mini-batch, prompt_id, sample_index, position), so every layout draws
     the same subset.
     """
-    clipped = _cat(part, [_already_clipped(mb, s.logprobs, loss) for s, mb in _pairs(stats, part)])
+    clipped = response_tokens(part, [_already_clipped(mb, s.logprobs, loss) for s, mb in _pairs(stats, part)])
     candidates = (cov > loss.cov_low) & (cov < loss.cov_high) & ~clipped
     return candidates, hash_uniform(
         *counter, part.cat("prompt_ids"), part.cat("sample_indices"), part.cat("position_ids")
@@ -224,7 +226,7 @@ def _pairs(stats: list[TokenStats], mini_batch: MiniBatch) -> list[tuple[TokenSt
     return list(zip(stats, mini_batch.micro_batches, strict=True))
 
 
-def _cat(mini_batch: MiniBatch, values: list[Tensor]) -> Tensor:
+def response_tokens(mini_batch: MiniBatch, values: list[Tensor]) -> Tensor:
     """Response tokens `[n_local]` of per-micro-batch tensors `[T]`."""
     pairs = zip(values, mini_batch.micro_batches, strict=True)
     return torch.cat([value[micro_batch.loss_mask] for value, micro_batch in pairs])

@@ -6,7 +6,8 @@ Each is `loss(inputs, config) -> LossOutputs` and forms, over the counted tokens
                * (is_weight[t] * surrogate[t] + extra[t] - entropy_coef * H[t] + ref_kl_coef * KL[t])
 
 - `surrogate` is the loss's policy-gradient term. Only it is multiplied by the importance weights of
-  `rollout_correction` (mismatch.py); the regularisers (entropy, reference KL, KL-Cov's penalty) are not.
+  `rollout_correction` (mismatch.py) and by `surrogate_weights` (weighting.py); the regularisers (entropy, reference KL,
+  KL-Cov's penalty) are not.
 - `extra` is KL-Cov's penalty; 0 elsewhere.
 - The division by the global denominator happens once, outside, so that any split into micro-batches gives the same.
 
@@ -26,13 +27,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import segment_ids, segment_sums
+from megatron_rl.algorithms.aggregation import sequence_sums
 from megatron_rl.algorithms.kl import k3, kl_penalty, masked_sum_count, safe_exp
 from megatron_rl.algorithms.mismatch import rollout_weights
-from megatron_rl.types import LossInputs, LossOutputs
+from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, SupportsSum, TokenStats
 
 if TYPE_CHECKING:
-    from megatron_rl.config_loss import CispoLoss, ClipCovLoss, GspoLoss, KlCovLoss, LossBase, PpoClipLoss
+    from megatron_rl.config_loss import (
+        CispoLoss,
+        ClipCovLoss,
+        EntropyAdvantageLoss,
+        ForkingLoss,
+        GaussianCovLoss,
+        GspoLoss,
+        KlCovLoss,
+        LossBase,
+        PpoClipLoss,
+        SteerLoss,
+    )
 
 
 def ppo_clip(inputs: LossInputs, config: PpoClipLoss) -> LossOutputs:
@@ -94,15 +106,14 @@ def gspo(inputs: LossInputs, config: GspoLoss) -> LossOutputs:
     Each token carries `max(-A s, -A clip(s))` with the gradient `-A s` (0 when clipped) on its own log-probability, the
     paper's GSPO-token form. Advantages are equal within a sequence, so with `aggregation: seq_mean_token_mean`, that
     of the paper, value and gradient are those of the sequence objective: ds/dlogprobs[t] = s / length is s times
-    the token's weight. A sequence must lie whole in one micro-batch; ratios and clip fractions count tokens.
+    the token's weight. A sequence lies in one micro-batch, whole or with its other parts behind `inputs.context`;
+    ratios and clip fractions count tokens.
     Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
     Source: arXiv 2507.18071, eq. 5-7 and 13-14.
     """
     inputs = _without_masked(inputs)
-    ids = segment_ids(inputs.cu_seqlens, inputs.logprobs.numel())
-    counts = segment_sums(inputs.loss_mask.to(inputs.logprobs.dtype), inputs.cu_seqlens, ids).clamp_min(1)
-    log_ratio = (inputs.logprobs - inputs.old_logprobs).detach()
-    sequence = safe_exp(segment_sums(log_ratio, inputs.cu_seqlens, ids) / counts)[ids]
+    counts = sequence_sums(inputs.loss_mask.to(inputs.logprobs.dtype), inputs).clamp_min(1)
+    sequence = safe_exp(sequence_sums(inputs.logprobs - inputs.old_logprobs, inputs) / counts)
     ratio = (
         sequence * (inputs.logprobs - inputs.logprobs.detach()).exp()
     )  # value s, derivative s in the token's own logprob
@@ -128,12 +139,50 @@ def cispo(inputs: LossInputs, config: CispoLoss) -> LossOutputs:
     return _total(inputs, config, surrogate, metrics, ratio)
 
 
+def entropy_advantage(inputs: LossInputs, config: EntropyAdvantageLoss) -> LossOutputs:
+    """PPO's clipped surrogate of the shaped advantage `A + min(alpha * sg(H), |A| / kappa)`.
+
+    H is the entropy of the current policy at the token's state, as a number: no gradient flows into it. kappa > 1 keeps
+    the sign of A; where A is 0 nothing is added.
+    Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
+    Source: arXiv 2506.14758, the definition of psi(H_t) and of the shaped advantage; its experiments set kappa to 2.
+    """
+    inputs = _without_masked(inputs)
+    bonus = torch.minimum(config.alpha * inputs.entropy.detach(), inputs.advantages.abs() / config.kappa)
+    shaped = dataclasses.replace(inputs, advantages=inputs.advantages + bonus)
+    ratio = safe_exp(inputs.logprobs - inputs.old_logprobs)
+    surrogate, metrics = _clipped_surrogate(ratio, shaped, config.eps_low, config.eps_high)
+    metrics["loss/advantage_bonus"] = masked_sum_count(bonus, inputs.loss_mask)
+    return _total(shaped, config, surrogate, metrics, ratio)
+
+
+def weighted_clip(inputs: LossInputs, config: ForkingLoss | SteerLoss | GaussianCovLoss) -> LossOutputs:
+    """PPO's clipped surrogate, multiplied per token by `inputs.surrogate_weights`: 80/20, STEER and covariance-weighted
+    GRPO, which differ in the weights alone. Their formulas and sources are in weighting.py.
+
+    Raises: ValueError without `surrogate_weights`, or without `ref_logprobs` when `ref_kl_coef` > 0.
+    """
+    inputs = _without_masked(inputs)
+    if inputs.surrogate_weights is None:
+        raise ValueError(
+            f"{config.type} needs LossInputs.surrogate_weights [T], got None: run mark_tokens on the whole mini-batch "
+            "before the loss, or choose loss.type=ppo_clip"
+        )
+    ratio = safe_exp(inputs.logprobs - inputs.old_logprobs)
+    surrogate, metrics = _clipped_surrogate(ratio, inputs, config.eps_low, config.eps_high)
+    return _total(inputs, config, inputs.surrogate_weights * surrogate, metrics, ratio)
+
+
 LOSSES: dict[str, Callable[[LossInputs, Any], LossOutputs]] = {
     "ppo_clip": ppo_clip,
     "clip_cov": clip_cov,
     "kl_cov": kl_cov,
     "gspo": gspo,
     "cispo": cispo,
+    "forking": weighted_clip,
+    "entropy_advantage": entropy_advantage,
+    "steer": weighted_clip,
+    "gaussian_cov": weighted_clip,
 }
 
 
@@ -147,13 +196,37 @@ def sft(inputs: LossInputs, config: object) -> LossOutputs:
     return LossOutputs((weights * nll).sum(), {"loss/nll": masked_sum_count(nll, inputs.loss_mask)})
 
 
+def loss_inputs(micro_batch: MicroBatch, stats: TokenStats, context: SupportsSum | None) -> LossInputs:
+    """What the loss sees of a micro-batch; `context`: over context-parallel ranks, if there are several.
+
+    Raises: ValueError when old_logprobs were never set.
+    """
+    if micro_batch.old_logprobs is None:
+        raise ValueError("micro-batch without old_logprobs; call with_old_logprobs on the batch before updating")
+    return LossInputs(
+        logprobs=stats.logprobs,
+        entropy=stats.entropy,
+        old_logprobs=micro_batch.old_logprobs,
+        rollout_logprobs=micro_batch.rollout_logprobs,
+        ref_logprobs=micro_batch.ref_logprobs,
+        advantages=micro_batch.advantages,
+        loss_mask=micro_batch.loss_mask,
+        token_weights=micro_batch.token_weights,
+        cu_seqlens=micro_batch.cu_seqlens,
+        selected=micro_batch.selected,
+        surrogate_weights=micro_batch.surrogate_weights,
+        context=context,
+    )
+
+
 def _without_masked(inputs: LossInputs) -> LossInputs:
     """The same inputs with 0 outside `loss_mask`: log ratio 0, advantage 0, weight 0, not selected."""
     mask = inputs.loss_mask
     names = ("logprobs", "entropy", "old_logprobs", "rollout_logprobs", "advantages", "token_weights")
     changes: dict[str, Any] = {name: torch.where(mask, getattr(inputs, name), 0.0) for name in names}
-    if inputs.ref_logprobs is not None:
-        changes["ref_logprobs"] = torch.where(mask, inputs.ref_logprobs, 0.0)
+    for name in ("ref_logprobs", "surrogate_weights"):
+        if getattr(inputs, name) is not None:
+            changes[name] = torch.where(mask, getattr(inputs, name), 0.0)
     if inputs.selected is not None:
         changes["selected"] = inputs.selected & mask
     return dataclasses.replace(inputs, **changes)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import segment_ids, segment_sums
+from megatron_rl.algorithms.aggregation import sequence_sums
 from megatron_rl.algorithms.kl import k3, masked_sum_count, safe_exp
 from megatron_rl.types import LossInputs
 
@@ -33,15 +33,12 @@ def rollout_weights(inputs: LossInputs, correction: RolloutCorrection) -> tuple[
 
     With `max_kl`, a sequence whose mean k3 estimate of KL(rollout || old) over its counted tokens is larger gets 0
     throughout. What gets 0 stays in the denominators, as Clip-Cov's tokens do: the loss does not grow as more is
-    dropped. A sequence must lie whole in one micro-batch. `inputs` must be free of masked values.
+    dropped. A sequence lies in one micro-batch, whole or with its other parts behind `inputs.context`. `inputs` must be
+    free of masked values.
     """
     mask = inputs.loss_mask
     log_ratio = (inputs.old_logprobs - inputs.rollout_logprobs).detach()
-    ids = segment_ids(inputs.cu_seqlens, mask.numel())
-    if correction.level == "sequence":
-        log_ratio_used = segment_sums(log_ratio, inputs.cu_seqlens, ids)[ids]
-    else:
-        log_ratio_used = log_ratio
+    log_ratio_used = sequence_sums(log_ratio, inputs) if correction.level == "sequence" else log_ratio
     ratio = torch.ones_like(log_ratio) if correction.weights == "none" else safe_exp(log_ratio_used)
     metrics: dict[str, Tensor] = {}
     if correction.weights == "truncate":
@@ -54,9 +51,9 @@ def rollout_weights(inputs: LossInputs, correction: RolloutCorrection) -> tuple[
     else:
         weights = ratio
     if correction.max_kl is not None:
-        counts = segment_sums(mask.to(log_ratio.dtype), inputs.cu_seqlens, ids).clamp_min(1)
-        kl = segment_sums(torch.where(mask, k3(log_ratio), 0.0), inputs.cu_seqlens, ids) / counts
-        rejected = (kl > correction.max_kl)[ids]
+        counts = sequence_sums(mask.to(log_ratio.dtype), inputs).clamp_min(1)
+        kl = sequence_sums(torch.where(mask, k3(log_ratio), 0.0), inputs) / counts
+        rejected = kl > correction.max_kl
         weights = torch.where(rejected, 0.0, weights)
         metrics["loss/is_rejected_fraction"] = masked_sum_count(rejected, mask)
     # the effective share of the tokens is mean^2 / mean of squares

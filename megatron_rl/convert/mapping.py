@@ -74,6 +74,7 @@ _TE_NAMES = {
 }
 # its grouped GEMM numbers the weights of one module, where Megatron's own experts are modules with a weight each
 _TE_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
+_LAYER_INDEX = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT_INDEX = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
 # buffers that old checkpoints hold and that follow from config.json
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
@@ -149,27 +150,33 @@ def check_names(found: Iterable[str], hf: PretrainedConfig, source: str) -> None
         )
 
 
-def find_row(local_name: str, layer_offset: int, tied: bool, expert_offset: int = 0) -> Row:
+def global_name(local_name: str, layer_offset: int) -> str:
+    """Megatron's name of a parameter with its layer numbered over the whole model; `layer_offset`: layers before those
+    of its model chunk."""
+    match = _LAYER_INDEX.match(local_name)
+    return f"decoder.layers.{int(match[1]) + layer_offset}.{match[2]}" if match else local_name
+
+
+def find_row(name: str, tied: bool, expert_offset: int = 0) -> Row:
     """The row of a parameter of this rank, global indices filled in.
 
-    layer_offset: layers on earlier pipeline stages. expert_offset: experts of a layer on earlier expert-parallel ranks.
-    With tied embeddings the output layer of a later stage is the embedding's copy. Raises: KeyError naming the
-    parameter.
+    name: a `global_name`. expert_offset: experts of a layer on earlier expert-parallel ranks. With tied embeddings the
+    output layer of a later stage is the embedding's copy. Raises: KeyError naming the parameter.
     """
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", local_name)
+    match = _LAYER_INDEX.match(name)
     layer: int | str = ""
     expert: int | str = ""
     if match:
-        layer = int(match[1]) + layer_offset
+        layer = int(match[1])
         rest = _TE_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", _TE_NAMES.get(match[2], match[2]))
         if index := _EXPERT_INDEX.search(rest):
             expert = int(index[0]) + expert_offset
-        local_name = _DECODER + _EXPERT_INDEX.sub("{expert}", rest)
-    if local_name == "output_layer.weight" and tied:
-        local_name = "embedding.word_embeddings.weight"
-    row = _BY_MEGATRON.get(local_name)
+        name = _DECODER + _EXPERT_INDEX.sub("{expert}", rest)
+    if name == "output_layer.weight" and tied:
+        name = "embedding.word_embeddings.weight"
+    row = _BY_MEGATRON.get(name)
     if row is None:
-        raise KeyError(f"no mapping row for the Megatron parameter {local_name!r}")
+        raise KeyError(f"no mapping row for the Megatron parameter {name!r}")
     return row.fill(layer, expert)
 
 
@@ -256,7 +263,6 @@ def load_weights(
     source: Callable[[str], Tensor],
     hf: PretrainedConfig,
     *,
-    layer_offset: int,
     tp_rank: int,
     tp_size: int,
     padded_vocab: int,
@@ -266,7 +272,7 @@ def load_weights(
     """Fill a rank's parameters from `source(hf_name)`. Raises: ConfigError naming a tensor whose shape does not fit."""
     expert_offset = ep_rank * experts_per_rank(hf, ep_size)
     for name, parameter in parameters:
-        row = find_row(name, layer_offset, hf.tie_word_embeddings, expert_offset)
+        row = find_row(name, hf.tie_word_embeddings, expert_offset)
         rank, size = split_of(row, tp_rank, tp_size, ep_size)
         tensors, shapes = [source(n) for n in row.hf], full_shapes(row, parameter.shape, hf, size)
         # the full tensors, before any split: padding would fill a short embedding with zero rows and cut a long one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """This rank's place in the world. `dp` holds the ranks that share weights and see different micro-batches.
+    """This rank's place in the world.
 
+    `dp` holds the ranks that share weights and hold different tokens: those with other micro-batches and, under context
+    parallelism, those with another part of the same ones (`cp`). `dp_rank` and `dp_size` count micro-batches only.
     `ep` holds ranks of one pipeline stage that deal a layer's experts out among them; without expert parallelism it is
     this rank alone, and experts are split over `tp` as the other weights are.
     """
@@ -32,6 +35,7 @@ class Groups:
     tp: ProcessGroup
     pp: ProcessGroup
     dp: ProcessGroup
+    cp: ProcessGroup
     ep: ProcessGroup
     rank: int
     world_size: int
@@ -41,6 +45,8 @@ class Groups:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
+    cp_size: int
     ep_rank: int
     ep_size: int
 
@@ -67,8 +73,8 @@ def expert_tp(parallel: ParallelConfig) -> int:
 
 
 def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
-    """Join the world that torchrun's environment describes and lay out TP, PP and DP (order tp-dp-pp, as Megatron
-    does); EP takes neighbouring ranks of a stage, over TP first and then DP.
+    """Join the world that torchrun's environment describes and lay out TP, CP, DP and PP (order tp-cp-dp-pp, as
+    Megatron does); EP takes neighbouring ranks of a stage, over TP first, then CP and DP.
 
     Raises: RuntimeError when WORLD_SIZE differs from the config's.
     """
@@ -83,14 +89,17 @@ def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
     mpu.initialize_model_parallel(
         parallel.tp,
         parallel.pp,
+        parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=expert_tp(parallel),
     )
     model_parallel_cuda_manual_seed(seed)
-    tp, pp, dp, ep = (
+    tp, pp, dp, cp, ep = (
         mpu.get_tensor_model_parallel_group(),
         mpu.get_pipeline_model_parallel_group(),
         mpu.get_data_parallel_group(with_context_parallel=True),
+        mpu.get_context_parallel_group(),
         mpu.get_expert_model_parallel_group(),
     )
     return Groups(
@@ -98,6 +107,7 @@ def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
         tp=tp,
         pp=pp,
         dp=dp,
+        cp=cp,
         ep=ep,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -105,11 +115,26 @@ def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
         tp_size=dist.get_world_size(tp),
         pp_rank=dist.get_rank(pp),
         pp_size=dist.get_world_size(pp),
-        dp_rank=dist.get_rank(dp),
-        dp_size=dist.get_world_size(dp),
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        cp_rank=dist.get_rank(cp),
+        cp_size=dist.get_world_size(cp),
         ep_rank=dist.get_rank(ep),
         ep_size=dist.get_world_size(ep),
     )
+
+
+def packing_options(groups: Groups, parallel: ParallelConfig) -> dict[str, Any]:
+    """What `packing` must know of this rank's place and of the shapes that the layout asks for."""
+    return {
+        "dp_rank": groups.dp_rank,
+        "dp_size": groups.dp_size,
+        "cp_rank": groups.cp_rank,
+        "cp_size": groups.cp_size,
+        "pad_multiple": parallel.token_multiple,
+        "equal_lengths": groups.pp_size > 1,  # pipeline stages exchange activations of one shape
+        "count_multiple": parallel.micro_batch_multiple,
+    }
 
 
 def destroy_groups() -> None:

@@ -75,8 +75,16 @@ class Reducer:
         total = int(self.sum(torch.tensor([keys.numel()], dtype=torch.int64, device=keys.device)))
         if total == 0:
             return [float("nan")] * len(fractions)
-        remaining = [int(q * (total - 1)) for q in fractions]
-        prefixes = [0] * len(fractions)
+        return self._order_statistics(keys, [int(q * (total - 1)) for q in fractions])
+
+    def kth_largest(self, values: Tensor, k: int) -> float:
+        """The k-th largest of all ranks' `values [n_local]` (float32), exact; 1 <= k <= their number."""
+        keys = _ordered_bits(-values.float())
+        return -self._order_statistics(keys, [k - 1])[0]
+
+    def _order_statistics(self, keys: Tensor, ranks: list[int]) -> list[float]:
+        """The elements of the given ranks, counted from 0 upwards, of all processes' `keys`."""
+        remaining, prefixes = list(ranks), [0] * len(ranks)
         for shift in (24, 16, 8, 0):
             histograms = []
             for prefix in prefixes:

@@ -43,16 +43,15 @@ def weight_stream(
     hf: PretrainedConfig,
     groups: Groups,
     *,
-    layer_offset: int,
     bucket_bytes: int = 512 * 2**20,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (hf_name, full tensor) of the whole model on every rank, in the same order; a collective: all ranks must
     exhaust it.
 
-    parameters: this rank's (local Megatron name, shard) pairs. bucket_bytes: bound on a gathered bucket (one parameter
-    at least).
+    parameters: this rank's (Megatron name, shard) pairs, layers numbered over the whole model. bucket_bytes: bound on a
+    gathered bucket (one parameter at least).
     """
-    mine = [_entry(name, parameter, hf, groups, layer_offset) for name, parameter in parameters]
+    mine = [_entry(name, parameter, hf, groups) for name, parameter in parameters]
     stages: list[list[_Entry]] = Reducer(groups.pp, parameters[0][1].device).gather_objects(mine)
     sent: set[str] = set()
     for stage, entries in enumerate(stages):
@@ -69,11 +68,11 @@ def weight_stream(
                     yield from zip(row.hf, from_shards(row, of_row, hf), strict=True)
 
 
-def _entry(name: str, parameter: Tensor, hf: PretrainedConfig, groups: Groups, layer_offset: int) -> _Entry:
-    row = find_row(name, layer_offset, hf.tie_word_embeddings)
+def _entry(name: str, parameter: Tensor, hf: PretrainedConfig, groups: Groups) -> _Entry:
+    row = find_row(name, hf.tie_word_embeddings)
     ranks = groups.ep_size if row.is_expert else 1
     offsets = [rank * experts_per_rank(hf, groups.ep_size) for rank in range(ranks)]
-    rows = tuple(find_row(name, layer_offset, hf.tie_word_embeddings, offset) for offset in offsets)
+    rows = tuple(find_row(name, hf.tie_word_embeddings, offset) for offset in offsets)
     return _Entry(rows, tuple(parameter.shape), parameter.dtype)
 
 

@@ -93,6 +93,10 @@ def plan_rows(config: Config) -> list[tuple[str, str]]:
     """(what, value) in reading order."""
     parallel, train, batch = config.parallel, config.train, batch_plan(config)
     layout = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"
+    if parallel.vpp > 1:
+        layout += f", {parallel.vpp} model chunks a stage"
+    if parallel.cp > 1:
+        layout += f", sequences over {parallel.cp}"
     if parallel.ep > 1:
         layout += f", experts over {parallel.ep}"
     if parallel.sp:

@@ -21,22 +21,25 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_rl import device
-from megatron_rl.config import Config, OptimizerConfig
+from megatron_rl.config import Config, ModelConfig, OptimizerConfig
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
 from megatron_rl.parallel.groups import Groups, expert_tp
 
+# with Megatron's defaults, batched exchanges, the gradients of interleaved stages are silently wrong over gloo
+_INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A rank's part of the policy. `gpt` is the bare GPTModel inside `ddp`."""
+    """A rank's part of the policy: one chunk, or several under virtual pipeline stages. `chunks` are the bare GPTModels
+    inside `ddp`."""
 
     hf_config: PretrainedConfig
     config: TransformerConfig
-    gpt: GPTModel
-    ddp: DistributedDataParallel
+    chunks: list[GPTModel]
+    ddp: list[DistributedDataParallel]
     vocab_size: int  # real
     vocab_start: int  # first global column of this rank's logits shard
     hands_over_hidden: bool  # the last stage returns hidden states, and the output layer belongs to the statistics
@@ -44,9 +47,20 @@ class Model:
     @property
     def output_weight(self) -> torch.Tensor:
         """`[padded V/TP, H]`, of the last pipeline stage's output layer; the embedding's where the two are tied."""
-        if self.gpt.share_embeddings_and_output_weights:
-            return self.gpt.shared_embedding_or_output_weight()
-        return self.gpt.output_layer.weight
+        gpt = self.chunks[-1]
+        if gpt.share_embeddings_and_output_weights:
+            return gpt.shared_embedding_or_output_weight()
+        return gpt.output_layer.weight
+
+    def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[int, Any]:
+        """What a checkpoint keeps of each chunk. Its keys number the layers over the whole model."""
+        # no list: Megatron cannot merge lists of different lengths, as another layout's would be
+        return {index: chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.chunks)}
+
+    def load_state_dict(self, state: dict[int, Any]) -> None:
+        """Fill the chunks from the loaded state of the same structure."""
+        for index, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state[index])
 
 
 def resolve_hf_config(raw: dict[str, Any]) -> PretrainedConfig:
@@ -86,11 +100,6 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfig:
     """Megatron's description of the architecture and the layout."""
     dtype, parallel = DTYPES[config.model.dtype], config.parallel
-    recompute: dict[str, Any] = {}
-    if config.model.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif config.model.recompute == "selective":
-        recompute = {"recompute_granularity": "selective"}
     return TransformerConfig(
         **_moe_options(hf, config),
         num_layers=hf.num_hidden_layers,
@@ -111,6 +120,7 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sp,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -120,9 +130,20 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
         # one shard only
         perform_initialization=True,
         deterministic_mode=not device.ON_GPU,
-        **recompute,
+        **(_INTERLEAVED | {"virtual_pipeline_model_parallel_size": parallel.vpp} if parallel.vpp > 1 else {}),
+        **_recompute_options(config.model),
         **device.transformer_config_options(),
     )
+
+
+def _recompute_options(model: ModelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if model.recompute == "full":
+        options = {"recompute_method": model.recompute_method or "uniform"}
+        options["recompute_num_layers"] = model.recompute_layers or 1
+    elif model.recompute == "selective":
+        options = {"recompute_modules": list(model.recompute_modules or ("core_attn",))}
+    return {"recompute_granularity": model.recompute, **options} if options else {}
 
 
 def _moe_options(hf: PretrainedConfig, config: Config) -> dict[str, Any]:
@@ -156,35 +177,48 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -
 
     Raises: ConfigError for an unsupported architecture feature.
     """
-    from megatron_rl.policy.layers import block_spec
-
     hf = resolve_hf_config(raw_hf_config)
     tconfig = transformer_config(hf, config)
     vocab = padded_vocab_size(hf.vocab_size, groups.tp_size)
-    gpt = GPTModel(
-        tconfig,
-        block_spec(tconfig),
-        vocab_size=vocab,
-        max_sequence_length=hf.max_position_embeddings,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-    )
-    _use_hf_rope(gpt, hf)
+    chunks = [_chunk(hf, tconfig, vocab, groups, chunk, config.parallel.vpp) for chunk in range(config.parallel.vpp)]
     fused = fuses_output_layer(config, vocab)
     if fused and groups.is_last_stage:
-        _hand_over_hidden(gpt, groups)
-    module = Float16Module(tconfig, gpt) if tconfig.bf16 else gpt
+        _hand_over_hidden(chunks[-1], groups)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,  # the update checks the global norm, on all ranks alike, before the weights move
     )
-    ddp = DistributedDataParallel(tconfig, ddp_config, module)
-    _count_padding(ddp)
+    ddp = []
+    for chunk, gpt in enumerate(chunks):
+        module = Float16Module(tconfig, gpt) if tconfig.bf16 else gpt
+        ddp.append(DistributedDataParallel(tconfig, ddp_config, module, disable_bucketing=chunk > 0))
+        _count_padding(ddp[-1])
     tconfig.finalize_model_grads_func = finalize_model_grads
-    return Model(hf, tconfig, gpt, ddp, hf.vocab_size, groups.tp_rank * (vocab // groups.tp_size), fused)
+    return Model(hf, tconfig, chunks, ddp, hf.vocab_size, groups.tp_rank * (vocab // groups.tp_size), fused)
+
+
+def _chunk(
+    hf: PretrainedConfig, tconfig: TransformerConfig, vocab: int, groups: Groups, chunk: int, chunks: int
+) -> GPTModel:
+    """The rank's model chunk number `chunk`: the first of the first stage embeds, the last of the last has the
+    output."""
+    from megatron_rl.policy.layers import block_spec
+
+    vp_stage = chunk if chunks > 1 else None
+    gpt = GPTModel(
+        tconfig,
+        block_spec(tconfig, vp_stage),
+        vocab_size=vocab,
+        max_sequence_length=hf.max_position_embeddings,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        pre_process=groups.is_first_stage and chunk == 0,
+        post_process=groups.is_last_stage and chunk == chunks - 1,
+        vp_stage=vp_stage,
+    )
+    _use_hf_rope(gpt, hf)
+    return gpt
 
 
 def fuses_output_layer(config: Config, padded_vocab: int) -> bool:
@@ -248,7 +282,7 @@ def build_optimizer(
             params_dtype=DTYPES[config.model.dtype],
             use_distributed_optimizer=config.parallel.distributed_optimizer,
         ),
-        [model.ddp],
+        model.ddp,
     )
     scheduler = OptimizerParamScheduler(
         optimizer,

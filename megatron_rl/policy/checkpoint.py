@@ -143,7 +143,7 @@ class CheckpointStore:
                 f"cannot load the checkpoint {path}: {_reasons(error)}\nIf it belongs to another model, use another "
                 "run name or train.resume=never; if it is damaged, remove it"
             ) from error
-        self.policy.model.gpt.load_state_dict(state["model"])
+        self.policy.model.load_state_dict(state["model"])
         self._load_optimizer(state)
         self.policy.skipped_in_a_row = state["skipped_in_a_row"]
         if "random" in state:
@@ -169,7 +169,7 @@ class CheckpointStore:
             "dp_cp_group": self.groups.dp,
         }
         _begin_torch_adam(self.policy.optimizer)
-        model = self.policy.model.gpt.sharded_state_dict(metadata=metadata)
+        model = self.policy.model.sharded_state_dict(metadata)
         gc.freeze()  # Megatron collects garbage in the next line: a second of walking through all that was imported
         optimizer = self.policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         gc.unfreeze()

@@ -12,9 +12,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_rl import device
+from megatron_rl.algorithms.losses import loss_inputs
 from megatron_rl.config import Config
 from megatron_rl.convert.hf import Source, folder_source, random_source
-from megatron_rl.convert.mapping import load_weights
+from megatron_rl.convert.mapping import global_name, load_weights
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.fused_linear import linear_stats
 from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
@@ -23,6 +24,7 @@ from megatron_rl.parallel.vocab import vocab_parallel_stats
 from megatron_rl.parallel.weights import weight_stream
 from megatron_rl.policy.build import build_model, build_optimizer, padded_vocab_size
 from megatron_rl.policy.schedule import run_schedule
+from megatron_rl.profiling.spans import OFF, Spans
 from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, MiniBatch, TokenStats
 
 LossFunction = Callable[[LossInputs, Any], LossOutputs]
@@ -52,6 +54,7 @@ class MegatronPolicy:
         self.model = build_model(raw_hf_config, config, groups)
         self.hf_config = self.model.hf_config
         self.temperature = config.rollout.temperature
+        self.context = Reducer(groups.cp, device.device()) if groups.cp_size > 1 else None
         path = config.model.path
         hf = self.hf_config
         self.load(folder_source(path, hf) if path is not None else random_source(hf, config.seed))
@@ -62,13 +65,12 @@ class MegatronPolicy:
 
     @property
     def parameters(self) -> list[tuple[str, Tensor]]:
-        """This rank's (local Megatron name, shard) pairs."""
-        return list(self.model.gpt.named_parameters())
-
-    @property
-    def layer_offset(self) -> int:
-        """Layers on earlier pipeline stages."""
-        return self.model.gpt.decoder.layers[0].layer_number - 1
+        """This rank's (Megatron name, shard) pairs, layers numbered over the whole model."""
+        return [
+            (global_name(name, chunk.decoder.layers[0].layer_number - 1), parameter)
+            for chunk in self.model.chunks
+            for name, parameter in chunk.named_parameters()
+        ]
 
     def reset_optimizer(self) -> None:
         """A fresh optimizer and schedule, with main weights copied from the current parameters."""
@@ -88,7 +90,6 @@ class MegatronPolicy:
             self.parameters,
             source,
             self.hf_config,
-            layer_offset=self.layer_offset,
             tp_rank=self.groups.tp_rank,
             tp_size=self.groups.tp_size,
             padded_vocab=padded_vocab_size(self.hf_config.vocab_size, self.groups.tp_size),
@@ -98,7 +99,7 @@ class MegatronPolicy:
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the full (hf_name, tensor) pairs to every rank."""
-        return weight_stream(self.parameters, self.hf_config, self.groups, layer_offset=self.layer_offset)
+        return weight_stream(self.parameters, self.hf_config, self.groups)
 
     def stats(self, mini_batch: MiniBatch, *, with_sum_p2: bool = False) -> list[TokenStats]:
         """Forward only: statistics of each micro-batch's tokens under the current weights, on every pipeline stage."""
@@ -116,14 +117,16 @@ class MegatronPolicy:
 
     def offload(self) -> None:
         """Free the gradients' memory and move the optimizer's to the host, until `reload`; the weights stay."""
-        self.model.ddp.offload_grad_buffers()
+        for ddp in self.model.ddp:
+            ddp.offload_grad_buffers()
         # in float32 the optimizer's parameters are views of the model's, and moving them would tear the two apart
         if self.config.model.dtype != "float32":
             self.optimizer.offload_to_cpu()
 
     def reload(self) -> None:
         """Undo `offload`; gradients are zero."""
-        self.model.ddp.restore_grad_buffers()
+        for ddp in self.model.ddp:
+            ddp.restore_grad_buffers()
         if self.config.model.dtype != "float32":
             self.optimizer.restore_from_cpu()
 
@@ -142,34 +145,47 @@ class MegatronPolicy:
         finally:
             self._set_parameters(current)
 
-    def update(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any) -> UpdateResult:
-        """One optimizer update: forward, backward, clip, step.
+    def update(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any, spans: Spans = OFF) -> UpdateResult:
+        """One optimizer update: forward, backward, clip, step; `spans` sees the first two and the last two.
 
         A non-finite gradient leaves weights, moments and schedule alone and is reported as skipped. So does a
         mini-batch without a counted token (overlong filtering can mask all of it): its mean is 0/0, and Adam's momentum
         would move the weights for it.
         Raises: NonFiniteError when more than train.max_nonfinite_updates gradients in a row were not finite.
         """
-
-        def on_output(output: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            outputs = loss(loss_inputs(micro_batch, self._token_stats(output, micro_batch, False)), loss_config)
-            count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=output.device)
-            return outputs.loss_sum, count, outputs.metrics
-
-        self.model.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
-        collected = run_schedule(self.model, mini_batch, on_output, forward_only=False)
-        sums = _add_up(collected)
-        if self.groups.pp_size > 1:
-            sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
+        with spans("forward_backward"):
+            sums = self.backward(mini_batch, loss, loss_config)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        grad_norm, skipped = self._step(mini_batch)
+        with spans("optimizer"):
+            grad_norm, skipped = self._step(mini_batch)
         if not math.isfinite(grad_norm):
             self._count_skipped(mini_batch, grad_norm, sums)
         elif not skipped:
             self.skipped_in_a_row = 0
             self.scheduler.step(increment=1)
         return UpdateResult(sums, grad_norm, learning_rate, skipped)
+
+    def backward(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any) -> dict[str, Tensor]:
+        """Gradients of the mean loss, in Megatron's buffers; returns this data-parallel rank's part of the metrics."""
+
+        def on_output(output: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            stats = self._token_stats(output, micro_batch, False)
+            outputs = loss(loss_inputs(micro_batch, stats, self.context), loss_config)
+            count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=output.device)
+            return outputs.loss_sum, count, outputs.metrics
+
+        self.clear_gradients()
+        collected = run_schedule(self.model, mini_batch, on_output, forward_only=False)
+        sums = _add_up(collected)
+        if self.groups.pp_size > 1:
+            sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
+        return sums
+
+    def clear_gradients(self) -> None:
+        """Forget what `backward` left."""
+        for ddp in self.model.ddp:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
 
     def _step(self, mini_batch: MiniBatch) -> tuple[float, bool]:
         """What ChainedOptimizer.step does, with a look at the norm before anything moves: (norm, whether skipped)."""
@@ -224,24 +240,6 @@ class MegatronPolicy:
         with torch.no_grad():
             for (_, parameter), value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
-
-
-def loss_inputs(micro_batch: MicroBatch, stats: TokenStats) -> LossInputs:
-    """What the loss sees of a micro-batch. Raises: ValueError when old_logprobs were never set."""
-    if micro_batch.old_logprobs is None:
-        raise ValueError("micro-batch without old_logprobs; call with_old_logprobs on the batch before updating")
-    return LossInputs(
-        logprobs=stats.logprobs,
-        entropy=stats.entropy,
-        old_logprobs=micro_batch.old_logprobs,
-        rollout_logprobs=micro_batch.rollout_logprobs,
-        ref_logprobs=micro_batch.ref_logprobs,
-        advantages=micro_batch.advantages,
-        loss_mask=micro_batch.loss_mask,
-        token_weights=micro_batch.token_weights,
-        cu_seqlens=micro_batch.cu_seqlens,
-        selected=micro_batch.selected,
-    )
 
 
 def _add_up(collected: list[dict[str, Tensor]]) -> dict[str, Tensor]:

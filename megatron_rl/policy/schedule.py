@@ -37,7 +37,7 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction,
             micro_batch.token_ids[None],
             micro_batch.position_ids[None],
             None,
-            packed_seq_params=_packed(micro_batch),
+            packed_seq_params=_packed(micro_batch, model.config.context_parallel_size),
             **options,
         )
 
@@ -49,23 +49,28 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction,
     micro_batches = mini_batch.micro_batches
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(micro_batches),
-        model=[model.ddp],
+        data_iterator=[iter(micro_batches) for _ in model.ddp],
+        model=model.ddp,
         num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0].token_ids.numel(),  # pipelined micro-batches share one length, see packing
+        # over the context-parallel ranks; pipelined micro-batches share one length, see packing
+        seq_length=micro_batches[0].token_ids.numel() * model.config.context_parallel_size,
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
 
 
-def _packed(micro_batch: MicroBatch) -> PackedSeqParams:
+def _packed(micro_batch: MicroBatch, context_size: int) -> PackedSeqParams:
+    """Boundaries of the whole sequences. Padding inside them counts as tokens, whose keys no real query can see."""
+    cu_seqlens = micro_batch.cu_seqlens * context_size
     # the true longest sequence: Megatron takes a RoPE table as long as the whole pack for per-token positions
-    longest = int(micro_batch.cu_seqlens.diff().max())
+    longest = int(cu_seqlens.diff().max())
+    padded = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens} if context_size > 1 else {}
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=micro_batch.cu_seqlens,
-        cu_seqlens_kv=micro_batch.cu_seqlens,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        **padded,
     )

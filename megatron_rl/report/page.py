@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -56,18 +56,23 @@ def render(runs: Sequence[Run]) -> str:
     body = [_header(runs), _summary(runs), _notes(runs)]
     for title, specs in sections(runs):
         figures = [build(spec, runs) for spec in specs]
-        cards = [_card(figure, plots) for figure in figures if not figure.missing]
+        cards = [card(figure, plots) for figure in figures if not figure.missing]
         body.append(
             f'<section><h2>{escape(title)}</h2><div class="grid">{"".join(cards)}</div>{_not_shown(figures)}</section>'
         )
     body.append(_configs(runs))
+    return document(", ".join(run.label for run in runs), body, plots)
+
+
+def document(title: str, body: Sequence[str], plots: Mapping[str, Any]) -> str:
+    """A self-contained page: `body` is HTML; `plots` are Plotly figures by the id of the element that shows them."""
     data = json.dumps(plots, allow_nan=False).replace("</", "<\\/")
     return "\n".join(
         [
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(', '.join(run.label for run in runs))}</title>",
+            f"<title>{escape(title)}</title>",
             f"<style>{(ASSETS / 'report.css').read_text()}</style></head><body><main>",
             *body,
             f"</main><script>{_plotly()}</script>",
@@ -121,7 +126,8 @@ def _notes(runs: Sequence[Run]) -> str:
     return f'<ul class="notes">{items}</ul>' if items else ""
 
 
-def _card(figure: Figure, plots: dict[str, Any]) -> str:
+def card(figure: Figure, plots: dict[str, Any]) -> str:
+    """The figure as an article; its plot goes into `plots` for `document`."""
     name = f"figure-{len(plots)}"
     plots[name] = {"traces": figure.traces, "layout": figure.layout}
     dashes = {"solid": "none", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "11 4"}
@@ -130,20 +136,22 @@ def _card(figure: Figure, plots: dict[str, Any]) -> str:
         f'stroke-dasharray="{dashes[dash]}"/></svg>{escape(meaning)}</span>'
         for dash, meaning in figure.keys
     )
-    table = ""
-    if figure.table:
-        head, *rows = [[escape(cell) for cell in row] for row in figure.table]
-        titles = "".join(f"<th>{cell}</th>" for cell in head)
-        lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-        table = (
-            f'<div class="scroll"><table class="small"><thead><tr>{titles}</tr></thead>'
-            f"<tbody>{lines}</tbody></table></div>"
-        )
+    table = table_html(figure.table) if figure.table else ""
     notes = f'<p class="absent">{escape("; ".join(figure.notes))}.</p>' if figure.notes else ""
     return (
         f"<article><h3>{escape(figure.title)}</h3><p>{escape(figure.why)}</p>"
         + (f'<p class="keys">{keys}</p>' if keys else "")
         + f'<div class="plot" id="{name}"></div>{table}{notes}</article>'
+    )
+
+
+def table_html(cells: Sequence[Sequence[str]]) -> str:
+    """A table of plain text whose first row is its header."""
+    head, *rows = [[escape(cell) for cell in row] for row in cells]
+    titles = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="small"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
     )
 
 

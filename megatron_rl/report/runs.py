@@ -11,7 +11,7 @@ import yaml
 
 from megatron_rl.errors import UserError
 from megatron_rl.jsonl import read_rows
-from megatron_rl.report.law import fit_law
+from megatron_rl.law import fit_law
 
 ENDS = 10  # steps averaged at the start and the end of a run
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.dialect import Dialect
-from megatron_rl.rollout.engine import EngineSetup
+from megatron_rl.rollout.engine import EngineSetup, Place
 from megatron_rl.rollout.fleet import Fleet, address_for
 from megatron_rl.rollout.http import Server
 from megatron_rl.rollout.processes import free_port
 from megatron_rl.rollout.servers import Loop, ServerEngine
 from megatron_rl.rollout.weight_sync import Buffers, Channel, Colocated, Disaggregated, Disk, expected_weights
-from megatron_rl.save_hf import write_hf_extras
-
-if TYPE_CHECKING:
-    from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.save_hf import Described, write_hf_extras
 
 
 def _sglang() -> Dialect:
@@ -39,7 +36,7 @@ def _vllm() -> Dialect:
 DIALECTS: dict[str, Callable[[], Dialect]] = {"sglang": _sglang, "vllm": _vllm}
 
 
-def write_model_dir(folder: Path, policy: MegatronPolicy, tokenizer: Any) -> None:
+def write_model_dir(folder: Path, policy: Described, tokenizer: Any) -> None:
     """What the run's own servers start from: config.json and tokenizer, without weights and without end-of-sequence
     tokens, because the requests alone say what ends a response."""
     write_hf_extras(folder, policy, tokenizer)
@@ -52,6 +49,12 @@ def write_model_dir(folder: Path, policy: MegatronPolicy, tokenizer: Any) -> Non
 def build_server_engine(config: Config, setup: EngineSetup) -> ServerEngine:
     """The engine, with the node's servers starting up. Raises: EngineError when they cannot be started."""
     dialect, loop = DIALECTS[config.rollout.engine](), Loop()
+    fleet = start_fleet(config, setup.model_dir, setup.place, dialect, loop)
+    return ServerEngine(dialect, loop, fleet, _channel(config, setup, dialect, loop, fleet), setup.hf)
+
+
+def start_fleet(config: Config, model_dir: Path, place: Place, dialect: Dialect, loop: Loop) -> Fleet:
+    """The node's servers, starting up. Raises: EngineError when they cannot be started; the loop is then closed."""
 
     def check(url: str) -> None:
         loop.submit(dialect.health(Server(url, loop.session))).result()
@@ -59,13 +62,13 @@ def build_server_engine(config: Config, setup: EngineSetup) -> ServerEngine:
     def settle_in(url: str) -> None:
         loop.submit(dialect.settle_in(Server(url, loop.session))).result()
 
-    fleet = Fleet(dialect, config, setup.model_dir, setup.place, check, settle_in)
+    fleet = Fleet(dialect, config, model_dir, place, check, settle_in)
     try:
         fleet.start()
     except UserError:
         loop.close()
         raise
-    return ServerEngine(dialect, loop, fleet, _channel(config, setup, dialect, loop, fleet), setup.hf)
+    return fleet
 
 
 def _channel(config: Config, setup: EngineSetup, dialect: Dialect, loop: Loop, fleet: Fleet) -> Channel:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_rl import device
 from megatron_rl.packing import pack_supervised
+from megatron_rl.parallel.groups import packing_options
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.rollout.engine import EngineError, Request, RolloutEngine, SamplingParams
@@ -42,18 +43,15 @@ def probe_engine(engine: RolloutEngine, policy: MegatronPolicy, world: Reducer, 
     mini_batch = pack_supervised(
         pairs,
         micro_batch_tokens=config.train.micro_batch_tokens,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        pad_multiple=groups.tp_size if config.parallel.sp else 1,
-        equal_lengths=groups.pp_size > 1,
+        **packing_options(groups, config.parallel),
     ).to(device.device())
-    theirs = [rollout.rollout_logprobs[rollout.loss_mask] for rollout in rollouts]
     total = torch.zeros(2, dtype=torch.float64, device=device.device())
     for micro_batch, stats in zip(mini_batch.micro_batches, policy.stats(mini_batch), strict=True):
         mask = micro_batch.loss_mask
         for index in micro_batch.prompt_ids[mask].unique().tolist():
             of_it = mask & (micro_batch.prompt_ids == index)
-            difference = stats.logprobs[of_it] - theirs[index].to(stats.logprobs)
+            predicted = micro_batch.position_ids[of_it].cpu() + 1
+            difference = stats.logprobs[of_it] - rollouts[index].rollout_logprobs[predicted].to(stats.logprobs)
             total += torch.stack([difference.abs().double().sum(), of_it.double().sum()])
     distance, count = Reducer(groups.dp, device.device()).sum(total).tolist()
     limit = config.rollout.weight_sync.max_probe_error or _MAX_ERROR[config.model.dtype]

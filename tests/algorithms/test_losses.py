@@ -30,7 +30,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gspo", {"eps_low": 0.1, "eps_high": 0.15, **SHARED}),
     ("cispo", {}),
     ("cispo", {"eps_low": 0.2, **SHARED}),
+    ("forking", {**SHARED}),
+    ("steer", {}),
+    ("gaussian_cov", {"eps_high": 0.28, **SHARED}),
+    ("entropy_advantage", {"alpha": 0.6, "kappa": 1.5, **SHARED}),
 ]
+PER_TOKEN = [f.name for f in dataclasses.fields(LossInputs) if f.name not in ("cu_seqlens", "context")]
+WEIGHTED = ("forking", "steer", "gaussian_cov")
 LENGTHS = [6, 3, 9, 4, 7, 2]  # the last sequence is padding
 
 
@@ -89,6 +95,7 @@ def random_inputs(mode: str = "token_mean", seed: int = 0) -> tuple[LossInputs, 
         token_weights=weights.double(),
         cu_seqlens=cu_seqlens,
         selected=mask & (torch.rand(total, generator=generator) < 0.3),
+        surrogate_weights=torch.rand(total, generator=generator, dtype=torch.float64) * 3,
     )
     return inputs, denominator
 
@@ -99,7 +106,7 @@ def mean(metric: Tensor) -> float:
 
 def test_the_registry_is_the_config() -> None:
     assert set(LOSSES) == set(CONFIGS)
-    assert len(CONFIGS) == 5
+    assert len(CONFIGS) == 9
 
 
 # Hand-computed. log ratios: ln 1.5, ln 0.5, ln 1.1, ln 4 with advantages 2, -1, -1, -1 from old = -3.
@@ -126,6 +133,23 @@ def test_hand_computed(name: str, options: dict[str, Any], loss: float, grad: li
     got, _, got_grad, _ = run(name, FOUR, **options)
     assert got.item() == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(got_grad, torch.tensor(grad), rtol=1e-6, atol=1e-6)
+
+
+def test_weights_and_shaped_advantages_hand_computed() -> None:
+    entropy, weights = torch.tensor([0.5, 2.0, 0.1, 3.0]), torch.tensor([5.0, 0.5, 0.0, 2.0])
+    inputs = dataclasses.replace(FOUR, entropy=entropy, surrogate_weights=weights, selected=None)
+    # the clipped surrogates -2.4, 0.8, 1.1, 4 of `ppo_clip` above
+    for name in WEIGHTED:
+        loss, _, grad, _ = run(name, inputs, eps_high=0.2)
+        assert loss.item() == pytest.approx(5 * -2.4 + 0.5 * 0.8 + 2 * 4, rel=1e-6)
+        torch.testing.assert_close(grad, torch.tensor([0.0, 0.0, 0.0, 8.0]))
+    # alpha H = 0.2, 0.8, 0.04, 1.2 against |A| / 2 = 1, 0.5, 0.5, 0.5: A becomes 2.2, -0.5, -0.96, -0.5
+    loss, metrics, grad, entropy_grad = run("entropy_advantage", inputs)
+    assert loss.item() == pytest.approx(-2.2 * 1.2 + 0.5 * 0.8 + 0.96 * 1.1 + 0.5 * 4, rel=1e-6)
+    torch.testing.assert_close(grad, torch.tensor([0.0, 0.0, 0.96 * 1.1, 2.0]))
+    assert not entropy_grad.any() and mean(metrics["loss/advantage_bonus"]) == pytest.approx(1.24 / 4, rel=1e-6)
+    with pytest.raises(ValueError, match="mark_tokens"):
+        run("steer", FOUR)
 
 
 def test_gspo_hand_computed() -> None:
@@ -189,6 +213,8 @@ def test_metrics_hand_computed() -> None:
 def surrogate_by_hand(name: str, config: Any, x: dict[str, Any], s: float) -> tuple[float, float]:
     """Value and derivative of one token's policy-gradient term; `s` is its sequence's ratio."""
     a, lp = x["advantages"], x["logprobs"]
+    if name == "entropy_advantage":
+        a += min(config.alpha * x["entropy"], abs(a) / config.kappa)
     r = s if name == "gspo" else math.exp(lp - x["old_logprobs"])
     if name == "kl_cov":
         return -a * r, -a * r
@@ -211,10 +237,9 @@ def surrogate_by_hand(name: str, config: Any, x: dict[str, Any], s: float) -> tu
 def by_loops(name: str, config: Any, inputs: LossInputs) -> tuple[float, list[float], list[float]]:
     """The loss, and its derivatives by logprobs and entropy, token after token in Python floats."""
     total, grad, entropy_grad = 0.0, [0.0] * sum(LENGTHS), [0.0] * sum(LENGTHS)
-    fields = [f.name for f in dataclasses.fields(inputs) if f.name != "cu_seqlens"]
     start = 0
     for length in LENGTHS:
-        rows = [{field: getattr(inputs, field)[t].item() for field in fields} for t in range(start, start + length)]
+        rows = [{field: getattr(inputs, field)[t].item() for field in PER_TOKEN} for t in range(start, start + length)]
         counted = [row for row in rows if row["loss_mask"]]
         logs = [row["logprobs"] - row["old_logprobs"] for row in counted]
         s = math.exp(sum(logs) / len(logs)) if logs else 1.0
@@ -222,6 +247,8 @@ def by_loops(name: str, config: Any, inputs: LossInputs) -> tuple[float, list[fl
             if not x["loss_mask"]:
                 continue
             value, slope = surrogate_by_hand(name, config, x, s)
+            if name in WEIGHTED:
+                value, slope = x["surrogate_weights"] * value, x["surrogate_weights"] * slope
             if config.rollout_correction is not None:
                 weight = min(math.exp(x["old_logprobs"] - x["rollout_logprobs"]), config.rollout_correction.cap)
                 value, slope = weight * value, weight * slope
@@ -313,7 +340,7 @@ def take(inputs: LossInputs, sequences: list[int], mode: str) -> tuple[LossInput
     bounds = inputs.cu_seqlens.tolist()
     where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in sequences])
     cu_seqlens = torch.tensor([0, *(LENGTHS[i] for i in sequences)]).cumsum(0).int()
-    changes = {f.name: getattr(inputs, f.name)[where] for f in dataclasses.fields(inputs) if f.name != "cu_seqlens"}
+    changes = {field: getattr(inputs, field)[where] for field in PER_TOKEN}
     weights, denominator = token_weights(mode, changes["loss_mask"], cu_seqlens, constant_length=12)
     changes.update(cu_seqlens=cu_seqlens, token_weights=weights.double())
     return dataclasses.replace(inputs, **changes), denominator, where
@@ -366,6 +393,7 @@ def test_huge_log_ratios_stay_finite(name: str, options: dict[str, Any]) -> None
     far, near = [-500.0, -0.1] * 2, [-0.1, -500.0] * 2
     inputs = tokens(near, far, [1.0, 1.0, -1.0, -1.0], [True, True, False, False])
     others = {"ref_logprobs": torch.tensor(far), "rollout_logprobs": torch.tensor(near)}
+    others["surrogate_weights"] = torch.full((4,), 2.0)
     inputs = dataclasses.replace(inputs, **others)  # type: ignore[arg-type]
     loss, metrics, grad, _ = run(name, inputs, **options)
     assert loss.isfinite() and grad.isfinite().all() and all(value.isfinite().all() for value in metrics.values())
@@ -375,7 +403,7 @@ def test_huge_log_ratios_stay_finite(name: str, options: dict[str, Any]) -> None
 def test_no_value_is_read_on_the_host(name: str, options: dict[str, Any]) -> None:
     """Meta tensors have no values: `.item()`, a branch on a tensor or boolean indexing would raise."""
     inputs, _ = random_inputs()
-    fields = {f.name: getattr(inputs, f.name).to("meta") for f in dataclasses.fields(inputs)}
+    fields = {name: getattr(inputs, name).to("meta") for name in [*PER_TOKEN, "cu_seqlens"]}
     loss, metrics, _, _ = run(name, LossInputs(**fields), **options)
     assert loss.device.type == "meta" and all(value.shape == (2,) for value in metrics.values())
 

@@ -125,11 +125,11 @@ def _through_megatron(cases: list[tuple[Path, Path, Path | None, dict[str, Any]]
             for _, parameter in policy.parameters:
                 parameter.data.zero_()
             metadata = {"singleton_local_shards": False, "dp_cp_group": policy.groups.dp}
-            wanted = {"model": policy.model.gpt.sharded_state_dict(metadata=metadata)}
+            wanted = {"model": policy.model.chunks[0].sharded_state_dict(metadata=metadata)}
             state, unread, absent = dist_checkpointing.load(wanted, str(megatron), strict="return_all")
             assert not absent, absent
             assert not [key for key in unread if "_extra_state" not in key and "pre_mlp_layernorm" not in key]
-            policy.model.gpt.load_state_dict(state["model"])
+            policy.model.chunks[0].load_state_dict(state["model"])
             weights["loaded"] = weights_of(policy)
             if target is not None:
                 policy.reset_optimizer()

@@ -114,7 +114,9 @@ def _through_layouts(
             dist.barrier()
             filesystem_async._results_queue = queue.SimpleQueue()  # the default is a manager process a rank
             metadata = {"singleton_local_shards": False, "dp_cp_group": policy.groups.dp}
-            dist_checkpointing.save({"model": policy.model.gpt.sharded_state_dict(metadata=metadata)}, str(target))
+            dist_checkpointing.save(
+                {"model": policy.model.chunks[0].sharded_state_dict(metadata=metadata)}, str(target)
+            )
             found.append((all(same), [logits[i] for i in range(len(sequences))] if logits else []))
     return found
 

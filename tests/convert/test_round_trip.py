@@ -24,6 +24,7 @@ from megatron_rl.convert.mapping import (
     find_row,
     from_shards,
     full_shapes,
+    global_name,
     model_rows,
     split_of,
     to_shard,
@@ -106,7 +107,7 @@ def test_simulated_ranks_give_back_every_tensor(tp: int, pp: int, ep: int) -> No
         back: dict[str, Tensor] = {}
         for (stage, tp_rank, ep_rank), shards in ranks.items():
             for local, shard in shards.items():
-                row = find_row(local, stage * layers, hf.tie_word_embeddings, ep_rank * experts)
+                row = find_row(global_name(local, stage * layers), hf.tie_word_embeddings, ep_rank * experts)
                 rank, size = split_of(row, tp_rank, tp, ep)
                 if rank == 0:
                     of_row = [ranks[stage, tp_rank + i, ep_rank][local] for i in range(size)]

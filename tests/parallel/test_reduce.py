@@ -137,6 +137,19 @@ def test_quantiles_are_elements_of_the_set(worlds: Worlds, split: tuple[int, ...
         assert [x.hex() for x in got] == [x.hex() for x in want]
 
 
+def _kth(values: Tensor, split: tuple[int, ...]) -> list[float]:
+    reducer, rank = world()
+    return [reducer.kth_largest(share(values, split, rank), k) for k in range(1, 41)]
+
+
+@WORLD
+def test_kth_largest(worlds: Worlds, split: tuple[int, ...]) -> None:
+    values = torch.randn(40, generator=torch.Generator().manual_seed(3)).round(decimals=1)  # with ties
+    values[7] = math.inf
+    got = same_on_all(worlds.run(len(split), _kth, values, split))
+    assert got == sorted(values.tolist(), reverse=True)
+
+
 def _empty_quantiles() -> list[float]:
     reducer, _ = world()
     return reducer.quantiles(torch.zeros(0), [0.1, 0.9])

@@ -160,6 +160,24 @@ def test_resuming_under_another_layout(
                 assert other_norm == pytest.approx(norm, rel=1e-5) and other_rate == rate
 
 
+def test_checkpoints_cross_context_parallelism_and_virtual_stages(worlds: Worlds, tmp_path: Path) -> None:
+    """Each resumes exactly on its own layout, and on one process with the same weights and moments."""
+    model = save(hf_model(tie_word_embeddings=True, num_hidden_layers=4), tmp_path / "model")
+    layouts = {"pp2_vpp2": {"pp": 2, "vpp": 2}, "cp2": {"cp": 2}}
+    cases = [(config_of(model, parallel), tmp_path / name) for name, parallel in layouts.items()]
+    saved = worlds.run(2, _save_and_load, cases)
+    for before, after in saved[0]:
+        assert same_bits(before["weights"], after["weights"]) and before["results"] == after["results"]
+        assert same_bits(before["end"], after["end"]) and not same_bits(after["weights"], after["end"])
+    (alone,) = worlds.run(1, _load_each, [(config_of(model, {}), folder) for _, folder in cases])
+    for (before, _), after in zip(saved[0], alone, strict=True):
+        assert same_bits(before["weights"], after["weights"])
+        print(f"{worst(before['end'], after['end']):.1e}")
+        assert worst(before["end"], after["end"]) < 5e-6
+        for (norm, rate), (other_norm, other_rate) in zip(before["results"], after["results"], strict=True):
+            assert other_norm == pytest.approx(norm, rel=1e-5) and other_rate == rate
+
+
 def _save_before_the_first_update(cases: list[tuple[Config, Path]]) -> None:
     from megatron_rl.policy.checkpoint import CheckpointStore
 

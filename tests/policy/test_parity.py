@@ -63,10 +63,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2_edp2": {"world_size": 4, "ep": 2},
     "ep2_pp2": {"world_size": 4, "ep": 2, "pp": 2},
     "tp2_sp_ep4": {"world_size": 4, "tp": 2, "sp": True, "ep": 4},  # one expert a rank
+    "cp2": {"cp": 2},
+    "cp2_tp2_sp": {"cp": 2, "tp": 2, "sp": True},
 }
 
 
-SLOW = ("tp4_sp", "ep2_edp2", "ep2_pp2", "tp2_sp_ep4")
+SLOW = ("tp4_sp", "ep2_edp2", "ep2_pp2", "tp2_sp_ep4", "cp2", "cp2_tp2_sp")
 
 
 def _cases(parallel: dict[str, Any]) -> list[str]:
@@ -89,6 +91,7 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
     import torch.distributed as dist
 
     from megatron_rl.algorithms.losses import sft
+    from megatron_rl.parallel.groups import packing_options
     from megatron_rl.parallel.weights import weight_stream
     from megatron_rl.policy.schedule import run_schedule
 
@@ -104,10 +107,7 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
             batch = pack_supervised(
                 [(sequence[:1], sequence[1:]) for sequence in _sequences()],
                 micro_batch_tokens=60,
-                dp_rank=groups.dp_rank,
-                dp_size=groups.dp_size,
-                pad_multiple=groups.tp_size if config.parallel.sp else 1,
-                equal_lengths=groups.pp_size > 1,
+                **packing_options(groups, config.parallel),
             )
             assert len(batch.micro_batches) > 1 or groups.dp_size > 2
 
@@ -122,7 +122,7 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
             zeros = [torch.zeros_like(mb.advantages) for mb in batch.micro_batches]
             result = policy.update(batch.replace_each("old_logprobs", zeros), sft, None)
             main_grads = [(name, parameter.main_grad) for name, parameter in policy.parameters]
-            grads = weight_stream(main_grads, policy.hf_config, groups, layer_offset=policy.layer_offset)
+            grads = weight_stream(main_grads, policy.hf_config, groups)
             found[case] = {
                 "logits": _by_sequence(batch, logits) if logits else {},
                 "logprobs": _by_sequence(batch, [s.logprobs for s in stats]),
@@ -135,10 +135,10 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
     return found
 
 
-def _by_sequence(batch: Any, values: list[Any]) -> dict[int, torch.Tensor]:
-    """`pack_supervised` numbers the sequences in prompt_ids; padding is -1."""
+def _by_sequence(batch: Any, values: list[Any]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """(positions, their values); `pack_supervised` numbers the sequences in prompt_ids; padding is -1."""
     return {
-        int(i): value[micro_batch.prompt_ids == i]
+        int(i): (micro_batch.position_ids[micro_batch.prompt_ids == i], value[micro_batch.prompt_ids == i])
         for micro_batch, value in zip(batch.micro_batches, values, strict=True)
         for i in micro_batch.prompt_ids.unique()
         if i >= 0
@@ -187,7 +187,7 @@ def test_policy_equals_transformers(
     worlds: Worlds, folders: dict[str, Path], expected: dict[str, Any], layout: str
 ) -> None:
     parallel = LAYOUTS[layout]
-    size = parallel.get("world_size") or parallel.get("tp", 1) * parallel.get("pp", 1)
+    size = parallel.get("world_size") or parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("cp", 1)
     cases = _cases(parallel)
     ranks = worlds.run(size, _policy_outputs, {case: folders[case] for case in cases}, parallel, timeout=280)
     errors: dict[str, float] = {}
@@ -199,12 +199,11 @@ def test_policy_equals_transformers(
         for rank in ranks:
             got = rank[case]
             for what in ("logits", "logprobs", "entropy", "sum_p2"):
-                for i, value in got[what].items():
+                for i, (positions, value) in got[what].items():
                     reference = want[what][i]
-                    difference = (
-                        (value[: len(reference)] - reference).abs().max().item()
-                    )  # the last one predicts nothing
-                    errors[what] = max(errors.get(what, 0.0), difference)
+                    real = positions < len(reference)  # the last one predicts nothing
+                    difference = (value[real] - reference[positions[real]]).abs()
+                    errors[what] = max(errors.get(what, 0.0), *difference.flatten().tolist(), 0.0)
             # every rank receives the whole model
             assert got["grads"].keys() == want["grads"].keys() == got["weights"].keys()
             for name, grad in want["grads"].items():

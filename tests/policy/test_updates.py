@@ -54,6 +54,9 @@ ONE_PROCESS: dict[str, dict[str, Any]] = {
     "one": {},
     "one, without distributed optimizer": {"parallel": {"distributed_optimizer": False}},
     "one, full recompute": {"model": {"recompute": "full"}},
+    "one, recompute of a block": {"model": {"recompute": "full", "recompute_method": "block", "recompute_layers": 1}},
+    "one, recompute of parts": {"model": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}},
+    "one, recompute of experts": {"model": {"recompute": "selective", "recompute_modules": ["moe"]}},
 }
 TWO_PROCESSES: dict[str, dict[str, Any]] = {
     "dp2": {"parallel": {"world_size": 2}},
@@ -70,8 +73,8 @@ TWO_PROCESSES: dict[str, dict[str, Any]] = {
 
 def _is_run(case: str, layout: str) -> bool:
     if case == "moe":
-        return layout in ("one", "tp2, sp") or "ep2" in layout
-    return "ep2" not in layout and (case == "qwen2" or "without" not in layout)
+        return layout in ("one", "one, recompute of experts", "tp2, sp") or "ep2" in layout
+    return "ep2" not in layout and "experts" not in layout and (case == "qwen2" or "without" not in layout)
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +183,11 @@ def test_four_updates_equal_plain_torch(trained: dict[Any, list[Any]], case: str
 
 
 def test_recomputation_gives_the_same_bits(trained: dict[Any, list[Any]]) -> None:
-    for plain, recomputed in (("one", "one, full recompute"), ("tp2, sp", "tp2, full recompute")):
-        for a, b in zip(trained["qwen2", plain], trained["qwen2", recomputed], strict=True):
+    pairs = {name: name.split(", ")[0] for name in (*ONE_PROCESS, *TWO_PROCESSES) if "recompute" in name}
+    assert len(pairs) == 5
+    for recomputed, plain in (pairs | {"tp2, full recompute": "tp2, sp"}).items():
+        case = "moe" if "experts" in recomputed else "qwen2"
+        for a, b in zip(trained[case, plain], trained[case, recomputed], strict=True):
             assert same_bits(a[1], b[1]) and a[2] == b[2]
 
 

@@ -83,15 +83,14 @@ def make_advantages() -> Tensor:
 
 def make_batch(config: Config, groups: Any) -> TrainBatch:
     """This rank's share; the old logprobs are the rollouts' noise, so that ratios spread and the PPO clip bites."""
+    from megatron_rl.parallel.groups import packing_options
+
     batch = pack(
         make_rollouts(),
         make_advantages(),
         config,
         step=0,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        pad_multiple=groups.tp_size if config.parallel.sp else 1,
-        equal_lengths=groups.pp_size > 1,
+        **packing_options(groups, config.parallel),
     )
     return TrainBatch(0, tuple(_with_old(mini_batch) for mini_batch in batch.mini_batches))
 

@@ -13,10 +13,10 @@ import pytest
 
 from megatron_rl.config import dump_config
 from megatron_rl.errors import UserError
+from megatron_rl.law import fit_law, fit_line
 from megatron_rl.report import build_report, summarise
 from megatron_rl.report.catalogue import sections
 from megatron_rl.report.figures import build, smooth
-from megatron_rl.report.law import fit_law, fit_line
 from megatron_rl.report.runs import load_runs
 from tests.test_packing import make_config
 

@@ -1,0 +1,72 @@
+"""Options of the loss that follow the entropy from step to step: a pure function of (options, state, entropy).
+
+Every rank calls it once a step with the same global mean entropy, so that all hold the same state; the state is plain
+data and travels with the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from megatron_rl.config_loss import AdaptiveEntropy, EntropyBand, LossBase
+
+Loss = TypeVar("Loss", bound="LossBase")
+
+ControlState = dict[str, float]  # option of the loss: where its next step begins; empty before the first step
+
+
+def adapt(loss: Loss, state: ControlState, entropy: float) -> tuple[Loss, ControlState, dict[str, float]]:
+    """(the loss of this step, the state of the next one, metrics `control/*`).
+
+    entropy: mean over the step's response tokens under the weights that sampled them, nats; NaN (no token) leaves the
+    state alone. A state of options that the loss does not adapt is dropped, and values are moved into the bounds: so a
+    run can go on with other bounds.
+    """
+    in_force: dict[str, Any] = {}
+    following: ControlState = {}
+    if loss.adaptive_entropy is not None:
+        options = loss.adaptive_entropy
+        coef = _clamp(state.get("entropy_coef", options.initial_coef), 0.0, options.max_coef)
+        in_force["entropy_coef"] = coef if entropy <= options.target_entropy else 0.0
+        following["entropy_coef"] = next_coef(coef, entropy, options)
+    band: EntropyBand | None = getattr(loss, "entropy_band", None)
+    if band is not None:
+        base = _clamp(state.get(band.option, getattr(loss, band.option)), band.minimum, band.maximum)
+        in_force[band.option], following[band.option] = band_values(base, entropy, band)
+    if not in_force:
+        return loss, {}, {}
+    return loss.model_copy(update=in_force), following, {f"control/{name}": v for name, v in in_force.items()}
+
+
+def next_coef(coef: float, entropy: float, options: AdaptiveEntropy) -> float:
+    """The entropy coefficient of the next step: `c + step` below the target entropy, `c - step` above it, and c at it.
+
+    The bonus is in force only in steps whose entropy is at most the target, alpha_k = c_k * 1[e_k <= target]: see
+    `adapt`. The bound 0 below is the authors' scripts' (`min_entropy_coeff=0`): without it c would fall as long as the
+    entropy is high, and the bonus would have to climb back first. They also set a bound above (`max_entropy_coeff`).
+    Source: Skywork-OR1, arXiv 2505.22312, section 3.2.5 (target 0.2; step 0.005 in its ablation, 1e-4 in its scripts).
+    """
+    change = math.copysign(options.step, options.target_entropy - entropy) if entropy != options.target_entropy else 0.0
+    return coef if math.isnan(entropy) else _clamp(coef + change, 0.0, options.max_coef)
+
+
+def band_values(base: float, entropy: float, band: EntropyBand) -> tuple[float, float]:
+    """select_fraction or kl_coef in this step, and the base of the next one: `base * exp(gain * violation)` and
+    `base * exp(integral_gain * violation)`, both inside [minimum, maximum], which keeps the base from winding up.
+
+    violation: nats by which the entropy is below the band (the restraint grows), or minus those by which it is above
+    (the restraint shrinks); 0 inside. A proportional-integral controller of the logarithm: entropy accumulates what the
+    restraint does, and an integral alone, acting on an accumulator, would swing for ever.
+    """
+    if math.isnan(entropy):
+        return base, base
+    violation = max(0.0, band.low - entropy) - max(0.0, entropy - band.high)
+    values = (base * math.exp(factor * violation) for factor in (band.gain, band.integral_gain))
+    now, following = (_clamp(value, band.minimum, band.maximum) for value in values)
+    return now, following
+
+
+def _clamp(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)

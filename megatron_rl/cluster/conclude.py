@@ -1,0 +1,44 @@
+"""The end of a job's part of a run: why it failed, on top of its merged log, and whether the run has steps left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from megatron_rl.jsonl import read_rows
+from megatron_rl.launch import Failure, in_order, read_failures, write_atomically
+
+_TAIL_LINES = 40
+_OF_A_RANK = "[rank "  # begins the lines that slurm/rank.sh passes on; the others are torchrun's and Slurm's
+
+
+def conclude(run_dir: Path, merged: Path, *, failed: bool) -> str:
+    """Put the reason on top of the merged log when the job `failed`. Returns: it, or an empty text."""
+    if not failed:
+        return ""
+    causes = in_order(read_failures(run_dir))
+    lines = merged.read_text(errors="replace").splitlines() if merged.is_file() else []
+    reason = _explain(causes[0], run_dir) if causes else _agents_words(lines)
+    write_atomically(merged, "\n".join([reason, "", "--- all ranks, as their lines came", *lines, ""]))
+    return reason
+
+
+def has_steps_left(run_dir: Path) -> bool:
+    """Whether the run is short of its `train.num_steps`."""
+    num_steps = yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["num_steps"]
+    rows = run_dir / "metrics.jsonl"
+    done = [row["step"] + 1 for row in read_rows(rows)[0]] if rows.is_file() else []
+    return max(done, default=0) < num_steps
+
+
+def _explain(failure: Failure, run_dir: Path) -> str:
+    log = run_dir / "logs" / f"rank{failure.rank}.log"
+    text = failure.message if failure.from_user else failure.traceback.rstrip()
+    return f"rank {failure.rank} failed first (its log: {log}):\n{text}"
+
+
+def _agents_words(lines: list[str]) -> str:
+    """Without a traceback a rank was killed, or a node was lost: then torchrun and Slurm know."""
+    agents = [line for line in lines if not line.startswith(_OF_A_RANK)]
+    return "\n".join(["no rank left a traceback; the last words of torchrun and Slurm:", *agents[-_TAIL_LINES:]])

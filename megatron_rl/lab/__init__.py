@@ -1,0 +1,1 @@
+"""The entropy lab: methods compared on one frozen batch, without training each."""

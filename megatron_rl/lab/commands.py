@@ -1,0 +1,89 @@
+"""`megatron-rl shadow`: its arguments, and starting the processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from megatron_rl.config import Config, parse_config
+from megatron_rl.config_checks import ConfigError
+from megatron_rl.errors import UserError
+
+
+def shadow(
+    run_dir: Annotated[Path, typer.Argument(help="run folder with checkpoints", metavar="RUN", show_default=False)],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="one of its checkpoints; by default the newest", show_default=False)
+    ] = None,
+    methods: Annotated[
+        Path | None, typer.Option(help="YAML file: name -> loss section; by default a set of ten", show_default=False)
+    ] = None,
+    updates: Annotated[
+        int, typer.Option(min=1, help="mini-batches compared; between them, one update with the run's own loss")
+    ] = 2,
+    one_process: Annotated[bool, typer.Option("--one-process", help="Ignore the run's process layout.")] = False,
+) -> None:
+    """Replay the step after a checkpoint through every method: selected tokens, entropy change, gradient directions.
+
+    Writes RUN/shadow/step_NNNNNNNN.json and prints tables. Training is not touched; the run may go on meanwhile.
+    """
+    path = _checkpoint(run_dir, checkpoint)
+    losses = None if methods is None else _read_methods(methods)
+    config = shadow_config(path, one_process=one_process)
+    from megatron_rl import launch
+
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        # the folder is the lock, so that the run's own stays free
+        sys.exit(launch.run_world(_command(), config.parallel.processes, run_dir / "shadow", grace_seconds=1.0))
+    from megatron_rl.lab.shadow import main  # torch and Megatron: seconds
+
+    launch.run_worker(lambda: main(config, path, losses, updates, run_dir / "shadow"), run_dir / "shadow")
+
+
+def shadow_config(checkpoint: Path, *, one_process: bool) -> Config:
+    """The config that wrote the checkpoint, for a step that samples with the embedded engine and keeps no reference.
+
+    Raises: ConfigError.
+    """
+    file = checkpoint / "config.yaml"
+    try:
+        raw: dict[str, Any] = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot read the run's config: {error}") from error
+    raw["warm_start"] = None
+    raw["loss"]["ref_kl_coef"] = 0.0
+    raw["rollout"] |= {"engine": "transformers", "max_staleness": 0}
+    raw["train"]["resume"] = "auto"
+    if one_process:
+        raw["parallel"] = {"distributed_optimizer": raw["parallel"]["distributed_optimizer"]}
+    return parse_config(raw)
+
+
+def _checkpoint(run_dir: Path, given: Path | None) -> Path:
+    found = sorted((run_dir / "checkpoints").glob("step_*"))
+    path = given or (found[-1] if found else None)
+    if path is None or not (path / "metadata.json").is_file():
+        raise UserError(
+            f"{path or run_dir / 'checkpoints'}: no checkpoint of a run there; shadow replays the step after one: save "
+            "some with train.save_every, or name one with --checkpoint"
+        )
+    return path
+
+
+def _read_methods(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        losses = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot read the methods: {error}") from error
+    if not isinstance(losses, dict) or not losses or not all(isinstance(loss, dict) for loss in losses.values()):
+        raise ConfigError(f"{path}: expected a mapping of names to loss sections, as grpo: {{type: ppo_clip}}")
+    return losses
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-m", "megatron_rl", *sys.argv[1:]]

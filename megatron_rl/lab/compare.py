@@ -1,0 +1,129 @@
+"""What each method would do with one mini-batch at the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.control import adapt
+from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.algorithms.prediction import effective_advantages
+from megatron_rl.algorithms.weighting import mark_tokens
+from megatron_rl.config_loss import LossBase
+from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.policy.gradients import entropy_gradient, gradient, inner
+from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.types import MiniBatch, SupportsSum, TokenStats
+
+# The set of methods that `shadow` compares by default. The fractions are those of the small models of configs/: a
+# mini-batch of theirs has some hundred tokens.
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {"type": "ppo_clip"},
+    "clip_higher": {"type": "ppo_clip", "eps_high": 0.28},
+    "clip_cov": {"type": "clip_cov", "select_fraction": 0.02, "cov_low": 0.2},
+    "kl_cov": {"type": "kl_cov", "select_fraction": 0.1},
+    "forking": {"type": "forking", "eps_high": 0.2},
+    # as it is once the entropy has been below its target for a while
+    "adaptive_entropy": {"type": "ppo_clip", "adaptive_entropy": {"target_entropy": 100, "initial_coef": 0.02}},
+    "entropy_advantage": {"type": "entropy_advantage"},
+    "steer": {"type": "steer"},
+    "gaussian_cov": {"type": "gaussian_cov"},
+    "cispo": {"type": "cispo"},
+}
+RESTRAINED = 0.5  # of plain policy gradient's push: a token that gets less is restrained
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The mini-batch's place, for what is drawn by hash."""
+
+    seed: int
+    step: int
+    updates_per_step: int
+    entropy: float  # mean of the step, for methods that follow it
+
+
+def compare(
+    policy: MegatronPolicy,
+    mini_batch: MiniBatch,
+    stats: list[TokenStats],
+    methods: dict[str, LossBase],
+    where: Where,
+    ranks: Reducer,
+) -> dict[str, Any]:
+    """Plain data, the same on every rank. Collective; nothing moves.
+
+    stats: under the current weights, with sum_p2. Per method, in `methods`: `restrained` tokens and their share (those
+    that it selects, and those that get less than half of the push `A * ratio` of plain policy gradient: what clipping
+    or a weight took), `weight/*` and `select/*` as training logs them, `predicted_change` (logits as free parameters,
+    nats per unit of logit step), `grad_norm`, and `entropy_slope`: the entropy change per unit of length of a plain
+    gradient step, through the weights, nats. Between methods, in the order of `methods`: `overlap` (Jaccard index of
+    the restrained tokens, null where both have none) and `cosine` of the gradients.
+    """
+    vectors, sets, rows = [], [], []
+    uphill = entropy_gradient(policy, mini_batch)
+    for method in methods.values():
+        loss, _, _ = adapt(method, {}, where.entropy)
+        marked, metrics = mark_tokens(
+            mini_batch,
+            stats,
+            loss,
+            ranks,
+            seed=where.seed,
+            step=where.step,
+            updates_per_step=where.updates_per_step,
+            context=policy.context,
+        )
+        vectors.append(gradient(policy, marked, LOSSES[loss.type], loss))  # type: ignore[attr-defined]
+        sets.append(_restrained(marked, stats, loss, policy.context))
+        kept = {name: value for name, value in metrics.items() if name.startswith(("weight/", "select/"))}
+        rows.append({"predicted_change": metrics.get("entropy/predicted_change"), **kept})
+    together, count = _intersections(torch.stack(sets), ranks)
+    gram = [[inner(policy, a, b) for b in vectors] for a in vectors]
+    for i, row in enumerate(rows):
+        norm = gram[i][i] ** 0.5
+        row |= {"restrained": together[i][i], "restrained_fraction": together[i][i] / count if count else 0.0}
+        row |= {"grad_norm": norm, "entropy_slope": -_ratio(inner(policy, vectors[i], uphill), norm)}
+    pairs = range(len(rows))
+    return {
+        "minibatch": mini_batch.index,
+        "tokens": count,
+        "methods": dict(zip(methods, rows, strict=True)),
+        "overlap": [[_jaccard(together, i, j) for j in pairs] for i in pairs],
+        "cosine": [[_ratio(gram[i][j], (gram[i][i] * gram[j][j]) ** 0.5) for j in pairs] for i in pairs],
+    }
+
+
+def _restrained(mini_batch: MiniBatch, stats: list[TokenStats], loss: LossBase, context: SupportsSum | None) -> Tensor:
+    """`[n_local]` bool, of the response tokens."""
+    found = []
+    for micro_batch, stat in zip(mini_batch.micro_batches, stats, strict=True):
+        assert micro_batch.old_logprobs is not None
+        log_ratio = torch.where(micro_batch.loss_mask, stat.logprobs - micro_batch.old_logprobs, 0.0)
+        plain = micro_batch.advantages * log_ratio.exp()
+        pushed = effective_advantages(micro_batch, stat, loss, context) * plain.sign()
+        held = (plain != 0) & (pushed < RESTRAINED * plain.abs())
+        if micro_batch.selected is not None:
+            held |= micro_batch.selected
+        found.append(held[micro_batch.loss_mask])
+    return torch.cat(found)
+
+
+def _intersections(sets: Tensor, ranks: Reducer) -> tuple[list[list[int]], int]:
+    """(number of tokens in both of each two rows of `sets [methods, n_local]`, all tokens) over the ranks."""
+    members = sets.double()
+    counts = ranks.sum(torch.cat([(members @ members.T).flatten(), members.new_tensor([sets.shape[1]])]))
+    table = counts[:-1].view(len(sets), len(sets)).long().tolist()
+    return table, int(counts[-1])
+
+
+def _jaccard(together: list[list[int]], i: int, j: int) -> float | None:
+    union = together[i][i] + together[j][j] - together[i][j]
+    return together[i][j] / union if union else None
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else float("nan")

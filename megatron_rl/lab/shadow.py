@@ -1,0 +1,139 @@
+"""One step of a run, sampled again from a checkpoint, through many methods: their tokens, entropy change, direction.
+
+The batch is the one that the run would have trained on after the checkpoint, as long as it samples with the embedded
+engine: prompts and draws are functions of the checkpoint's cursor and of the seed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from megatron_rl import device, train
+from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.algorithms.weighting import mark_tokens
+from megatron_rl.config import Config
+from megatron_rl.config_checks import ConfigError
+from megatron_rl.config_loss import LossBase, LossConfig
+from megatron_rl.lab.compare import METHODS, Where, compare
+from megatron_rl.launch import write_atomically
+from megatron_rl.metrics import Timers
+from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
+from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.step_metrics import mean_entropy
+
+
+def main(
+    config: Config, checkpoint: Path, losses: dict[str, dict[str, Any]] | None, updates: int, folder: Path
+) -> None:
+    """On every rank of the world: compare, write folder/NAME.json, print tables."""
+    groups = init_groups(config.parallel, config.seed)
+    result = replay(config, groups, checkpoint, losses or METHODS, updates)
+    if groups.rank == 0:
+        path = folder / f"{checkpoint.name}.json"
+        write_atomically(path, json.dumps(_finite(result), indent=1))
+        show(result, Console())
+        print(path)
+    barrier(groups)
+    destroy_groups()
+
+
+def replay(
+    config: Config, groups: Any, checkpoint: Path, losses: dict[str, dict[str, Any]], updates: int
+) -> dict[str, Any]:
+    """The comparison as plain data, the same on every rank; collective. `losses`: name -> loss section.
+
+    Mini-batch i is compared at the weights that i updates with the run's own loss reached, so the first is on-policy
+    and the later ones are not. Options that the methods share (aggregation) are theirs, not the run's.
+    Raises: ConfigError for an unusable loss; UserError for a checkpoint that cannot be read.
+    """
+    methods = {name: _loss(name, raw) for name, raw in losses.items()}
+    run = train.set_up(config, groups)
+    step, state = CheckpointStore(checkpoint.parent, run.policy, groups, run.tokenizer).load(checkpoint)
+    run.collector.cursor.restore(state["cursor"])
+    run.weight_version = state["weight_version"]
+    with train.generating(run, Timers(device.synchronize)):
+        collected = run.collector.collect(step)
+    batch = train.packed(run, collected.rollouts, step)
+    old_stats = [run.policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]
+    batch = batch.with_old_logprobs(old_stats)
+    where = Where(config.seed, step, config.minibatches_per_step, mean_entropy(batch, old_stats, run.data_parallel))
+    own, _, _ = train.adapt(config.loss, state["control"], where.entropy)
+    found = []
+    for mini_batch in batch.mini_batches[:updates]:
+        stats = run.policy.stats(mini_batch, with_sum_p2=True)
+        found.append(compare(run.policy, mini_batch, stats, methods, where, run.data_parallel))
+        marked, _ = mark_tokens(
+            mini_batch,
+            stats,
+            own,
+            run.data_parallel,
+            seed=where.seed,
+            step=step,
+            updates_per_step=where.updates_per_step,
+            context=run.policy.context,
+        )
+        run.policy.update(marked, LOSSES[own.type], own)
+    run.collector.close()
+    run.engine.close()
+    return {
+        "checkpoint": str(checkpoint),
+        "step": step,
+        "run_loss": config.loss.type,
+        "entropy": where.entropy,
+        "accuracy": collected.metrics["reward/accuracy"],
+        "losses": {name: loss.model_dump(mode="json", exclude_defaults=True) for name, loss in methods.items()},
+        "minibatches": found,
+    }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """One table per mini-batch; `dH, logits` and `dH, step` are compare.py's `predicted_change`, `entropy_slope`."""
+    names = list(result["losses"])
+    for found in result["minibatches"]:
+        policy = "on-policy" if found["minibatch"] == 0 else f"after {found['minibatch']} updates"
+        table = Table(
+            title=f"step {result['step']}, mini-batch {found['minibatch']} ({policy}), {found['tokens']} tokens"
+        )
+        table.add_column("method", no_wrap=True)
+        for header in ("restrained", "dH, logits", "dH, step", "norm", f"cos {names[0]}"):
+            table.add_column(header, justify="right", no_wrap=True)
+        table.add_column("overlaps", no_wrap=True)
+        for i, name in enumerate(names):
+            row = found["methods"][name]
+            others = [(v, names[j]) for j, v in enumerate(found["overlap"][i]) if j != i and v]
+            best = max(others, default=None)
+            table.add_row(
+                name,
+                f"{row['restrained_fraction']:.3f}",
+                "" if row["predicted_change"] is None else f"{row['predicted_change']:+.4f}",
+                f"{row['entropy_slope']:+.3f}",
+                f"{row['grad_norm']:.3f}",
+                f"{found['cosine'][i][0]:.3f}",
+                "" if best is None else f"{best[0]:.2f} {best[1]}",
+            )
+        console.print(table)
+
+
+def _loss(name: str, raw: dict[str, Any]) -> LossBase:
+    try:
+        loss: LossBase = TypeAdapter(LossConfig).validate_python(raw)
+    except ValidationError as error:
+        raise ConfigError(f"method {name}: {error}") from error
+    if loss.ref_kl_coef:
+        raise ConfigError(f"method {name}: ref_kl_coef={loss.ref_kl_coef} has no reference policy here; set it to 0")
+    return loss
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value

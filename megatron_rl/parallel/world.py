@@ -1,0 +1,48 @@
+"""A world without Megatron's groups, and how fast it reduces: what preflight needs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl import device
+from megatron_rl.parallel.reduce import Reducer
+
+_WARM_UP = 2
+
+
+def join_world(timeout_minutes: float = 5) -> Reducer:
+    """Join the world that torchrun's environment describes, with collectives that give up after `timeout_minutes`."""
+    device.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(device.BACKEND, timeout=datetime.timedelta(minutes=timeout_minutes))
+    return Reducer(dist.group.WORLD, device.device())
+
+
+def leave_world() -> None:
+    """Undo `join_world`."""
+    dist.destroy_process_group()
+
+
+def all_reduce_bandwidth(world: Reducer, *, nbytes: int, repeats: int) -> tuple[float, bool]:
+    """(bus bandwidth of an all-reduce of `nbytes` over `world`, bytes/s; whether the sums were right).
+
+    Bus bandwidth is 2 (n - 1) / n * nbytes / seconds, which for large messages is that of the slowest link whatever n
+    is, and 0 for one rank. Source: nccl-tests, doc/PERFORMANCE.md.
+    """
+    values = torch.ones(nbytes // 4, dtype=torch.float32, device=world.device)
+    began = 0.0
+    for turn in range(_WARM_UP + repeats):
+        if turn == _WARM_UP:
+            device.synchronize()
+            dist.barrier(group=world.group)
+            began = time.perf_counter()
+        values.fill_(1.0)
+        dist.all_reduce(values, group=world.group)
+    device.synchronize()
+    seconds = (time.perf_counter() - began) / repeats
+    right = bool((values == world.size).all())
+    return 2 * (world.size - 1) / world.size * nbytes / seconds, right

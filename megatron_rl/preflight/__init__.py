@@ -1,0 +1,1 @@
+"""What can go wrong before weights are loaded: `megatron-rl preflight CONFIG`, and the start of each Slurm job."""

@@ -1,0 +1,173 @@
+"""What one rank finds on its node. Nothing here fails: a fault is a text, for `lines.py` to put together."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from megatron_rl import device, launch
+from megatron_rl.config import Config
+from megatron_rl.config_checks import read_hf_config, require_model
+from megatron_rl.data import build_tokenizer, load_prompts, vocab_size
+from megatron_rl.errors import UserError
+from megatron_rl.reward import build_grader
+from megatron_rl.rollout.fleet import engine_python
+
+_SHOWN = ("torch", "megatron-core", "transformers", "transformer-engine")
+_PROBE_SECONDS = 120.0  # for the engine's interpreter to name its version, from a cold shared disk
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Of one rank; those marked node are looked up by the node's first rank alone."""
+
+    rank: int
+    local_rank: int
+    host: str
+    versions: dict[str, str]
+    version_faults: list[str]
+    gpu: tuple[str, int, int] | None  # name, free bytes, all bytes
+    engine_version: str = ""  # node
+    engine_fault: str = ""  # node
+    model_fault: str = ""  # node
+    reward_fault: str = ""  # node
+    data: str = ""  # node: rows and fingerprint
+    data_fault: str = ""  # node
+    sees_shared: bool = True  # node: the file that rank 0 wrote beside the run folder
+    free_bytes: int = 0  # node: of that folder
+    unknown_hosts: list[str] = field(default_factory=list)  # node: names of other nodes that it cannot resolve
+
+
+def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
+    """This rank's. `shared`: a file that rank 0 wrote; `hosts`: the names of all nodes."""
+    faults, versions = _versions(), {name: version for name in _SHOWN if (version := _installed(name))}
+    gpu = device.gpu_memory() if device.ON_GPU else None
+    base: dict[str, Any] = {
+        "rank": int(os.environ.get("RANK", "0")),
+        "local_rank": launch.local_rank(),
+        "host": socket.gethostname(),
+    }
+    versions = {"python": sys.version.split()[0]} | versions | device.gpu_versions()
+    base |= {"versions": versions, "version_faults": faults, "gpu": gpu}
+    if launch.local_rank() != 0:
+        return Facts(**base)
+    engine_version, engine_fault = _engine_version(config)
+    data, data_fault = _data(config)
+    return Facts(
+        **base,
+        engine_version=engine_version,
+        engine_fault=engine_fault,
+        model_fault=_fault_of(lambda: _open_model(config)),
+        reward_fault=_fault_of(lambda: build_grader(config.reward).close()),
+        data=data,
+        data_fault=data_fault,
+        sees_shared=shared.is_file(),
+        free_bytes=shutil.disk_usage(shared.parent).free if shared.parent.is_dir() else 0,
+        unknown_hosts=[host for host in hosts if not _resolves(host)],
+    )
+
+
+def requirements(extra: str = "") -> list[Requirement]:
+    """What the project's own metadata asks for, always or with an extra. Raises: PackageNotFoundError."""
+    found = [Requirement(text) for text in importlib.metadata.requires("megatron-rl") or []]
+    return [
+        requirement
+        for requirement in found
+        if (requirement.marker is None) == (extra == "")
+        and (requirement.marker is None or requirement.marker.evaluate({"extra": extra}))
+    ]
+
+
+def _versions() -> list[str]:
+    try:
+        wanted = requirements() + (requirements("gpu") if device.ON_GPU else [])
+    except importlib.metadata.PackageNotFoundError:
+        return ["megatron-rl is not installed beside this code, so nothing says what it needs; pip install -e ."]
+    faults = []
+    for requirement in wanted:
+        version = _installed(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            faults.append(f"{requirement.name} {version or 'is missing'}, supported: {requirement.specifier or 'any'}")
+    try:
+        from megatron_rl.policy import build  # noqa: F401  a Transformer Engine of another torch breaks this import
+    except Exception as error:
+        faults.append(f"Megatron-Core cannot be imported: {type(error).__name__}: {error}")
+    return faults
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _engine_version(config: Config) -> tuple[str, str]:
+    engine, server = config.rollout.engine, config.rollout.server
+    if engine == "transformers" or server.urls:
+        return "", ""
+    code = f"import importlib.metadata as m; print(m.version({engine!r}))"
+    try:
+        python = engine_python(engine, server.python)
+        found = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=_PROBE_SECONDS)
+    except (UserError, OSError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    if found.returncode:
+        return "", f"{python} has no {engine}: {found.stderr.strip().splitlines()[-1:]}"
+    version = found.stdout.strip()
+    try:
+        wanted = {requirement.name: requirement.specifier for requirement in requirements(engine)}
+    except importlib.metadata.PackageNotFoundError:
+        return version, ""  # told among the versions
+    if not wanted[engine].contains(version.split("+")[0], prereleases=True):
+        return version, f"{python} has {engine} {version}, supported: {wanted[engine]}"
+    return version, ""
+
+
+def _open_model(config: Config) -> None:
+    """Read config.json, every file's header, and one tensor."""
+    from megatron_rl.convert.weights import open_weights
+    from megatron_rl.policy.build import resolve_hf_config
+
+    require_model(config)
+    raw = read_hf_config(config)
+    raw.setdefault("vocab_size", vocab_size(build_tokenizer(config)))
+    hf = resolve_hf_config(raw)
+    if config.model.path is not None:
+        open_weights(config.model.path, hf).read("model.norm.weight")
+
+
+def _data(config: Config) -> tuple[str, str]:
+    try:
+        problems = load_prompts(config, build_tokenizer(config))
+    except (UserError, OSError) as error:
+        return "", str(error)
+    digest = hashlib.sha256(repr([prompt.token_ids for prompt in problems.train]).encode()).hexdigest()[:8]
+    return f"{len(problems.train):,} training and {len(problems.eval):,} held-out problems ({digest})", ""
+
+
+def _fault_of(look: Callable[[], Any]) -> str:
+    try:
+        look()
+    except (UserError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,178 @@
+"""From all ranks' facts to lines that pass or name the remedy. Pure: no device, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from megatron_rl.config import Config
+from megatron_rl.plan.check import count_parameters
+from megatron_rl.preflight.facts import Facts
+
+_MOSTLY_FREE = 0.9  # of a GPU's memory, before anything is loaded
+_BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 14}  # weights, and in float32 main weights and two moments
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One check. `is_ok` None: there is nothing to check here."""
+
+    what: str
+    finding: str
+    is_ok: bool | None = True
+    remedy: str = ""
+
+
+def fact_lines(config: Config, facts: list[Facts], vocabulary: int, existing_checkpoints: int) -> list[Line]:
+    """All checks that follow from the facts. `vocabulary`: the tokenizer's size."""
+    return [
+        _ranks(config, facts),
+        _versions(facts),
+        _gpus(facts),
+        _hosts(config, facts),
+        _engine_version(config, facts),
+        _on_nodes("model", facts, lambda fact: fact.model_fault, config.model.path or "random weights"),
+        _data(facts),
+        _on_nodes("reward", facts, lambda fact: fact.reward_fault, config.reward.function),
+        _folder(config, facts),
+        _room(config, facts, vocabulary, existing_checkpoints),
+    ]
+
+
+def bandwidth_line(ranks: int, nodes: int, bytes_per_second: float, is_right: bool) -> Line:
+    """Of the all-reduce."""
+    if ranks == 1:
+        return Line("all-reduce", "one rank alone", None)
+    where = f"{ranks} ranks on {nodes} node{'s' * (nodes > 1)}"
+    if not is_right:
+        remedy = "a link or a GPU computes wrong sums: find it with nccl-tests, node by node, and exclude its node"
+        return Line("all-reduce", f"wrong sums over {where}", False, remedy)
+    return Line("all-reduce", f"{bytes_per_second / 1e9:.2f} GB/s bus bandwidth, {where}")
+
+
+def checkpoint_bytes(config: Config, vocabulary: int) -> int:
+    """Of one checkpoint: weights and optimizer state, without Megatron's bookkeeping."""
+    decoder, embeddings = count_parameters(config)
+    if not embeddings:  # the vocabulary is the tokenizer's to say
+        hf = config.model.hf_config or {}
+        embeddings = vocabulary * hf.get("hidden_size", 0) * (1 if hf.get("tie_word_embeddings") else 2)
+    return (decoder + embeddings) * _BYTES_PER_PARAMETER[config.model.dtype]
+
+
+def _nodes(facts: Iterable[Facts]) -> list[Facts]:
+    return [fact for fact in facts if fact.local_rank == 0]
+
+
+def _each(faults: Iterable[tuple[str, str]], total: int) -> str:
+    """Faults by node; said once when all nodes have the same."""
+    found = [(host, fault) for host, fault in faults if fault]
+    if len({fault for _, fault in found}) == 1 and len(found) == total:
+        return found[0][1]
+    return "\n".join(f"{host}: {fault}" for host, fault in found)
+
+
+def _on_nodes(what: str, facts: list[Facts], fault_of: Callable[[Facts], str], fine: str) -> Line:
+    nodes = _nodes(facts)
+    faults = _each(((fact.host, fault_of(fact)) for fact in nodes), len(nodes))
+    return Line(what, fine) if not faults else Line(what, faults, False)
+
+
+def _ranks(config: Config, facts: list[Facts]) -> Line:
+    wanted, found, nodes = config.parallel.processes, len(facts), len(_nodes(facts))
+    text = f"{found} of {wanted} on {nodes} node{'s' * (nodes > 1)}"
+    if found < wanted:
+        return Line("ranks", f"{text}: those that this machine can hold; a job checks them all", None)
+    return Line("ranks", text)
+
+
+def _versions(facts: list[Facts]) -> Line:
+    first = facts[0].versions
+    shown = ", ".join(f"{name} {version}" for name, version in first.items())
+    faults = _each(((fact.host, "; ".join(fact.version_faults)) for fact in _nodes(facts)), len(_nodes(facts)))
+    if faults:
+        return Line("versions", faults, False, "install what is supported: pip install -e '.[gpu]' on a GPU machine")
+    others = [f"{fact.host}: {_difference(first, fact.versions)}" for fact in _nodes(facts) if fact.versions != first]
+    if others:
+        finding = "\n".join([f"{facts[0].host}: {shown}", *others])
+        return Line("versions", finding, False, "use one environment, or one container, on all nodes")
+    return Line("versions", shown)
+
+
+def _difference(first: dict[str, str], other: dict[str, str]) -> str:
+    names = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+    return ", ".join(f"{name} {other.get(name, 'is missing')}" for name in names)
+
+
+def _gpus(facts: list[Facts]) -> Line:
+    gpus = [(fact.host, fact.local_rank, *fact.gpu) for fact in facts if fact.gpu is not None]
+    if not gpus:
+        return Line("GPUs", "no GPU here: the ranks run on CPUs, over gloo", None)
+    bare = sorted({fact.host for fact in facts if fact.gpu is None})
+    if bare:
+        remedy = "ask Slurm for GPUs on every node, or take the node out: sbatch --exclude"
+        return Line("GPUs", f"no GPU on {', '.join(bare)}", False, remedy)
+    full = [
+        f"{host} GPU {index}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        for host, index, _, free, total in gpus
+        if free < _MOSTLY_FREE * total
+    ]
+    if full:
+        remedy = "end the processes that hold it (nvidia-smi names them), or take the node out: sbatch --exclude"
+        return Line("GPUs", "\n".join(full), False, remedy)
+    kinds = sorted({name for _, _, name, _, _ in gpus})
+    if len(kinds) > 1:
+        return Line("GPUs", f"of several kinds: {', '.join(kinds)}", False, "ask for one kind: sbatch --constraint")
+    least = min(free for *_, free, _ in gpus)
+    return Line("GPUs", f"{len(gpus)} x {kinds[0]}, at least {least / 2**30:.1f} GiB free on each")
+
+
+def _hosts(config: Config, facts: list[Facts]) -> Line:
+    nodes = _nodes(facts)
+    if len(nodes) == 1 or config.rollout.engine == "transformers":
+        return Line("node names", "the engines' addresses stay on their node", None)
+    faults = [(fact.host, f"cannot resolve {', '.join(fact.unknown_hosts)}") for fact in nodes if fact.unknown_hosts]
+    if faults:
+        remedy = "engines are reached by their node's hostname: add the nodes to DNS or /etc/hosts"
+        return Line("node names", _each(faults, len(nodes)), False, remedy)
+    return Line("node names", "every node resolves every other")
+
+
+def _engine_version(config: Config, facts: list[Facts]) -> Line:
+    engine = config.rollout.engine
+    if engine == "transformers":
+        return Line("engine", "transformers, embedded", None)
+    versions = sorted({fact.engine_version for fact in _nodes(facts)})
+    which = ", ".join(versions) if any(versions) else f"at {', '.join(config.rollout.server.urls)}"
+    return _on_nodes("engine", facts, lambda fact: fact.engine_fault, f"{engine} {which}")
+
+
+def _data(facts: list[Facts]) -> Line:
+    line = _on_nodes("data", facts, lambda fact: fact.data_fault, facts[0].data)
+    nodes = _nodes(facts)
+    if line.is_ok and len({fact.data for fact in nodes}) > 1:
+        finding = "\n".join(f"{fact.host}: {fact.data}" for fact in nodes)
+        return Line("data", finding, False, "the nodes read different files: put the data on a disk that all share")
+    return line
+
+
+def _folder(config: Config, facts: list[Facts]) -> Line:
+    blind = [fact.host for fact in _nodes(facts) if not fact.sees_shared]
+    if blind:
+        remedy = "put logging.run_dir (MEGATRON_RL_RUNS) on a disk that all nodes share"
+        finding = f"{config.run_dir.parent} is not the same folder on {', '.join(blind)}"
+        return Line("run folder", finding, False, remedy)
+    return Line("run folder", f"{config.run_dir}, seen by every node")
+
+
+def _room(config: Config, facts: list[Facts], vocabulary: int, existing: int) -> Line:
+    one = checkpoint_bytes(config, vocabulary)
+    more = max(1, config.train.keep_checkpoints + 1 - existing)  # the newest is written before the oldest goes
+    free = min(fact.free_bytes for fact in _nodes(facts))
+    finding = f"{_gib(one)} a checkpoint, room for {more} more asked, {_gib(free)} free"
+    if free < more * one:
+        return Line("disk", finding, False, "make room, lower train.keep_checkpoints, or move logging.run_dir")
+    return Line("disk", finding)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

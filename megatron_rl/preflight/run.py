@@ -1,0 +1,186 @@
+"""Preflight over a world of ranks, and its report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_rl import launch
+from megatron_rl.config import Config, dump_config, load_config
+from megatron_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from megatron_rl.parallel.reduce import Reducer
+    from megatron_rl.preflight.lines import Line
+
+_MARKS = {True: "ok", False: "FAIL", None: "-"}
+
+
+def preflight(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c", show_default=False)] = None,
+) -> None:
+    """Check versions, GPUs, network, files and engines before a run; exit 1 when something has to be mended.
+
+    Under torchrun or Slurm over all ranks; else over those that this machine can hold.
+    """
+    resolved = load_config(config, overrides or [])
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        launch.run_worker(lambda: check_rank(resolved), config.parent)
+        return
+    from megatron_rl import device
+
+    processes = min(resolved.parallel.processes, device.local_gpus() or len(device.cpu_cores()))
+    with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
+        copy = Path(folder) / "config.yaml"
+        copy.write_text(dump_config(resolved))
+        command = [sys.executable, "-m", "megatron_rl", "preflight", str(copy)]
+        code = launch.run_world(command, processes, Path(folder), resolved.train.grace_seconds)
+    sys.exit(code)
+
+
+def check_rank(config: Config) -> None:
+    """All checks, as one rank of a world. Raises: UserError on rank 0 when a check failed."""
+    from megatron_rl import device
+    from megatron_rl.parallel.world import all_reduce_bandwidth, join_world, leave_world
+
+    if device.ON_GPU and launch.local_rank() >= device.local_gpus():
+        raise UserError(
+            f"rank {os.environ['RANK']} on {socket.gethostname()} has no GPU: {device.local_gpus()} are visible there; "
+            "ask for as many GPUs as processes of a node (--gpus-per-node), or lower parallel.world_size"
+        )
+    world = join_world()
+    # large enough on GPUs for the links' full speed; on CPUs it only shows that the ranks reach each other
+    bandwidth, is_right = all_reduce_bandwidth(world, nbytes=2**28 if device.ON_GPU else 2**22, repeats=5)
+    lines = _check(config, world, bandwidth, is_right)
+    failed = [line.what for line in lines if line.is_ok is False]
+    leave_world()
+    if failed and world_rank() == 0:
+        raise UserError(f"preflight: {', '.join(failed)} to be mended, see above")
+
+
+def world_rank() -> int:
+    """This process's number in the world."""
+    return int(os.environ["RANK"])
+
+
+def _check(config: Config, world: Reducer, bandwidth: float, is_right: bool) -> list[Line]:
+    """On every rank; rank 0 prints."""
+    from megatron_rl.data import build_tokenizer, vocab_size
+    from megatron_rl.preflight.facts import gather_facts
+    from megatron_rl.preflight.lines import Line, bandwidth_line, fact_lines
+
+    hosts = sorted(set(world.gather_objects(socket.gethostname())))
+    runs = config.run_dir.parent
+    shared = Path(world.gather_objects(str(runs.absolute() / f".preflight-{uuid.uuid4().hex}"))[0])
+    if world_rank() == 0:
+        runs.mkdir(parents=True, exist_ok=True)
+        shared.touch()
+    world.gather_objects(None)  # a barrier: the file is there
+    try:
+        facts = world.gather_objects(gather_facts(config, shared, hosts))
+    finally:
+        if world_rank() == 0:
+            shared.unlink()
+    try:
+        vocabulary = vocab_size(build_tokenizer(config))
+    except UserError:
+        vocabulary = 0  # told among the facts
+    existing = len(list((config.run_dir / "checkpoints").glob("step_*")))
+    lines = fact_lines(config, facts, vocabulary, existing)
+    nodes = sum(fact.local_rank == 0 for fact in facts)
+    lines.insert(3, bandwidth_line(world.size, nodes, bandwidth, is_right))
+    _print(lines)
+    if any(line.is_ok is False for line in lines):
+        last = Line("engine start", "not tried: mend the lines above first", None)
+    else:
+        last = _engine_start(config, world, shared.with_suffix(".engine"))
+    _print([last])
+    return [*lines, last]
+
+
+def _print(lines: list[Line]) -> None:
+    if world_rank() != 0:
+        return
+    for line in lines:
+        first, *rest = line.finding.splitlines() or [""]
+        print(f"{_MARKS[line.is_ok]:<5} {line.what:<13} {first}")
+        for text in [*rest, *([f"-> {line.remedy}"] if line.remedy else [])]:
+            print(" " * 20 + text)
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A policy's description without the policy."""
+
+    config: Config
+    hf_config: PretrainedConfig
+
+
+def _engine_start(config: Config, world: Reducer, folder: Path) -> Line:
+    """Start every node's servers as training does, without weights, and stop them."""
+    from megatron_rl.preflight.lines import Line
+    from megatron_rl.rollout.engine import EngineError, Place
+
+    if config.rollout.engine == "transformers":
+        return Line("engine start", "embedded: nothing to start", None)
+    from megatron_rl.rollout.build import DIALECTS, start_fleet, write_model_dir
+    from megatron_rl.rollout.servers import Loop
+
+    elsewhere = config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(folder)})})
+    if world_rank() == 0:
+        write_model_dir(folder / "engine_model", _Model(config, _architecture(config)), _tokenizer(config))
+    world.gather_objects(None)
+    place = Place(world_rank(), world.size, launch.local_rank(), world.gather_objects)
+    began, fleet, problem = time.monotonic(), None, ""
+    loop = Loop()
+    try:
+        fleet = start_fleet(elsewhere, folder / "engine_model", place, DIALECTS[config.rollout.engine](), loop)
+    except (EngineError, OSError, UserError) as error:
+        problem = str(error)
+    problems = [text for text in world.gather_objects(problem) if text]
+    try:
+        if fleet is not None and not problems:
+            fleet.heal()
+    except EngineError as error:  # on every rank alike
+        problems = [str(error)]
+    servers = [] if fleet is None else list(fleet.urls)
+    if fleet is not None:
+        fleet.close()
+        loop.close()
+    world.gather_objects(None)
+    if problems:
+        remedy = f"the servers' logs are in {folder / 'logs'}"
+        return Line("engine start", "\n".join(dict.fromkeys(problems)), False, remedy)
+    if world_rank() == 0:
+        shutil.rmtree(folder)
+    return Line("engine start", f"{len(servers)} servers ready after {time.monotonic() - began:.0f} s, stopped again")
+
+
+def _tokenizer(config: Config) -> Any:
+    from megatron_rl.data import build_tokenizer
+
+    return build_tokenizer(config)
+
+
+def _architecture(config: Config) -> PretrainedConfig:
+    from megatron_rl.config_checks import read_hf_config
+    from megatron_rl.data import vocab_size
+    from megatron_rl.policy.build import resolve_hf_config
+
+    raw = read_hf_config(config)
+    raw.setdefault("vocab_size", vocab_size(_tokenizer(config)))
+    return resolve_hf_config(raw)

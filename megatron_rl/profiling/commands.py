@@ -1,0 +1,112 @@
+"""`megatron-rl profile CONFIG` and `megatron-rl profile compare A B`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from megatron_rl.config import Config, dump_config, load_config
+from megatron_rl.errors import UserError
+
+
+class _RunByDefault(TyperGroup):
+    """What is no command's name is the config of `run`, so that `profile CONFIG` needs no further word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    help="Where a step's time and memory go: `profile CONFIG [a.b=c]`, or `profile compare A B`.",
+)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c", show_default=False)] = None,
+    steps: Annotated[int, typer.Option(min=1, help="measured steps")] = 5,
+    warmup: Annotated[int, typer.Option(min=2, help="steps before them; the last but one is traced")] = 3,
+    trace: Annotated[bool, typer.Option(help="write a trace of torch's profiler, one a rank")] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder of the profile; by default RUN_DIR/profile, or -2, -3 ... where that exists"),
+    ] = None,
+) -> None:
+    """Train a few steps as CONFIG says, into a folder of their own, and write down where their time goes."""
+    resolved = load_config(config, overrides or [])
+    in_world = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if out is None:
+        if in_world:
+            raise UserError("the ranks of a world must agree on the profile's folder: give it with --out")
+        out = _free_folder(resolved.run_dir / "profile")
+    options = ["--steps", str(steps), "--warmup", str(warmup), "--trace" if trace else "--no-trace"]
+    code = _run(resolved, out, [*options, "--out", str(out)], steps=steps, warmup=warmup, trace=trace)
+    if code == 0 and not in_world:
+        from rich.console import Console
+
+        from megatron_rl.profiling.tables import summary_table
+
+        Console().print(summary_table(load_profile(out)))
+        print(out / "profile.html")
+    sys.exit(code)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="folder that `profile` wrote", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="another one", show_default=False)],
+) -> None:
+    """Two profiles side by side, phase by phase; ratios above 1 mean that the second took longer."""
+    from rich.console import Console
+
+    from megatron_rl.profiling.tables import compare_table
+
+    Console().print(compare_table(load_profile(first), load_profile(second), str(first), str(second)))
+
+
+def load_profile(folder: Path) -> dict[str, Any]:
+    """The contents of profile.json. Raises: UserError when the folder holds no finished profile."""
+    path = folder / "profile.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no profile.json in it; expected a folder that `megatron-rl profile` wrote")
+    return json.loads(path.read_text())
+
+
+def _run(config: Config, out: Path, options: list[str], *, steps: int, warmup: int, trace: bool) -> int:
+    from megatron_rl import launch
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to the terminal
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        path = out / "profiled.yaml"
+        return launch.run_world(
+            [sys.executable, "-m", "megatron_rl", "profile", str(path), *options],
+            config.parallel.processes,
+            out,
+            config.train.grace_seconds,
+            prepare=lambda: launch.write_atomically(path, dump_config(config)),
+        )
+
+    def work() -> None:
+        from megatron_rl.profiling import record  # torch and Megatron: seconds
+
+        record.record(record.profile_config(config, out, steps=steps, warmup=warmup), warmup=warmup, trace=trace)
+
+    launch.run_worker(work, out)
+    return 0
+
+
+def _free_folder(wanted: Path) -> Path:
+    names = itertools.chain([wanted], (wanted.with_name(f"{wanted.name}-{i}") for i in itertools.count(2)))
+    return next(path for path in names if not path.exists())

@@ -1,0 +1,201 @@
+"""A profile as one HTML file: the timeline of a step across ranks, and the tables behind it."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megatron_rl import __version__
+from megatron_rl.profiling.analysis import PHASES, RankRecord, Summary, order, waiting
+from megatron_rl.profiling.tables import ASYNCHRONOUS, phase_rows, rate_rows
+from megatron_rl.report.figures import Figure
+from megatron_rl.report.page import card, document, table_html
+
+COLOURS = dict(
+    zip(
+        PHASES,
+        (
+            "#4269d0 #97bbf5 #8a63d2 #b08900 #efb118 #9c6b4e #e8780c #2f9e62 #6cc5b0 #3ca951 #c3489b #a9adb5 #ff725c "
+            "#5c6270"
+        ).split(),
+        strict=True,
+    )
+)
+COLOURS |= {"waiting": "#f4b6bd", "communication": "#d1495b"}
+OTHER_COLOUR = "#8b8f99"
+# stretches of one kind that lie closer together than this share of the step are drawn as one: they are one pixel
+_PIXEL = 1 / 4000
+_ROW = 34  # pixels
+
+DEFINITIONS = (
+    "A phase's seconds are its own: reward is no part of rollout, forward_backward and optimizer none of update. They "
+    "are means over the measured steps and over ranks; a checkpoint is counted apart, for few steps save one.",
+    "Device seconds: between two events on the GPU's stream, or on a CPU the processor time of all threads of the "
+    "process.",
+    "A collective's time is waiting until the last of its ranks has called it, and communication from then on; sends "
+    "and receives between pipeline stages are all waiting. Others wait for the rank that comes last.",
+    "Pipeline bubble: 1 − busy seconds of the stages / (stages × time from the first stage's start to the last one's "
+    "end), over forward-backward passes; a stage is idle while a send or a receive blocks it. 0 without a pipeline.",
+    "MFU: floating-point operations of the model (2 per weight and token, 4 × heads × head width per layer and pair of "
+    "tokens in causal attention, backward twice the forward; arXiv 2204.02311, appendix B) over seconds × peak. The "
+    "step's MFU counts the trainer's passes alone and divides by all of its time.",
+    "Peak memory: of one process, what torch allocated on a GPU, resident memory on a CPU.",
+)
+
+
+def write_page(
+    path: Path, facts: dict[str, Any], summary: Summary, ranks: Sequence[RankRecord], config_text: str
+) -> None:
+    """Write the page. `facts`: of profile.json."""
+    profile = {"facts": facts, "summary": summary.to_json()}
+    plots: dict[str, Any] = {}
+    step = median_step(ranks)
+    timeline = Figure(
+        f"Step {step} on every rank",
+        "Upper row of a rank: its phases. Middle: parts of a phase. Lower: its host in collectives. The "
+        "step is the one of median length; zoom with a drag, hover for names and seconds.",
+        *timeline_figure(ranks, step),
+    )
+    where = Figure("Seconds of each phase by rank", "A longer bar of one rank is a straggler's.", *bars_figure(summary))
+    phases, rates = table_html(phase_rows(profile)), table_html([["what", "value"], *map(list, rate_rows(profile))])
+    places = table_html(rank_rows(summary, ranks, on_gpu=facts["on_gpu"]))
+    body = [
+        f"<header><h1>Profile of {escape(facts['name'])}</h1><p>{len(summary.steps)} measured steps of "
+        f"{summary.step_seconds:.3f} s after {facts['warmup']} others; {facts['processes']} processes "
+        f"({escape(facts['layout'])}), {escape(facts['device'])}, torch {escape(facts['torch'])}, megatron_rl "
+        f"{__version__}.</p></header>",
+        _section("Timeline", card(timeline, plots)),
+        _section("Phases", f"<article>{phases}</article><br>{card(where, plots)}"),
+        _section(
+            "Rates and ranks",
+            f'<article style="max-width: 44rem">{rates}</article><br><div class="grid">'
+            f"<article><h3>Ranks</h3>{places}</article>"
+            f"<article><h3>Collectives of one rank and step</h3>{_collectives(summary, facts)}</article></div>",
+        ),
+        _section("How to read it", "".join(f"<p>{escape(text)}</p>" for text in DEFINITIONS)),
+        _section("Configuration", f"<details><summary>config.yaml</summary><pre>{escape(config_text)}</pre></details>"),
+    ]
+    path.write_text(document(f"Profile of {facts['name']}", body, plots), encoding="utf-8")
+
+
+def median_step(ranks: Sequence[RankRecord]) -> int:
+    """The measured step of median length on rank 0 (of an even number: the shorter middle one)."""
+    lengths = [(record.end - record.start, record.step) for record in ranks[0].steps]
+    middle = statistics.median_low([length for length, _ in lengths])
+    return next(step for length, step in lengths if length == middle)
+
+
+def timeline_figure(ranks: Sequence[RankRecord], step: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Plotly's traces and layout: one horizontal bar a stretch, one trace a name, time in seconds from the first rank's
+    start."""
+    records = [next(record for record in rank.steps if record.step == step) for rank in ranks]
+    origin = min(record.start + rank.clock_offset for rank, record in zip(ranks, records, strict=True))
+    length = max(record.end + rank.clock_offset for rank, record in zip(ranks, records, strict=True)) - origin
+    waits, _ = waiting(ranks)
+    bars: dict[str, list[tuple[str, float, float]]] = defaultdict(list)  # name -> (row, start, end)
+    rows: list[str] = []
+    for rank, record in zip(ranks, records, strict=True):
+        shift, label = rank.clock_offset - origin, f"rank {rank.rank}"
+        used = [label]
+        for span in record.spans:
+            row = f"{label} {span.thread}" if span.thread else label if span.parent < 0 else f"{label} parts"
+            bars[span.name].append((row, span.start + shift, span.end + shift))
+            used.append(row)
+        for c in record.collectives:
+            row, arrived = f"{label} collectives", c.start + waits.get(id(c), 0.0)
+            bars["waiting"].append((row, c.start + shift, arrived + shift))
+            bars["communication"].append((row, arrived + shift, c.end + shift))
+            used.append(row)
+        rows += dict.fromkeys(used)
+    traces = [_bars(name, _merged(bars[name], length * _PIXEL)) for name in sorted(bars, key=order)]
+    layout = {
+        "barmode": "overlay",
+        "bargap": 0.15,
+        "height": 120 + _ROW * len(rows),
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        "hovermode": "closest",
+        "xaxis": {"title": {"text": "seconds"}, "range": [0, length]},
+        "yaxis": {"categoryorder": "array", "categoryarray": rows[::-1], "type": "category"},
+    }
+    return traces, layout
+
+
+def bars_figure(summary: Summary) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One stacked bar a rank, of the phases' own seconds; waiting is within them."""
+    labels = [f"rank {rank}" for rank in range(len(summary.by_rank))]
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": name,
+            "y": labels,
+            "x": [mine.get(name, 0.0) for mine in summary.by_rank],
+            "marker": {"color": COLOURS.get(name, OTHER_COLOUR)},
+            "hovertemplate": f"{name}: %{{x:.3f}} s",
+        }
+        for name in summary.phases
+        if name != "checkpoint"
+    ]
+    layout = {
+        "barmode": "stack",
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        "height": 160 + _ROW * len(labels),
+        "xaxis": {"title": {"text": "seconds of a step"}},
+        "yaxis": {"type": "category", "autorange": "reversed"},
+    }
+    return traces, layout
+
+
+def rank_rows(summary: Summary, ranks: Sequence[RankRecord], *, on_gpu: bool) -> list[list[str]]:
+    """Header, then one row a rank: its place and what the others waited for it, seconds of a step."""
+    rows = [["rank", "tp, pp, dp", "host", "others waited for it, s"]]
+    for rank, caused in zip(ranks, summary.caused_waiting, strict=True):
+        place = f"{rank.place['tp']}, {rank.place['pp']}, {rank.place['dp']}"
+        rows.append([str(rank.rank), place, rank.host, "–" if on_gpu else f"{caused:.3f}"])
+    return rows
+
+
+def _collectives(summary: Summary, facts: dict[str, Any]) -> str:
+    rows = [["operation", "calls", "host s"]]
+    rows += [[name, f"{calls:,.1f}", f"{seconds:.4f}"] for name, (calls, seconds) in summary.collectives.items()]
+    html = table_html(rows)
+    if facts["on_gpu"]:
+        html += f"<p>Communication: {escape(ASYNCHRONOUS)}. The host's seconds are those of the calls.</p>"
+    if facts["trace_collectives"]:
+        traced = [["in the trace of rank 0", "events", "seconds"]]
+        traced += [[name, str(count), f"{s:.4f}"] for name, (count, s) in sorted(facts["trace_collectives"].items())]
+        html += table_html(traced)
+    return html
+
+
+def _section(title: str, html: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{html}</section>"
+
+
+def _merged(stretches: list[tuple[str, float, float]], gap: float) -> list[tuple[str, float, float]]:
+    merged: list[tuple[str, float, float]] = []
+    for row, start, end in sorted(stretches):
+        if merged and merged[-1][0] == row and start - merged[-1][2] < gap:
+            merged[-1] = (row, merged[-1][1], max(end, merged[-1][2]))
+        else:
+            merged.append((row, start, end))
+    return merged
+
+
+def _bars(name: str, stretches: list[tuple[str, float, float]]) -> dict[str, Any]:
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": name,
+        "y": [row for row, _, _ in stretches],
+        "base": [round(start, 6) for _, start, _ in stretches],
+        "x": [round(end - start, 6) for _, start, end in stretches],
+        "marker": {"color": COLOURS.get(name, OTHER_COLOUR), "line": {"width": 0}},
+        "hovertemplate": f"{name}<br>from %{{base:.4f}} s, %{{x:.4f}} s",
+    }

@@ -1,0 +1,170 @@
+"""A profile: a short real training run in a folder of its own, whose steps are recorded on every rank.
+
+The folder holds what a run's folder holds, and `ranks/rank{r}.json` (spans and collectives), `traces/rank{r}.json.gz`
+(torch's profiler, for ui.perfetto.dev), on GPUs `memory/rank{r}.pickle` (for pytorch.org/memory_viz), `profile.json`
+(the summary) and `profile.html`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl import device, train
+from megatron_rl.config import Config
+from megatron_rl.config_checks import read_hf_config
+from megatron_rl.data import build_tokenizer, vocab_size
+from megatron_rl.errors import UserError
+from megatron_rl.jsonl import read_rows
+from megatron_rl.launch import write_atomically
+from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
+from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.parallel.traffic import clock_offset, watch_collectives
+from megatron_rl.policy.build import DTYPES, resolve_hf_config
+from megatron_rl.profiling.analysis import RankRecord, Summary, summarise
+from megatron_rl.profiling.flops import forward_flops
+from megatron_rl.profiling.page import write_page
+from megatron_rl.profiling.spans import Recorder, from_json, to_json
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def record(config: Config, *, warmup: int, trace: bool) -> None:
+    """One rank's part, on the world that torchrun's environment describes. `config`: as `profile_config` makes it; its
+    first `warmup` steps (2 at least) are not measured, and the last but one is traced: ranks need a step to come
+    together again after writing their traces, which takes them differently long."""
+    folder = config.run_dir
+    groups = init_groups(config.parallel, config.seed)
+    world = Reducer(groups.world, device.device())
+    place = f"rank{groups.rank}"
+    traced = warmup - 2 if trace else None
+    trace_path = folder / "traces" / f"{place}.json.gz"
+    recorder = Recorder(range(warmup, config.train.num_steps), watch_collectives, traced=traced, trace_path=trace_path)
+    barrier(groups)  # ranks that share cores measure their peak together, as they will work
+    peak, peak_source = device.peak_flops(DTYPES[config.model.dtype])
+    offset = clock_offset(world, groups.rank, BOOT_ID.read_text() if BOOT_ID.exists() else platform.node())
+    device.record_memory_history()
+    train.train(config, groups, recorder)
+    device.save_memory_snapshot(folder / "memory" / f"{place}.pickle")
+    mine = {
+        "rank": groups.rank,
+        "place": {"tp": groups.tp_rank, "pp": groups.pp_rank, "dp": groups.dp_rank},
+        "host": platform.node(),
+        "clock_offset": offset,
+        "peak_flops": peak,
+        "steps": to_json(recorder.records),
+    }
+    (folder / "ranks").mkdir(exist_ok=True)
+    write_atomically(folder / "ranks" / f"{place}.json", json.dumps(mine))
+    barrier(groups)
+    if groups.rank == 0:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it was saved to be timed
+        conclude(config, groups, {"warmup": warmup, "traced_step": traced, "peak_source": peak_source})
+    barrier(groups)
+    destroy_groups()
+
+
+def conclude(config: Config, groups: Groups, facts: dict[str, Any]) -> None:
+    """Write profile.json and profile.html from the ranks' files."""
+    folder = config.run_dir
+    ranks = load_ranks(folder)
+    if not ranks[0].steps:
+        raise UserError("the run was stopped before its first measured step; nothing was measured")
+    summary = summarise(ranks, on_gpu=device.ON_GPU)
+    add_rates(summary, ranks, config, read_rows(folder / "metrics.jsonl")[0])
+    traffic = trace_collectives(folder / "traces" / "rank0.json.gz")
+    facts |= {
+        "name": config.name,
+        "device": device.name(),
+        "torch": torch.__version__,
+        "processes": groups.world_size,
+        "layout": f"tp {groups.tp_size}, pp {groups.pp_size}, dp {groups.dp_size}",
+        "on_gpu": device.ON_GPU,
+        "trace_collectives": traffic,
+    }
+    write_atomically(folder / "profile.json", json.dumps({"facts": facts, "summary": summary.to_json()}, indent=1))
+    write_page(folder / "profile.html", facts, summary, ranks, (folder / "config.yaml").read_text())
+
+
+def profile_config(config: Config, folder: Path, *, steps: int, warmup: int) -> Config:
+    """The config of the profile's run: `warmup + steps` steps from the initial weights into `folder`, no evaluation,
+    one checkpoint after the last step where the config would ever save one."""
+    train_options = config.train
+    saves = bool(train_options.save_every or train_options.save_final or train_options.keep_best)
+    changes = {
+        "num_steps": warmup + steps,
+        "eval_every": 0,
+        "save_every": 0,
+        "save_final": saves,
+        "keep_best": False,
+        "save_hf": False,
+        "resume": "never",
+    }
+    run_dir = str(folder).replace("{", "{{").replace("}", "}}")
+    logging = config.logging.model_copy(update={"run_dir": run_dir, "tensorboard": False, "wandb_project": None})
+    return config.model_copy(update={"train": train_options.model_copy(update=changes), "logging": logging})
+
+
+def load_ranks(folder: Path) -> list[RankRecord]:
+    """All ranks' records, by rank. Raises: UserError when the folder is no profile."""
+    paths = sorted((folder / "ranks").glob("rank*.json"), key=lambda path: int(path.stem.removeprefix("rank")))
+    if not paths:
+        raise UserError(f"{folder}: no ranks/rank*.json in it; expected a folder that `megatron-rl profile` wrote")
+    rows = [json.loads(path.read_text()) for path in paths]
+    return [RankRecord(**{**row, "steps": from_json(row["steps"])}) for row in rows]
+
+
+def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics: list[dict[str, Any]]) -> None:
+    """Tokens/s and model FLOPs utilisation, from the tokens that the measured steps logged.
+
+    `mfu_*`: FLOPs of the model, those of recomputation and of selection left out, over seconds * the processes' peak.
+    `mfu_step` counts the trainer's passes (old log-probabilities, update) against the whole step's time.
+    """
+    rows = [row for row in metrics if row["step"] in summary.steps]
+    tokens, pairs, positions, responses = (
+        sum(row[f"batch/{name}"] for row in rows) / len(rows)
+        for name in ("sequence_tokens", "attention_pairs", "tokens", "response_tokens")
+    )
+    hf = read_hf_config(config)
+    hf.setdefault("vocab_size", vocab_size(build_tokenizer(config)))
+    forward = forward_flops(resolve_hf_config(hf).to_dict(), tokens, pairs)
+    peaks = [rank.peak_flops for rank in ranks]
+    summary.peak_flops = peak = None if None in peaks else sum(p for p in peaks if p is not None)
+    seconds = {name: cost.seconds for name, cost in summary.phases.items()}
+
+    def mfu(flops: float, seconds: float | None) -> float | None:
+        return flops / (seconds * peak) if seconds and peak else None
+
+    generation = seconds.get("rollout")
+    summary.rates = {
+        "tokens_per_second": positions / summary.step_seconds,
+        "tokens_per_second_per_process": positions / summary.step_seconds / len(ranks),
+        "generated_tokens_per_second": responses / generation if generation else None,
+        "model_flops_per_step": 4 * forward,
+        "mfu_old_logprobs": mfu(forward, seconds.get("old_logprobs")),
+        "mfu_forward_backward": mfu(3 * forward, seconds.get("forward_backward")),
+        "mfu_step": mfu(4 * forward, summary.step_seconds),
+    }
+
+
+def trace_collectives(path: Path) -> dict[str, tuple[int, float]]:
+    """What torch's trace says of collectives: name -> (events, seconds added up), of NCCL's kernels on a GPU and gloo's
+    work on a CPU; empty without a trace."""
+    import gzip
+
+    if not path.is_file():
+        return {}
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events = json.load(file)["traceEvents"]
+    found: dict[str, tuple[int, float]] = {}
+    for event in events:
+        name = str(event.get("name", ""))
+        if event.get("ph") == "X" and name.startswith(("ncclDevKernel", "ncclKernel", "gloo:")):
+            count, seconds = found.get(name, (0, 0.0))
+            found[name] = (count + 1, seconds + event["dur"] / 1e6)
+    return found

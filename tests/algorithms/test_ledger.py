@@ -1,0 +1,52 @@
+"""Who spent the entropy: groups by hand, and the same totals whatever the packing."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.ledger import ledger
+from megatron_rl.types import TokenStats, TrainBatch
+from tests.algorithms.covariance_case import ALONE, build, by_hand
+
+
+def test_groups_by_hand() -> None:
+    mini_batch, (stats,) = by_hand([-1.0, -2.0, -3.0, -2.0, -1.0], [1.0, -1.0, 1.0, -1.0, 2.0])
+    (micro_batch,) = mini_batch.micro_batches
+    labels = torch.tensor([7, 8, 7, 7, 9, 0, 0])  # two positions of padding at the end
+    mini_batch = mini_batch.replace_each("labels", [labels])
+    after = [TokenStats(stats.logprobs, stats.entropy + torch.tensor([0.5, -0.25, 0, 0, -1.0, 8, 8]))]
+    entry = ledger(TrainBatch(0, (mini_batch,)), [[stats]], after, ALONE)
+    spent = entropy_loss_per_step(stats, micro_batch.advantages)[:5].tolist()
+    by_token = {row[0]: row[1:] for row in entry["tokens"]}
+    assert {i: (row[0], row[2]) for i, row in by_token.items()} == {7: (3, 3), 8: (1, 1), 9: (1, 1)}
+    expected = {7: spent[0] + spent[2] + spent[3], 8: spent[1], 9: spent[4]}
+    changes = {7: 0.5, 8: -0.25, 9: -1.0}
+    for i, row in by_token.items():
+        np.testing.assert_allclose(row[1::2], [expected[i], changes[i]], rtol=1e-6)
+    assert [abs(row[2]) for row in entry["tokens"]] == sorted((abs(v) for v in expected.values()), reverse=True)
+    assert [row[:3] for row in entry["positions"]] == [[0, 0, 1], [1, 2, 2], [3, 6, 2]]
+    np.testing.assert_allclose(entry["positions"][1][3], spent[1] + spent[2], rtol=1e-6)
+    # A's mean 0.4, logp's -1.8: cov 0.48, 0.28, -0.72, 0.28, 1.28; the 50% quantile is 0.28, the others 0.48
+    assert [row[1] for row in entry["covariance"]] == [3, 1, 0, 0, 0, 1]
+    assert entry["covariance"][-1][0] is None and entry["total"][0] == 5
+
+
+def test_the_packing_does_not_matter_and_nothing_is_lost() -> None:
+    """The mini-batches of a step share one covariance; only the first is probed."""
+    entries = []
+    for bins in ([list(range(8))], [[0, 4], [], [3, 1, 2], [7, 6, 5]]):
+        (first, before), (second, later) = build(bins), build(bins, seed=1, index=1)
+        after = [TokenStats(s.logprobs, s.entropy * 0.9) for s in before]
+        entries.append(ledger(TrainBatch(0, (first, second)), [before, later], after, ALONE))
+    one, several = entries
+    for part in ("total", "tokens", "positions", "covariance"):
+        np.testing.assert_allclose(
+            np.array(one[part], dtype=float), np.array(several[part], dtype=float), rtol=1e-5, atol=1e-6
+        )
+        table = np.array(one[part], dtype=float)
+        total = table[..., -4:] if part == "total" else table[:, -4:].sum(0)
+        np.testing.assert_allclose(total, one["total"], rtol=1e-9)
+    assert one["total"][2] * 2 == one["total"][0]
+    assert ledger(TrainBatch(0, (build([[]])[0],)), [build([[]])[1]], None, ALONE) == {}
