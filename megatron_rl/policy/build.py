@@ -223,7 +223,8 @@ def _chunk(
 
 def fuses_output_layer(config: Config, padded_vocab: int) -> bool:
     """Whether the statistics compute the logits themselves, in chunks (model.fused_linear_stats)."""
-    size = config.train.micro_batch_tokens * padded_vocab // config.parallel.tp * DTYPES[config.model.dtype].itemsize
+    tokens = config.train.micro_batch_tokens // config.parallel.cp
+    size = tokens * padded_vocab // config.parallel.tp * DTYPES[config.model.dtype].itemsize
     return {"off": False, "on": True, "auto": size > 4 * 2**30}[config.model.fused_linear_stats]
 
 
