@@ -13,10 +13,9 @@ from megatron_rl.grading.fuzz import malformed
 from megatron_rl.grading.pool import GradingPool
 from megatron_rl.grading.verdict import Verdict, Verifier
 
-DEADLINE = 3.0
+DEADLINE = 2.0
 VERIFIERS = (
     Verifier("math", {}),
-    Verifier("math", {"strict": True}),
     Verifier("exact", {}),
     Verifier("regex", {"pattern": r"\\boxed\{(.*?)\}"}),
     Verifier("format", {"pattern": r"\A[^$]*\$[^$]+\$"}),

@@ -11,12 +11,13 @@ GOLDS = (
     r"120^\circ", r"50\%", r"\$32,\!348", "1.5e6", r"5\text{ cm}", r"3 \pm 2 \sqrt{2}", "2516_8", r"\{1,2\}", "6+9i",
 )  # fmt: skip
 _TOKENS = (
-    "\\frac", "\\sqrt", "\\left(", "\\right)", "{", "}", "[", "]", "(", ")", "^", "_", "&", "\\\\", "\\", "$", "$$", "%",
-    "\\%", "#", "~", ",", ";", ":", "=", "<", ">", "\\le", "+", "-", "*", "/", "!", "|", "'", "\"", "`", "\\pi", "\\infty",
-    "\\text{", "\\boxed{", "\\begin{pmatrix}", "\\end{pmatrix}", "\\begin{cases}", "\\cup", "\\in", "\\pm", "\\circ",
-    "^\\circ", "\\sum_{k=1}^{n}", "\\int_0^1", "\\lim_{x\\to0}", "\\binom{5}{2}", "\\overline{3}", "\\log", "\\sin", "e",
-    "i", "x", "y", "n", "0", "1", "7", "10", "99", "1e400", "9^{9^9}", "10^{9999}", "(x+1)^{99}", "1000!", "0.000", "..",
-    " and ", " or ", "\n", "\t", "\x00", "\x0c", "\x7f", "\ud800", "\u202e", "é", "数", "🙂", "answer is", "####",
+    "\\frac", "\\sqrt", "\\left(", "\\right)", "{", "}", "[", "]", "(", ")", "^", "_", "&", "\\\\", "\\", "$", "$$",
+    "%", "\\%", "#", "~", ",", ";", ":", "=", "<", ">", "\\le", "+", "-", "*", "/", "!", "|", "'", "\"", "`",
+    "\\pi", "\\infty", "\\text{", "\\boxed{", "\\begin{pmatrix}", "\\end{pmatrix}", "\\begin{cases}", "\\cup",
+    "\\in", "\\pm", "\\circ", "^\\circ", "\\sum_{k=1}^{n}", "\\int_0^1", "\\lim_{x\\to0}", "\\binom{5}{2}",
+    "\\overline{3}", "\\log", "\\sin", "e", "i", "x", "y", "n", "0", "1", "7", "10", "99", "1e400", "9^{9^9}",
+    "10^{9999}", "(x+1)^{99}", "1000!", "0.000", "..", " and ", " or ", "\n", "\t", "\x00", "\f", "\x7f", "\ud800",
+    "\u202e", "é", "数", "🙂", "answer is", "####",
 )  # fmt: skip
 
 
@@ -26,7 +27,10 @@ def malformed(count: int, seed: int) -> Iterator[tuple[str, str]]:
     for _ in range(count):
         gold = draw.choice(GOLDS)
         text = draw.choice((_soup, _mutated, _nested, _repeated, _characters))(draw, gold)
-        yield draw.choice(("\\boxed{%s}", "\\boxed{%s", "So $%s$", "the answer is %s.", "%s", "%s}")).replace("%s", text), gold
+        yield (
+            draw.choice(("\\boxed{%s}", "\\boxed{%s", "So $%s$", "the answer is %s.", "%s", "%s}")).replace("%s", text),
+            gold,
+        )
 
 
 def _soup(draw: random.Random, gold: str) -> str:
@@ -42,7 +46,9 @@ def _mutated(draw: random.Random, gold: str) -> str:
 
 
 def _nested(draw: random.Random, gold: str) -> str:
-    opening = draw.choice(("{", "(", "\\frac{", "\\sqrt{", "\\left(", "\\boxed{", "x^{", "\\text{", "$", "[", "-", "1+("))
+    opening = draw.choice(
+        ("{", "(", "\\frac{", "\\sqrt{", "\\left(", "\\boxed{", "x^{", "\\text{", "$", "[", "-", "1+(")
+    )
     depth = draw.choice((3, 10, 50, 1000))
     return opening * depth + gold + "}" * draw.randint(0, depth)
 

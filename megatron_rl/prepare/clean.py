@@ -100,25 +100,32 @@ class Overlap:
     training: frozenset[int]  # indices of the training rows in question
 
 
-def overlap(rows: Sequence[Row], name: str, evaluation: Sequence[Row], threshold: float) -> Overlap:
-    """Compare with one evaluation set. Near ones need the same numbers, whatever the answer; threshold 0: none."""
-    by_key: dict[str, list[int]] = {}
-    by_numbers: dict[object, list[tuple[int, frozenset[tuple[str, ...]]]]] = {}
-    for i, row in enumerate(rows):
-        by_key.setdefault(overlap_key(row), []).append(i)
-        if threshold:
-            by_numbers.setdefault(_numbers(row.problem), []).append((i, _shingles(row.problem)))
-    same, near, training = set(), set(), set()
-    for i, row in enumerate(evaluation):
-        exact = by_key.get(overlap_key(row), [])
-        shingles = _shingles(row.problem)
-        alike = [j for j, other in by_numbers.get(_numbers(row.problem), []) if _jaccard(shingles, other) >= threshold]
-        if exact:
-            same.add(i)
-        elif alike:
-            near.add(i)
-        training.update(exact, alike)
-    return Overlap(name, len(evaluation), frozenset(same), frozenset(near), frozenset(training))
+class Index:
+    """The training rows, to be looked up from evaluation sets."""
+
+    def __init__(self, rows: Sequence[Row], threshold: float) -> None:
+        """`threshold`: of near problems; 0: none are sought."""
+        self._threshold = threshold
+        self._by_key: dict[str, list[int]] = {}
+        self._by_numbers: dict[object, list[tuple[int, frozenset[tuple[str, ...]]]]] = {}
+        for i, row in enumerate(rows):
+            self._by_key.setdefault(overlap_key(row), []).append(i)
+            if threshold:
+                self._by_numbers.setdefault(_numbers(row.problem), []).append((i, _shingles(row.problem)))
+
+    def overlap(self, name: str, evaluation: Sequence[Row]) -> Overlap:
+        """Compare with one evaluation set. Near ones need the same numbers, whatever the answer."""
+        same, near, training = set(), set(), set()
+        for i, row in enumerate(evaluation):
+            exact, shingles = self._by_key.get(overlap_key(row), []), _shingles(row.problem)
+            candidates = self._by_numbers.get(_numbers(row.problem), [])
+            alike = [j for j, other in candidates if _jaccard(shingles, other) >= self._threshold]
+            if exact:
+                same.add(i)
+            elif alike:
+                near.add(i)
+            training.update(exact, alike)
+        return Overlap(name, len(evaluation), frozenset(same), frozenset(near), frozenset(training))
 
 
 def _shingles(text: str) -> frozenset[tuple[str, ...]]:

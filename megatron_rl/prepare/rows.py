@@ -95,7 +95,9 @@ def _from_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise PrepareError(f"{path}: Parquet needs pyarrow; install it with: pip install 'megatron-rl[data]'") from error
+        raise PrepareError(
+            f"{path}: Parquet needs pyarrow; install it with: pip install 'megatron-rl[data]'"
+        ) from error
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
@@ -134,7 +136,14 @@ def _row(record: Mapping[str, Any], preset: Preset, where: str, number: str) -> 
     source = preset.source or str(record.get("source") or record.get("data_source") or number.rpartition("-")[0])
     # a prepared file keeps the prompt that its rows bring
     suffix = preset.suffix or str(record.get("suffix") or "")
-    return Row(number if own is None else str(own), problem.strip(), answer, source, suffix, preset.system or record.get("system"))
+    return Row(
+        number if own is None else str(own),
+        problem.strip(),
+        answer,
+        source,
+        suffix,
+        preset.system or record.get("system"),
+    )
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...], where: str, what: str) -> Any:
