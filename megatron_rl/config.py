@@ -120,8 +120,8 @@ class JsonlData(Section):
     train_path: str = Field(description="training problems")
     eval_path: str | None = Field(None, description="held-out problems")
     tokenizer: str | None = Field(None, description="Hugging Face tokenizer folder; null: model.path")
-    system_prompt: str | None = Field(None, description="system message of the chat template")
-    suffix: str = Field("", description="appended to each problem")
+    system_prompt: str | None = Field(None, description="system message, where a row has no `system` of its own")
+    suffix: str = Field("", description="appended to each problem that has no `suffix` of its own")
     max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are dealt with by `overlong_prompts`")
     overlong_prompts: Literal["error", "drop"] = Field("error", description="drop counts and logs what it drops")
 
