@@ -1,0 +1,42 @@
+"""What the planner knows of a machine: data-sheet numbers, and what a process needs before its first tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One accelerator and the wires to the others, per GPU and direction. Data-sheet peaks: nothing reaches them."""
+
+    name: str
+    memory: float  # bytes that a process can use
+    flops: float  # dense bfloat16 multiply-adds count twice, per second; 0: no time is predicted
+    bandwidth: float  # of its memory, bytes/s
+    node_link: float  # to a GPU of the same node, bytes/s
+    network: float  # to another node, bytes/s
+    host_link: float  # to the host's memory, bytes/s
+    gpus_per_node: int = 8
+
+
+# Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM, GB200 (per GPU); one 200 or 400 Gb/s network port
+# a GPU, as in the DGX systems. `memory` is what the driver reports, a little below the nominal size.
+HARDWARE = {
+    "a100": Hardware("a100", 79.2 * GIB, 312e12, 2.04e12, 300e9, 25e9, 25e9),
+    "h100": Hardware("h100", 79.2 * GIB, 989e12, 3.35e12, 450e9, 50e9, 50e9),
+    "h200": Hardware("h200", 139.8 * GIB, 989e12, 4.8e12, 450e9, 50e9, 50e9),
+    "gb200": Hardware("gb200", 184.0 * GIB, 2500e12, 8.0e12, 900e9, 50e9, 300e9, gpus_per_node=4),
+    "cpu": Hardware("cpu", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gpus_per_node=1),  # memory alone is predicted, as peak RSS of a rank
+}
+
+# Driver context, cuBLAS and attention workspaces, NCCL's buffers, of one process on a GPU. Assumed: never measured here.
+GPU_PROCESS_BYTES = 2.0 * GIB
+# Share of a GPU's memory that a plan may fill; the rest is for fragmentation and what the formulas leave out.
+FILL = 0.92
+# Peak RSS of a rank that has imported torch, Megatron-Core and transformers and trained a model of 10 thousand
+# parameters over gloo; measured by scripts/measure_memory.py (torch 2.13.0 CPU, Python 3.11, Linux).
+CPU_PROCESS_BYTES = 445 * 2**20
+# Bytes of the embedded engine's sampling per sequence and vocabulary entry: float32 logits, probabilities, their sum.
+SAMPLING_BYTES = 16
