@@ -149,9 +149,9 @@ def _rl_deviation(cases: Sequence[RLCase], constants: Constants) -> float:
 
 
 def _generation_grid(constants: Constants) -> list[Constants]:
-    """decode from 1 to 3 in steps of 0.05, token_seconds from 0 to 15 ms in steps of 0.5 ms."""
+    """decode from 1 to 3 in steps of 0.1, token_seconds from 0 to 15 ms in steps of 1 ms."""
     return [
-        replace(constants, decode=1.0 + 0.05 * decode, token_seconds=5e-4 * step)
-        for decode in range(41)
-        for step in range(31)
+        replace(constants, decode=1.0 + 0.1 * decode, token_seconds=1e-3 * step)
+        for decode in range(21)
+        for step in range(16)
     ]

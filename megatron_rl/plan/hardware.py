@@ -28,7 +28,7 @@ HARDWARE = {
     "h100": Hardware("h100", 79.2 * GIB, 989e12, 3.35e12, 450e9, 50e9, 50e9),
     "h200": Hardware("h200", 139.8 * GIB, 989e12, 4.8e12, 450e9, 50e9, 50e9),
     "gb200": Hardware("gb200", 184.0 * GIB, 2500e12, 8.0e12, 900e9, 50e9, 300e9, gpus_per_node=4),
-    "cpu": Hardware("cpu", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gpus_per_node=1),  # memory alone is predicted, as peak RSS of a rank
+    "cpu": Hardware("cpu", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gpus_per_node=1),  # memory alone: peak RSS
 }
 
 # Driver context, cuBLAS and attention workspaces, NCCL's buffers, of one process on a GPU. Assumed: never measured here.
@@ -38,5 +38,10 @@ FILL = 0.92
 # Peak RSS of a rank that has imported torch, Megatron-Core and transformers and trained a model of 10 thousand
 # parameters over gloo; measured by scripts/measure_memory.py (torch 2.13.0 CPU, Python 3.11, Linux).
 CPU_PROCESS_BYTES = 445 * 2**20
-# Bytes of the embedded engine's sampling per sequence and vocabulary entry: float32 logits, probabilities, their sum.
-SAMPLING_BYTES = 16
+# Peak RSS over the activations' bytes on a CPU: a C heap keeps what it freed, in pieces. Fitted to the rows `wide` and
+# `long` of data/measured_memory.csv, as `scripts/fit_planner.py` prints it.
+CPU_HEAP = 1.4
+# The weight stream gathers buckets of this size (parallel/weights.py).
+GATHER_BYTES = 512 * 2**20
+# Entries that the embedded engine samples from at once, in float64 (rollout/sampling.py).
+SAMPLING_ENTRIES = 2**23

@@ -9,7 +9,16 @@ import math
 from dataclasses import dataclass
 
 from megatron_rl.config import Config
-from megatron_rl.plan.hardware import CPU_PROCESS_BYTES, FILL, GIB, GPU_PROCESS_BYTES, SAMPLING_BYTES, Hardware
+from megatron_rl.plan.hardware import (
+    CPU_HEAP,
+    CPU_PROCESS_BYTES,
+    FILL,
+    GATHER_BYTES,
+    GIB,
+    GPU_PROCESS_BYTES,
+    SAMPLING_ENTRIES,
+    Hardware,
+)
 from megatron_rl.plan.shapes import (
     Layout,
     ModelShape,
@@ -164,12 +173,13 @@ class Memory:
 def memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> Memory:
     """Of a run with this layout in place of the config's.
 
-    Micro-batches count as full, `train.micro_batch_tokens` tokens, and responses as long as they may be.
+    Micro-batches count as full and responses as long as they may be. On a CPU the peak resident memory is predicted: the
+    heap keeps what one phase freed while the next one fills other memory, so that there the phases add up.
     """
     on_gpu = hardware.flops > 0
     width = 2 if config.model.dtype == "bfloat16" else 4
     passes = Passes(
-        tokens=config.train.micro_batch_tokens,
+        tokens=micro_batch_tokens(config, layout),
         micro_batches=update_micro_batches(config, layout),
         element_bytes=width,
         fused=on_gpu,
@@ -177,38 +187,62 @@ def memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardw
     phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1)
     if config.loss.ref_kl_coef > 0:
         for parts in phases.values():
-            parts["reference weights"] = parts["weights"]  # and a second copy while it is in use
-    process = GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES
+            parts["reference weights"] = 2 * parts["weights"]  # the copy, and the current ones while it is in use
     faults: tuple[str, ...] = ()
     if config.rollout.engine == "transformers":
         _add_replica(config, shape, layout, phases, width)
     elif on_gpu and not config.rollout.server.urls and config.rollout.weight_sync.mode == "colocated":
         faults = _add_servers(config, shape, phases, width, hardware)
-    gathered = shape.vocab * shape.hidden * width  # the largest weight, whole, beside the buckets on their way
-    phases["weight sync"]["buckets"] = gathered + 2 * config.rollout.weight_sync.bucket_mib * 2**20 * (
-        config.rollout.engine != "transformers"
-    )
+    phases["weight sync"]["buckets"] = _gathered(config, shape, layout, width, on_gpu)
+    if not on_gpu:
+        parts = {part: max(p.get(part, 0.0) for p in phases.values()) for parts in phases.values() for part in parts}
+        parts["activations"] *= CPU_HEAP
+        return Memory({"whole run": parts | {"process": CPU_PROCESS_BYTES}}, math.inf)
     for parts in phases.values():
-        parts["process"] = process
-    return Memory(phases, FILL * hardware.memory if on_gpu else math.inf, faults)
+        parts["process"] = GPU_PROCESS_BYTES
+    return Memory(phases, FILL * hardware.memory, faults)
+
+
+def micro_batch_tokens(config: Config, layout: Layout) -> int:
+    """Tokens of the fullest micro-batch: the budget, or all that a rank has of an update or of a warm-start batch."""
+    sequences = math.ceil(config.train.prompts_per_minibatch * config.rollout.samples_per_prompt / layout.dp)
+    if config.warm_start is not None:
+        sequences = max(sequences, math.ceil(config.warm_start.batch_size / layout.dp))
+    return min(config.train.micro_batch_tokens, sequences * longest_sequence(config))
 
 
 def update_micro_batches(config: Config, layout: Layout) -> int:
     """Micro-batches of one update on a rank when every sequence is of the longest length."""
     sequences = math.ceil(config.train.prompts_per_minibatch * config.rollout.samples_per_prompt / layout.dp)
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    return math.ceil(sequences / max(1, config.train.micro_batch_tokens // longest))
+    return math.ceil(sequences / max(1, config.train.micro_batch_tokens // longest_sequence(config)))
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of prompt and response at their limits."""
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def _gathered(config: Config, shape: ModelShape, layout: Layout, width: int, on_gpu: bool) -> float:
+    """Buffers of a weight update: a bucket over all tensor ranks, this rank's part of it as one piece, the largest weight
+    whole; gloo gathers into a copy of its own. Then two of the servers' buckets."""
+    stage = width * parameters(shape) / layout.pp
+    bucket = min(GATHER_BYTES, stage)
+    copies = 1 + 1 / layout.tp + (not on_gpu and layout.tp > 1)
+    largest = min(stage, width * shape.vocab * shape.hidden)
+    servers = 2 * config.rollout.weight_sync.bucket_mib * 2**20 if config.rollout.engine != "transformers" else 0
+    return bucket * copies + largest + min(servers, 2 * width * parameters(shape))
 
 
 def _add_replica(config: Config, shape: ModelShape, layout: Layout, phases: dict[str, Parts], width: int) -> None:
-    """The embedded engine: a whole model on every rank at all times, a cache while it generates."""
+    """The embedded engine: a whole model on every rank at all times; a cache and the sampler's float32 logits and four
+    float64 copies while it generates."""
     sequences = math.ceil(config.train.prompts_per_step * config.rollout.samples_per_prompt / layout.gpus)
     together = min(sequences, config.rollout.batch_size)
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for parts in phases.values():
         parts["engine weights"] = width * parameters(shape)
-    phases["generation"]["KV cache"] = together * longest * kv_bytes_per_token(shape, width)
-    phases["generation"]["logits"] = together * shape.vocab * SAMPLING_BYTES
+    entries = together * shape.vocab
+    phases["generation"]["KV cache"] = together * longest_sequence(config) * kv_bytes_per_token(shape, width)
+    phases["generation"]["sampling"] = 4.0 * entries + 32.0 * min(entries, SAMPLING_ENTRIES)
 
 
 def _add_servers(
@@ -228,8 +262,7 @@ def _add_servers(
         if generating and server.share_memory:
             parts["gradients"] = 0.0
             parts["optimizer"] = 0.0 if width == 2 else parts["optimizer"]
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    needed = weights + longest * kv_bytes_per_token(shape, width) / min(server.tp, shape.groups)
+    needed = weights + longest_sequence(config) * kv_bytes_per_token(shape, width) / min(server.tp, shape.groups)
     if pool >= needed:
         return ()
     return (

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
-from megatron_rl.plan.hardware import HARDWARE, Hardware
+from megatron_rl.plan.hardware import GIB, HARDWARE, Hardware
+from megatron_rl.plan.memory import Passes, training_activations
 from megatron_rl.plan.seconds import Generation
 from megatron_rl.plan.shapes import Layout, ModelShape, parameters, shape_of
 
@@ -197,3 +198,34 @@ def _rl_case(row: Row) -> RLCase:
         micro_batches=sequences // layout.dp,
         seconds=seconds,
     )
+
+
+# Bytes per logit of an eager cross entropy: bfloat16 logits, their float32 copy, its log-softmax and their gradients.
+_EAGER_LOSS_BYTES = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCase:
+    """A row's peak bytes, published and predicted."""
+
+    row: Row
+    published: float
+    predicted: float
+
+
+def memory_cases() -> list[MemoryCase]:
+    """Rows of fully sharded training that tell their peak memory, on any GPU; none whose activations were offloaded."""
+    chosen = [row for row in rows() if row["mem_gib"] and "Offload" not in row["backend"]]
+    return [MemoryCase(row, float(row["mem_gib"]) * GIB, _sharded_bytes(row)) for row in chosen]
+
+
+def _sharded_bytes(row: Row) -> float:
+    """Rules: float32 weights, gradients and moments over all ranks; activations by the planner's formulas, half of them
+    where a stack recomputes half ("selective"); an eager loss, but chunks of logits too small to count in prime-rl's RL.
+    """
+    model, half = shape(row), recomputed(row) == 0.5
+    layout = Layout(dp=size(row, "DP"), recompute="full" if recomputed(row) == 1.0 else "none")
+    passes = Passes(tokens=size(row, "MBS") * int(row["seq"]), micro_batches=1, element_bytes=2)
+    activations = training_activations(model, layout, passes, 0) * (0.5 if half else 1.0)
+    logits = 0.0 if row["algo"] == "RL Full" else passes.tokens * model.vocab * _EAGER_LOSS_BYTES
+    return 16.0 * parameters(model) / layout.dp + activations + logits

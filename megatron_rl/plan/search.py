@@ -10,6 +10,7 @@ from typing import Any
 from megatron_rl.config import Config, parse_config
 from megatron_rl.config_checks import ConfigError, is_moe, num_experts, read_hf_config
 from megatron_rl.plan.hardware import Hardware
+from megatron_rl.plan.memory import longest_sequence
 from megatron_rl.plan.seconds import Constants
 from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.plan.step import Load, StepPlan, plan_step
@@ -88,7 +89,7 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
 
 def remedies(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> list[Proposal]:
     """Single changes after which the config fits, the fastest first."""
-    parallel, server, longest = config.parallel, config.rollout.server, _longest(config)
+    parallel, server, longest = config.parallel, config.rollout.server, longest_sequence(config)
     singles: list[Changes] = [
         {"model.recompute": "selective"},
         {"model.recompute": "full"},
@@ -120,10 +121,6 @@ def remedies(config: Config, hardware: Hardware, constants: Constants, load: Loa
         if plan.memory.fits:
             found.append(Proposal(changes, plan))
     return sorted(found, key=lambda proposal: proposal.plan.total)
-
-
-def _longest(config: Config) -> int:
-    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
 
 
 def _divisors(number: int) -> list[int]:

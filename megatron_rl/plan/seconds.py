@@ -148,7 +148,7 @@ def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constan
     prompts = load.sequences / load.samples_per_prompt * load.prompt
     prefill = prompts * (dense * constants.matrix + attention * constants.attention) / hardware.flops / load.tp
     full = (load.sequences - together) / together * load.response * step(together, load.prompt + load.response / 2)
-    scale, parts = _cut_exponential(load.response, load.limit), 200
+    scale, parts = _cut_exponential(load.response, load.limit), 50
     width = load.limit / parts
     drain = 0.0
     for part in range(parts):
