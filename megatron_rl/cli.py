@@ -1,4 +1,4 @@
-"""The command line: `megatron-rl train`, `convert` and `report`.
+"""The command line: `megatron-rl train`, `convert`, `plan` and `report`.
 
 What is slow to import (torch, Megatron) is imported where it is needed: `--help` and `--check` answer at once.
 """
@@ -17,6 +17,7 @@ from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import UserError
+from megatron_rl.plan.command import plan
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Reinforcement learning on Megatron-Core.",
 )
 app.add_typer(convert_app, name="convert")
+app.command()(plan)
 
 
 def main(command: Callable[[], None] | None = None) -> None:

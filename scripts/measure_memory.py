@@ -43,8 +43,8 @@ def _model(layers: int, hidden: int, ffn: int, heads: int) -> list[str]:
     return [f"model.hf_config.{key}={value}" for key, value in sizes.items()]
 
 
-# name -> (what it is for, overrides of the quickstart). `process` gives CPU_PROCESS_BYTES, `fit` the two HEAP constants of
-# plan/hardware.py; `score` is predicted without having been looked at.
+# name -> (what it is for, overrides of the quickstart). `process` gives CPU_PROCESS_BYTES, `fit` the two HEAP
+# constants of plan/hardware.py; `score` is predicted without having been looked at.
 SHAPES: dict[str, tuple[str, list[str]]] = {
     "process": (
         "process",
@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the planner's data file")
     options = parser.parse_args()
     rows = []
-    print(f"{'shape':18} {'measured':>9} {'predicted':>9} {'error':>7}  MiB; load {os.getloadavg()[0]:.0f} at the start")
+    print(
+        f"{'shape':18} {'measured':>9} {'predicted':>9} {'error':>7}  MiB; load {os.getloadavg()[0]:.0f} at the start"
+    )
     for name in options.only or SHAPES:
         use, overrides = SHAPES[name]
         peak = measure(name, overrides)

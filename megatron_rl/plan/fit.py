@@ -1,7 +1,7 @@
 """Fits the constants of seconds.py to data/published.csv, and predicts its rows, held out or not.
 
-Three fits, each to what its rows can tell: training rows give matrix, attention, elementwise and tp_link, linearly; then
-verl's ratio of old log-probabilities to update gives forward; then whole RL steps give decode and
+Three fits, each to what its rows can tell: training rows give matrix, attention, elementwise and tp_link, linearly;
+then verl's ratio of old log-probabilities to update gives forward; then whole RL steps give decode and
 token_seconds. Each minimises the sum
 of |predicted / published - 1|, which a few rows with costs that the formulas do not know cannot drag along.
 """
@@ -21,7 +21,9 @@ from megatron_rl.plan.published import RLCase, Row, TrainingCase
 from megatron_rl.plan.seconds import Constants, generation_seconds, pass_seconds, pass_work
 from megatron_rl.plan.shapes import Layout, bubble
 
-_NEUTRAL = Constants(matrix=1.0, attention=1.0, elementwise=1.0, tp_link=1.0, forward=1.0, decode=1.0, token_seconds=0.0)
+_NEUTRAL = Constants(
+    matrix=1.0, attention=1.0, elementwise=1.0, tp_link=1.0, forward=1.0, decode=1.0, token_seconds=0.0
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +40,23 @@ class Scored:
         return self.predicted / self.published - 1.0
 
 
-def fit(rows: Sequence[Row]) -> Constants:
-    """Constants from these rows alone. A kind of row that is missing leaves its constant at 1."""
+def fit(rows: Sequence[Row], *, generation: bool = True) -> Constants:
+    """Constants from these rows alone, those of generation only when asked for. A kind of row that is missing leaves
+    its constants neutral."""
     chosen = {id(row) for row in rows}
     training = [case for case in published.training_cases() if id(case.row) in chosen]
     constants = _NEUTRAL
     if training:
         shares = np.array([_shares(case) for case in training])
         matrix, attention, elementwise, tp_link = _least_deviations(shares)
-        constants = replace(
-            constants, matrix=matrix, attention=attention, elementwise=elementwise, tp_link=tp_link
-        )
+        constants = replace(constants, matrix=matrix, attention=attention, elementwise=elementwise, tp_link=tp_link)
     ratios = [row for row in published.forward_rows() if id(row) in chosen]
     if ratios:
-        constants = replace(constants, forward=statistics.median(1 / (1 + s.error) for s in forward_scores(ratios, constants)))
+        constants = replace(
+            constants, forward=statistics.median(1 / (1 + s.error) for s in forward_scores(ratios, constants))
+        )
     steps = [case for case in published.rl_cases() if id(case.row) in chosen]
-    if steps:
+    if steps and generation:
         constants = min(_generation_grid(constants), key=lambda candidate: _rl_deviation(steps, candidate))
     return constants
 
@@ -102,11 +105,17 @@ def rl_seconds(case: RLCase, constants: Constants) -> float:
     return generation + 2 * forward + update
 
 
-def held_out(score: Callable[[Sequence[Row], Constants], list[Scored]], rows: Sequence[Row], key: Callable[[Row], str]) -> list[Scored]:
+def held_out(
+    score: Callable[[list[Row], Constants], list[Scored]],
+    rows: Sequence[Row],
+    key: Callable[[Row], str],
+    *,
+    generation: bool = False,
+) -> list[Scored]:
     """Each row predicted by constants that were fitted without any row of the same key."""
     scored = []
     for value in sorted({key(row) for row in rows}):
-        constants = fit([row for row in published.rows() if key(row) != value])
+        constants = fit([row for row in published.rows() if key(row) != value], generation=generation)
         scored += score([row for row in rows if key(row) == value], constants)
     return scored
 
@@ -116,9 +125,7 @@ def _shares(case: TrainingCase) -> np.ndarray:
 
     def work(recompute: str) -> np.ndarray:
         layout = replace(case.layout, recompute=recompute)
-        return np.array(
-            astuple(pass_work(case.shape, layout, case.hardware, case.tokens, case.context, backward=True))
-        )
+        return np.array(astuple(pass_work(case.shape, layout, case.hardware, case.tokens, case.context, backward=True)))
 
     once, again = work("none"), work("full")
     seconds = once + case.recomputed * (again - once)
@@ -126,8 +133,8 @@ def _shares(case: TrainingCase) -> np.ndarray:
 
 
 def _least_deviations(shares: np.ndarray) -> list[float]:
-    """Non-negative x that minimises sum |shares x - 1|: an optimum lies where some columns are 0 and as many rows as the
-    others fit exactly, so that trying all such points finds it."""
+    """Non-negative x that minimises sum |shares x - 1|: an optimum lies where some columns are 0 and as many rows as
+    the others fit exactly, so that trying all such points finds it."""
     rows, columns = shares.shape
     best, least = np.zeros(columns), float("inf")
     for count in range(1, columns + 1):

@@ -31,7 +31,8 @@ HARDWARE = {
     "cpu": Hardware("cpu", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gpus_per_node=1),  # memory alone: peak RSS
 }
 
-# Driver context, cuBLAS and attention workspaces, NCCL's buffers, of one process on a GPU. Assumed: never measured here.
+# Driver context, cuBLAS and attention workspaces, NCCL's buffers, of one process on a GPU. Assumed: never measured
+# here.
 GPU_PROCESS_BYTES = 2.0 * GIB
 # Share of a GPU's memory that a plan may fill; the rest is for fragmentation and what the formulas leave out.
 FILL = 0.92

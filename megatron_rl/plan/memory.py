@@ -44,10 +44,10 @@ class Passes:
 def layer_activations(shape: ModelShape, layout: Layout, passes: Passes) -> float:
     """Bytes that one dense layer keeps of one micro-batch for its backward pass, on a rank.
 
-    Per token, in elements: the inputs of two norms and their outputs (4 h, split by tp under sequence parallelism), then,
-    split by tp, queries, keys, values and the attention's output, and the MLP's two projections and their product
-    (3 f); flash attention keeps one float32 per head instead of the scores. Norms of queries and keys keep their inputs.
-    Without Transformer Engine the norms keep their scaled input as well (6 h), attention works on a padded copy
+    Per token, in elements: the inputs of two norms and their outputs (4 h, split by tp under sequence parallelism),
+    then, split by tp, queries, keys, values and the attention's output, and the MLP's two projections and their product
+    (3 f); flash attention keeps one float32 per head instead of the scores. Norms of queries and keys keep their
+    inputs. Without Transformer Engine the norms keep their scaled input as well (6 h), attention works on a padded copy
     and the gate's SiLU is a tensor of its own (4 f).
     Source: the method of Korthikanti et al., arXiv 2205.05198, section 4, counted anew for RMSNorm, grouped queries,
     gated MLPs and attention without stored scores (Dao, arXiv 2307.08691).
@@ -107,7 +107,8 @@ def logits_bytes(shape: ModelShape, layout: Layout, passes: Passes) -> float:
 def state_parts(held: RankParameters, layout: Layout, element_bytes: int) -> Parts:
     """Weights, float32 gradients, and Adam's state spread over the data-parallel ranks.
 
-    In bfloat16 Adam keeps float32 weights and two moments, 12 bytes a parameter; in float32 its weights are the model's.
+    In bfloat16 Adam keeps float32 weights and two moments, 12 bytes a parameter; in float32 its weights are the
+    model's.
     Source: Megatron-Core's distributed optimizer; Rajbhandari et al., arXiv 1910.02054, section 3.
     """
     adam = 8.0 if element_bytes == 4 else 12.0
@@ -122,9 +123,7 @@ def stages(shape: ModelShape, layout: Layout, vocab_multiple: int) -> dict[int, 
     """The stages that can be the fullest: the first, which keeps most activations, and the last, with the logits."""
     last = layout.pp - 1
     return {
-        stage: rank_parameters(
-            shape, layout, first=stage == 0, last=stage == last, vocab_multiple=vocab_multiple
-        )
+        stage: rank_parameters(shape, layout, first=stage == 0, last=stage == last, vocab_multiple=vocab_multiple)
         for stage in {0, last}
     }
 
@@ -149,7 +148,8 @@ def trainer_phases(shape: ModelShape, layout: Layout, passes: Passes, vocab_mult
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes by phase and part on the fullest rank, the room there is, and what is wrong without any phase being full."""
+    """Bytes by phase and part on the fullest rank, the room there is, and what is wrong without any phase being
+    full."""
 
     phases: dict[str, Parts]
     room: float  # bytes that may be filled; infinite where nothing bounds them
@@ -173,8 +173,8 @@ class Memory:
 def memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> Memory:
     """Of a run with this layout in place of the config's.
 
-    Micro-batches count as full and responses as long as they may be. On a CPU the peak resident memory is predicted: the
-    heap keeps what one phase freed while the next one fills other memory, so that there the phases add up.
+    Micro-batches count as full and responses as long as they may be. On a CPU the peak resident memory is predicted:
+    the heap keeps what one phase freed while the next one fills other memory, so that there the phases add up.
     """
     on_gpu = hardware.flops > 0
     width = 2 if config.model.dtype == "bfloat16" else 4
@@ -223,8 +223,8 @@ def longest_sequence(config: Config) -> int:
 
 
 def _gathered(config: Config, shape: ModelShape, layout: Layout, width: int, on_gpu: bool) -> float:
-    """Buffers of a weight update: a bucket over all tensor ranks, this rank's part of it as one piece, the largest weight
-    whole; gloo gathers into a copy of its own. Then two of the servers' buckets."""
+    """Buffers of a weight update: a bucket over all tensor ranks, this rank's part of it as one piece, the largest
+    weight whole; gloo gathers into a copy of its own. Then two of the servers' buckets."""
     stage = width * parameters(shape) / layout.pp
     bucket = min(GATHER_BYTES, stage)
     copies = 1 + 1 / layout.tp + (not on_gpu and layout.tp > 1)
@@ -266,6 +266,6 @@ def _add_servers(
     if pool >= needed:
         return ()
     return (
-        f"a server's pool (rollout.server.memory_fraction {server.memory_fraction:g}) is {pool / GIB:.1f} GiB, its weights "
-        f"and one sequence need {needed / GIB:.1f}; raise memory_fraction or rollout.server.tp",
+        f"a server's pool (rollout.server.memory_fraction {server.memory_fraction:g}) is {pool / GIB:.1f} GiB, its "
+        f"weights and one sequence need {needed / GIB:.1f}; raise memory_fraction or rollout.server.tp",
     )

@@ -1,6 +1,7 @@
 """Public measurements of other stacks (data/published.csv) as cases for the planner's formulas.
 
-What a row does not say is filled in by the rules below, which are assumptions; the file itself holds what was published.
+What a row does not say is filled in by the rules below, which are assumptions; the file itself holds what was
+published.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ class TrainingCase:
 def training_cases() -> list[TrainingCase]:
     """Rows of pre-training, fine-tuning and trainer steps on machines that the planner knows."""
     kinds = ("pretrain", "sft", "RL-trainer-step")
-    return [_training_case(row) for row in rows() if row["kind"] in kinds and row["system"] in _SYSTEMS and _is_hopper(row)]
+    return [
+        _training_case(row) for row in rows() if row["kind"] in kinds and row["system"] in _SYSTEMS and _is_hopper(row)
+    ]
 
 
 def _is_hopper(row: Row) -> bool:
@@ -90,8 +93,8 @@ def _is_hopper(row: Row) -> bool:
 
 
 def _training_case(row: Row) -> TrainingCase:
-    """Rules: Megatron-LM ran with sequence parallelism and, as its pipeline's depth of chunks is not published, with one
-    layer a chunk; a micro-batch is one sequence. prime-rl recomputes all layers, torchtitan all ("full AC") or half
+    """Rules: Megatron-LM ran with sequence parallelism and, as its pipeline's depth of chunks is not published, with
+    one layer a chunk; a micro-batch is one sequence. prime-rl recomputes all layers, torchtitan all ("full AC") or half
     ("selective"), Megatron-LM none. Sharded data parallelism hides its communication.
     """
     model, machine = shape(row), hardware(row)
@@ -114,7 +117,15 @@ def _training_case(row: Row) -> TrainingCase:
         sequences = size(row, "MBS")
         seconds = sequences * length * layout.dp / (float(row["tokens_s_gpu"]) * int(row["gpus"]))
     return TrainingCase(
-        row, model, layout, machine, sequences * length, length / 2, sequences if layout.pp > 1 else 1, seconds, recomputed(row)
+        row,
+        model,
+        layout,
+        machine,
+        sequences * length,
+        length / 2,
+        sequences if layout.pp > 1 else 1,
+        seconds,
+        recomputed(row),
     )
 
 
@@ -166,8 +177,8 @@ def rl_cases() -> list[RLCase]:
 
 
 def _rl_case(row: Row) -> RLCase:
-    """Rules, from NeMo-RL's recipes where the row is silent: groups of 32, a vLLM with 0.6 of the memory and at most 256
-    sequences, one sequence a micro-batch, old and reference log-probabilities each step. Rows without a layout
+    """Rules, from NeMo-RL's recipes where the row is silent: groups of 32, a vLLM with 0.6 of the memory and at most
+    256 sequences, one sequence a micro-batch, old and reference log-probabilities each step. Rows without a layout
     ran without tensor and pipeline parallelism. Prompt tokens are what the throughput counts beyond the responses."""
     model, machine, gpus = shape(row), hardware(row), int(row["gpus"])
     assert machine is not None
@@ -221,7 +232,8 @@ def memory_cases() -> list[MemoryCase]:
 
 def _sharded_bytes(row: Row) -> float:
     """Rules: float32 weights, gradients and moments over all ranks; activations by the planner's formulas, half of them
-    where a stack recomputes half ("selective"); an eager loss, but chunks of logits too small to count in prime-rl's RL.
+    where a stack recomputes half ("selective"); an eager loss, but chunks of logits too small to count in prime-rl's
+    RL.
     """
     model, half = shape(row), recomputed(row) == 0.5
     layout = Layout(dp=size(row, "DP"), recompute="full" if recomputed(row) == 1.0 else "none")

@@ -37,14 +37,15 @@ class Score:
 
 @cache
 def stored_scores() -> dict[str, Score]:
-    """Those that scripts/fit_planner.py wrote beside the constants, by kind: training, forward, step, memory, cpu_memory."""
+    """Those that scripts/fit_planner.py wrote beside the constants, by kind: training, forward, step, memory,
+    cpu_memory."""
     text = resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text()
     return {kind: Score(**score) for kind, score in json.loads(text)["scores"].items()}
 
 
 def all_errors() -> dict[str, tuple[str, str, list[tuple[str, float]]]]:
-    """kind -> (what, how held out, [(row, relative error)]). Leaves out a model at a time, as a user's model is one that
-    nobody fitted; rows of one model differ too little to tell."""
+    """kind -> (what, how held out, [(row, relative error)]). Leaves out a model at a time, as a user's model is one
+    that nobody fitted; rows of one model differ too little to tell."""
     training = [case.row for case in published.training_cases()]
     steps = [case.row for case in published.rl_cases()]
     return {
@@ -66,7 +67,7 @@ def all_errors() -> dict[str, tuple[str, str, list[tuple[str, float]]]]:
         "step": (
             "seconds of a whole RL step",
             "constants fitted without the row's model",
-            _named(fit.held_out(_steps, steps, model_name)),
+            _named(fit.held_out(_steps, steps, model_name, generation=True)),
         ),
         "memory": (
             "peak GPU memory of training",

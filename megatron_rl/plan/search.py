@@ -28,7 +28,9 @@ class Proposal:
     @property
     def overrides(self) -> list[str]:
         """For the command line: a.b=c."""
-        return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.changes.items()]
+        return [
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.changes.items()
+        ]
 
 
 def changed(config: Config, changes: Changes) -> Config:

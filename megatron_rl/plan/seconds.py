@@ -22,7 +22,6 @@ from megatron_rl.plan.shapes import (
     kv_bytes_per_token,
     matrix_parameters,
     parameters,
-    rank_parameters,
 )
 
 
@@ -37,6 +36,7 @@ class Constants:
     forward: float  # a forward-only pass against the forward part of an update
     decode: float  # reading weights and cache while generating
     token_seconds: float  # of one decoding step, seconds, whatever it reads: scheduling, launches, sampling
+
 
 # Latency of one small all-reduce within a node, which no further GPU shortens. Assumed.
 ALL_REDUCE_SECONDS = 10e-6
@@ -128,10 +128,10 @@ class Generation:
 def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constants, load: Generation) -> float:
     """From the first prompt to the end of the longest response.
 
-    A token's step reads the weights once and the cache of all sequences in flight, or multiplies, whichever lasts longer.
-    While more sequences wait than fit, the engine is full; then it drains, and its last steps serve few sequences.
-    Lengths are exponential, cut at the limit, with the given mean. Source: the roofline of Pope et al., arXiv 2211.05102,
-    section 2.
+    A token's step reads the weights once and the cache of all sequences in flight, or multiplies, whichever lasts
+    longer. While more sequences wait than fit, the engine is full; then it drains, and its last steps serve few
+    sequences. Lengths are exponential, cut at the limit, with the given mean. Source: the roofline of Pope et al.,
+    arXiv 2211.05102, section 2.
     """
     cache = kv_bytes_per_token(shape, load.element_bytes) * max(1.0, load.tp / shape.groups)
     reach = load.prompt + load.response

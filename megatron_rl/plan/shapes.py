@@ -142,7 +142,9 @@ class RankParameters:
         return self.dense + self.experts
 
 
-def rank_parameters(shape: ModelShape, layout: Layout, *, first: bool, last: bool, vocab_multiple: int) -> RankParameters:
+def rank_parameters(
+    shape: ModelShape, layout: Layout, *, first: bool, last: bool, vocab_multiple: int
+) -> RankParameters:
     """Of a rank on a pipeline stage that is the first, the last, both or neither.
 
     The vocabulary is padded to a multiple of tp * vocab_multiple. A tied embedding lies on both ends of a pipeline.
@@ -172,14 +174,16 @@ def matrix_parameters(shape: ModelShape) -> tuple[float, float]:
     """(those in matrix products of the layers that one token meets, those of the output layer)."""
     attention = shape.hidden * shape.qkv_width + shape.heads * shape.head_dim * shape.hidden
     mlp = shape.mlp_matrices * shape.hidden * shape.ffn
-    expert = shape.mlp_matrices * shape.hidden * shape.expert_ffn * shape.experts_per_token + shape.hidden * shape.experts
+    expert = (
+        shape.mlp_matrices * shape.hidden * shape.expert_ffn * shape.experts_per_token + shape.hidden * shape.experts
+    )
     dense_layers = shape.layers - shape.moe_layers
     return shape.layers * attention + dense_layers * mlp + shape.moe_layers * expert, shape.vocab * shape.hidden
 
 
 def forward_flops(shape: ModelShape, context: float) -> tuple[float, float]:
-    """Per token of a forward pass: (matrix products, attention). `context` is the mean number of tokens attended to, half
-    the length for causal attention over whole sequences; the backward pass costs twice as much.
+    """Per token of a forward pass: (matrix products, attention). `context` is the mean number of tokens attended to,
+    half the length for causal attention over whole sequences; the backward pass costs twice as much.
 
     Source: Narayanan et al., arXiv 2104.04473, appendix, with causal attention counted as what it computes.
     """

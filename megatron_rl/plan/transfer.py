@@ -47,8 +47,9 @@ def sync_bytes(shape: ModelShape, width: int) -> float:
 
 
 def sync_seconds(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    """Of one weight update: every rank gathers the whole model, over tensor ranks within a node and pipeline stages across
-    nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state moves to the host and back.
+    """Of one weight update: every rank gathers the whole model, over tensor ranks within a node and pipeline stages
+    across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state moves to the
+    host and back.
     """
     width = width_of(config)
     model = sync_bytes(shape, width)
