@@ -83,7 +83,8 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
     scores = stored_scores()
     parts = list(dict.fromkeys(part for phase in step.memory.phases.values() for part in phase))
     error = scores["memory" if hardware.flops else "cpu_memory"].text()
-    table = Table(title=f"{config.name}: memory of the fullest rank, GiB ({step.layout.text()})", title_justify="left")
+    console.print(f"{config.name}: memory of the fullest rank, GiB ({step.layout.text()})", style="italic")
+    table = Table()
     table.add_column("part")
     for phase in step.memory.phases:
         table.add_column(phase, justify="right")

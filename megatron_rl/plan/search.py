@@ -72,17 +72,19 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
     eps = _divisors(num_experts(hf) or 1) if is_moe(hf) else [1]
     servers = config.rollout.engine != "transformers" and not config.rollout.server.urls
     engines = _divisors(config.rollout.server.tp * config.rollout.server.count) if servers else [None]
-    for tp, pp, ep, recompute, engine_tp in itertools.product(tps, pps, eps, ("none", "selective", "full"), engines):
+    # not selective: flash attention keeps no scores, so that it saves next to nothing
+    for tp, pp, ep, recompute, engine_tp in itertools.product(tps, pps, eps, ("none", "full"), engines):
         if world % (tp * pp):
             continue
         changes: Changes = {
             "parallel.world_size": world,
             "parallel.tp": tp,
             "parallel.pp": pp,
-            "parallel.ep": ep,
             "parallel.sp": tp > 1,
             "model.recompute": recompute,
         }
+        if is_moe(hf):
+            changes["parallel.ep"] = ep
         if engine_tp is not None:
             per_node = config.rollout.server.tp * config.rollout.server.count
             changes |= {"rollout.server.tp": engine_tp, "rollout.server.count": per_node // engine_tp}

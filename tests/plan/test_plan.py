@@ -131,7 +131,7 @@ def test_search_proposes_layouts_that_load_and_fit(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_gets_a_change_that_does() -> None:
-    config = parse_config(copy.deepcopy(RAW_32B) | {"parallel": {"world_size": 32, "tp": 4, "pp": 1, "sp": True}})
+    config = parse_config(copy.deepcopy(RAW_32B))
     assert plan_of(config, *ARGUMENTS).memory.total("training") > 79 * GIB
     fixes = remedies(config, *ARGUMENTS)
     assert fixes and all(fix.plan.memory.fits for fix in fixes)
