@@ -1,9 +1,9 @@
 """Fits the constants of seconds.py to data/published.csv, and predicts its rows, held out or not.
 
 Three fits, each to what its rows can tell: training rows give matrix, attention, elementwise and tp_link, linearly;
-then verl's ratio of old log-probabilities to update gives forward; then whole RL steps give decode and
-token_seconds. Each minimises the sum
-of |predicted / published - 1|, which a few rows with costs that the formulas do not know cannot drag along.
+then verl's ratio of old log-probabilities to update gives forward; then whole RL steps give decode and token_seconds.
+Each minimises the sum of |predicted / published - 1|, which a few rows with costs that the formulas do not know cannot
+drag along.
 """
 
 from __future__ import annotations

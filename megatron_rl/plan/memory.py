@@ -137,8 +137,8 @@ def trainer_phases(shape: ModelShape, layout: Layout, passes: Passes, vocab_mult
         train = state | {"activations": training_activations(shape, layout, passes, stage)} | logits
         forward = layer_input(shape, layout, passes) + working_set(shape, layout, passes)
         phases = {
-            "generation": state,
-            "weight sync": state,
+            "generation": dict(state),
+            "weight sync": dict(state),
             "old logprobs": state | {"activations": forward} | logits,
             "training": train,
         }

@@ -133,6 +133,8 @@ def test_search_proposes_layouts_that_load_and_fit(tmp_path: Path) -> None:
 def test_what_does_not_fit_gets_a_change_that_does() -> None:
     config = parse_config(copy.deepcopy(RAW_32B))
     assert plan_of(config, *ARGUMENTS).memory.total("training") > 79 * GIB
+    phases = plan_of(config, *ARGUMENTS).memory.phases
+    assert "buckets" not in phases["generation"] and phases["weight sync"]["buckets"] > 0.5 * GIB
     fixes = remedies(config, *ARGUMENTS)
     assert fixes and all(fix.plan.memory.fits for fix in fixes)
 
