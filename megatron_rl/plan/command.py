@@ -160,8 +160,8 @@ def _print_scores(console: Console, as_json: bool) -> None:
         return
     for what, how, rows in errors.values():
         score = summarise(what, how, rows)
-        title = f"{what}: {score.rows} rows, median {score.median:.1%}, worst {score.worst:.1%} ({how})"
-        table = Table(title=title, title_justify="left", show_header=False)
+        console.print(f"{what}: {score.rows} rows, median {score.median:.1%}, worst {score.worst:.1%} ({how})")
+        table = Table(show_header=False)
         for name, error in rows:
             table.add_row(name, f"{error:+.1%}")
         console.print(table)
