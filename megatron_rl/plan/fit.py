@@ -12,6 +12,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,7 @@ def forward_scores(rows: Sequence[Row], constants: Constants) -> list[Scored]:
     scored = []
     for row in rows:
         shape, layout = published.shape(row), Layout(recompute="full")
-        one = {"tokens": 1.0, "context": published.RATIO_CONTEXT, "micro_batches": 1}
+        one: dict[str, Any] = {"tokens": 1.0, "context": published.RATIO_CONTEXT, "micro_batches": 1}
         forward, update = (
             pass_seconds(shape, layout, HARDWARE["h100"], constants, backward=backward, **one)
             for backward in (False, True)

@@ -57,7 +57,7 @@ def layer_activations(shape: ModelShape, layout: Layout, passes: Passes) -> floa
     inner = shape.qkv_width + (1 if passes.fused else 2) * attention
     inner += shape.qk_norm * (shape.heads + shape.groups) * shape.head_dim
     scores = 4.0 * shape.heads if layout.recompute == "none" else 0.0  # selective recomputes the core attention
-    mlp = (shape.mlp_matrices if passes.fused else shape.mlp_matrices + 1) * shape.ffn
+    mlp: float = (shape.mlp_matrices if passes.fused else shape.mlp_matrices + 1) * shape.ffn
     if shape.moe_layers:
         mlp = shape.experts_per_token * (3 * shape.expert_ffn + 2 * hidden / (layout.tp // layout.expert_tp))
     elements = norms / (layout.tp if layout.sp else 1) + (inner + mlp) / layout.tp
