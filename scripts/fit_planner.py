@@ -26,7 +26,7 @@ def main() -> None:
         scores[kind] = asdict(score) | {"median": round(score.median, 3), "worst": round(score.worst, 3)}
     text = json.dumps({"constants": constants, "scores": scores}, indent=2) + "\n"
     print(text)
-    print("rows that CPU_HEAP was fitted to:", [(name, round(error, 3)) for name, error in cpu_memory_errors("fit")])
+    print("rows that set CPU_HEAP:", [(name, round(error, 3)) for name, error in cpu_memory_errors("fit")])
     if options.write:
         TARGET.write_text(text)
 

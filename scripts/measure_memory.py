@@ -43,8 +43,8 @@ def _model(layers: int, hidden: int, ffn: int, heads: int) -> list[str]:
     return [f"model.hf_config.{key}={value}" for key, value in sizes.items()]
 
 
-# name -> (what it is for, overrides of the quickstart). `process` gives CPU_PROCESS_BYTES, `fit` the two HEAP
-# constants of plan/hardware.py; `score` is predicted without having been looked at.
+# name -> (what it is for, overrides of the quickstart). `process` gives CPU_PROCESS_BYTES and `fit` CPU_HEAP of
+# plan/hardware.py; `score` entered neither number, though they were seen while the formulas were written.
 SHAPES: dict[str, tuple[str, list[str]]] = {
     "process": (
         "process",

@@ -92,7 +92,7 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
         table.add_row(part, *(f"{p.get(part, 0.0) / GIB:.2f}" for p in step.memory.phases.values()))
     table.add_row("total", *(f"{step.memory.total(p) / GIB:.2f}" for p in step.memory.phases), style="bold")
     console.print(table)
-    console.print(f"error of such predictions, not fitted: median {error}")
+    console.print(f"error of such predictions: median {error}")
     if not step.seconds:
         return
     table = Table(title="one step", title_justify="left")

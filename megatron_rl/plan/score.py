@@ -74,7 +74,11 @@ def all_errors() -> dict[str, tuple[str, str, list[tuple[str, float]]]]:
             "no row was fitted",
             [(_name(c.row), c.predicted / c.published - 1) for c in published.memory_cases()],
         ),
-        "cpu_memory": ("peak memory of a rank on a CPU", "rows that were not fitted", cpu_memory_errors("score")),
+        "cpu_memory": (
+            "peak memory of a rank on a CPU",
+            "rows that set no constant, seen while the formulas were written",
+            cpu_memory_errors("score"),
+        ),
     }
 
 
