@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The command line: `megatron-rl train`, `convert`, `report` and `profile`.
-=======
-"""The command line: `megatron-rl train`, `data`, `convert` and `report`.
->>>>>>> grade
+"""The command line: `megatron-rl --help` lists the commands.
 
 What is slow to import (torch, Megatron) is imported where it is needed: `--help` and `--check` answer at once.
 """
@@ -21,13 +17,11 @@ from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import UserError
-<<<<<<< HEAD
 from megatron_rl.lab.commands import shadow
+from megatron_rl.plan.command import plan
 from megatron_rl.preflight.run import preflight
-from megatron_rl.profiling.commands import app as profile_app
-=======
 from megatron_rl.prepare.commands import app as data_app
->>>>>>> grade
+from megatron_rl.profiling.commands import app as profile_app
 
 app = typer.Typer(
     add_completion=False,
@@ -36,13 +30,11 @@ app = typer.Typer(
     help="Reinforcement learning on Megatron-Core.",
 )
 app.add_typer(convert_app, name="convert")
-<<<<<<< HEAD
 app.command()(shadow)
 app.add_typer(profile_app, name="profile")
 app.command()(preflight)
-=======
 app.add_typer(data_app, name="data")
->>>>>>> grade
+app.command()(plan)
 
 
 def main(command: Callable[[], None] | None = None) -> None:
