@@ -1,4 +1,4 @@
-"""The command line: `megatron-rl train`, `convert` and `report`.
+"""The command line: `megatron-rl train`, `eval`, `convert` and `report`.
 
 What is slow to import (torch, Megatron) is imported where it is needed: `--help` and `--check` answer at once.
 """
@@ -17,6 +17,7 @@ from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import UserError
+from megatron_rl.eval.commands import evaluate
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Reinforcement learning on Megatron-Core.",
 )
 app.add_typer(convert_app, name="convert")
+app.command("eval")(evaluate)
 
 
 def main(command: Callable[[], None] | None = None) -> None:
@@ -102,13 +104,18 @@ def run_training(config: Config) -> int:
     return 0
 
 
-def _train_rank(config: Config) -> None:
+def check_world(config: Config) -> None:
+    """Raises: ConfigError when this world is not the config's."""
     world = int(os.environ["WORLD_SIZE"])
     if world != config.parallel.processes:
         raise ConfigError(
             f"this world has {world} processes (WORLD_SIZE), the config asks for {config.parallel.processes} "
             f"(parallel.world_size, or tp * pp); start that many, or set parallel.world_size={world}"
         )
+
+
+def _train_rank(config: Config) -> None:
+    check_world(config)
     from megatron_rl import train  # torch and Megatron: seconds
 
     train.main(config)

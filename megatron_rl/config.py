@@ -7,7 +7,6 @@ starts. The resolved copy is saved with the run. All config objects are frozen.
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from megatron_rl.config_base import Fraction, NonNegativeInt, PositiveInt, Section
 from megatron_rl.config_checks import ConfigError, check_consistency
+from megatron_rl.config_eval import EvalConfig
 from megatron_rl.config_loss import LossConfig, PpoClipLoss
 from megatron_rl.config_rollout import RolloutConfig
 
@@ -172,7 +172,10 @@ class TrainConfig(Section):
     save_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only at a stop or at the end")
     save_final: bool = Field(True, description="save a checkpoint after the last step")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept; the disk needs room for one more")
-    keep_best: bool = Field(False, description="save at every new best eval/accuracy, and keep the best one as well")
+    keep_best: bool = Field(
+        False,
+        description="save at every new best eval/accuracy (eval/average without held-out problems), and keep the best",
+    )
     async_save: bool = Field(False, description="write in a background process; complete ones count, as always")
     save_hf: bool = Field(False, description="write the final model to run_dir/hf, in Hugging Face format")
     resume: str = Field("auto", description="auto: from the run's newest; never; or a checkpoint folder to start from")
@@ -207,6 +210,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     warm_start: WarmStartConfig | None = None
     train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property
@@ -297,6 +301,6 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
 
 def _sections_of(section: type[Section], name: str) -> list[type[Section]]:
     annotation: Any = section.model_fields[name].annotation
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    members = typing.get_args(annotation) if is_union else (annotation,)
+    # of a union its members, of a mapping its values
+    members = typing.get_args(annotation) or (annotation,)
     return [m for m in members if isinstance(m, type) and issubclass(m, Section)]

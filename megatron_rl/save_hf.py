@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,9 +19,24 @@ from megatron_rl.errors import UserError
 from megatron_rl.parallel.reduce import Reducer
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from megatron_rl.config import Config
     from megatron_rl.policy.policy import MegatronPolicy
 
 SHARD_BYTES = 4 * 2**30
+
+
+class Described(Protocol):
+    """A policy, or what is served without one: the architecture and the run's config."""
+
+    @property
+    def hf_config(self) -> PretrainedConfig:
+        """With the real vocabulary size."""
+
+    @property
+    def config(self) -> Config:
+        """Says the dtype, and the folder that the model came from."""
 
 
 def save_hf(policy: MegatronPolicy, tokenizer: Any, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -51,7 +66,7 @@ def save_hf(policy: MegatronPolicy, tokenizer: Any, folder: Path, *, shard_bytes
         raise UserError(problem)
 
 
-def write_hf_extras(folder: Path, policy: MegatronPolicy, tokenizer: Any) -> None:
+def write_hf_extras(folder: Path, policy: Described, tokenizer: Any) -> None:
     """Write what a model folder holds beside its weights: config.json, the tokenizer with its chat template (unless it
     is None), and the generation config of model.path if it has one."""
     folder.mkdir(parents=True, exist_ok=True)

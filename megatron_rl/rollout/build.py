@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,10 +18,7 @@ from megatron_rl.rollout.http import Server
 from megatron_rl.rollout.processes import free_port
 from megatron_rl.rollout.servers import Loop, ServerEngine
 from megatron_rl.rollout.weight_sync import Buffers, Channel, Colocated, Disaggregated, Disk, expected_weights
-from megatron_rl.save_hf import write_hf_extras
-
-if TYPE_CHECKING:
-    from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.save_hf import Described, write_hf_extras
 
 
 def _sglang() -> Dialect:
@@ -39,7 +36,7 @@ def _vllm() -> Dialect:
 DIALECTS: dict[str, Callable[[], Dialect]] = {"sglang": _sglang, "vllm": _vllm}
 
 
-def write_model_dir(folder: Path, policy: MegatronPolicy, tokenizer: Any) -> None:
+def write_model_dir(folder: Path, policy: Described, tokenizer: Any) -> None:
     """What the run's own servers start from: config.json and tokenizer, without weights and without end-of-sequence
     tokens, because the requests alone say what ends a response."""
     write_hf_extras(folder, policy, tokenizer)

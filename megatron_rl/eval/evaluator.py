@@ -1,0 +1,263 @@
+"""Samples, grades and counts one benchmark after another: the same for `megatron-rl eval` and during training.
+
+Ranks divide the responses among themselves and keep what they have on disk (store.py), so an evaluation that was
+killed goes on where it was. A response's draws depend on the seed, the set, the problem and the sample alone. The
+embedded engine's batches are fixed by the set and the number of ranks, never by what is already there, so that it
+repeats to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_rl.errors import UserError
+from megatron_rl.eval.answers import answer_of, normalised, same_answer
+from megatron_rl.eval.benchmarks import Benchmark
+from megatron_rl.eval.statistics import Estimate, Intervals, label, summarise
+from megatron_rl.eval.store import EvalError, SampleStore
+from megatron_rl.reward import RewardFn, _score
+from megatron_rl.rollout.collect import stop_token_ids
+from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
+from megatron_rl.types import Rollout
+
+if TYPE_CHECKING:
+    from megatron_rl.config import Config
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SetResult:
+    """What one set comes to. Fractions, and tokens."""
+
+    name: str
+    title: str
+    problems: int
+    num_in_file: int  # above `problems`: only the first were asked
+    samples: int  # per problem
+    temperature: float
+    estimates: dict[str, Estimate]  # avg@n first, then pass@k and maj@k; correct is a score of at least 1
+    length_mean: float  # tokens
+    truncated_fraction: float  # cut at rollout.max_response_tokens
+    unanswered_fraction: float  # without a \boxed answer
+    failed_fraction: float  # whose grading failed; they count as wrong
+
+    @property
+    def accuracy(self) -> Estimate:
+        """avg@n."""
+        return next(iter(self.estimates.values()))
+
+
+class Evaluator:
+    """Evaluates sets with the weights that the engine has. Every method is a collective."""
+
+    def __init__(
+        self,
+        engine: Callable[[], RolloutEngine],
+        reward_fn: RewardFn,
+        tokenizer: Any,
+        config: Config,
+        place: Place,
+        revive: Callable[[], None],
+        on_progress: Callable[[Benchmark, int, int], None] = lambda bench, done, total: None,
+    ) -> None:
+        """`engine` is called, on all ranks, when something is to be sampled. `revive`: a collective that restarts dead
+        servers and gives them the weights. `on_progress(set, done, total)`: after each sample of this rank; may
+        raise."""
+        self._engine, self._reward_fn, self._tokenizer = engine, reward_fn, tokenizer
+        self._config, self._place, self._revive, self._on_progress = config, place, revive, on_progress
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes the results."""
+        return self._place.rank == 0
+
+    def run(self, bench: Benchmark, folder: Path, model: dict[str, Any]) -> SetResult:
+        """All samples of the set, in `folder`, and what they come to: the same on every rank.
+
+        `model`: what tells the weights from others, as JSON.
+        Raises, on every rank: EvalError when the folder holds another evaluation or gradings failed too often;
+        EngineError.
+        """
+        store = SampleStore(folder, bench, model | self._protocol(bench))
+        rows: list[Row] = []
+
+        def settle(found: list[Row]) -> set[tuple[str, int]]:
+            rows[:] = found
+            return {(row["id"], row["sample"]) for row in found}
+
+        done, rounds = self._on_first(lambda: settle(store.open())), 0
+        while len(done) < len(bench.problems) * bench.samples:
+            if rounds:
+                self._revive()
+            engine = self._engine()
+            problems = [problem for problem in self._place.gather(self._sample(engine, bench, store, done)) if problem]
+            if problems:
+                raise EngineError("\n".join(dict.fromkeys(problems)))
+            done, rounds = self._on_first(lambda: settle(store.merge())), rounds + 1
+        return self._on_first(lambda: self._conclude(bench, store, rows))
+
+    def _protocol(self, bench: Benchmark) -> dict[str, Any]:
+        config = self._config
+        return {
+            "set": bench.name,
+            "problems": bench.digest,
+            "samples": bench.samples,
+            "temperature": bench.temperature,
+            "seed": bench.seed,
+            "max_response_tokens": config.rollout.max_response_tokens,
+            "stop_token_ids": list(stop_token_ids(config, self._tokenizer)),
+            "engine": config.rollout.engine,
+            "dtype": config.model.dtype,
+            "reward": config.eval.reward or config.reward.function,
+        }
+
+    def _on_first(self, action: Callable[[], Any]) -> Any:
+        """What the first rank's `action` returns, or raises, on every rank."""
+        outcome: Any = None
+        if self.is_first:
+            try:
+                outcome = action()
+            except UserError as error:
+                outcome = error
+        outcome = self._place.gather(outcome)[0]
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
+
+    def _sample(self, engine: RolloutEngine, bench: Benchmark, store: SampleStore, done: set[tuple[str, int]]) -> str:
+        """This rank's share of what is missing. A fault is returned: all ranks must hear of it before one raises."""
+        ids = {problem.prompt.prompt_id: problem for problem in bench.problems}
+        batches = self._share(bench, done)
+        total, count = sum(map(len, batches)), 0
+        with store.part(self._place.rank) as part:
+            try:
+                for batch in batches:
+                    for _, rollout in engine.stream(batch):
+                        problem = ids[rollout.prompt_id]
+                        if (problem.id, rollout.sample_index) not in done:  # else only there to fill its batch
+                            part.add([self._row(bench, problem.id, rollout, problem.prompt.answer)])
+                        count += 1
+                        self._on_progress(bench, count, total)
+            except ServersLost:
+                pass  # what is missing is asked for again
+            except EngineError as error:
+                return str(error)
+        return ""
+
+    def _share(self, bench: Benchmark, done: set[tuple[str, int]]) -> list[list[Request]]:
+        config, place = self._config, self._place
+        sampling = SamplingParams(
+            bench.temperature,
+            1.0,
+            0,
+            config.rollout.max_response_tokens,
+            stop_token_ids(config, self._tokenizer),
+            bench.seed,
+        )
+        embedded = config.rollout.engine == "transformers"
+        # like prompts together, for short padding and shared prefills
+        problems = sorted(bench.problems, key=lambda problem: (len(problem.prompt.token_ids), problem.id))
+        keys = [(problem, sample) for problem in problems for sample in range(bench.samples)]
+        size = min(config.rollout.batch_size, math.ceil(len(keys) / place.world_size)) if embedded else 1
+        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+        left = [batch for batch in batches if any((problem.id, sample) not in done for problem, sample in batch)]
+        mine = left[len(left) * place.rank // place.world_size : len(left) * (place.rank + 1) // place.world_size]
+        requests = [[Request(p.prompt.prompt_id, i, p.prompt.token_ids, sampling) for p, i in batch] for batch in mine]
+        # servers batch on their own, and want all at once
+        return requests if embedded or not requests else [[request for batch in requests for request in batch]]
+
+    def _row(self, bench: Benchmark, identifier: str, rollout: Rollout, gold: str) -> Row:
+        text = self._text(rollout)
+        score, error = self._grade(text, gold)
+        return {
+            "id": identifier,
+            "sample": rollout.sample_index,
+            "score": score,
+            "answer": answer_of(text, boxed=bench.boxed),
+            "tokens": rollout.response_length,
+            "finish_reason": rollout.finish_reason,
+            "error": error,
+            "response": text,
+        }
+
+    def _conclude(self, bench: Benchmark, store: SampleStore, rows: list[Row]) -> SetResult:
+        golds = {problem.id: problem.prompt.answer for problem in bench.problems}
+        if any(row["error"] for row in rows):  # of an earlier process, perhaps: the grader may have been mended
+            for row in rows:
+                if row["error"]:
+                    row["score"], row["error"] = self._grade(row["response"], golds[row["id"]])
+            store.replace(rows)
+        failed = [row for row in rows if row["error"]]
+        if len(failed) > self._config.reward.max_failures * len(rows):
+            raise EvalError(
+                f"{bench.name}: grading failed on {len(failed)} of {len(rows)} responses, more than "
+                f"reward.max_failures={self._config.reward.max_failures} allows; mend the reward function and start "
+                f"again: the responses are kept. First, problem {failed[0]['id']}, sample {failed[0]['sample']}:\n"
+                f"{failed[0]['error']}"
+            )
+        shape = (len(bench.problems), bench.samples)
+        correct = np.array([row["score"] >= 1 for row in rows]).reshape(shape)
+        groups = [rows[start : start + bench.samples] for start in range(0, len(rows), bench.samples)]
+        classes = np.array([self._classes(bench, [row["answer"] for row in group]) for group in groups])
+        options = self._config.eval
+        seed = bench.seed & 0xFFFFFFFF
+        intervals = Intervals(shape[0], confidence=options.confidence, resamples=options.resamples, seed=seed)
+        return SetResult(
+            name=bench.name,
+            title=bench.title,
+            problems=shape[0],
+            num_in_file=bench.num_in_file,
+            samples=bench.samples,
+            temperature=bench.temperature,
+            estimates=summarise(correct, classes, intervals),
+            length_mean=float(np.mean([row["tokens"] for row in rows])),
+            truncated_fraction=float(np.mean([row["finish_reason"] == "length" for row in rows])),
+            unanswered_fraction=float(np.mean([row["answer"] is None for row in rows])),
+            failed_fraction=len(failed) / len(rows),
+        )
+
+    def _classes(self, bench: Benchmark, answers: list[str | None]) -> Any:
+        def same(a: str, b: str) -> bool:
+            with contextlib.suppress(Exception):  # an answer that the grader cannot read equals no other
+                return same_answer(self._reward_fn, a, b)
+            return False
+
+        texts = [None if answer is None else normalised(answer) for answer in answers]
+        return label(texts, same if bench.boxed else lambda a, b: False)
+
+    def _text(self, rollout: Rollout) -> str:
+        token_ids = rollout.token_ids[rollout.loss_mask].tolist()
+        return self._tokenizer.decode(token_ids[:-1] if rollout.finish_reason == "stop" else token_ids)
+
+    def _grade(self, text: str, gold: str) -> tuple[float, str]:
+        return _score(self._reward_fn, text, gold)
+
+
+def metrics_of(results: Sequence[SetResult]) -> dict[str, float]:
+    """What a training run logs: `eval/<set>/accuracy` with its interval, and their mean over the sets."""
+    found: dict[str, float] = {}
+    for result in results:
+        accuracy = result.accuracy
+        numbers = {
+            "accuracy": accuracy.value,
+            "accuracy_low": accuracy.low,
+            "accuracy_high": accuracy.high,
+            **{name: e.value for name, e in result.estimates.items() if name.endswith(f"@{result.samples}")},
+            "length_mean": result.length_mean,
+            "truncated_fraction": result.truncated_fraction,
+            "unanswered_fraction": result.unanswered_fraction,
+            "failed_fraction": result.failed_fraction,
+        }
+        numbers.pop(f"avg@{result.samples}")
+        found |= {f"eval/{result.name}/{name.replace('@', '_at_')}": value for name, value in numbers.items()}
+    if results:
+        found["eval/average"] = sum(result.accuracy.value for result in results) / len(results)
+    return found
