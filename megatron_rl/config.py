@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_rl.config_base import Fraction, NonNegativeInt, PositiveInt, Section
+from megatron_rl.config_base import NonNegativeInt, PositiveInt, Section
 from megatron_rl.config_checks import ConfigError, check_consistency
 from megatron_rl.config_eval import EvalConfig
 from megatron_rl.config_loss import LossConfig, PpoClipLoss
+from megatron_rl.config_reward import RewardConfig
 from megatron_rl.config_rollout import RolloutConfig
 
 
@@ -86,18 +87,6 @@ class JsonlData(Section):
     suffix: str = Field("", description="appended to each problem")
     max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are dealt with by `overlong_prompts`")
     overlong_prompts: Literal["error", "drop"] = Field("error", description="drop counts and logs what it drops")
-
-
-class RewardConfig(Section):
-    """What scores a response."""
-
-    function: str = Field(
-        "countdown", description="countdown, exact, or module:function taking (response, answer) and returning a float"
-    )
-    max_failures: Fraction = Field(
-        0.1,
-        description="fraction of a step's gradings that may raise or return NaN (scored 0, counted)",
-    )
 
 
 class DynamicSamplingConfig(Section):

@@ -30,7 +30,7 @@ class SetOptions(Section):
 
 class EvalConfig(Section):
     """Benchmarks, for `megatron-rl eval` and, with train.eval_every, during training. The length of prompts and
-    responses and the engine are those of `data` and `rollout`."""
+    responses, the engine and the grader are those of `data`, `rollout` and `reward`."""
 
     sets: tuple[SetName, ...] = Field(
         (),
@@ -40,7 +40,6 @@ class EvalConfig(Section):
     folder: str | None = Field(None, description="holds NAME.jsonl or eval_NAME.jsonl of each set without path")
     options: dict[SetName, SetOptions] = Field({}, description="by set: what differs from its preset")
     limit: PositiveInt | None = Field(None, description="only the first problems of each set, to try things out")
-    reward: str | None = Field(None, description="grades the responses, named as in reward.function; null: that one")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the intervals, fraction")
     resamples: PositiveInt = Field(2000, description="bootstrap replicates per interval")
     seed: NonNegativeInt | None = Field(None, description="of the responses and the bootstrap; null: the run's")

@@ -21,7 +21,7 @@ _HARMLESS = (
     "name logging parallel rollout.batch_size optimizer.lr model.hf_config model.recompute model.logits_block_rows "
     "train.num_steps train.micro_batch_tokens train.max_nonfinite_updates train.entropy_probe train.eval_every "
     "train.save_every train.save_final train.keep_checkpoints train.keep_best train.async_save train.save_hf "
-    "train.resume train.grace_seconds warm_start.cache_dir eval"
+    "train.resume train.grace_seconds warm_start.cache_dir reward.workers eval"
 ).split()
 _DATA = ("data", "seed")
 _INITIAL_POLICY = ("model.path", "warm_start")

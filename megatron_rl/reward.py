@@ -2,188 +2,138 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib
-import inspect
-import json
-import math
-import numbers
-import re
-import traceback
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_rl.errors import UserError
+from megatron_rl.grading.pool import GradingPool
+from megatron_rl.grading.registry import REWARDS as REWARDS
+from megatron_rl.grading.registry import RewardError as RewardError
+from megatron_rl.grading.registry import load_reward
+from megatron_rl.grading.verdict import Grader, InProcess, Verdict, Verifier
 from megatron_rl.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
-
-RewardFn = Callable[[str, str], float]
-
-# far above any sensible answer (six numbers need 17 characters and a few parentheses); bounds the parser's work and
-# depth
-_MAX_EXPRESSION = 128
-_ARITHMETIC = re.compile(r"[0-9+\-*/() ]+")
-# the error text travels to every rank with its rollout
-_MAX_ERROR = 2000
+    from megatron_rl.config_reward import RewardConfig
 
 
-class RewardError(RuntimeError, UserError):
-    """The reward function cannot be loaded, or failed too often."""
+def build_grader(config: RewardConfig) -> Grader:
+    """The grading processes of this rank. Raises: RewardError when a reward function cannot be loaded."""
+    verifiers = [Verifier(verifier.function, verifier.options) for verifier in (config, *config.terms)]
+    if config.workers == 0:
+        return InProcess([load_reward(verifier.function, verifier.options) for verifier in verifiers])
+    return GradingPool(
+        verifiers,
+        workers=config.workers,
+        deadline_seconds=config.deadline_seconds,
+        memory_gib=config.memory_gib,
+    )
 
 
-def countdown(response: str, answer: str) -> float:
-    """1.0 if the response is an expression that uses each given number exactly once and equals the target, else 0.0.
-
-    Allowed are binary + - * /, parentheses, spaces and decimal integers: no unary sign, no power, no leading zero.
-    Exact rational arithmetic, so "1/3*3" is 1. `answer` is JSON {"numbers": [...], "target": n}.
-
-    Raises: ValueError or KeyError when `answer` is not such JSON.
-    Source: the rules of reasoning-gym's countdown scorer, made binary.
-    """
-    problem = json.loads(answer)
-    numbers_given, target = Counter(problem["numbers"]), problem["target"]
-    if len(response) > _MAX_EXPRESSION or not _ARITHMETIC.fullmatch(response):
-        return 0.0
-    used: Counter[int] = Counter()
-    try:
-        value = _evaluate(ast.parse(response.strip(), mode="eval").body, used)
-    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
-        # what the parser and the arithmetic say to a wrong answer; MemoryError is CPython's word for too deep nesting
-        return 0.0
-    return float(value == target and used == numbers_given)
+def submit(rollout: Rollout, answer: str, grader: Grader, tokenizer: Any) -> Future[Verdict]:
+    """Begin to grade a rollout."""
+    return grader.submit(response_text(rollout, tokenizer), answer)
 
 
-def _evaluate(node: ast.expr, used: Counter[int]) -> Fraction:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        used[node.value] += 1
-        return Fraction(node.value)
-    if not isinstance(node, ast.BinOp):
-        raise SyntaxError("not binary arithmetic on integers")
-    left, right = _evaluate(node.left, used), _evaluate(node.right, used)
-    match node.op:
-        case ast.Add():
-            return left + right
-        case ast.Sub():
-            return left - right
-        case ast.Mult():
-            return left * right
-        case ast.Div():
-            return left / right
-    raise SyntaxError("only + - * /")
+def response_text(rollout: Rollout, tokenizer: Any) -> str:
+    """What the verifiers see: the response without the stop token that ended it; any other special token stays visible,
+    so that a policy cannot hide text in tokens that decoding drops."""
+    token_ids = rollout.token_ids[rollout.loss_mask].tolist()
+    if rollout.finish_reason == "stop":
+        token_ids = token_ids[:-1]
+    return tokenizer.decode(token_ids)
 
 
-def exact(response: str, answer: str) -> float:
-    """1.0 if the texts agree but for surrounding white space, else 0.0."""
-    return float(response.strip() == answer.strip())
-
-
-REWARDS: dict[str, RewardFn] = {"countdown": countdown, "exact": exact}
-
-
-def load_reward(name: str) -> RewardFn:
-    """The reward function called `name` in REWARDS, or found at `module:function`.
-
-    Raises: RewardError when the module or the function is missing, it cannot be called, or not with (response, answer).
-    """
-    if name in REWARDS:
-        return REWARDS[name]
-    module_name, separator, attribute = name.partition(":")
-    if not separator or not module_name or not attribute:
-        known = ", ".join(REWARDS)
-        raise RewardError(
-            f"reward.function={name!r}: expected one of {known}, or module:function such as my_rewards:math"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise RewardError(
-            f"reward.function={name!r}: importing {module_name} failed with {type(error).__name__}: {error}; put the "
-            "folder of that module on PYTHONPATH, and see that it imports in this environment"
-        ) from error
-    function = getattr(module, attribute, None)
-    if function is None:
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RewardError(f"reward.function={name!r}: module {module_name} has no {attribute!r}{hint}")
-    if not callable(function):
-        raise RewardError(f"reward.function={name!r}: expected a function, got {type(function).__name__}")
-    try:
-        inspect.signature(function).bind("response", "answer")
-    except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"reward.function={name!r}: it must be callable with two texts, (response, answer), but: {error}"
-        ) from error
-    return function
+def graded(rollout: Rollout, verdict: Verdict) -> Rollout:
+    """The rollout with what the verifiers said; `reward` is the score until `shape_rewards`."""
+    score, *terms = verdict.values
+    return rollout.replace(
+        score=score, reward=score, terms=tuple(terms), error=verdict.error, unfinished=verdict.unfinished
+    )
 
 
 def grade(
-    rollouts: Sequence[Rollout], prompts_by_id: Mapping[int, Prompt], reward_fn: RewardFn, tokenizer: Any
+    rollouts: Sequence[Rollout], prompts_by_id: Mapping[int, Prompt], grader: Grader, tokenizer: Any
 ) -> list[Rollout]:
-    """The rollouts with `score` set, and `reward` equal to it.
+    """The rollouts with their scores, in the given order.
 
-    The function sees the response without the stop token that ended it; any other special token stays visible, so that
-    a policy cannot hide text in tokens that decoding drops. A function that raises, or returns anything but a finite
-    number, scores 0.0 and leaves its traceback in `error`: `check_failures` decides whether the run may go on.
+    A function that raises, or returns anything but a finite number, scores 0.0 and leaves its traceback in `error`:
+    `check_failures` decides whether the run may go on. Raises: RewardError when nothing can be graded.
     """
-    graded = []
-    for rollout in rollouts:
-        token_ids = rollout.token_ids[rollout.loss_mask].tolist()
-        if rollout.finish_reason == "stop":
-            token_ids = token_ids[:-1]
-        score, error = _score(reward_fn, tokenizer.decode(token_ids), prompts_by_id[rollout.prompt_id].answer)
-        graded.append(rollout.replace(score=score, reward=score, error=error))
-    return graded
-
-
-def _score(reward_fn: RewardFn, response: str, answer: str) -> tuple[float, str]:
-    try:
-        value: Any = reward_fn(response, answer)
-    except Exception:
-        return 0.0, traceback.format_exc()[-_MAX_ERROR:]
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        error = f"the reward function returned {value!r} ({type(value).__name__}), expected a finite number"
-        return 0.0, error[:_MAX_ERROR]
-    return float(value), ""
+    verdicts = [submit(r, prompts_by_id[r.prompt_id].answer, grader, tokenizer) for r in rollouts]
+    return [graded(rollout, verdict.result()) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
 
 
 def check_failures(rollouts: Sequence[Rollout], config: Config) -> None:
     """Ends the run when too many gradings of one step failed; give it the rollouts of all ranks.
 
+    A response that hangs or crashes the verifier is the policy's doing and costs that response alone, unless every
+    response does: then nothing is left to learn from.
     Raises: RewardError with the number, the first traceback and the remedy.
     """
+    reward = config.reward
     failed = [rollout for rollout in rollouts if rollout.error]
-    if len(failed) > config.reward.max_failures * len(rollouts):
+    if len(failed) > reward.max_failures * len(rollouts):
         first = failed[0]
         raise RewardError(
-            f"the reward function {config.reward.function} failed on {len(failed)} of {len(rollouts)} responses, more "
-            f"than reward.max_failures={config.reward.max_failures} allows; mend it, or raise that limit (failures "
+            f"the reward function {reward.function} failed on {len(failed)} of {len(rollouts)} responses, more "
+            f"than reward.max_failures={reward.max_failures} allows; mend it, or raise that limit (failures "
             f"score 0). First, prompt {first.prompt_id}, sample {first.sample_index}:\n{first.error}"
+        )
+    if rollouts and all(rollout.unfinished for rollout in rollouts):
+        crashes = sum(rollout.unfinished == "crash" for rollout in rollouts)
+        raise RewardError(
+            f"the reward function {reward.function} finished on none of {len(rollouts)} responses: {crashes} times its "
+            f"process died, the other times reward.deadline_seconds={reward.deadline_seconds:g} was over; mend it, or "
+            "raise that limit or reward.memory_gib"
         )
 
 
 def shape_rewards(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
-    """`reward = score + penalty`, with DAPO's soft overlong penalty on the response's length in tokens.
+    """`reward = weight * score + terms + length reward + overlong penalty`, for whole groups of rollouts."""
+    reward, lengths = config.reward, _length_rewards(rollouts)
+    return [
+        rollout.replace(
+            reward=reward.weight * rollout.score
+            + sum(term.weight * value for term, value in zip(reward.terms, rollout.terms, strict=True))
+            + reward.length_weight * length
+            - _overlong_penalty(rollout, config)
+        )
+        for rollout, length in zip(rollouts, lengths, strict=True)
+    ]
 
-    With L the response limit and b the buffer: 0 up to L - b, then linear to -factor at L. b = 0 turns it off.
+
+def _length_rewards(rollouts: Sequence[Rollout]) -> list[float]:
+    """In [-0.5, 0.5], from the longest response of the prompt to the shortest; at most 0 for wrong ones (score below
+    1). 0 when all are of one length.
+
+    Source: Kimi k1.5, arXiv 2501.12599, section 2.3.3.
+    """
+    lengths: dict[int, list[int]] = {}
+    for rollout in rollouts:
+        lengths.setdefault(rollout.prompt_id, []).append(rollout.response_length)
+    rewards = []
+    for rollout in rollouts:
+        shortest, longest = min(lengths[rollout.prompt_id]), max(lengths[rollout.prompt_id])
+        value = 0.5 - (rollout.response_length - shortest) / (longest - shortest) if longest > shortest else 0.0
+        rewards.append(value if rollout.score >= 1 else min(0.0, value))
+    return rewards
+
+
+def _overlong_penalty(rollout: Rollout, config: Config) -> float:
+    """DAPO's soft overlong penalty. With L the response limit and b the buffer: 0 up to L - b tokens, then linear to
+    the factor at L. b = 0 turns it off.
+
     Source: arXiv 2503.14476, equation 13.
     """
     limit, overlong = config.rollout.max_response_tokens, config.algorithm.overlong
     if overlong.penalty_buffer == 0:
-        return [rollout.replace(reward=rollout.score) for rollout in rollouts]
-    shaped = []
-    for rollout in rollouts:
-        excess = max(0, rollout.response_length - (limit - overlong.penalty_buffer))
-        shaped.append(
-            rollout.replace(reward=rollout.score - overlong.penalty_factor * excess / overlong.penalty_buffer)
-        )
-    return shaped
+        return 0.0
+    excess = max(0, rollout.response_length - (limit - overlong.penalty_buffer))
+    return overlong.penalty_factor * excess / overlong.penalty_buffer
 
 
 def filter_overlong(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:

@@ -35,7 +35,7 @@ from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
-from megatron_rl.reward import load_reward
+from megatron_rl.reward import build_grader
 from megatron_rl.rollout.build import write_model_dir
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost, build_engine
@@ -178,8 +178,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
 
 def set_up(config: Config, groups: Groups) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
-    reward_fn = load_reward(config.reward.function)  # before anything slow
-    eval_reward_fn = load_reward(config.eval.reward or config.reward.function)
+    grader = build_grader(config.reward)  # before anything slow
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
     benchmarks = load_benchmarks(config, tokenizer) if config.train.eval_every and config.eval.sets else []
@@ -201,7 +200,7 @@ def set_up(config: Config, groups: Groups) -> Run:
         policy.keep_reference()
     cursor = PromptCursor(problems.train, config.seed)
     run: Run
-    collector = Collector(engine, cursor, reward_fn, tokenizer, config, place, revive=lambda: revive(run))
+    collector = Collector(engine, cursor, grader, tokenizer, config, place, revive=lambda: revive(run))
     run = Run(
         config=config,
         groups=groups,
@@ -212,7 +211,7 @@ def set_up(config: Config, groups: Groups) -> Run:
         engine=engine,
         collector=collector,
         eval_prompts=problems.eval,
-        evaluator=Evaluator(lambda: engine, eval_reward_fn, tokenizer, config, place, revive=lambda: revive(run)),
+        evaluator=Evaluator(lambda: engine, grader, tokenizer, config, place, revive=lambda: revive(run)),
         benchmarks=benchmarks,
         data_digest=data_digest(problems.train),
     )

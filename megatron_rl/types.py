@@ -45,6 +45,8 @@ class Rollout:
     reward: float = math.nan  # score plus penalties: what the advantage estimator sees
     error: str = ""  # why grading failed; such a rollout scores 0 and is counted in the metrics
     spans: tuple[tuple[int, int], ...] = ()  # (weight_version, tokens), in order; empty: all by `weight_version`
+    unfinished: str = ""  # "deadline" or "crash" when the verifier was ended over this response, which scores 0
+    terms: tuple[float, ...] = ()  # values of reward.terms, in their order
 
     @property
     def response_length(self) -> int:

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
-from megatron_rl import reward
 from megatron_rl.config import parse_config
-from megatron_rl.reward import REWARDS, RewardError, check_failures, filter_overlong, grade, load_reward, shape_rewards
+from megatron_rl.grading.registry import REWARDS, RewardError, load_reward
+from megatron_rl.grading.rules import countdown
+from megatron_rl.grading.verdict import InProcess
+from megatron_rl.reward import check_failures, filter_overlong, grade, shape_rewards
 from megatron_rl.types import Prompt, Rollout
 
 ANSWER = json.dumps({"numbers": [5, 3, 7], "target": 22})
@@ -53,15 +55,15 @@ ANSWER = json.dumps({"numbers": [5, 3, 7], "target": 22})
     ],
 )
 def test_countdown_truth_table(response, score):
-    assert reward.countdown(response, ANSWER) == score
+    assert countdown(response, ANSWER) == score
 
 
 def test_countdown_is_exact_and_counts_equal_numbers():
-    assert reward.countdown("1/3*3", json.dumps({"numbers": [3, 1, 3], "target": 1})) == 1.0
-    assert reward.countdown("8/(3-8/3)", json.dumps({"numbers": [3, 3, 8, 8], "target": 24})) == 1.0
-    assert reward.countdown("8/(3-8/3)", json.dumps({"numbers": [3, 8, 8, 3, 1], "target": 24})) == 0.0
+    assert countdown("1/3*3", json.dumps({"numbers": [3, 1, 3], "target": 1})) == 1.0
+    assert countdown("8/(3-8/3)", json.dumps({"numbers": [3, 3, 8, 8], "target": 24})) == 1.0
+    assert countdown("8/(3-8/3)", json.dumps({"numbers": [3, 8, 8, 3, 1], "target": 24})) == 0.0
     # 1/49*49 is 0.9999999999999999 in floating point
-    assert reward.countdown("1/49*49", json.dumps({"numbers": [1, 49, 49], "target": 1})) == 1.0
+    assert countdown("1/49*49", json.dumps({"numbers": [1, 49, 49], "target": 1})) == 1.0
 
 
 def test_countdown_agrees_with_reasoning_gym():
@@ -72,7 +74,7 @@ def test_countdown_agrees_with_reasoning_gym():
     )
     entry = {"metadata": {"numbers": [5, 3, 7], "target": 22}}
     for response in ("5*3+7", "7+5*3", "5*3", "5+3+7", "5*3+7+7-7", "3*(5+7)-14"):
-        assert reward.countdown(response, ANSWER) == float(dataset.score_answer(response, entry) == 1.0)
+        assert countdown(response, ANSWER) == float(dataset.score_answer(response, entry) == 1.0)
 
 
 def test_exact():
@@ -85,10 +87,10 @@ def test_load_reward(tmp_path, monkeypatch):
     )
     (tmp_path / "broken_rewards.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_reward("countdown") is reward.countdown
+    assert load_reward("countdown") is countdown
     assert load_reward("my_rewards:good")("", "") == 0.5
     for name, message in [
-        ("maths", "expected one of countdown, exact, or module:function"),
+        ("maths", "expected one of countdown, exact, math, regex, format, remote, or module:function"),
         ("no_such_module:f", "importing no_such_module failed with ModuleNotFoundError"),
         ("broken_rewards:f", "importing broken_rewards failed with ZeroDivisionError"),
         ("my_rewards:god", "has no 'god'; did you mean 'good'"),
@@ -149,14 +151,14 @@ def test_grade_sees_the_response_without_its_stop_token():
         return response == answer
 
     rollouts = [make_rollout(), make_rollout(prompt_id=1), make_rollout(reason="length")]
-    graded = grade(rollouts, PROMPTS, watch, Letters())
+    graded = grade(rollouts, PROMPTS, InProcess([watch]), Letters())
     assert seen == [("bc", "bc"), ("bc", "zz"), ("bcj", "bc")]
     assert [r.score for r in graded] == [1.0, 0.0, 0.0] and [r.error for r in graded] == [""] * 3
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "1", None, 1j])
 def test_a_bad_return_value_scores_zero_and_is_told(bad):
-    (graded,) = grade([make_rollout()], PROMPTS, lambda r, a: bad, Letters())
+    (graded,) = grade([make_rollout()], PROMPTS, InProcess([lambda r, a: bad]), Letters())
     assert graded.score == graded.reward == 0.0 and f"returned {bad!r}" in graded.error
 
 
@@ -169,7 +171,7 @@ def test_raising_scores_zero_and_ends_the_run_only_above_the_limit():
             raise KeyError(f"call {len(calls)}")
         return 1.0
 
-    graded = grade([make_rollout()] * 20, PROMPTS, sometimes, Letters())
+    graded = grade([make_rollout()] * 20, PROMPTS, InProcess([sometimes]), Letters())
     assert sum(r.score for r in graded) == 18
     check_failures(graded, make_config(reward={"max_failures": 0.1}))  # 2 of 20 is not more than 0.1
     with pytest.raises(RewardError, match=r"failed on 2 of 20 .*max_failures=0\.09(.|\n)*KeyError: 'call 3'"):

@@ -41,7 +41,7 @@ def tiny_raw(folder: Path, name: str = "tiny", **sections: dict[str, Any]) -> di
         "parallel": {"tp": 2},
         "data": {"type": "countdown", "num_train": 64, "num_eval": 8, "max_prompt_tokens": 16},
         "rollout": {"samples_per_prompt": 4, "max_response_tokens": 12},
-        "reward": {"function": "tests.tiny:mostly_digits"},
+        "reward": {"function": "tests.tiny:mostly_digits", "workers": 0},  # a process would import all of this file
         "loss": {"type": "ppo_clip"},
         "optimizer": {"lr": 1e-3},
         "train": {

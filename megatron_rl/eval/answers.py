@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import re
-from fractions import Fraction
+from megatron_rl.grading import latex
+from megatron_rl.grading.math_answer import last_boxes, unboxed_answer
+from megatron_rl.grading.verdict import Grader
 
-from megatron_rl.reward import RewardFn
-
-_SPACES = re.compile(r"\\[,;!: ]|~|\s+")
-_NUMBER = re.compile(r"-?(\d+|\d*\.\d+)")
+_MAX_NORMALISED = 400  # characters; a longer answer is no answer to tell from others by more than its text
 
 
-def answer_of(response: str, *, boxed: bool) -> str | None:
-    r"""What the response answers: the content of its last \boxed{}, None without a closed one; or all of its text."""
-    if not boxed:
+def answer_of(response: str, *, by_text: bool) -> str | None:
+    """What the response answers, as the verifier `math` finds it: the last \\boxed, or what it ends with; None when nothing
+    is found. `by_text`: all of it."""
+    if by_text:
         return response.strip() or None
-    start = response.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = start + len("\\boxed{")
-    depth = 1
-    for end in range(begin, len(response)):
-        depth += {"{": 1, "}": -1}.get(response[end], 0)
-        if depth == 0:
-            return response[begin:end].strip() or None
-    return None
+    boxes = last_boxes(response)
+    found = boxes[-1] if boxes else unboxed_answer(response)
+    return (found or "").strip() or None
 
 
 def normalised(answer: str) -> str:
-    """A spelling that equal answers often share: no spaces, one kind of fraction and bracket."""
-    text = answer.strip().strip("$").rstrip(".")
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\left", "").replace("\\right", "")
-    return _SPACES.sub("", text)
+    """A spelling that equal answers often share."""
+    return latex.clean(answer) if len(answer) <= _MAX_NORMALISED else answer
 
 
-def same_answer(grade: RewardFn, a: str, b: str) -> bool:
-    """Whether the grader takes one for the other, in either order. Numbers that are written out need no grader."""
-    if _NUMBER.fullmatch(a) and _NUMBER.fullmatch(b):
-        return Fraction(a) == Fraction(b)
-    return any(grade(f"\\boxed{{{x}}}", y) >= 1 for x, y in ((a, b), (b, a)))
+def same_answer(grader: Grader, a: str, b: str) -> bool:
+    """Whether the grader takes one of two normalised answers for the other. Numbers need no grader."""
+    numbers = latex.number(a), latex.number(b)
+    if numbers[0] is not None and numbers[1] is not None:
+        return numbers[0].value == numbers[1].value and numbers[0].percent == numbers[1].percent
+    # the grader may know units, sets and expressions in one direction only
+    return any(grader.submit(f"\\boxed{{{x}}}", y).result().values[0] >= 1 for x, y in ((a, b), (b, a)))

@@ -41,7 +41,7 @@ class Benchmark:
     num_in_file: int  # more than `problems` when eval.limit took the first ones
     samples: int
     temperature: float  # 0 is greedy
-    boxed: bool  # the answer stands in the last \boxed{}; else it is the whole response
+    by_text: bool  # the whole response is the answer; else it is looked for as the verifier `math` does
     seed: int  # of the draws, with the prompt and the sample
 
     @property
@@ -107,7 +107,7 @@ def _load(name: str, config: Config, tokenizer: Any) -> Benchmark:
         num_in_file=len(rows),
         samples=samples,
         temperature=temperature,
-        boxed=True,
+        by_text=False,
         seed=_seed(config, name),
     )
 
@@ -141,6 +141,6 @@ def _held_out(config: Config, tokenizer: Any) -> Benchmark:
         num_in_file=len(problems),
         samples=config.train.eval_samples,
         temperature=config.train.eval_temperature,
-        boxed=config.data.type != "countdown",
+        by_text=config.data.type == "countdown",
         seed=_seed(config, HELD_OUT),
     )

@@ -8,9 +8,10 @@ repeats to the bit.
 
 from __future__ import annotations
 
-import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,11 @@ import numpy as np
 
 from megatron_rl.errors import UserError
 from megatron_rl.eval.answers import answer_of, normalised, same_answer
-from megatron_rl.eval.benchmarks import Benchmark
-from megatron_rl.eval.statistics import Estimate, Intervals, label, summarise
+from megatron_rl.eval.benchmarks import Benchmark, Problem
+from megatron_rl.eval.statistics import Estimate, Intervals, Ints, label, summarise
 from megatron_rl.eval.store import EvalError, SampleStore
-from megatron_rl.reward import RewardFn, _score
+from megatron_rl.grading.verdict import Grader, Verdict
+from megatron_rl.reward import RewardError, response_text
 from megatron_rl.rollout.collect import stop_token_ids
 from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
 from megatron_rl.types import Rollout
@@ -46,8 +48,8 @@ class SetResult:
     estimates: dict[str, Estimate]  # avg@n first, then pass@k and maj@k; correct is a score of at least 1
     length_mean: float  # tokens
     truncated_fraction: float  # cut at rollout.max_response_tokens
-    unanswered_fraction: float  # without a \boxed answer
-    failed_fraction: float  # whose grading failed; they count as wrong
+    unanswered_fraction: float  # in which no answer was found
+    failed_fraction: float  # whose grading failed or did not finish; they count as wrong
 
     @property
     def accuracy(self) -> Estimate:
@@ -61,7 +63,7 @@ class Evaluator:
     def __init__(
         self,
         engine: Callable[[], RolloutEngine],
-        reward_fn: RewardFn,
+        grader: Grader,
         tokenizer: Any,
         config: Config,
         place: Place,
@@ -71,7 +73,7 @@ class Evaluator:
         """`engine` is called, on all ranks, when something is to be sampled. `revive`: a collective that restarts dead
         servers and gives them the weights. `on_progress(set, done, total)`: after each sample of this rank; may
         raise."""
-        self._engine, self._reward_fn, self._tokenizer = engine, reward_fn, tokenizer
+        self._engine, self._grader, self._tokenizer = engine, grader, tokenizer
         self._config, self._place, self._revive, self._on_progress = config, place, revive, on_progress
 
     @property
@@ -106,6 +108,8 @@ class Evaluator:
 
     def _protocol(self, bench: Benchmark) -> dict[str, Any]:
         config = self._config
+        # what a remote verifier is told, as a password, is no part of its verdict
+        options = {name: value for name, value in config.reward.options.items() if name != "headers"}
         return {
             "set": bench.name,
             "problems": bench.digest,
@@ -116,7 +120,7 @@ class Evaluator:
             "stop_token_ids": list(stop_token_ids(config, self._tokenizer)),
             "engine": config.rollout.engine,
             "dtype": config.model.dtype,
-            "reward": config.eval.reward or config.reward.function,
+            "reward": {"function": config.reward.function} | options,
         }
 
     def _on_first(self, action: Callable[[], Any]) -> Any:
@@ -136,21 +140,34 @@ class Evaluator:
         """This rank's share of what is missing. A fault is returned: all ranks must hear of it before one raises."""
         ids = {problem.prompt.prompt_id: problem for problem in bench.problems}
         batches = self._share(bench, done)
-        total, count = sum(map(len, batches)), 0
+        total, count, fault = sum(map(len, batches)), 0, ""
+        begun: deque[tuple[Problem, Rollout, str, Future[Verdict]]] = deque()  # being graded, in order
         with store.part(self._place.rank) as part:
+
+            def write(wait: bool) -> None:
+                while begun and (wait or begun[0][-1].done()):
+                    problem, rollout, text, verdict = begun.popleft()
+                    part.add([_row(problem.id, rollout, text, verdict.result(), by_text=bench.by_text)])
+
             try:
                 for batch in batches:
                     for _, rollout in engine.stream(batch):
                         problem = ids[rollout.prompt_id]
                         if (problem.id, rollout.sample_index) not in done:  # else only there to fill its batch
-                            part.add([self._row(bench, problem.id, rollout, problem.prompt.answer)])
+                            text = response_text(rollout, self._tokenizer)
+                            begun.append((problem, rollout, text, self._grader.submit(text, problem.prompt.answer)))
+                        write(wait=False)
                         count += 1
                         self._on_progress(bench, count, total)
             except ServersLost:
                 pass  # what is missing is asked for again
             except EngineError as error:
-                return str(error)
-        return ""
+                fault = str(error)
+            try:
+                write(wait=True)
+            except RewardError as error:
+                fault = fault or str(error)
+        return fault
 
     def _share(self, bench: Benchmark, done: set[tuple[str, int]]) -> list[list[Request]]:
         config, place = self._config, self._place
@@ -174,26 +191,12 @@ class Evaluator:
         # servers batch on their own, and want all at once
         return requests if embedded or not requests else [[request for batch in requests for request in batch]]
 
-    def _row(self, bench: Benchmark, identifier: str, rollout: Rollout, gold: str) -> Row:
-        text = self._text(rollout)
-        score, error = self._grade(text, gold)
-        return {
-            "id": identifier,
-            "sample": rollout.sample_index,
-            "score": score,
-            "answer": answer_of(text, boxed=bench.boxed),
-            "tokens": rollout.response_length,
-            "finish_reason": rollout.finish_reason,
-            "error": error,
-            "response": text,
-        }
-
     def _conclude(self, bench: Benchmark, store: SampleStore, rows: list[Row]) -> SetResult:
         golds = {problem.id: problem.prompt.answer for problem in bench.problems}
         if any(row["error"] for row in rows):  # of an earlier process, perhaps: the grader may have been mended
             for row in rows:
                 if row["error"]:
-                    row["score"], row["error"] = self._grade(row["response"], golds[row["id"]])
+                    row |= _grades(self._grader.submit(row["response"], golds[row["id"]]).result())
             store.replace(rows)
         failed = [row for row in rows if row["error"]]
         if len(failed) > self._config.reward.max_failures * len(rows):
@@ -221,24 +224,30 @@ class Evaluator:
             length_mean=float(np.mean([row["tokens"] for row in rows])),
             truncated_fraction=float(np.mean([row["finish_reason"] == "length" for row in rows])),
             unanswered_fraction=float(np.mean([row["answer"] is None for row in rows])),
-            failed_fraction=len(failed) / len(rows),
+            failed_fraction=float(np.mean([bool(row["error"] or row["unfinished"]) for row in rows])),
         )
 
-    def _classes(self, bench: Benchmark, answers: list[str | None]) -> Any:
-        def same(a: str, b: str) -> bool:
-            with contextlib.suppress(Exception):  # an answer that the grader cannot read equals no other
-                return same_answer(self._reward_fn, a, b)
-            return False
-
+    def _classes(self, bench: Benchmark, answers: list[str | None]) -> Ints:
         texts = [None if answer is None else normalised(answer) for answer in answers]
-        return label(texts, same if bench.boxed else lambda a, b: False)
+        if bench.by_text:
+            return label(texts, lambda a, b: False)
+        return label(texts, lambda a, b: same_answer(self._grader, a, b))
 
-    def _text(self, rollout: Rollout) -> str:
-        token_ids = rollout.token_ids[rollout.loss_mask].tolist()
-        return self._tokenizer.decode(token_ids[:-1] if rollout.finish_reason == "stop" else token_ids)
 
-    def _grade(self, text: str, gold: str) -> tuple[float, str]:
-        return _score(self._reward_fn, text, gold)
+def _row(identifier: str, rollout: Rollout, text: str, verdict: Verdict, *, by_text: bool) -> Row:
+    return {
+        "id": identifier,
+        "sample": rollout.sample_index,
+        **_grades(verdict),
+        "answer": answer_of(text, by_text=by_text),
+        "tokens": rollout.response_length,
+        "finish_reason": rollout.finish_reason,
+        "response": text,
+    }
+
+
+def _grades(verdict: Verdict) -> Row:
+    return {"score": verdict.values[0], "error": verdict.error, "unfinished": verdict.unfinished}
 
 
 def metrics_of(results: Sequence[SetResult]) -> dict[str, float]:

@@ -6,6 +6,7 @@ layout: with the embedded engine each holds the whole model and generates its sh
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from megatron_rl.eval.store import EvalError
 from megatron_rl.eval.table import write_tables
 from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.reward import load_reward
+from megatron_rl.reward import build_grader
 from megatron_rl.rollout.build import write_model_dir
 from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine, ServersLost, build_engine
 
@@ -52,17 +53,16 @@ def evaluate_model(config: Config, place: Place) -> list[SetResult]:
 
     Raises: UserError for what the user can mend; the samples so far are kept.
     """
-    reward_fn = load_reward(config.eval.reward or config.reward.function)  # before anything slow
-    tokenizer = build_tokenizer(config)
-    benchmarks = load_benchmarks(config, tokenizer)
-    served = _Served(config, place, tokenizer)
-    progress = _Progress(place)
-    evaluator = Evaluator(served.engine, reward_fn, tokenizer, config, place, served.load, progress)
-    identity = {"model": str(config.model.path), "weights": _fingerprint(served.weights)}
-    try:
+    grader = build_grader(config.reward.model_copy(update={"terms": ()}))  # before anything slow
+    with contextlib.ExitStack() as stack:
+        stack.callback(grader.close)
+        tokenizer = build_tokenizer(config)
+        benchmarks = load_benchmarks(config, tokenizer)
+        served = _Served(config, place, tokenizer)
+        stack.callback(served.close)
+        evaluator = Evaluator(served.engine, grader, tokenizer, config, place, served.load, _Progress(place))
+        identity = {"model": str(config.model.path), "weights": _fingerprint(served.weights)}
         return [evaluator.run(bench, set_folder(config, bench.name), identity) for bench in benchmarks]
-    finally:
-        served.close()
 
 
 def write_results(config: Config, results: list[SetResult]) -> str:

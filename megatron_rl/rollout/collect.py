@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.data import PromptCursor
 from megatron_rl.errors import UserError
-from megatron_rl.reward import RewardFn, check_failures, filter_overlong, grade, shape_rewards
+from megatron_rl.grading.registry import RewardError
+from megatron_rl.grading.verdict import Grader, Verdict
+from megatron_rl.reward import check_failures, filter_overlong, graded, shape_rewards, submit
 from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
 from megatron_rl.types import Prompt, Rollout
 
@@ -70,14 +72,14 @@ class Collector:
         self,
         engine: RolloutEngine,
         cursor: PromptCursor,
-        reward_fn: RewardFn,
+        grader: Grader,
         tokenizer: Any,
         config: Config,
         place: Place,
         revive: Callable[[], None],
     ) -> None:
         """`revive`: a collective that restarts dead servers and gives them the current weights."""
-        self.engine, self.cursor, self._reward_fn, self._tokenizer = engine, cursor, reward_fn, tokenizer
+        self.engine, self.cursor, self._grader, self._tokenizer = engine, cursor, grader, tokenizer
         self._config, self._place, self._revive = config, place, revive
         self._ahead: deque[_Pending] = deque()
         self._threads = ThreadPoolExecutor(max(1, config.rollout.max_staleness), "rollouts-ahead")
@@ -114,7 +116,8 @@ class Collector:
             num_batches += 1
             check_failures([rollout for group in groups for rollout in group], config)
             kept = [group for group in groups if _informative(group)] if dynamic.enabled else groups
-        metrics = rollout_metrics(groups) | {
+        metrics = rollout_metrics(groups) | term_metrics(groups, [term.name for term in config.reward.terms])
+        metrics |= {
             "sampling/num_batches": float(num_batches),
             "sampling/surplus_groups": float(len(kept) - wanted),
         }
@@ -162,14 +165,15 @@ class Collector:
             "eval/pass_at_n": _mean([max(rollout.score for rollout in group) for group in groups]),
             "eval/length_mean": _mean([rollout.response_length for rollout in rollouts]),
             "eval/truncated_fraction": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
-            "eval/failed_fraction": _mean([bool(rollout.error) for rollout in rollouts]),
+            "eval/failed_fraction": _mean([bool(rollout.error or rollout.unfinished) for rollout in rollouts]),
         }
 
     def close(self) -> None:
-        """End what is ahead."""
+        """End what is ahead, and the grading."""
         if self._ahead:
             self.engine.abort()
         self._threads.shutdown(wait=True)
+        self._grader.close()
 
     def _draw(self, step: int, exclude: Collection[int] = ()) -> _Pending:
         before = self.cursor.state()
@@ -189,17 +193,21 @@ class Collector:
         return requests[len(requests) * rank // size : len(requests) * (rank + 1) // size]
 
     def _generate(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> _Answers:
-        """Generate and grade, each response as soon as it has come. Faults are returned: all ranks must hear of them
-        before one raises."""
-        by_id, rollouts = {prompt.prompt_id: prompt for prompt in prompts}, []
+        """Generate, and grade each response beside the generation of the rest. Faults are returned: all ranks must hear
+        of them before one raises."""
+        answers, problem = {prompt.prompt_id: prompt.answer for prompt in prompts}, ""
+        begun: list[tuple[Rollout, Future[Verdict]]] = []
         try:
             for _, rollout in self.engine.stream(requests):
-                rollouts += grade([rollout], by_id, self._reward_fn, self._tokenizer)
+                begun.append((rollout, submit(rollout, answers[rollout.prompt_id], self._grader, self._tokenizer)))
         except ServersLost:
             pass  # what is missing is asked for again
         except EngineError as error:
-            return _Answers(rollouts, str(error))
-        return _Answers(rollouts, "")
+            problem = str(error)
+        try:
+            return _Answers([graded(rollout, verdict.result()) for rollout, verdict in begun], problem)
+        except RewardError as error:
+            return _Answers([], problem or str(error))
 
     def _take(self, pending: _Pending, oldest: int = 0) -> tuple[list[list[Rollout]], int]:
         """One group of scored rollouts per prompt, in the prompts' order, the same on every rank; and how many were
@@ -265,6 +273,7 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         "reward/std": math.sqrt(_mean([(reward - mean) ** 2 for reward in rewards])),
         "reward/accuracy": _mean([r.score for r in rollouts]),
         "reward/failed_fraction": _mean([bool(r.error) for r in rollouts]),
+        "reward/unfinished_fraction": _mean([bool(r.unfinished) for r in rollouts]),
         "response/length_mean": _mean(lengths),
         "response/length_max": float(max(lengths)),
         "response/length_min": float(min(lengths)),
@@ -273,6 +282,12 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         "sampling/all_correct_fraction": _mean([all(r.score >= 1 for r in group) for group in groups]),
         "sampling/all_wrong_fraction": _mean([all(r.score <= 0 for r in group) for group in groups]),
     }
+
+
+def term_metrics(groups: Sequence[Sequence[Rollout]], names: Sequence[str]) -> dict[str, float]:
+    """Mean value of each of the reward's terms over the rollouts, before its weight."""
+    rollouts = [rollout for group in groups for rollout in group]
+    return {f"reward/term/{name}": _mean([rollout.terms[i] for rollout in rollouts]) for i, name in enumerate(names)}
 
 
 def staleness_metrics(rollouts: Sequence[Rollout], step: int, num_stale: int) -> dict[str, float]:

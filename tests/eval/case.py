@@ -66,7 +66,7 @@ def write_config(folder: Path, **sections: Any) -> Path:
         "model": {"path": str(folder / "model")},
         "data": {"type": "jsonl", "train_path": "none.jsonl", "max_prompt_tokens": 2000},
         "rollout": {"max_response_tokens": 8, "batch_size": 6},
-        "reward": {"function": "tests.eval.case:boxed_exact"},
+        "reward": {"function": "tests.eval.case:boxed_exact", "workers": 0},
         "train": {"micro_batch_tokens": 4096},
         "logging": {"run_dir": str(folder / "runs" / "{name}"), "tensorboard": False},
     }

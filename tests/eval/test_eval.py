@@ -98,7 +98,7 @@ def test_published_numbers_are_the_papers() -> None:
 def test_partial_knowledge_counts_as_worked_out_by_hand(home: Path, tmp_path: Path) -> None:
     """Of 4 samples 1 is right, 2 agree on a wrong answer, spelt in two ways, and one gives none. Of the 6 pairs the
     right one wins beside none, and draws beside either wrong one."""
-    said = {1: "no idea", 2: "first \\boxed{1}, or rather \\boxed{ \\dfrac{7}{2} }."}
+    said = {1: "", 2: "first \\boxed{1}, or rather \\boxed{ \\dfrac{7}{2} }."}
 
     def answer(text: str, sample: int) -> str:
         return said.get(sample, "\\boxed{\\frac{7}{2}}") if sample else f"\\boxed{{{text}}}"
@@ -195,7 +195,7 @@ def test_a_killed_evaluation_resumes_to_the_same_numbers(home: Path, tmp_path: P
         tmp_path,
         model={"path": str(home / "model")},
         parallel={"world_size": 2},
-        reward={"function": "tests.eval.case:slow_any_text"},
+        reward={"function": "tests.eval.case:slow_any_text", "workers": 2},
         eval={"sets": ["amc"], "folder": str(tmp_path / "sets"), "options": {"amc": {"samples": 8}}},
     )
     broken, whole = tmp_path / "broken", tmp_path / "whole"

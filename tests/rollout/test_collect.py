@@ -8,7 +8,8 @@ import torch
 
 from megatron_rl.config import parse_config
 from megatron_rl.data import DataError, PromptCursor
-from megatron_rl.reward import RewardError
+from megatron_rl.grading.registry import RewardError
+from megatron_rl.grading.verdict import InProcess
 from megatron_rl.rollout.collect import CollectError, Collector, rollout_metrics, sampling_params
 from megatron_rl.rollout.engine import EngineError, Place, ServersLost
 from megatron_rl.types import Prompt, Rollout
@@ -101,7 +102,7 @@ def run(config, cursor, reward_fn=odd_prompts_learn, world_size=1, step=0):
         own.restore(cursor.state())
         try:
             place = Place(rank, world_size, rank, gather)
-            collector = Collector(engines[rank], own, reward_fn, Tokenizer(), config, place, no_revival)
+            collector = Collector(engines[rank], own, InProcess([reward_fn]), Tokenizer(), config, place, no_revival)
             results[rank] = collector.collect(step)
         except Exception as error:
             results[rank] = error
@@ -240,6 +241,7 @@ def test_metrics_by_hand():
             "reward/std": 0.1875**0.5,
             "reward/accuracy": 0.5,
             "reward/failed_fraction": 0.25,
+            "reward/unfinished_fraction": 0.0,
             "response/length_mean": 5.0,
             "response/length_max": 8.0,
             "response/length_min": 2.0,
@@ -255,7 +257,7 @@ def test_evaluation():
     config = make_config(train={"prompts_per_step": 4, "prompts_per_minibatch": 4, "eval_samples": 2})
     engine = FakeEngine()
     cursor, place = PromptCursor(prompts(4), 3), Place(0, 1, 0, lambda local: [local])
-    collector = Collector(engine, cursor, odd_prompts_learn, Tokenizer(), config, place, no_revival)
+    collector = Collector(engine, cursor, InProcess([odd_prompts_learn]), Tokenizer(), config, place, no_revival)
     got = collector.evaluate(prompts(4))
     # prompt 0 scores 1, 1; prompts 1 and 3 score 1, 0; prompt 2 scores 0, 0
     assert got == {
@@ -275,7 +277,7 @@ def collector_of(engine, revive=no_revival, steps=6, **rollout):
     loss = {"type": "ppo_clip", "rollout_correction": {"cap": 2.0}}
     config = make_config(rollout=raw, loss=loss, train=TRAIN | {"num_steps": steps})
     cursor, place = PromptCursor(prompts(40), 3), Place(0, 1, 0, lambda local: [local])
-    return Collector(engine, cursor, odd_prompts_learn, Tokenizer(), config, place, revive)
+    return Collector(engine, cursor, InProcess([odd_prompts_learn]), Tokenizer(), config, place, revive)
 
 
 TRAIN = {"prompts_per_step": 4, "prompts_per_minibatch": 4}

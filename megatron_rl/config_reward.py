@@ -1,0 +1,128 @@
+"""Options of the reward: which verifiers, how their values are put together, and the processes that run them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+
+from megatron_rl.config_base import Fraction, NonNegativeInt, Section
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class MathOptions(Section):
+    """Of `math`: the last \\boxed against the gold answer, by value."""
+
+    strict: bool = Field(
+        False,
+        description="as PRIME's verifier: only a \\boxed counts, an integer must be written as an integer, a fraction "
+        "reduced, a rounded decimal is wrong",
+    )
+
+
+class RegexOptions(Section):
+    """Of `regex`: the first group of the last match must be the answer."""
+
+    pattern: Pattern = Field(description="Python regular expression; without a group the whole match counts")
+    ignore_case: bool = False
+
+
+class FormatOptions(Section):
+    """Of `format`: 1 when the pattern is found, whatever the answer."""
+
+    pattern: Pattern = Field(description="Python regular expression; \\A and \\Z anchor it to the whole response")
+
+
+class RemoteOptions(Section):
+    """Of `remote`: POST {"response", "answer"}, reply {"score": number}."""
+
+    url: str = Field(pattern=r"^https?://", description="address of the verifier")
+    headers: dict[str, str] = Field(default_factory=dict, description="such as Authorization; saved with the config")
+    timeout_seconds: Positive = Field(5.0, description="of one try")
+    retries: NonNegativeInt = Field(2, description="after failed connections, HTTP 429 and 5xx")
+
+
+class VerifierConfig(Section):
+    """A verifier with its options, which are the section of its own name."""
+
+    function: str = Field(
+        "countdown",
+        description="countdown, exact, math, regex, format, remote, or module:function taking (response, answer) and "
+        "returning a float",
+    )
+    math: MathOptions | None = None
+    regex: RegexOptions | None = None
+    format: FormatOptions | None = None
+    remote: RemoteOptions | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the function."""
+        section = getattr(self, self.function, None) if self.function in _WITH_OPTIONS else None
+        return {} if section is None else section.model_dump()
+
+    @model_validator(mode="after")
+    def _options_of_the_function(self) -> VerifierConfig:
+        for name in _WITH_OPTIONS:
+            if getattr(self, name) is not None and name != self.function:
+                raise ValueError(f"{name}: has no effect with function={self.function}; remove it")
+        if self.function in _REQUIRED and getattr(self, self.function) is None:
+            raise ValueError(
+                f"function={self.function} needs its section {self.function}: {{{_REQUIRED[self.function]}}}"
+            )
+        return self
+
+
+_WITH_OPTIONS = ("math", "regex", "format", "remote")
+_REQUIRED = {"regex": "{pattern: ...}", "format": "{pattern: ...}", "remote": "{url: ...}"}
+
+
+class TermConfig(VerifierConfig):
+    """A verifier whose weighted value is added to the reward and leaves the score alone."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="of the metric reward/term/<name>")
+    weight: float = Field(description="in reward units; negative for a penalty")
+
+
+class RewardConfig(VerifierConfig):
+    """What a response earns: reward = weight * score + terms + length + penalties on overlong responses.
+
+    The score is the verdict of `function`: accuracy is made of it.
+    """
+
+    weight: Positive = Field(1.0, description="of the score in the reward")
+    terms: tuple[TermConfig, ...] = Field((), description="added to the reward, format for instance")
+    length_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="of Kimi's length reward, relative to the group: +0.5 for the shortest correct response to -0.5 "
+        "for the longest, wrong ones at most 0; 0: off",
+    )
+    max_failures: Fraction = Field(
+        0.1,
+        description="fraction of a step's gradings that may raise or return NaN (scored 0, counted)",
+    )
+    workers: NonNegativeInt = Field(
+        2, description="grading processes of each rank at most; 0: in the trainer's own process, without a deadline"
+    )
+    deadline_seconds: Positive = Field(10.0, description="wall time for one answer, after which it scores 0")
+    memory_gib: Positive | None = Field(8.0, description="private memory of a grading process; null: no limit")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> RewardConfig:
+        names = [term.name for term in self.terms]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"terms: the name {twice[0]!r} comes twice")
+        return self

@@ -1,0 +1,153 @@
+"""Grading in processes of its own beside generation, with a deadline per answer.
+
+An answer that hangs the verifier, crashes it or takes all its memory costs that answer: its process is killed and the
+next answer gets a new one. The processes start from a bare interpreter, not by fork (the trainer holds threads, sockets
+and device memory), import no torch, and die with the thread that started them, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import Pipe
+from typing import Any
+
+import psutil
+
+from megatron_rl.grading.registry import RewardError
+from megatron_rl.grading.verdict import Verdict, Verifier, unfinished
+
+# an interpreter with sympy takes 1 to 2 s, a user's module with torch many more, on a machine under load a multiple
+_START_SECONDS = 300.0
+_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from megatron_rl.grading.worker import main; main(int(sys.argv[2]))"
+)
+
+
+class GradingPool:
+    """Up to `workers` processes, started as answers queue up. Verdicts do not depend on which one grades."""
+
+    def __init__(
+        self,
+        verifiers: Sequence[Verifier],
+        *,
+        workers: int = 2,
+        deadline_seconds: float = 10.0,
+        memory_gib: float | None = 8.0,
+    ) -> None:
+        """Starts one worker, to learn whether the functions load. The first verifier's value is the score.
+
+        `deadline_seconds`: wall time for all verifiers of one answer, from when a worker takes it up. `memory_gib`:
+        private memory of a worker; None: no limit.
+        Raises: RewardError when a function cannot be loaded.
+        """
+        self._count, self._deadline = len(verifiers), deadline_seconds
+        self._setup = {
+            "parent": os.getpid(),
+            "memory_bytes": None if memory_gib is None else int(memory_gib * 2**30),
+            "verifiers": [{"function": v.function, "options": dict(v.options)} for v in verifiers],
+        }
+        self._threads = ThreadPoolExecutor(workers, "grading")
+        self._mine = threading.local()  # each thread has a worker of its own
+        self._lock = threading.Lock()
+        self._alive: set[_Worker] = set()
+        self._closed = False
+        try:
+            self._threads.submit(self._worker).result()
+        except RewardError:
+            self.close()
+            raise
+
+    def submit(self, response: str, answer: str) -> Future[Verdict]:
+        """Queue one answer. The future raises RewardError when no worker can be started any more."""
+        return self._threads.submit(self._grade, response, answer)
+
+    def close(self) -> None:
+        """Kill the workers; answers under way or queued are not graded."""
+        with self._lock:
+            self._closed = True
+            workers, self._alive = self._alive, set()
+        for worker in workers:
+            worker.process.kill()  # a thread that waits for it sees the end of its socket
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in workers:
+            worker.kill()
+
+    def _grade(self, response: str, answer: str) -> Verdict:
+        worker = self._worker()
+        try:
+            reply = worker.ask([response, answer], self._deadline)
+        except (EOFError, OSError):
+            self._drop(worker)
+            return unfinished(self._count, "crash")
+        if reply is None:
+            self._drop(worker)
+            return unfinished(self._count, "deadline")
+        return Verdict(tuple(reply["values"]), reply["error"], reply["unfinished"])
+
+    def _worker(self) -> _Worker:
+        """This thread's worker, started when there is none."""
+        worker: _Worker | None = getattr(self._mine, "worker", None)
+        if worker is not None:
+            return worker
+        worker = _Worker()
+        with self._lock:
+            if self._closed:
+                worker.kill()
+                raise RewardError("the grading pool is closed")
+            self._alive.add(worker)
+        try:
+            reply = worker.ask(self._setup, _START_SECONDS)
+            problem = f"it did not start within {_START_SECONDS:g} s" if reply is None else reply.get("error", "")
+        except (EOFError, OSError):
+            problem = f"a grading process ended with code {worker.process.wait()} while it loaded the reward functions"
+        if problem:
+            self._drop(worker)
+            raise RewardError(problem)
+        self._mine.worker = worker
+        return worker
+
+    def _drop(self, worker: _Worker) -> None:
+        self._mine.worker = None
+        with self._lock:
+            self._alive.discard(worker)
+        worker.kill()
+
+
+class _Worker:
+    """A grading process and the socket to it."""
+
+    def __init__(self) -> None:
+        self._connection, child = Pipe()
+        env = os.environ | {
+            "OMP_NUM_THREADS": "1",  # the cores are the trainer's
+            "PYTHONHASHSEED": "0",  # sympy's order of terms, so that a verdict never depends on the process
+        }
+        command = [sys.executable, "-c", _CODE, json.dumps(sys.path), str(child.fileno())]
+        self.process = subprocess.Popen(command, env=env, pass_fds=[child.fileno()], stdin=subprocess.DEVNULL)
+        child.close()
+
+    def ask(self, message: object, seconds: float) -> dict[str, Any] | None:
+        """The reply, or None after `seconds`. Raises: EOFError or OSError when the process is gone."""
+        self._connection.send_bytes(json.dumps(message).encode())
+        if not self._connection.poll(seconds):
+            return None
+        reply: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        return reply
+
+    def kill(self) -> None:
+        """End the process and what it started."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        self.process.kill()
+        self.process.wait()
+        self._connection.close()

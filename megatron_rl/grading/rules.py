@@ -1,0 +1,79 @@
+"""Verifiers that need nothing but Python: countdown, exact, regex and format."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections import Counter
+from fractions import Fraction
+
+# far above any sensible answer (six numbers need 17 characters and a few parentheses); bounds the parser's work and
+# depth
+_MAX_EXPRESSION = 128
+_ARITHMETIC = re.compile(r"[0-9+\-*/() ]+")
+
+
+def countdown(response: str, answer: str) -> float:
+    """1.0 if the response is an expression that uses each given number exactly once and equals the target, else 0.0.
+
+    Allowed are binary + - * /, parentheses, spaces and decimal integers: no unary sign, no power, no leading zero.
+    Exact rational arithmetic, so "1/3*3" is 1. `answer` is JSON {"numbers": [...], "target": n}.
+
+    Raises: ValueError or KeyError when `answer` is not such JSON.
+    Source: the rules of reasoning-gym's countdown scorer, made binary.
+    """
+    problem = json.loads(answer)
+    numbers_given, target = Counter(problem["numbers"]), problem["target"]
+    if len(response) > _MAX_EXPRESSION or not _ARITHMETIC.fullmatch(response):
+        return 0.0
+    used: Counter[int] = Counter()
+    try:
+        value = _evaluate(ast.parse(response.strip(), mode="eval").body, used)
+    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+        # what the parser and the arithmetic say to a wrong answer; MemoryError is CPython's word for too deep nesting
+        return 0.0
+    return float(value == target and used == numbers_given)
+
+
+def _evaluate(node: ast.expr, used: Counter[int]) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used[node.value] += 1
+        return Fraction(node.value)
+    if not isinstance(node, ast.BinOp):
+        raise SyntaxError("not binary arithmetic on integers")
+    left, right = _evaluate(node.left, used), _evaluate(node.right, used)
+    match node.op:
+        case ast.Add():
+            return left + right
+        case ast.Sub():
+            return left - right
+        case ast.Mult():
+            return left * right
+        case ast.Div():
+            return left / right
+    raise SyntaxError("only + - * /")
+
+
+def exact(response: str, answer: str) -> float:
+    """1.0 if the texts agree but for surrounding white space, else 0.0."""
+    return float(response.strip() == answer.strip())
+
+
+def regex(response: str, answer: str, *, pattern: str, ignore_case: bool = False) -> float:
+    """1.0 if the first group (or without groups, all) of the last match of `pattern` is the answer, else 0.0.
+
+    Surrounding white space does not count; `^`, `$` and `.` know no lines, (?m) and (?s) in the pattern change that.
+    """
+    found = None
+    for match in re.finditer(pattern, response):
+        found = match
+    if found is None:
+        return 0.0
+    text = found.group(1 if found.re.groups else 0) or ""
+    return exact(text.casefold(), answer.casefold()) if ignore_case else exact(text, answer)
+
+
+def format(response: str, answer: str, *, pattern: str) -> float:
+    """1.0 if `pattern` is found in the response, else 0.0; anchor it with \\A and \\Z to describe all of it."""
+    return float(re.search(pattern, response) is not None)
