@@ -10,8 +10,8 @@ _MAX_NORMALISED = 400  # characters; a longer answer is no answer to tell from o
 
 
 def answer_of(response: str, *, by_text: bool) -> str | None:
-    """What the response answers, as the verifier `math` finds it: the last \\boxed, or what it ends with; None when nothing
-    is found. `by_text`: all of it."""
+    """What the response answers, as the verifier `math` finds it: the last \\boxed, or what it ends with. None when
+    nothing is found. `by_text`: all of it."""
     if by_text:
         return response.strip() or None
     boxes = last_boxes(response)

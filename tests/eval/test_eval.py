@@ -189,12 +189,11 @@ def start(config: Path, *arguments: str, **env: str) -> subprocess.Popen[str]:
 
 
 def test_a_killed_evaluation_resumes_to_the_same_numbers(home: Path, tmp_path: Path) -> None:
-    """Two ranks, batches of 6; the first attempt dies of SIGKILL once some samples are there."""
+    """Batches of 6; the first attempt dies of SIGKILL once some samples are there, in the middle of writing another."""
     write_set(tmp_path / "sets" / "amc.jsonl", 5)
     config = write_config(
         tmp_path,
         model={"path": str(home / "model")},
-        parallel={"world_size": 2},
         reward={"function": "tests.eval.case:slow_any_text", "workers": 2},
         eval={"sets": ["amc"], "folder": str(tmp_path / "sets"), "options": {"amc": {"samples": 8}}},
     )
@@ -208,8 +207,8 @@ def test_a_killed_evaluation_resumes_to_the_same_numbers(home: Path, tmp_path: P
     process.send_signal(signal.SIGKILL)
     process.communicate()
     some = sum(part.read_text().count("\n") for part in parts)
-    with parts[0].open("a") as part:
-        part.write('{"id": "p-0", "sam')  # as a kill in the middle of a line leaves it
+    with (parts[0].parent / "part0001.jsonl").open("w") as part:  # of another rank
+        part.write(parts[0].read_text().splitlines(keepends=True)[0] + '{"id": "p-0", "sam')
     for out in (broken, whole):
         output, _ = (process := start(config, "--out", str(out))).communicate(timeout=200)
         assert process.returncode == 0, output
