@@ -21,7 +21,7 @@ CHOICES = {
     "right": "with a right sample",
     "mixed": "with right and wrong samples",
     "cut": "with a sample that was cut",
-    "unanswered": "with a sample without answer",
+    "unboxed": "with a sample without box",
     "failed": "whose grading failed",
 }
 

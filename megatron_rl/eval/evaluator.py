@@ -23,6 +23,7 @@ from megatron_rl.eval.answers import answer_of, normalised, same_answer
 from megatron_rl.eval.benchmarks import Benchmark, Problem
 from megatron_rl.eval.statistics import Estimate, Intervals, Ints, label, summarise
 from megatron_rl.eval.store import EvalError, SampleStore
+from megatron_rl.grading.math_answer import last_boxes
 from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.reward import RewardError, response_text
 from megatron_rl.rollout.collect import stop_token_ids
@@ -48,7 +49,7 @@ class SetResult:
     estimates: dict[str, Estimate]  # avg@n first, then pass@k and maj@k; correct is a score of at least 1
     length_mean: float  # tokens
     truncated_fraction: float  # cut at rollout.max_response_tokens
-    unanswered_fraction: float  # in which no answer was found
+    unboxed_fraction: float  # without a closed \\boxed
     failed_fraction: float  # whose grading failed or did not finish; they count as wrong
 
     @property
@@ -223,7 +224,7 @@ class Evaluator:
             estimates=summarise(correct, classes, intervals),
             length_mean=float(np.mean([row["tokens"] for row in rows])),
             truncated_fraction=float(np.mean([row["finish_reason"] == "length" for row in rows])),
-            unanswered_fraction=float(np.mean([row["answer"] is None for row in rows])),
+            unboxed_fraction=float(np.mean([not row["boxed"] for row in rows])),
             failed_fraction=float(np.mean([bool(row["error"] or row["unfinished"]) for row in rows])),
         )
 
@@ -240,6 +241,7 @@ def _row(identifier: str, rollout: Rollout, text: str, verdict: Verdict, *, by_t
         "sample": rollout.sample_index,
         **_grades(verdict),
         "answer": answer_of(text, by_text=by_text),
+        "boxed": bool(last_boxes(text)),
         "tokens": rollout.response_length,
         "finish_reason": rollout.finish_reason,
         "response": text,
@@ -262,7 +264,7 @@ def metrics_of(results: Sequence[SetResult]) -> dict[str, float]:
             **{name: e.value for name, e in result.estimates.items() if name.endswith(f"@{result.samples}")},
             "length_mean": result.length_mean,
             "truncated_fraction": result.truncated_fraction,
-            "unanswered_fraction": result.unanswered_fraction,
+            "unboxed_fraction": result.unboxed_fraction,
             "failed_fraction": result.failed_fraction,
         }
         numbers.pop(f"avg@{result.samples}")

@@ -84,7 +84,7 @@ def _columns(results: Sequence[SetResult]) -> tuple[dict[str, SetResult], tuple[
 
 
 def _details(results: Sequence[SetResult]) -> tuple[list[str], list[list[str]]]:
-    head = ["set", "problems", "samples", "temperature", "avg", "pass@n", "maj@n", "tokens", "cut", "no answer"]
+    head = ["set", "problems", "samples", "temperature", "avg", "pass@n", "maj@n", "tokens", "cut", "no box"]
     rows = []
     for result in results:
         whole = result.problems == result.num_in_file
@@ -101,7 +101,7 @@ def _details(results: Sequence[SetResult]) -> tuple[list[str], list[list[str]]]:
                 _cell(estimates.get(f"maj@{n}")),
                 f"{result.length_mean:.0f}",
                 f"{100 * result.truncated_fraction:.1f}",
-                f"{100 * result.unanswered_fraction:.1f}",
+                f"{100 * result.unboxed_fraction:.1f}",
             ]
         )
     return head, rows
@@ -149,7 +149,7 @@ def as_json(model: str, results: Sequence[SetResult], *, confidence: float) -> d
             "temperature": result.temperature,
             "length_mean": result.length_mean,
             "truncated_fraction": result.truncated_fraction,
-            "unanswered_fraction": result.unanswered_fraction,
+            "unboxed_fraction": result.unboxed_fraction,
             "failed_fraction": result.failed_fraction,
             "estimates": {name: _triple(estimate) for name, estimate in result.estimates.items()},
         }

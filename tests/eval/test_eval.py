@@ -107,7 +107,7 @@ def test_partial_knowledge_counts_as_worked_out_by_hand(home: Path, tmp_path: Pa
     ((result,), _) = run_knowing(config, answer)
     values = {name: estimate.value for name, estimate in result.estimates.items()}
     assert values == pytest.approx({"avg@4": 1 / 4, "pass@2": 1 / 2, "pass@4": 1, "maj@2": 1 / 3, "maj@4": 0})
-    assert result.unanswered_fraction == 1 / 4
+    assert result.unboxed_fraction == 1 / 4
     assert [row["answer"] for row in rows_of(tmp_path / "out", "amc")[:4]] == [
         "0",
         None,

@@ -11,8 +11,8 @@ const tests = {
   right: (problem) => problem.samples.some(right),
   mixed: (problem) => problem.samples.some(right) && !problem.samples.every(right),
   cut: (problem) => problem.samples.some((sample) => sample.finish_reason === "length"),
-  unanswered: (problem) => problem.samples.some((sample) => sample.answer === null),
-  failed: (problem) => problem.samples.some((sample) => sample.error),
+  unboxed: (problem) => problem.samples.some((sample) => !sample.boxed),
+  failed: (problem) => problem.samples.some((sample) => sample.error || sample.unfinished),
 };
 // Only text nodes: what a model writes is never taken for markup.
 const element = (tag, text, className) => {
@@ -30,7 +30,7 @@ const open = (problem) => {
     const state = right(sample) ? "right" : "wrong";
     const facts = [`sample ${sample.sample}`, state, sample.answer === null ? "no answer" : `answers ${sample.answer}`, `${sample.tokens} tokens`];
     if (sample.finish_reason === "length") facts.push("cut");
-    if (sample.error) facts.push("grading failed");
+    X
     box.append(element("summary", facts.join(" · "), state), element("div", sample.response, "text"));
     if (sample.error) box.append(element("pre", sample.error));
     view.append(box);
