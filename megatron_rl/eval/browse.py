@@ -58,10 +58,11 @@ def _data(rows: list[dict[str, Any]]) -> str:
 
 def _grid(head: list[str], rows: list[list[str]]) -> str:
     titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
+    lines = ""
+    for name, *cells in rows:
+        # intervals below their numbers: the whole table then fits a laptop's screen
+        numbers = "".join(f"<td>{escape(cell).replace(' [', '<br>[')}</td>" for cell in cells)
+        lines += f'<tr><th scope="row">{escape(name)}</th>{numbers}</tr>'
     table = f'<table class="results"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>'
     return f'<div class="scroll">{table}</div>'
 

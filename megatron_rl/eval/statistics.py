@@ -101,10 +101,10 @@ class Intervals:
         found = _percentiles(float(values.mean()), replicates, self._tail)
         if found.value not in (0, 1):
             return found
-        # where all agree the bootstrap knows no doubt; the exact binomial bound over problems does (Clopper, Pearson)
-        bound = self._tail ** (1 / len(values))
-        low, high = (0.0, 1 - bound) if found.value == 0 else (bound, 1.0)
-        return Estimate(found.value, low, high, replicates)
+        # where all agree the bootstrap knows no doubt; the exact binomial bound over problems does (Clopper, Pearson),
+        # and these replicates carry it into means over sets
+        doubt = self._rng.random(len(replicates)) ** (1 / len(values))
+        return _percentiles(found.value, 1 - doubt if found.value == 0 else doubt, self._tail)
 
 
 def mean_of(estimates: list[Estimate], *, confidence: float) -> Estimate:
@@ -116,7 +116,7 @@ def mean_of(estimates: list[Estimate], *, confidence: float) -> Estimate:
 
 def _percentiles(value: float, replicates: Floats, tail: float) -> Estimate:
     low, high = np.quantile(replicates, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high), replicates)
+    return Estimate(value, min(float(low), value), max(float(high), value), replicates)
 
 
 def summarise(correct: Bools, classes: Ints, intervals: Intervals) -> dict[str, Estimate]:

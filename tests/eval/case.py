@@ -42,12 +42,13 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
+def write_model(folder: Path, **changes: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     hf = HF | {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, "eos_token_id": tokenizer.eos_token_id}
+    hf |= changes
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

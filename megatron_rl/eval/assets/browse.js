@@ -28,9 +28,9 @@ const open = (problem) => {
     const box = element("details");
     box.open = problem.samples.length === 1;
     const state = right(sample) ? "right" : "wrong";
-    const facts = [`sample ${sample.sample}`, state, sample.answer === null ? "no answer" : `answers ${sample.answer}`, `${sample.tokens} tokens`];
+    const facts = [`sample ${sample.sample}`, state, sample.answer === null ? "no answer" : `answers ${sample.answer.slice(0, 60)}`, `${sample.tokens} tokens`];
     if (sample.finish_reason === "length") facts.push("cut");
-    X
+    if (sample.error || sample.unfinished) facts.push(`grading failed ${sample.unfinished}`);
     box.append(element("summary", facts.join(" · "), state), element("div", sample.response, "text"));
     if (sample.error) box.append(element("pre", sample.error));
     view.append(box);
