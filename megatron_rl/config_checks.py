@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config_engine_checks import engine_faults
+from megatron_rl.config_eval import eval_faults
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def check_consistency(config: Config) -> None:
         _model_faults,
         _expert_faults,
         engine_faults,
+        eval_faults,
     )
     faults = [fault for find in groups for fault in find(config)]
     if faults:
@@ -155,8 +157,12 @@ def _batch_faults(config: Config) -> list[str]:
             f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: {config.algorithm.advantage} and dynamic "
             "sampling compare the samples of one prompt; set it to at least 2"
         )
-    if config.train.eval_every and config.data.type == "jsonl" and config.data.eval_path is None:
-        faults.append("train.eval_every is set but data.eval_path is not; give held-out problems or set eval_every=0")
+    held_out = config.data.type != "jsonl" or config.data.eval_path is not None
+    if config.train.eval_every and not held_out and not config.eval.sets:
+        faults.append(
+            "train.eval_every is set, but neither data.eval_path nor eval.sets; give held-out problems or benchmarks, "
+            "or set eval_every=0"
+        )
     return faults
 
 

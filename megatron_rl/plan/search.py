@@ -65,6 +65,9 @@ def search(config: Config, hardware: Hardware, constants: Constants, load: Load,
     return sorted(found, key=lambda proposal: (proposal.plan.total, proposal.plan.memory.peak))
 
 
+_CHUNKS = (1, 2, 4)  # model chunks of a stage: more save little of the bubble, and each sends more activations
+
+
 def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
     hf, world = read_hf_config(config), config.parallel.processes
     tps = _divisors(min(world, hardware.gpus_per_node))
@@ -73,13 +76,15 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
     servers = config.rollout.engine != "transformers" and not config.rollout.server.urls
     engines = _divisors(config.rollout.server.tp * config.rollout.server.count) if servers else [None]
     # not selective: flash attention keeps no scores, so that it saves next to nothing
-    for tp, pp, ep, recompute, engine_tp in itertools.product(tps, pps, eps, ("none", "full"), engines):
-        if world % (tp * pp):
+    for tp, pp, cp, ep, recompute, engine_tp in itertools.product(tps, pps, tps, eps, ("none", "full"), engines):
+        if world % (tp * pp * cp):
             continue
+        chunks = hf["num_hidden_layers"] // pp
         changes: Changes = {
             "parallel.world_size": world,
             "parallel.tp": tp,
             "parallel.pp": pp,
+            "parallel.cp": cp,
             "parallel.sp": tp > 1,
             "model.recompute": recompute,
         }
@@ -88,7 +93,7 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
         if engine_tp is not None:
             per_node = config.rollout.server.tp * config.rollout.server.count
             changes |= {"rollout.server.tp": engine_tp, "rollout.server.count": per_node // engine_tp}
-        yield changes
+        yield from (changes | {"parallel.vpp": vpp} for vpp in _CHUNKS if vpp == 1 or (pp > 1 and chunks % vpp == 0))
 
 
 def remedies(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> list[Proposal]:
