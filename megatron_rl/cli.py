@@ -1,4 +1,4 @@
-"""The command line: `megatron-rl train`, `convert`, `report` and `profile`.
+"""The command line: `megatron-rl --help` lists the commands.
 
 What is slow to import (torch, Megatron) is imported where it is needed: `--help` and `--check` answer at once.
 """
@@ -17,8 +17,11 @@ from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import UserError
+from megatron_rl.eval.commands import evaluate
 from megatron_rl.lab.commands import shadow
+from megatron_rl.plan.command import plan
 from megatron_rl.preflight.run import preflight
+from megatron_rl.prepare.commands import app as data_app
 from megatron_rl.profiling.commands import app as profile_app
 
 app = typer.Typer(
@@ -31,6 +34,9 @@ app.add_typer(convert_app, name="convert")
 app.command()(shadow)
 app.add_typer(profile_app, name="profile")
 app.command()(preflight)
+app.add_typer(data_app, name="data")
+app.command()(plan)
+app.command("eval")(evaluate)
 
 
 def main(command: Callable[[], None] | None = None) -> None:
@@ -108,13 +114,18 @@ def run_training(config: Config) -> int:
     return 0
 
 
-def _train_rank(config: Config) -> None:
+def check_world(config: Config) -> None:
+    """Raises: ConfigError when this world is not the config's."""
     world = int(os.environ["WORLD_SIZE"])
     if world != config.parallel.processes:
         raise ConfigError(
             f"this world has {world} processes (WORLD_SIZE), the config asks for {config.parallel.processes} "
             f"(parallel.world_size, or tp * pp * cp); start that many, or set parallel.world_size={world}"
         )
+
+
+def _train_rank(config: Config) -> None:
+    check_world(config)
     from megatron_rl import train  # torch and Megatron: seconds
 
     train.main(config)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from megatron_rl.config_base import NonNegativeInt, PositiveInt, Section
 from megatron_rl.config_checks import ConfigError, check_consistency
 from megatron_rl.config_env import UnsetVariable, expand
+from megatron_rl.config_eval import EvalConfig
 from megatron_rl.config_loss import LossConfig, PpoClipLoss
 from megatron_rl.config_reward import RewardConfig
 from megatron_rl.config_rollout import RolloutConfig
@@ -125,8 +125,8 @@ class JsonlData(Section):
     train_path: str = Field(description="training problems")
     eval_path: str | None = Field(None, description="held-out problems")
     tokenizer: str | None = Field(None, description="Hugging Face tokenizer folder; null: model.path")
-    system_prompt: str | None = Field(None, description="system message of the chat template")
-    suffix: str = Field("", description="appended to each problem")
+    system_prompt: str | None = Field(None, description="system message, where a row has no `system` of its own")
+    suffix: str = Field("", description="appended to each problem that has no `suffix` of its own")
     max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are dealt with by `overlong_prompts`")
     overlong_prompts: Literal["error", "drop"] = Field("error", description="drop counts and logs what it drops")
 
@@ -210,7 +210,10 @@ class TrainConfig(Section):
     save_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only at a stop or at the end")
     save_final: bool = Field(True, description="save a checkpoint after the last step")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept; the disk needs room for one more")
-    keep_best: bool = Field(False, description="save at every new best eval/accuracy, and keep the best one as well")
+    keep_best: bool = Field(
+        False,
+        description="save at every new best eval/accuracy (eval/average without held-out problems), and keep the best",
+    )
     async_save: bool = Field(False, description="write in a background process; complete ones count, as always")
     save_hf: bool = Field(False, description="write the final model to run_dir/hf, in Hugging Face format")
     resume: str = Field("auto", description="auto: from the run's newest; never; or a checkpoint folder to start from")
@@ -248,6 +251,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     warm_start: WarmStartConfig | None = None
     train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property
@@ -342,6 +346,6 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
 
 def _sections_of(section: type[Section], name: str) -> list[type[Section]]:
     annotation: Any = section.model_fields[name].annotation
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    members = typing.get_args(annotation) if is_union else (annotation,)
+    # of a union its members, of a mapping its values
+    members = typing.get_args(annotation) or (annotation,)
     return [m for m in members if isinstance(m, type) and issubclass(m, Section)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config_engine_checks import engine_faults
+from megatron_rl.config_eval import eval_faults
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def check_consistency(config: Config) -> None:
         _model_faults,
         _expert_faults,
         engine_faults,
+        eval_faults,
     )
     faults = [fault for find in groups for fault in find(config)]
     if faults:
@@ -155,8 +157,12 @@ def _batch_faults(config: Config) -> list[str]:
             f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: {config.algorithm.advantage} and dynamic "
             "sampling compare the samples of one prompt; set it to at least 2"
         )
-    if config.train.eval_every and config.data.type == "jsonl" and config.data.eval_path is None:
-        faults.append("train.eval_every is set but data.eval_path is not; give held-out problems or set eval_every=0")
+    held_out = config.data.type != "jsonl" or config.data.eval_path is not None
+    if config.train.eval_every and not held_out and not config.eval.sets:
+        faults.append(
+            "train.eval_every is set, but neither data.eval_path nor eval.sets; give held-out problems or benchmarks, "
+            "or set eval_every=0"
+        )
     return faults
 
 
@@ -267,7 +273,9 @@ def _model_faults(config: Config) -> list[str]:
     if hf.get("model_type") not in SUPPORTED_MODEL_TYPES:
         known = ", ".join(SUPPORTED_MODEL_TYPES)
         return [f"model: model_type {hf.get('model_type')!r} is not supported; supported: {known}"]
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    required = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+    if hf["model_type"] != "llama":  # whose default is one per attention head; transformers has numbers for the others
+        required.append("num_key_value_heads")
     missing = [key for key in required if not isinstance(hf.get(key), int) or hf[key] < 1]
     if missing and not (config.data.type == "countdown" and missing == ["vocab_size"]):
         return [f"model: the Hugging Face config lacks a positive {', '.join(missing)}"]

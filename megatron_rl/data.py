@@ -51,7 +51,7 @@ def build_tokenizer(config: Config) -> Any:
         tokenizer = _character_tokenizer()
     else:
         own = hf_folder(config.model.path) if config.model.path else None
-        tokenizer = _pretrained_tokenizer(config.data.tokenizer or own)
+        tokenizer = pretrained_tokenizer(config.data.tokenizer or own)
     hf_vocab_size = read_hf_config(config).get("vocab_size")
     if hf_vocab_size is not None and hf_vocab_size < vocab_size(tokenizer):
         raise DataError(
@@ -86,7 +86,8 @@ def _character_tokenizer() -> Any:
     )
 
 
-def _pretrained_tokenizer(folder: str | Path | None) -> Any:
+def pretrained_tokenizer(folder: str | Path | None) -> Any:
+    """The tokenizer of a local folder. Raises: DataError when there is none."""
     from transformers import AutoTokenizer
 
     if folder is None:
@@ -262,7 +263,7 @@ def _read_jsonl(path: str, data: JsonlData, tokenizer: Any, first_id: int) -> tu
             if not line.strip():
                 continue
             record = _parse_line(line, f"{path}, line {number}")
-            token_ids = _encode_problem(record["problem"], data, tokenizer)
+            token_ids = _encode_problem(record, data, tokenizer)
             if len(token_ids) > data.max_prompt_tokens:
                 if data.overlong_prompts == "error":
                     raise DataError(
@@ -302,15 +303,25 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _encode_problem(problem: str, data: JsonlData, tokenizer: Any) -> tuple[int, ...]:
-    problem += data.suffix
+def _encode_problem(record: dict[str, Any], data: JsonlData, tokenizer: Any) -> tuple[int, ...]:
+    """A row's own suffix and system prompt, which `megatron-rl data prepare` writes, come before the config's."""
+    suffix, system = record.get("suffix"), record.get("system")
+    return encode_prompt(
+        record["problem"] + (data.suffix if suffix is None else suffix),
+        data.system_prompt if system is None else system,
+        tokenizer,
+    )
+
+
+def encode_prompt(text: str, system_prompt: str | None, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a prompt: by the tokenizer's chat template when it has one, else of the plain text."""
     if tokenizer.chat_template is None:
-        return tuple(tokenizer.encode(f"{data.system_prompt}\n\n{problem}" if data.system_prompt else problem))
-    system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
-    messages = [*system, {"role": "user", "content": problem}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tuple(tokenizer.encode(f"{system_prompt}\n\n{text}" if system_prompt else text))
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages = [*system, {"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # the template has written the special tokens already
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return tuple(tokenizer.encode(rendered, add_special_tokens=False))
 
 
 # --- order ------------------------------------------------------------------------------------------------------------

@@ -68,11 +68,11 @@ def install_stop_handler() -> None:
     signal.signal(signal.SIGUSR1, note)
 
 
-def stop_requested(run_dir: Path) -> bool:
-    """Whether this process was asked to stop, by a signal or by a file `stop` in the run's folder, which reaches all
-    nodes. Ranks learn it at different moments: agree on it (a max over the world) at the end of each step before
+def stop_requested(run_dir: Path | None = None) -> bool:
+    """Whether this process was asked to stop, by a signal or by a file `stop` in the run's folder (if there is one), which
+    reaches all nodes. Ranks learn it at different moments: agree on it (a max over the world) at the end of each step before
     acting on it, else one rank leaves while another enters the next collective."""
-    return bool(_stop_signals) or stop_file(run_dir).exists()
+    return bool(_stop_signals) or (run_dir is not None and stop_file(run_dir).exists())
 
 
 def stop_file(run_dir: Path) -> Path:

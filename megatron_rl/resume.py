@@ -22,7 +22,7 @@ _HARMLESS = (
     "model.fused_linear_stats model.recompute model.recompute_method model.recompute_layers model.recompute_modules "
     "train.num_steps train.micro_batch_tokens train.max_nonfinite_updates train.entropy_probe train.entropy_tangent "
     "train.eval_every train.save_every train.save_final train.keep_checkpoints train.keep_best train.async_save "
-    "train.save_hf train.resume train.grace_seconds warm_start.cache_dir reward.workers"
+    "train.save_hf train.resume train.grace_seconds warm_start.cache_dir reward.workers eval"
 ).split()
 _DATA = ("data", "seed")
 _INITIAL_POLICY = ("model.path", "warm_start")

@@ -10,7 +10,8 @@ import torch
 
 from megatron_rl.grading.pool import GradingPool
 from megatron_rl.grading.registry import REWARDS as REWARDS
-from megatron_rl.grading.registry import RewardError, load_reward
+from megatron_rl.grading.registry import RewardError as RewardError
+from megatron_rl.grading.registry import load_reward
 from megatron_rl.grading.verdict import Grader, InProcess, Verdict, Verifier
 from megatron_rl.types import Prompt, Rollout
 
@@ -33,15 +34,17 @@ def build_grader(config: RewardConfig) -> Grader:
 
 
 def submit(rollout: Rollout, answer: str, grader: Grader, tokenizer: Any) -> Future[Verdict]:
-    """Begin to grade a rollout.
+    """Begin to grade a rollout."""
+    return grader.submit(response_text(rollout, tokenizer), answer)
 
-    The verifiers see the response without the stop token that ended it; any other special token stays visible, so that
-    a policy cannot hide text in tokens that decoding drops.
-    """
+
+def response_text(rollout: Rollout, tokenizer: Any) -> str:
+    """What the verifiers see: the response without the stop token that ended it; any other special token stays visible,
+    so that a policy cannot hide text in tokens that decoding drops."""
     token_ids = rollout.token_ids[rollout.loss_mask].tolist()
     if rollout.finish_reason == "stop":
         token_ids = token_ids[:-1]
-    return grader.submit(tokenizer.decode(token_ids), answer)
+    return tokenizer.decode(token_ids)
 
 
 def graded(rollout: Rollout, verdict: Verdict) -> Rollout:

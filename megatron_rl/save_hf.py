@@ -20,6 +20,9 @@ from megatron_rl.errors import UserError
 from megatron_rl.parallel.reduce import Reducer
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from megatron_rl.config import Config
     from megatron_rl.policy.policy import MegatronPolicy
 
 SHARD_BYTES = 4 * 2**30

@@ -26,6 +26,9 @@ from megatron_rl.config import Config
 from megatron_rl.config_checks import read_hf_config, require_model
 from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
 from megatron_rl.errors import UserError
+from megatron_rl.eval.benchmarks import Benchmark, load_benchmarks
+from megatron_rl.eval.during_training import evaluate_sets
+from megatron_rl.eval.evaluator import Evaluator
 from megatron_rl.law import LawMonitor
 from megatron_rl.logs import RunLogger
 from megatron_rl.metrics import Metrics, Timers
@@ -68,6 +71,8 @@ class Run:
     engine: RolloutEngine
     collector: Collector
     eval_prompts: list[Prompt]
+    evaluator: Evaluator
+    benchmarks: list[Benchmark]
     data_digest: str  # of the training problems
     weight_version: int = 0
     engine_version: int = -1
@@ -112,7 +117,8 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
                 logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
                 stopping = run.world.any(launch.stop_requested(config.run_dir))
             with timers("checkpoint"):
-                checkpoint(run, store, step, metrics.get("eval/accuracy"), stopping=stopping)
+                accuracy = metrics.get("eval/accuracy", metrics.get("eval/average"))
+                checkpoint(run, store, step, accuracy, stopping=stopping)
             if stopping and step + 1 < config.train.num_steps:
                 logger.message(f"stopped after step {step + 1} of {config.train.num_steps}; the same command continues")
                 break
@@ -207,6 +213,7 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     grader = build_grader(config.reward)
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
+    benchmarks = load_benchmarks(config, tokenizer) if config.train.eval_every and config.eval.sets else []
     raw_hf_config = read_hf_config(config)
     raw_hf_config.setdefault("vocab_size", vocab_size(tokenizer))
     total_updates = config.train.num_steps * config.minibatches_per_step
@@ -236,6 +243,8 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
         engine=engine,
         collector=collector,
         eval_prompts=problems.eval,
+        evaluator=Evaluator(lambda: engine, grader, tokenizer, config, place, revive=lambda: revive(run)),
+        benchmarks=benchmarks,
         data_digest=data_digest(problems.train),
     )
     return run
@@ -287,12 +296,14 @@ def revive(run: Run) -> None:
 
 
 def evaluate(run: Run, step: int, timers: Timers) -> dict[str, float]:
-    """Held-out accuracy after this step's updates, when due (and after the last step)."""
+    """Held-out accuracy, and that on benchmarks, after this step's updates, when due (and after the last step)."""
     every, last = run.config.train.eval_every, run.config.train.num_steps - 1
     if not every or ((step + 1) % every and step != last):
         return {}
     with generating(run, timers), timers("eval"):
-        return run.collector.evaluate(run.eval_prompts)
+        # without either, the collector says what to set
+        held_out = run.collector.evaluate(run.eval_prompts) if run.eval_prompts or not run.benchmarks else {}
+        return held_out | evaluate_sets(run.evaluator, run.benchmarks, run.config, step + 1, run.world)
 
 
 def rescue(run: Run, store: CheckpointStore, step: int, logger: RunLogger) -> None:

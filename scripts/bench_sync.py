@@ -80,7 +80,8 @@ def work(setting: dict[str, Any]) -> None:
 def raw_config(setting: dict[str, Any], mode: str, bucket: int) -> dict[str, Any]:
     layers = max(1, round(setting["megabytes"] * 1e6 / 4 / LAYER_PARAMETERS))
     hf = {"model_type": "qwen2", "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": layers}
-    hf |= {"num_attention_heads": HEADS, "max_position_embeddings": 256, "tie_word_embeddings": True}
+    hf |= {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "tie_word_embeddings": True}
+    hf |= {"max_position_embeddings": 256}
     return {
         "name": f"{mode}_{bucket}",
         "model": {"hf_config": hf},

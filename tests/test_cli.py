@@ -80,7 +80,7 @@ from megatron_rl.launch import stop_requested
 def main(config):
     rank = os.environ["RANK"]
     (config.run_dir / f"seen{rank}").write_text(f"{config.train.num_steps} {os.environ['WORLD_SIZE']}")
-    while not stop_requested():
+    while not stop_requested(config.run_dir):
         time.sleep(0.02)
 """
 

@@ -268,7 +268,7 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ({"rollout__engine": "vllm", HF + "head_dim": 16}, "vLLM's Qwen2 ignores head_dim"),
     ({"data": {"type": "jsonl", "train_path": "x"}, "warm_start": {"steps": 1}}, "warm_start needs a task with known"),
     ({"model": {"path": "nonesuch"}}, "cannot read nonesuch/config.json"),
-    ({"model__path": "both"}, "set exactly one of model.path and model.hf_config"),
+    ({"model": {}}, "set model.path, or model.hf_config for random weights"),
 ]
 
 

@@ -86,6 +86,13 @@ def test_the_alarm_keeps_quiet_on_the_law_and_sounds_when_it_breaks() -> None:
     assert last["law/ceiling_low"] < last["law/ceiling"] == last["law/b"] - last["law/a"] < last["law/ceiling_high"]
 
 
+def test_three_steps_on_one_side_make_an_alarm() -> None:
+    bends = {40: 0.3, 41: 0.3, 42: -0.3, 43: -0.3, 44: -0.3, 45: -0.3}
+    rows = watch(*run_of(46, 3, bend=lambda step: bends.get(step, 0.0)))
+    assert [int(row["law/surprise"] > 0) for row in rows[40:]] == [1, 1, 0, 0, 0, 0]
+    assert [row["law/alarm"] for row in rows[40:]] == [0, 0, 0, 0, 1, 1]
+
+
 def test_a_monitor_from_its_state_goes_on_the_same() -> None:
     entropies, rewards = run_of(60, 5, bend=lambda step: 0.2 if step in (38, 39, 40, 41) else 0.0)
     whole = watch(entropies, rewards)

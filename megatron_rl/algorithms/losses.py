@@ -145,7 +145,7 @@ def entropy_advantage(inputs: LossInputs, config: EntropyAdvantageLoss) -> LossO
     H is the entropy of the current policy at the token's state, as a number: no gradient flows into it. kappa > 1 keeps
     the sign of A; where A is 0 nothing is added.
     Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
-    Source: arXiv 2506.14758, the definition of psi(H_t) and of the shaped advantage; its experiments set kappa to 2.
+    Source: arXiv 2506.14758, the definition of psi(H_t) and of the shaped advantage (alpha > 0, kappa > 1).
     """
     inputs = _without_masked(inputs)
     bonus = torch.minimum(config.alpha * inputs.entropy.detach(), inputs.advantages.abs() / config.kappa)

@@ -272,6 +272,15 @@ def split(text: str, separators: str) -> list[str]:
     return [piece for piece in (*pieces, text[start:].strip()) if piece]
 
 
+def depth(text: str) -> int:
+    """How deep brackets of all kinds nest."""
+    deepest = level = 0
+    for character in text:
+        level += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, level)
+    return deepest
+
+
 def _turn(token: str) -> int:
     if token in ("(", "[", "{", "\\{"):
         return 1

@@ -34,6 +34,7 @@ _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*")
 # them would compute numbers that no memory holds
 _EXPLOSIVE = re.compile(r"\d\s*\^\s*(?:\{?\s*\(?\s*\d+\s*\^\s*[{(]?\s*\d|\{?\s*\(?\s*\d{5,})|\d{5,}\)?\s*!|!\s*\)?\s*!")
 _MAX_PARSED = 400  # characters
+_MAX_DEPTH = 12  # of braces and brackets; the parser's time grows exponentially with it
 _DIGITS_OF_A_ROUNDING = 4
 
 
@@ -302,6 +303,8 @@ def _match_up(found: list[str], gold: list[str], strict: bool) -> bool:
 def _equal_symbolic(found: str, gold: str, strict: bool) -> bool:
     """By math-verify, after units and degrees are gone."""
     if len(found) > max(_MAX_PARSED, 4 * len(gold)) or _EXPLOSIVE.search(found):
+        return False
+    if latex.depth(found) > max(_MAX_DEPTH, latex.depth(gold)):
         return False
     found, gold = _in_radians(found, gold)
     found, gold = (latex.split_unit(text)[0] for text in (found, gold))

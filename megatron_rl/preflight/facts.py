@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import os
@@ -51,21 +52,22 @@ class Facts:
 
 def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
     """This rank's. `shared`: a file that rank 0 wrote; `hosts`: the names of all nodes."""
-    faults, versions = _versions(), {name: version for name in _SHOWN if (version := _installed(name))}
-    gpu = device.gpu_memory() if device.ON_GPU else None
-    base: dict[str, Any] = {
-        "rank": int(os.environ.get("RANK", "0")),
-        "local_rank": launch.local_rank(),
-        "host": socket.gethostname(),
-    }
-    versions = {"python": sys.version.split()[0]} | versions | device.gpu_versions()
-    base |= {"versions": versions, "version_faults": faults, "gpu": gpu}
+    versions = {"python": sys.version.split()[0]}
+    versions |= {name: version for name in _SHOWN if (version := _installed(name))} | device.gpu_versions()
+    facts = Facts(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=launch.local_rank(),
+        host=socket.gethostname(),
+        versions=versions,
+        version_faults=_version_faults(),
+        gpu=device.gpu_memory() if device.ON_GPU else None,
+    )
     if launch.local_rank() != 0:
-        return Facts(**base)
+        return facts
     engine_version, engine_fault = _engine_version(config)
     data, data_fault = _data(config)
-    return Facts(
-        **base,
+    return dataclasses.replace(
+        facts,
         engine_version=engine_version,
         engine_fault=engine_fault,
         model_fault=_fault_of(lambda: _open_model(config)),
@@ -89,7 +91,7 @@ def requirements(extra: str = "") -> list[Requirement]:
     ]
 
 
-def _versions() -> list[str]:
+def _version_faults() -> list[str]:
     try:
         wanted = requirements() + (requirements("gpu") if device.ON_GPU else [])
     except importlib.metadata.PackageNotFoundError:

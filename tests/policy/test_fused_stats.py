@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
     "tp2": {"tp": 2},
     "tp2_sp": {"tp": 2, "sp": True},
-    "pp2": {"pp": 2},  # tied: the output layer has a copy of the embedding
+    "cp2": {"cp": 2},
+    "pp2_vpp2": {"pp": 2, "vpp": 2},  # the last chunk of the last stage; tied, it has a copy of the embedding
 }
 
 
@@ -46,13 +48,13 @@ def _outcomes(folders: list[Path], parallel: dict[str, Any]) -> list[Any]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("fused")
-    return [save(hf_model(tie_word_embeddings=tied), root / f"tied_{tied}") for tied in (False, True)]
+    return [save(hf_model(tie_word_embeddings=tied, num_hidden_layers=4), root / f"tied_{tied}") for tied in (False, True)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fused_equals_apart(worlds: Worlds, folders: list[Path], layout: str) -> None:
     parallel = LAYOUTS[layout]
-    size = parallel.get("tp", 1) * parallel.get("pp", 1)
+    size = math.prod(parallel.get(way, 1) for way in ("tp", "pp", "cp"))
     for rank in worlds.run(size, _outcomes, folders, parallel):
         for apart, fused in rank:
             assert worst(apart[0], fused[0]) < 2e-6
@@ -64,14 +66,15 @@ def test_fused_equals_apart(worlds: Worlds, folders: list[Path], layout: str) ->
 
 
 def test_auto_goes_by_the_size_of_the_logits() -> None:
-    """20,000 tokens x 152,064 columns in bfloat16 are 5.7 GiB at TP 1 and 2.8 GiB at TP 2."""
+    """20,000 tokens x 152,064 columns in bfloat16 are 5.7 GiB, and 2.8 GiB at TP 2 or CP 2."""
     from megatron_rl.policy.build import fuses_output_layer
 
-    def fuses(mode: str, tp: int) -> bool:
+    def fuses(mode: str, **parallel: int) -> bool:
         raw = make_config(None).model_dump()
         raw["model"] |= {"fused_linear_stats": mode, "dtype": "bfloat16"}
-        raw["parallel"] |= {"tp": tp}
+        raw["parallel"] |= parallel
         raw["train"] |= {"micro_batch_tokens": 20_000}
         return fuses_output_layer(parse_config(raw), 152_064)
 
-    assert [fuses("auto", 1), fuses("auto", 2), fuses("on", 2), fuses("off", 1)] == [True, False, True, False]
+    assert fuses("auto") and fuses("on", tp=2)
+    assert not fuses("auto", tp=2) and not fuses("auto", cp=2) and not fuses("off")

@@ -59,7 +59,8 @@ def measured(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder = save(hf_model(tie_word_embeddings=True), tmp_path_factory.mktemp("gradients"))
     found = {}
     for name, (size, parallel) in LAYOUTS.items():
-        found[name] = worlds.run(size, _measure, make_config(folder, parallel=parallel, optimizer=SGD_LIKE))
+        config = make_config(folder, parallel=parallel, optimizer=SGD_LIKE)
+        found[name] = worlds.run(size, _measure, config)
     return found
 
 

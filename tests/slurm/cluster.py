@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -154,7 +155,14 @@ class Cluster:
         program = shutil.which(command[0], path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or command[0]
         log = (self.folder / f"{Path(program).name}.out").open("ab")
         with log:
-            return subprocess.Popen([program, *command[1:]], env=self.env, stdout=log, stderr=log, cwd=self.folder)
+            return subprocess.Popen(
+                [program, *command[1:]],
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                preexec_fn=_end_with_the_tests,
+            )
 
     def _says(self, *command_then_words: str) -> bool:
         """Whether every line of the answer holds one of the words after the options."""
@@ -165,6 +173,10 @@ class Cluster:
         lines = self.run(*command, check=False).split("\n")
         lines = [line for line in lines if line.strip()]
         return bool(lines) and all(any(word in line for word in rest) for line in lines)
+
+
+def _end_with_the_tests() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG: also when they are killed
 
 
 def free_ports(count: int) -> list[int]:

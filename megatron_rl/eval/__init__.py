@@ -1,0 +1,1 @@
+"""Benchmarks by the paper's protocol: sampling, grading, statistics, tables."""

@@ -1,0 +1,36 @@
+"""Benchmarks in the course of a run, with the weights of the moment."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+from megatron_rl import launch
+from megatron_rl.config import Config
+from megatron_rl.eval.benchmarks import Benchmark
+from megatron_rl.eval.evaluator import Evaluator, metrics_of
+from megatron_rl.eval.table import write_tables
+from megatron_rl.parallel.reduce import Reducer
+
+
+def evaluate_sets(
+    evaluator: Evaluator, benchmarks: Sequence[Benchmark], config: Config, num_steps: int, world: Reducer
+) -> dict[str, float]:
+    """Metrics of all sets after `num_steps` steps, the same on every rank; samples and tables go to
+    run_dir/eval/step_N.
+
+    A collective. When the run is asked to stop, the sets that are left are not begun, and nothing is logged of those
+    that are done: a mean over fewer sets would pass for a drop.
+    Raises: as `Evaluator.run`.
+    """
+    folder = config.run_dir / "eval" / f"step_{num_steps:06d}"
+    if evaluator.is_first:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier process, which may have had other weights
+    results = []
+    for bench in benchmarks:
+        if world.any(launch.stop_requested(config.run_dir)):
+            return {}
+        results.append(evaluator.run(bench, folder / "sets" / bench.name, {"run": config.name, "num_steps": num_steps}))
+    if results and evaluator.is_first:
+        write_tables(folder, f"{config.name}, step {num_steps}", results, confidence=config.eval.confidence)
+    return metrics_of(results)

@@ -1,0 +1,110 @@
+"""The samples of one set on disk: appended as they come, one line each, and merged when all are there.
+
+While a set is sampled every rank appends to a part of its own, so that a kill costs at most the line being written.
+The next process, of any number of ranks, merges what the parts have into samples.jsonl and goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_rl.errors import UserError
+from megatron_rl.eval.benchmarks import Benchmark
+from megatron_rl.jsonl import read_rows, to_line
+from megatron_rl.launch import write_atomically
+
+Key = tuple[str, int]  # the problem's id, the sample's number
+
+
+class EvalError(RuntimeError, UserError):
+    """An evaluation cannot be completed, or not in this folder."""
+
+
+class SampleStore:
+    """The folder of one set: protocol.json, problems.jsonl, samples.jsonl."""
+
+    def __init__(self, folder: Path, bench: Benchmark, protocol: dict[str, Any]) -> None:
+        """`protocol`: all that the samples depend on, as JSON; another one's samples are never mixed with these."""
+        self.folder, self._bench, self._protocol = folder, bench, protocol
+
+    def open(self) -> list[dict[str, Any]]:
+        """Rank 0: claim the folder, and return the samples that it has already.
+
+        Raises: EvalError when they are another evaluation's.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "protocol.json"
+        wanted = json.loads(json.dumps(self._protocol))
+        if path.is_file():
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            differs = [name for name in wanted | theirs if wanted.get(name) != theirs.get(name)]
+            if differs:
+                name = differs[0]
+                raise EvalError(
+                    f"{self.folder} holds an evaluation with another {', '.join(differs)} ({name}: "
+                    f"{theirs.get(name)!r} there, {wanted.get(name)!r} here); give another --out, or remove that folder"
+                )
+        write_atomically(path, json.dumps(self._protocol, indent=1) + "\n")
+        problems = [{"id": p.id, "problem": p.text, "answer": p.prompt.answer} for p in self._bench.problems]
+        write_atomically(self.folder / "problems.jsonl", "".join(map(to_line, problems)))
+        return self.merge()
+
+    def merge(self) -> list[dict[str, Any]]:
+        """Rank 0: all samples so far, in the order of the set, in samples.jsonl; the parts are gone afterwards."""
+        found: dict[Key, dict[str, Any]] = {}
+        parts = sorted(self.folder.glob("part*.jsonl"))
+        for path in [self.folder / "samples.jsonl", *parts]:
+            if path.is_file():
+                found |= {(row["id"], row["sample"]): row for row in read_rows(path)[0]}
+        order = [(p.id, i) for p in self._bench.problems for i in range(self._bench.samples)]
+        rows = [found[key] for key in order if key in found]
+        if parts:
+            self.replace(rows)
+            for path in parts:
+                path.unlink()
+        return rows
+
+    def replace(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Rank 0: write all samples anew."""
+        _write(self.folder / "samples.jsonl", map(to_line, rows))
+
+    def part(self, rank: int) -> Part:
+        """This rank's file. Open one at a time, between `open` and `merge`."""
+        return Part(self.folder / f"part{rank:04d}.jsonl")
+
+
+class Part:
+    """Appends samples; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Creates the file."""
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows; they outlive this process from here on."""
+        self._file.writelines(map(to_line, rows))
+        self._file.flush()
+
+    def __enter__(self) -> Part:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    draft = path.with_suffix(".tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)

@@ -1,0 +1,192 @@
+"""`megatron-rl plan`: memory, seconds and layouts of a config, on a machine without GPU and without torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_rl.config import Config, load_config
+from megatron_rl.config_checks import read_hf_config
+from megatron_rl.errors import UserError
+from megatron_rl.plan.hardware import GIB, HARDWARE, Hardware
+from megatron_rl.plan.measured import COUNTDOWN_VOCAB
+from megatron_rl.plan.score import all_errors, stored_scores, summarise
+from megatron_rl.plan.search import Proposal, plan_of, remedies, search
+from megatron_rl.plan.seconds import fitted_constants
+from megatron_rl.plan.shapes import shape_of
+from megatron_rl.plan.step import Load, StepPlan
+from megatron_rl.plan.transfer import sync_bytes, width_of
+
+_SHOWN = 10  # layouts
+
+
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of the run", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c", show_default=False)] = None,
+    gpu: Annotated[
+        str, typer.Option(help=f"{', '.join(HARDWARE)}; cpu: memory alone, of this machine's runs")
+    ] = "h100",
+    nodes: Annotated[int | None, typer.Option(min=1, help="instead of the config's processes: full nodes")] = None,
+    find: Annotated[bool, typer.Option("--search", help="rank the layouts that fit")] = False,
+    mean_prompt: Annotated[float | None, typer.Option(min=1, help="tokens; default 256 or the limit")] = None,
+    mean_response: Annotated[float | None, typer.Option(min=1, help="tokens; default half the limit")] = None,
+    generation_batches: Annotated[float, typer.Option(min=1, help="a step; above 1 with dynamic sampling")] = 1.0,
+    score: Annotated[
+        bool, typer.Option("--score", help="predict what was measured, print the errors and exit")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Predict a run's memory and seconds before it takes a GPU; with --search, find its layout."""
+    console = Console()
+    if score:
+        _print_scores(console, as_json)
+        return
+    if config is None:
+        raise UserError("plan needs a config, for example: megatron-rl plan configs/quickstart.yaml --gpu cpu")
+    if gpu not in HARDWARE:
+        raise UserError(f"--gpu {gpu}: expected one of {', '.join(HARDWARE)}")
+    hardware = HARDWARE[gpu]
+    changes = [f"parallel.world_size={nodes * hardware.gpus_per_node}"] if nodes else []
+    resolved = load_config(config, [*(overrides or []), *changes])
+    load = _load(resolved, mean_prompt, mean_response, generation_batches)
+    arguments = (resolved, hardware, fitted_constants(), load, COUNTDOWN_VOCAB)
+    step = plan_of(*arguments)
+    fixes = [] if step.memory.fits else remedies(*arguments)
+    if find and not hardware.flops:
+        raise UserError("--search ranks by predicted seconds, which --gpu cpu has none of; choose a GPU")
+    found = search(*arguments) if find else None
+    if as_json:
+        print(json.dumps(_as_dict(resolved, step, load, fixes, found), indent=2))
+        return
+    _print_plan(console, resolved, hardware, step, load)
+    _print_fit(console, step, fixes)
+    if found is not None:
+        _print_search(console, found)
+
+
+def _load(config: Config, prompt: float | None, response: float | None, batches: float) -> Load:
+    """Raises: UserError for a mean beyond the limit."""
+    limits = (config.data.max_prompt_tokens, config.rollout.max_response_tokens)
+    for name, mean, limit in zip(("--mean-prompt", "--mean-response"), (prompt, response), limits, strict=True):
+        if mean is not None and mean > limit:
+            raise UserError(f"{name} {mean:g} exceeds the config's limit of {limit} tokens")
+    return Load(prompt or min(256, limits[0]), response or limits[1] / 2, batches)
+
+
+def _print_plan(console: Console, config: Config, hardware: Hardware, step: StepPlan, load: Load) -> None:
+    scores = stored_scores()
+    parts = list(dict.fromkeys(part for phase in step.memory.phases.values() for part in phase))
+    error = scores["memory" if hardware.flops else "cpu_memory"].text()
+    console.print(f"{config.name}: memory of the fullest rank, GiB ({step.layout.text()})", style="italic")
+    table = Table()
+    table.add_column("part")
+    for phase in step.memory.phases:
+        table.add_column(phase, justify="right")
+    for part in parts:
+        table.add_row(part, *(f"{p.get(part, 0.0) / GIB:.2f}" for p in step.memory.phases.values()))
+    table.add_row("total", *(f"{step.memory.total(p) / GIB:.2f}" for p in step.memory.phases), style="bold")
+    console.print(table)
+    console.print(f"error of such predictions: median {error}")
+    if not step.seconds:
+        return
+    table = Table(title="one step", title_justify="left")
+    table.add_column("phase")
+    table.add_column("seconds", justify="right")
+    for phase, seconds in step.seconds.items():
+        table.add_row(phase, f"{seconds:.1f}")
+    table.add_row("step", f"{step.total:.1f}", style="bold")
+    console.print(table)
+    update = step.seconds["forward and backward"] + step.seconds["optimizer"]
+    console.print(
+        f"error, held out: whole steps median {scores['step'].text()}; training median {scores['training'].text()}; "
+        f"old log-probabilities median {scores['forward'].text()}; sync, optimizer and reward not scored\n"
+        f"{step.tokens_per_gpu:,.0f} tokens/s/GPU over the step, MFU {step.mfu:.2f} over the "
+        f"{update:.0f} s of updates (causal attention counted once), {step.micro_batches} micro-batches an update, "
+        f"pipeline bubble {step.bubble:.2f} of the work, weight sync {_sync_text(config)}\n"
+        f"assumed: mean prompt {load.prompt:g}, mean response {load.response:g} tokens, {load.batches:g} generation "
+        f"batches a step on {hardware.name}; nothing was measured on a GPU of this project"
+    )
+
+
+def _sync_text(config: Config) -> str:
+    return f"{sync_bytes(shape_of(read_hf_config(config), COUNTDOWN_VOCAB), width_of(config)) / GIB:.1f} GiB"
+
+
+def _print_fit(console: Console, step: StepPlan, fixes: list[Proposal]) -> None:
+    memory = step.memory
+    if memory.fits:
+        if memory.room < float("inf"):
+            console.print(f"fits: {memory.peak / GIB:.1f} of {memory.room / GIB:.1f} GiB", style="green")
+        return
+    for phase in memory.phases:
+        if memory.total(phase) > memory.room:
+            over = (memory.total(phase) - memory.room) / GIB
+            console.print(f"does not fit: {phase} is {over:.1f} GiB over {memory.room / GIB:.1f}", style="red")
+    for fault in memory.faults:
+        console.print(f"does not fit: {fault}", style="red")
+    for fix in fixes:
+        peak = fix.plan.memory.peak / GIB
+        console.print(f"would fit with {' '.join(fix.overrides)}: {peak:.1f} GiB, {fix.plan.total:.0f} s a step")
+    if not fixes:
+        console.print("no single change makes it fit; --search tries whole layouts, --nodes more of them")
+
+
+def _print_search(console: Console, found: list[Proposal]) -> None:
+    if not found:
+        console.print("no layout fits; give more --nodes, a smaller train.micro_batch_tokens or a larger --gpu")
+        return
+    table = Table(title=f"{len(found)} layouts fit; the fastest {min(_SHOWN, len(found))}", title_justify="left")
+    for name in ("seconds", "MFU", "bubble", "GiB"):
+        table.add_column(name, justify="right")
+    table.add_column("overrides", overflow="fold")
+    for proposal in found[:_SHOWN]:
+        step = proposal.plan
+        numbers = (f"{step.total:.0f}", f"{step.mfu:.2f}", f"{step.bubble:.2f}", f"{step.memory.peak / GIB:.0f}")
+        table.add_row(*numbers, " ".join(proposal.overrides))
+    console.print(table)
+    console.print("seconds closer to each other than the error above are no ranking")
+
+
+def _print_scores(console: Console, as_json: bool) -> None:
+    errors = all_errors()
+    if as_json:
+        print(json.dumps({kind: asdict(summarise(*entry)) for kind, entry in errors.items()}, indent=2))
+        return
+    for what, how, rows in errors.values():
+        score = summarise(what, how, rows)
+        console.print(f"{what}: {score.rows} rows, median {score.median:.1%}, worst {score.worst:.1%} ({how})")
+        table = Table(show_header=False)
+        for name, error in rows:
+            table.add_row(name, f"{error:+.1%}")
+        console.print(table)
+
+
+def _as_dict(
+    config: Config, step: StepPlan, load: Load, fixes: list[Proposal], found: list[Proposal] | None
+) -> dict[str, Any]:
+    answer = {
+        "name": config.name,
+        "layout": asdict(step.layout),
+        "assumed": asdict(load),
+        "bytes": step.memory.phases,
+        "fits": step.memory.fits,
+        "faults": step.memory.faults,
+        "seconds": step.seconds,
+        "mfu": step.mfu,
+        "bubble": step.bubble,
+        "remedies": [fix.overrides for fix in fixes],
+        "errors": {kind: asdict(score) for kind, score in stored_scores().items()},
+    }
+    if step.seconds:
+        answer |= {"step_seconds": step.total, "tokens_per_second_and_gpu": step.tokens_per_gpu}
+    if found is not None:
+        answer["search"] = [
+            {"overrides": p.overrides, "step_seconds": p.plan.total, "peak_bytes": p.plan.memory.peak} for p in found
+        ]
+    return answer

@@ -1,0 +1,136 @@
+"""Layouts of a config on a cluster: which are valid, which fit, which is fastest, and what would make one fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.config import Config, parse_config
+from megatron_rl.config_checks import ConfigError, is_moe, num_experts, read_hf_config
+from megatron_rl.plan.hardware import Hardware
+from megatron_rl.plan.memory import longest_sequence
+from megatron_rl.plan.seconds import Constants
+from megatron_rl.plan.shapes import layout_of, shape_of
+from megatron_rl.plan.step import Load, StepPlan, plan_step
+
+Changes = dict[str, Any]  # dotted option -> value
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Changes to a config, which `load_config` accepts as overrides, and the plan of the changed config."""
+
+    changes: Changes
+    plan: StepPlan
+
+    @property
+    def overrides(self) -> list[str]:
+        """For the command line: a.b=c."""
+        return [
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.changes.items()
+        ]
+
+
+def changed(config: Config, changes: Changes) -> Config:
+    """Raises: ConfigError when the changed config is not valid."""
+    raw = config.model_dump(mode="json")
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = raw
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return parse_config(raw)
+
+
+def plan_of(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> StepPlan:
+    """Of the config as it stands; `vocab` where the model's config does not say."""
+    return plan_step(config, shape_of(read_hf_config(config), vocab), layout_of(config), hardware, constants, load)
+
+
+def search(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> list[Proposal]:
+    """Valid layouts of the config's processes that fit, fastest first. Batch, model and engine stay as they are, but
+    for the engines' tensor parallelism."""
+    found = []
+    for changes in _candidates(config, hardware):
+        try:
+            candidate = changed(config, changes)
+        except ConfigError:
+            continue
+        plan = plan_of(candidate, hardware, constants, load, vocab)
+        if plan.memory.fits:
+            found.append(Proposal(changes, plan))
+    return sorted(found, key=lambda proposal: (proposal.plan.total, proposal.plan.memory.peak))
+
+
+_CHUNKS = (1, 2, 4)  # model chunks of a stage: more save little of the bubble, and each sends more activations
+
+
+def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
+    hf, world = read_hf_config(config), config.parallel.processes
+    tps = _divisors(min(world, hardware.gpus_per_node))
+    pps = _divisors(world)
+    eps = _divisors(num_experts(hf) or 1) if is_moe(hf) else [1]
+    servers = config.rollout.engine != "transformers" and not config.rollout.server.urls
+    engines = _divisors(config.rollout.server.tp * config.rollout.server.count) if servers else [None]
+    # not selective: flash attention keeps no scores, so that it saves next to nothing
+    for tp, pp, cp, ep, recompute, engine_tp in itertools.product(tps, pps, tps, eps, ("none", "full"), engines):
+        if world % (tp * pp * cp):
+            continue
+        chunks = hf["num_hidden_layers"] // pp
+        changes: Changes = {
+            "parallel.world_size": world,
+            "parallel.tp": tp,
+            "parallel.pp": pp,
+            "parallel.cp": cp,
+            "parallel.sp": tp > 1,
+            "model.recompute": recompute,
+        }
+        if is_moe(hf):
+            changes["parallel.ep"] = ep
+        if engine_tp is not None:
+            per_node = config.rollout.server.tp * config.rollout.server.count
+            changes |= {"rollout.server.tp": engine_tp, "rollout.server.count": per_node // engine_tp}
+        yield from (changes | {"parallel.vpp": vpp} for vpp in _CHUNKS if vpp == 1 or (pp > 1 and chunks % vpp == 0))
+
+
+def remedies(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> list[Proposal]:
+    """Single changes after which the config fits, the fastest first."""
+    parallel, server, longest = config.parallel, config.rollout.server, longest_sequence(config)
+    singles: list[Changes] = [
+        {"model.recompute": "selective"},
+        {"model.recompute": "full"},
+        {"parallel.sp": True},
+        {"parallel.tp": 2 * parallel.tp},
+        {"parallel.tp": 2 * parallel.tp, "parallel.sp": True},
+        {"parallel.pp": 2 * parallel.pp},
+        {"parallel.distributed_optimizer": True},
+        {"train.micro_batch_tokens": max(longest, config.train.micro_batch_tokens // 2)},
+        {"train.micro_batch_tokens": longest},
+    ]
+    if config.rollout.engine == "transformers":
+        singles += [{"rollout.batch_size": max(1, config.rollout.batch_size // 4)}]
+    else:
+        singles += [
+            {"rollout.server.share_memory": True},
+            {"rollout.server.tp": 2 * server.tp},
+            *({"rollout.server.memory_fraction": round(share / 10, 1)} for share in range(1, 10)),
+        ]
+    found = []
+    for changes in singles:
+        try:
+            candidate = changed(config, changes | {"parallel.world_size": parallel.processes})
+        except ConfigError:
+            continue
+        if candidate == config:
+            continue
+        plan = plan_of(candidate, hardware, constants, load, vocab)
+        if plan.memory.fits:
+            found.append(Proposal(changes, plan))
+    return sorted(found, key=lambda proposal: proposal.plan.total)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,0 +1,171 @@
+"""Seconds of one RL step, phase by phase.
+
+Work is counted and divided by data-sheet peaks; a few constants, fitted to published measurements (fit.py), say how far
+from the peaks real programs stay. Nothing here was measured on this project's own runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import resources
+
+from megatron_rl.plan.hardware import Hardware
+from megatron_rl.plan.memory import Passes, layer_activations
+from megatron_rl.plan.shapes import (
+    Layout,
+    ModelShape,
+    bubble,
+    forward_flops,
+    kv_bytes_per_token,
+    matrix_parameters,
+    parameters,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Seconds taken over seconds at the data sheet's peak, per kind of work; `constants.json` holds the fitted ones."""
+
+    matrix: float  # matrix products
+    attention: float
+    elementwise: float  # norms, activations, rotations, the vocabulary statistics: bound by memory
+    tp_link: float  # tensor parallelism's collectives, what computation does not hide
+    forward: float  # a forward-only pass against the forward part of an update
+    decode: float  # reading weights and cache while generating
+    token_seconds: float  # of one decoding step, seconds, whatever it reads: scheduling, launches, sampling
+
+
+# Latency of one small all-reduce within a node, which no further GPU shortens. Assumed.
+ALL_REDUCE_SECONDS = 10e-6
+
+
+@cache
+def fitted_constants() -> Constants:
+    """The constants that fit.py made from data/published.csv."""
+    text = resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text()
+    return Constants(**json.loads(text)["constants"])
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Seconds at the peaks, on the slowest pipeline stage of one rank, before the bubble."""
+
+    matrix: float
+    attention: float
+    elementwise: float
+    tp_link: float
+
+    def seconds(self, constants: Constants) -> float:
+        """Weighted by what real programs reach."""
+        return sum(getattr(self, field.name) * getattr(constants, field.name) for field in fields(self))
+
+
+def pass_work(
+    shape: ModelShape, layout: Layout, hardware: Hardware, tokens: float, context: float, *, backward: bool
+) -> Work:
+    """Of `tokens` tokens of one data-parallel rank that attend to `context` tokens on average.
+
+    A backward pass costs twice its forward (flash attention's 2.5 times, as it computes the scores anew), and full
+    recomputation one forward of the layers more. Elementwise work reads and writes what a layer keeps. Tensor
+    parallelism moves four times the hidden states a layer and pass.
+    Source: arXiv 2104.04473 (operations), 2307.08691 (attention), 2205.05198, section 4.2 (collectives).
+    """
+    split, again = layout.tp * layout.cp, float(backward and layout.recompute == "full")
+    passes = 3.0 if backward else 1.0
+    layer_matrix, output_matrix = matrix_parameters(shape)
+    matrix = 2.0 * tokens * (layer_matrix / layout.pp * (passes + again) + output_matrix * passes) / split
+    _, flops = forward_flops(shape, context)
+    attention_passes = 1.0 + (2.5 + (layout.recompute != "none") if backward else 0.0)
+    attention = tokens * flops / layout.pp / split * attention_passes
+    one = Passes(1, 1, 2)
+    layers = shape.layers / layout.pp
+    kept = layers * layer_activations(shape, layout, one) * layout.cp * (passes + again)
+    logits = shape.vocab / layout.tp * one.element_bytes * passes
+    moved = 2.0 * tokens / layout.cp * (kept + logits)
+    link = 4.0 * tokens / layout.cp * layers * shape.hidden * one.element_bytes * (layout.tp - 1) / layout.tp
+    return Work(
+        matrix / hardware.flops,
+        attention / hardware.flops,
+        moved / hardware.bandwidth,
+        link * (2.0 + again if backward else 1.0) / hardware.node_link,
+    )
+
+
+def pass_seconds(
+    shape: ModelShape,
+    layout: Layout,
+    hardware: Hardware,
+    constants: Constants,
+    *,
+    tokens: float,
+    context: float,
+    micro_batches: int,
+    backward: bool,
+) -> float:
+    """One pipelined pass over a data-parallel rank's tokens, bubble included."""
+    work = pass_work(shape, layout, hardware, tokens, context, backward=backward).seconds(constants)
+    return work * (1.0 + bubble(layout, micro_batches)) * (1.0 if backward else constants.forward)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One engine's share of a generation batch; lengths in tokens."""
+
+    sequences: float
+    tp: int
+    prompt: float
+    response: float  # mean
+    limit: int
+    pool_bytes: float  # of all its GPUs, for the key-value cache
+    most_together: float  # requests in flight
+    samples_per_prompt: int  # whose prompt is read once
+    element_bytes: int = 2
+
+
+def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constants, load: Generation) -> float:
+    """From the first prompt to the end of the longest response.
+
+    A token's step reads the weights once and the cache of all sequences in flight, or multiplies, whichever lasts
+    longer. While more sequences wait than fit, the engine is full; then it drains, and its last steps serve few
+    sequences. Lengths are exponential, cut at the limit, with the given mean. Source: the roofline of Pope et al.,
+    arXiv 2211.05102, section 2.
+    """
+    cache = kv_bytes_per_token(shape, load.element_bytes) * max(1.0, load.tp / shape.groups)
+    reach = load.prompt + load.response
+    together = max(1.0, min(load.sequences, load.most_together, load.pool_bytes / (cache * reach)))
+
+    def step(active: float, context: float) -> float:
+        dense, attention = forward_flops(shape, context)
+        read = load.element_bytes * parameters(shape) + active * context * cache
+        multiply = active * (dense * constants.matrix + attention * constants.attention) / hardware.flops
+        split = max(read / hardware.bandwidth * constants.decode, multiply) / load.tp
+        return split + constants.token_seconds + (2 * shape.layers * ALL_REDUCE_SECONDS if load.tp > 1 else 0.0)
+
+    dense, attention = forward_flops(shape, load.prompt / 2)
+    prompts = load.sequences / load.samples_per_prompt * load.prompt
+    prefill = prompts * (dense * constants.matrix + attention * constants.attention) / hardware.flops / load.tp
+    full = (load.sequences - together) / together * load.response * step(together, load.prompt + load.response / 2)
+    scale, parts = _cut_exponential(load.response, load.limit), 50
+    width = load.limit / parts
+    drain = 0.0
+    for part in range(parts):
+        position = (part + 0.5) * width
+        alive = together * math.exp(-position / scale)
+        if alive >= 0.5:  # else the longest response has probably ended
+            drain += width * step(alive, load.prompt + position)
+    return prefill + full + drain
+
+
+def _cut_exponential(mean: float, limit: float) -> float:
+    """The scale m of an exponential whose values, cut at `limit`, average `mean`: m (1 - e^(-limit / m)) = mean."""
+    low, high = mean / 2, 1e4 * limit
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        if middle * -math.expm1(-limit / middle) < mean:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,198 @@
+"""A model as the planner sees it: its sizes, its parameters on a rank, its floating-point operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.config import Config
+from megatron_rl.config_checks import head_width, is_moe, num_experts
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a decoder. Widths in elements; `ffn` and `expert_ffn` are widths of one projection."""
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int  # key-value heads
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+    gated: bool = True  # three matrices in the MLP, else two
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    moe_layers: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn: int = 0
+
+    @property
+    def qkv_width(self) -> int:
+        """Width of the fused query, key and value projection."""
+        return (self.heads + 2 * self.groups) * self.head_dim
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of one MLP."""
+        return 3 if self.gated else 2
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a model is spread. `dp` excludes context parallelism; gradients and optimizer state are over dp * cp."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    ep: int = 1
+    vpp: int = 1  # model chunks on a stage
+    sp: bool = False
+    distributed_optimizer: bool = True
+    recompute: str = "none"  # none, selective, full
+
+    @property
+    def gpus(self) -> int:
+        """Ranks."""
+        return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share a weight's optimizer state."""
+        return self.dp * self.cp if self.distributed_optimizer else 1
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor parallelism inside an expert: dealt-out experts stay whole, as parallel/groups.py builds them."""
+        return self.tp if self.ep == 1 else 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that share an expert's optimizer state."""
+        copies = self.tp * self.dp * self.cp // (self.ep * self.expert_tp)
+        return copies if self.distributed_optimizer else 1
+
+    def text(self) -> str:
+        """For people: the sizes above 1, then the switches."""
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "ep": self.ep, "dp": self.dp}
+        parts = [f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("tp", "pp", "dp")]
+        return ", ".join([*parts, *["sp"] * self.sp, *[f"recompute {self.recompute}"] * (self.recompute != "none")])
+
+
+def layout_of(config: Config) -> Layout:
+    """The layout that the config asks for."""
+    parallel = config.parallel
+    return Layout(
+        tp=parallel.tp,
+        pp=parallel.pp,
+        dp=parallel.dp,
+        cp=parallel.cp,
+        ep=parallel.ep,
+        vpp=parallel.vpp,
+        sp=parallel.sp,
+        distributed_optimizer=parallel.distributed_optimizer,
+        recompute=config.model.recompute,
+    )
+
+
+def bubble(layout: Layout, micro_batches: int) -> float:
+    """Idle share of a pipelined pass, relative to its work: (p - 1) / (m v).
+
+    Source: Narayanan et al., arXiv 2104.04473, section 2.2.
+    """
+    return (layout.pp - 1) / (micro_batches * layout.vpp)
+
+
+def shape_of(hf: dict[str, Any], vocab: int | None = None) -> ModelShape:
+    """From the contents of a config.json; `vocab` where it does not say."""
+    kind, heads = hf["model_type"], hf["num_attention_heads"]
+    sparse, skipped = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    layers = hf["num_hidden_layers"]
+    moe = is_moe(hf)
+    return ModelShape(
+        layers=layers,
+        hidden=hf["hidden_size"],
+        heads=heads,
+        groups=hf.get("num_key_value_heads") or heads,
+        head_dim=head_width(hf),
+        ffn=hf["intermediate_size"],
+        vocab=hf.get("vocab_size") or vocab or 0,
+        tied=hf.get("tie_word_embeddings", False),
+        gated=kind != "gpt",  # plain GPT appears among the published rows alone
+        qkv_bias=kind == "qwen2" or hf.get("attention_bias", False),
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        moe_layers=sum(i not in skipped and (i + 1) % sparse == 0 for i in range(layers)) if moe else 0,
+        experts=(num_experts(hf) or 0) if moe else 0,
+        experts_per_token=hf["num_experts_per_tok"] if moe else 0,
+        expert_ffn=hf["moe_intermediate_size"] if moe else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RankParameters:
+    """Parameters that one rank holds; experts apart, because other ranks share them."""
+
+    dense: float
+    experts: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.dense + self.experts
+
+
+def rank_parameters(
+    shape: ModelShape, layout: Layout, *, first: bool, last: bool, vocab_multiple: int
+) -> RankParameters:
+    """Of a rank on a pipeline stage that is the first, the last, both or neither.
+
+    The vocabulary is padded to a multiple of tp * vocab_multiple. A tied embedding lies on both ends of a pipeline.
+    Source: the shapes of Megatron-Core's GPTModel, as policy/build.py asks for them.
+    """
+    tp, hidden = layout.tp, shape.hidden
+    attention = hidden * shape.qkv_width + shape.heads * shape.head_dim * hidden + shape.qkv_bias * shape.qkv_width
+    mlp = shape.mlp_matrices * hidden * shape.ffn
+    replicated = 2 * hidden + shape.qk_norm * 2 * shape.head_dim
+    dense_layers = shape.layers - shape.moe_layers
+    dense = shape.layers * (attention / tp + replicated) + dense_layers * mlp / tp
+    dense += shape.moe_layers * shape.experts * hidden  # routers
+    expert = shape.mlp_matrices * hidden * shape.expert_ffn / layout.expert_tp
+    experts = shape.moe_layers * shape.experts / layout.ep * expert
+    multiple = tp * vocab_multiple
+    embedding = -(-shape.vocab // multiple) * vocab_multiple * hidden
+    copies = first + last if not (shape.tied and first and last) else 1
+    return RankParameters(dense / layout.pp + copies * embedding + last * hidden, experts / layout.pp)
+
+
+def parameters(shape: ModelShape) -> float:
+    """Of the whole model, its vocabulary not padded."""
+    return rank_parameters(shape, Layout(), first=True, last=True, vocab_multiple=1).total
+
+
+def matrix_parameters(shape: ModelShape) -> tuple[float, float]:
+    """(those in matrix products of the layers that one token meets, those of the output layer)."""
+    attention = shape.hidden * shape.qkv_width + shape.heads * shape.head_dim * shape.hidden
+    mlp = shape.mlp_matrices * shape.hidden * shape.ffn
+    expert = (
+        shape.mlp_matrices * shape.hidden * shape.expert_ffn * shape.experts_per_token + shape.hidden * shape.experts
+    )
+    dense_layers = shape.layers - shape.moe_layers
+    return shape.layers * attention + dense_layers * mlp + shape.moe_layers * expert, shape.vocab * shape.hidden
+
+
+def forward_flops(shape: ModelShape, context: float) -> tuple[float, float]:
+    """Per token of a forward pass: (matrix products, attention). `context` is the mean number of tokens attended to,
+    half the length for causal attention over whole sequences; the backward pass costs twice as much.
+
+    Source: Narayanan et al., arXiv 2104.04473, appendix, with causal attention counted as what it computes.
+    """
+    layers, output = matrix_parameters(shape)
+    return 2.0 * (layers + output), 4.0 * shape.layers * shape.heads * shape.head_dim * context
+
+
+def kv_bytes_per_token(shape: ModelShape, element_bytes: int) -> float:
+    """Of the whole model's key-value cache."""
+    return 2.0 * shape.layers * shape.groups * shape.head_dim * element_bytes

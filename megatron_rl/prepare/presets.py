@@ -1,0 +1,76 @@
+"""Known problem sets: where they come from, how their rows read, and what the paper puts around a problem.
+
+Source of the prompts: arXiv 2505.22617 and its evaluation files. The system prompt of evaluation asks for a thought and
+a solution, OMNI-MATH's for named actions; training on DAPO-Math-17k has the suffix alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_SUFFIX = "\nPresent the answer in LaTeX format: \\boxed{Your answer}."
+_THOUGHT_AND_SOLUTION = (
+    "Your task is to follow a systematic, thorough reasoning process before providing the final solution. This "
+    "involves analyzing, summarizing, exploring, reassessing, and refining your thought process through multiple "
+    "iterations. Structure your response into two sections: Thought and Solution. In the Thought section, present your "
+    'reasoning using the format: "<think>\n {thoughts} </think>\n". Each thought should include detailed analysis, '
+    'brainstorming, verification, and refinement of ideas. After "</think>\n," in the Solution section, provide the '
+    "final, logical, and accurate answer, clearly derived from the exploration in the Thought section. If applicable, "
+    "include the answer in \\boxed{} for closed-form results like multiple choices or mathematical solutions."
+)
+_ACTIONS = (
+    "\nWhen tackling complex reasoning tasks, you have access to the following actions. Use them as needed to progress "
+    "through your thought process.\n\n[ASSESS]\n\n[ADVANCE]\n\n[VERIFY]\n\n[SIMPLIFY]\n\n[SYNTHESIZE]\n\n[PIVOT]\n\n"
+    "[OUTPUT]\n\nYou should strictly follow the format below:\n\n[ACTION NAME]\n\n# Your action step 1\n\n# Your "
+    "action step 2\n\n# Your action step 3\n\n...\n\nNext action: [NEXT ACTION NAME]\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One problem set. Fields are tried in order; a dot descends into a nested value."""
+
+    source: str  # value of `source` in the rows, by which metrics and tables group them
+    hub: str = ""  # Hugging Face dataset; empty: local files only
+    config: str | None = None
+    split: str = "train"
+    problem: tuple[str, ...] = ("problem", "question", "prompt")
+    answer: tuple[str, ...] = ("answer", "final_answer", "reward_model.ground_truth", "solution")
+    around: tuple[tuple[str, str], ...] = ()  # (prefix, suffix) pairs that the set itself puts around a problem
+    suffix: str = _SUFFIX
+    system: str | None = None
+    evaluation: bool = False
+
+
+_AROUND_DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n",
+    '\n\nRemember to put your answer on its own line after "Answer:".',
+)
+
+
+def _evaluation(
+    source: str, hub: str, split: str = "test", config: str | None = None, system: str = _THOUGHT_AND_SOLUTION
+) -> Preset:
+    return Preset(source, hub, config, split, system=system, evaluation=True)
+
+
+PRESETS: dict[str, Preset] = {
+    "plain": Preset("", suffix=""),
+    "dapo_math_17k": Preset(
+        "dapo-math-17k",
+        "BytedTsinghua-SIA/DAPO-Math-17k",
+        around=(_AROUND_DAPO,),
+        suffix="\n" + _SUFFIX,
+    ),
+    "math": Preset("math-train", "DigitalLearningGmbH/MATH-lighteval"),
+    "gsm8k": Preset("gsm8k", "openai/gsm8k", config="main"),
+    "aime24": _evaluation("aime", "HuggingFaceH4/aime_2024", "train"),
+    "aime25": _evaluation("aime25", "math-ai/aime25"),
+    "amc": _evaluation("amc", "AI-MO/aimo-validation-amc", "train"),
+    "math500": _evaluation("math", "HuggingFaceH4/MATH-500"),
+    "olympiadbench": _evaluation("olympiad_bench", "Hothan/OlympiadBench", "train", "OE_TO_maths_en_COMP"),
+    "minerva": _evaluation("minerva", "math-ai/minervamath"),
+    "omni_math": _evaluation("omni-math", "KbsdJames/Omni-MATH", system=_ACTIONS),
+    "gsm8k_test": Preset("gsm8k", "openai/gsm8k", "main", "test", evaluation=True),
+}

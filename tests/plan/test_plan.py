@@ -1,0 +1,151 @@
+"""The planner: memory by hand, parameters against transformers, its constants and scores against its data, its search
+against the config's own checks."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_rl.cli import app
+from megatron_rl.config import load_config, parse_config
+from megatron_rl.plan import published
+from megatron_rl.plan.fit import fit
+from megatron_rl.plan.hardware import GIB, HARDWARE
+from megatron_rl.plan.measured import measured_peaks
+from megatron_rl.plan.memory import Passes, layer_activations, state_parts, training_activations
+from megatron_rl.plan.score import QUICKSTART, cpu_memory_errors, stored_scores, summarise
+from megatron_rl.plan.search import changed, plan_of, remedies, search
+from megatron_rl.plan.seconds import fitted_constants
+from megatron_rl.plan.shapes import Layout, ModelShape, bubble, parameters, rank_parameters, shape_of
+from megatron_rl.plan.step import Load
+
+SMALL = ModelShape(layers=4, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=30, tied=False)
+HF_32B: dict[str, Any] = {
+    "model_type": "qwen2",
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+}
+RAW_32B: dict[str, Any] = {
+    "name": "planned",
+    "model": {"hf_config": HF_32B, "dtype": "bfloat16"},
+    "parallel": {"world_size": 32, "tp": 4, "pp": 2, "sp": True},
+    "data": {"type": "jsonl", "train_path": "train.jsonl", "tokenizer": "tokenizer"},
+    "rollout": {
+        "engine": "sglang",
+        "max_response_tokens": 8192,
+        "server": {"tp": 4, "count": 2, "memory_fraction": 0.7, "share_memory": True, "kv_tokens": 81920},
+    },
+    "reward": {"function": "exact"},
+    "loss": {"type": "kl_cov"},
+    "train": {"prompts_per_step": 256, "prompts_per_minibatch": 32, "micro_batch_tokens": 20480},
+}
+ARGUMENTS = (HARDWARE["h100"], fitted_constants(), Load(200, 2500), 0)
+
+
+def test_memory_of_a_small_model_by_hand() -> None:
+    layout = Layout(tp=2, pp=2, dp=3, sp=True)
+    # a layer: qkv 8x16, output 8x8, mlp 3x8x16, all halved, and two norms of 8; then the embedding of 16 padded rows
+    held = rank_parameters(SMALL, layout, first=True, last=False, vocab_multiple=8)
+    assert held.total == 2 * ((128 + 64 + 384) / 2 + 16) + 16 * 8
+    assert state_parts(held, layout, 2) == {
+        "weights": 2 * held.total,
+        "gradients": 4 * held.total,
+        "optimizer": 12 * held.total / 3,
+    }
+    assert state_parts(held, layout, 4)["optimizer"] == 8 * held.total / 3
+    # 10 tokens: (4 norms of 8 + qkv 16 + attention 8 + mlp 48) / 2 in 2 bytes, and 4 heads' float32 / 2
+    passes = Passes(tokens=10, micro_batches=5, element_bytes=2)
+    layer = 10 * ((32 + 16 + 8 + 48) / 2 * 2 + 4 * 4 / 2)
+    assert layer_activations(SMALL, layout, passes) == layer
+    working = 10 * 2 * (3 * 16 / 2 + 2 * 8)
+    assert training_activations(SMALL, layout, passes, 0) == 2 * 2 * layer + working  # two micro-batches in flight
+    assert training_activations(SMALL, layout, passes, 1) == 2 * layer + working
+    assert bubble(layout, 5) == 1 / 5 and bubble(Layout(pp=4, vpp=3), 6) == 3 / 18
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+def test_parameters_are_those_of_transformers(kind: str) -> None:
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 101,
+        "tie_word_embeddings": kind == "qwen3",
+    }
+    if kind == "qwen3_moe":
+        options |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **options))
+    assert parameters(shape_of({"model_type": kind, **options})) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_constants_are_the_fit_of_the_data() -> None:
+    fitted = asdict(fit(published.rows()))
+    assert fitted == pytest.approx(asdict(fitted_constants()), rel=2e-3)
+
+
+def test_scores_are_reproduced_and_bounded() -> None:
+    stored = stored_scores()
+    memory = [("", case.predicted / case.published - 1) for case in published.memory_cases()]
+    for kind, errors in (("memory", memory), ("cpu_memory", cpu_memory_errors("score"))):
+        score = summarise("", "", errors)
+        assert (score.rows, score.median, score.worst) == pytest.approx(
+            (stored[kind].rows, stored[kind].median, stored[kind].worst), abs=2e-3
+        )
+    assert stored["training"].median < 0.15 and stored["step"].median < 0.2 and stored["cpu_memory"].worst < 0.15
+
+
+def test_quickstart_memory_is_within_15_percent_of_the_measured_peak() -> None:
+    assert {peak.name: peak.use for peak in measured_peaks()}["quickstart"] == "score"
+    assert abs(dict(cpu_memory_errors("score"))["quickstart"]) < 0.15
+
+
+def test_search_proposes_layouts_that_load_and_fit(tmp_path: Path) -> None:
+    config = parse_config(copy.deepcopy(RAW_32B))
+    found = search(config, *ARGUMENTS)
+    assert len(found) > 10
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(RAW_32B))
+    for proposal in found:
+        loaded = load_config(path, proposal.overrides)
+        assert loaded == changed(config, proposal.changes) and loaded.parallel.processes == 32
+        assert proposal.plan.memory.peak <= HARDWARE["h100"].memory
+    seconds = [proposal.plan.total for proposal in found]
+    assert seconds == sorted(seconds)
+
+
+def test_what_does_not_fit_gets_a_change_that_does() -> None:
+    config = parse_config(copy.deepcopy(RAW_32B))
+    assert plan_of(config, *ARGUMENTS).memory.total("training") > 79 * GIB
+    phases = plan_of(config, *ARGUMENTS).memory.phases
+    assert "buckets" not in phases["generation"] and phases["weight sync"]["buckets"] > 0.5 * GIB
+    fixes = remedies(config, *ARGUMENTS)
+    assert fixes and all(fix.plan.memory.fits for fix in fixes)
+
+
+def test_the_command_answers_in_json_without_torch(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(RAW_32B))
+    answer = CliRunner().invoke(app, ["plan", str(path), "--nodes", "8", "--json"])
+    assert answer.exit_code == 0, answer.output
+    plan = json.loads(answer.stdout)
+    assert plan["layout"]["dp"] == 8 and plan["step_seconds"] == pytest.approx(sum(plan["seconds"].values()))
+    assert CliRunner().invoke(app, ["plan", str(QUICKSTART), "--gpu", "cpu"]).exit_code == 0
