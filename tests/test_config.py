@@ -216,7 +216,7 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ({"rollout__samples_per_prompt": 1}, "set it to at least 2"),
     (
         {"data": {"type": "jsonl", "train_path": "x"}, "train__eval_every": 5},
-        "give held-out problems or set eval_every=0",
+        "give held-out problems or benchmarks, or set eval_every=0",
     ),
     ({"loss": {"type": "clip_cov", "cov_low": 5.0}}, "cov_low=5.0 must be below loss.cov_high=5.0"),
     ({"rollout__top_p": 0.9}, "set top_p=1 and top_k=0, or turn on the correction with loss.rollout_correction"),
