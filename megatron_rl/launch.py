@@ -69,9 +69,9 @@ def install_stop_handler() -> None:
 
 
 def stop_requested(run_dir: Path | None = None) -> bool:
-    """Whether this process was asked to stop, by a signal or by a file `stop` in the run's folder (if there is one), which
-    reaches all nodes. Ranks learn it at different moments: agree on it (a max over the world) at the end of each step before
-    acting on it, else one rank leaves while another enters the next collective."""
+    """Whether this process was asked to stop, by a signal or by a file `stop` in the run's folder, which reaches all
+    nodes; without a folder, by a signal. Ranks learn it at different moments: agree on it (a max over the world) at the
+    end of each step before acting on it, else one rank leaves while another enters the next collective."""
     return bool(_stop_signals) or (run_dir is not None and stop_file(run_dir).exists())
 
 

@@ -234,7 +234,7 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ({"rollout__samples_per_prompt": 1}, "set it to at least 2"),
     (
         {"data": {"type": "jsonl", "train_path": "x"}, "train__eval_every": 5},
-        "give held-out problems or set eval_every=0",
+        "give held-out problems or benchmarks, or set eval_every=0",
     ),
     ({"loss": {"type": "clip_cov", "cov_low": 5.0}}, "cov_low=5.0 must be below loss.cov_high=5.0"),
     ({"loss": {"type": "forking", "aggregation": "seq_mean_token_mean"}}, "set aggregation=token_mean"),

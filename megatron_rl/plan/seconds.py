@@ -70,7 +70,8 @@ def pass_work(
 
     A backward pass costs twice its forward (flash attention's 2.5 times, as it computes the scores anew), and full
     recomputation one forward of the layers more. Elementwise work reads and writes what a layer keeps. Tensor
-    parallelism moves four times the hidden states a layer and pass.
+    parallelism moves four times the hidden states a layer and pass. Context parallelism moves the other ranks' keys and
+    values a layer and pass, twice as much backward; hiding that behind the attention is not counted on.
     Source: arXiv 2104.04473 (operations), 2307.08691 (attention), 2205.05198, section 4.2 (collectives).
     """
     split, again = layout.tp * layout.cp, float(backward and layout.recompute == "full")
@@ -86,11 +87,15 @@ def pass_work(
     logits = shape.vocab / layout.tp * one.element_bytes * passes
     moved = 2.0 * tokens / layout.cp * (kept + logits)
     link = 4.0 * tokens / layout.cp * layers * shape.hidden * one.element_bytes * (layout.tp - 1) / layout.tp
+    others = tokens * (layout.cp - 1) / layout.cp * layers
+    keys = others * 2.0 * shape.groups * shape.head_dim / layout.tp * one.element_bytes
+    wire = hardware.node_link if split <= hardware.gpus_per_node else hardware.network
+    times = 2.0 + again if backward else 1.0
     return Work(
         matrix / hardware.flops,
         attention / hardware.flops,
         moved / hardware.bandwidth,
-        link * (2.0 + again if backward else 1.0) / hardware.node_link,
+        link * times / hardware.node_link + keys * (times + float(backward)) / wire,
     )
 
 
