@@ -48,7 +48,9 @@ def _outcomes(folders: list[Path], parallel: dict[str, Any]) -> list[Any]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("fused")
-    return [save(hf_model(tie_word_embeddings=tied, num_hidden_layers=4), root / f"tied_{tied}") for tied in (False, True)]
+    return [
+        save(hf_model(tie_word_embeddings=tied, num_hidden_layers=4), root / f"tied_{tied}") for tied in (False, True)
+    ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
