@@ -13,9 +13,8 @@ from torch import Tensor
 from megatron_rl.policy.build import Model
 from megatron_rl.types import MicroBatch, MiniBatch
 
-# from (logits shard [T, V/TP], or hidden states [T, H] where the model hands them over; micro-batch)
-# to Megatron's triple (loss sum, count, what to collect) or, forward only,
-# to any value
+# from (logits shard [T, V/TP], or hidden states [T, H] where the model hands them over; micro-batch) to Megatron's
+# triple (loss sum, count, what to collect) or, forward only, to any value
 OutputFunction = Callable[[Tensor, MicroBatch], Any]
 
 
