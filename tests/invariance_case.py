@@ -261,6 +261,8 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         engine=SimpleNamespace(update_weights=lambda stream, version: list(stream)),  # type: ignore[arg-type]
         collector=None,  # type: ignore[arg-type]
         eval_prompts=[],
+        evaluator=None,  # type: ignore[arg-type]
+        benchmarks=[],
         data_digest="",
     )
     kept = len(rollouts) - case.filtered
@@ -298,7 +300,7 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
         if loss.type in SELECTING:  # padding and prompts are never selected
             marked = chosen.cat("selected")
             assert not any((m.selected & ~m.loss_mask).any() for m in chosen.micro_batches)
-        elif loss.type != "ppo_clip":
+        elif loss.type not in ("ppo_clip", "gspo"):
             weights = chosen.cat("surrogate_weights")
         of_all_ranks = reducer.gather_objects((ids, cov, chosen.cat("advantages"), log_ratio, marked, weights))
         gathered = [torch.cat(parts) for parts in zip(*of_all_ranks, strict=True)]
@@ -306,7 +308,7 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
         outcome.updates.append(Update(*(values[order] for values in gathered)))
         return chosen, metrics
 
-    def update(mini_batch: MiniBatch, loss: Any, loss_config: Any) -> Any:
+    def update(mini_batch: MiniBatch, loss: Any, loss_config: Any, spans: Any) -> Any:
         total = torch.zeros((), dtype=torch.float64)
 
         def counted(inputs: Any, options: Any) -> Any:
@@ -314,7 +316,7 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
             total.add_(outputs.loss_sum.detach().double())
             return outputs
 
-        result = real_update(mini_batch, counted, loss_config)
+        result = real_update(mini_batch, counted, loss_config, spans)
         denominator = torch.tensor(float(sum(m.loss_denominator for m in mini_batch.micro_batches)))
         sums = run.data_parallel.sum(torch.stack([total, denominator.double()]))
         record = outcome.updates[-1]
