@@ -127,6 +127,18 @@ def test_a_stop_signal_lets_every_rank_finish(start: Callable[..., Run], number:
     assert "Traceback" not in err and "killed" not in err
 
 
+def test_a_file_stops_a_run_and_one_left_over_does_not(start: Callable[..., Run], tmp_path: Path) -> None:
+    stop = tmp_path / "run" / "stop"
+    stop.parent.mkdir()
+    stop.touch()
+    run = start("work")
+    pids = run.pids("ready")
+    assert not stop.exists() and run.process.poll() is None
+    stop.touch()
+    code, _, err = run.end(10)
+    assert (code, err) == (0, "") and run.pids("checkpoint") == pids
+
+
 def test_a_rank_that_ignores_the_stop_is_killed_after_the_grace(start: Callable[..., Run]) -> None:
     run = start("stubborn", grace=1.0)
     pids = run.pids("ready") + run.pids("child")

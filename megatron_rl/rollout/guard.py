@@ -48,9 +48,7 @@ def main(parent: int, command: list[str]) -> int:
 
 
 def _die_with_guard() -> None:
-    # a Slurm job's ranks, and so the guard, are started with Slurm's signals ignored
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

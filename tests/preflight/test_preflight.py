@@ -18,7 +18,7 @@ import yaml
 from megatron_rl.config import Config, parse_config
 from megatron_rl.parallel.world import all_reduce_bandwidth
 from megatron_rl.preflight.facts import Facts, gather_facts, requirements
-from megatron_rl.preflight.lines import Line, bandwidth_line, fact_lines
+from megatron_rl.preflight.lines import Line, bandwidth_line, checkpoint_bytes, fact_lines
 from tests.tiny import tiny_raw
 from tests.worlds import Worlds
 
@@ -86,6 +86,14 @@ def test_each_fault_is_found_and_named(what: str, rank: int, fields: dict[str, A
 def test_a_fault_of_all_nodes_is_said_once() -> None:
     found = [dataclasses.replace(fact, model_fault="no such folder") for fact in facts()]
     assert lines(found)["model"].finding == "no such folder"
+
+
+def test_checkpoints_that_are_there_need_no_more_room() -> None:
+    """Of three (two are kept, and one is written before the oldest goes) a folder that holds two needs one."""
+    one = checkpoint_bytes(config(), vocabulary=21)
+    found = [dataclasses.replace(fact, free_bytes=2 * one) for fact in facts()]
+    of = [fact_lines(config(), found, vocabulary=21, existing_checkpoints=existing)[-1] for existing in (0, 2)]
+    assert [(line.what, line.is_ok) for line in of] == [("disk", False), ("disk", True)]
 
 
 def test_a_machine_without_gpu_says_so() -> None:

@@ -65,17 +65,6 @@ def test_stop_ends_the_server_and_its_workers(tmp_path: Path, code: str, monkeyp
     server.stop()  # nothing left to do
 
 
-def test_a_trainer_that_ignores_signals_does_not_teach_it_to_its_server(tmp_path: Path) -> None:
-    former = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as slurm/node.sh does
-    try:
-        server = start(tmp_path, TREE)
-        family(tmp_path)
-        server.stop()
-        assert "SIGTERM" in server.obituary()
-    finally:
-        signal.signal(signal.SIGTERM, former)
-
-
 def test_the_server_dies_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
     code = f"""
 import sys, time
