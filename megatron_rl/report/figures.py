@@ -149,14 +149,14 @@ def _against_realised(metric: str, runs: Sequence[Run]) -> Built:
 
 def _law(runs: Sequence[Run]) -> Built:
     traces: list[Trace] = []
-    table = [["run", "a", "b", "ceiling b − a", "R²", "σ", "alarms"]]
+    table = [["run", "a", "b", "ceiling b − a", "R²"]]
     for index, run in enumerate(runs):
         fit = fit_law(*run.pairs("entropy/mean", run.reward_metric()))
         if not fit.entropy:
             continue
         name = run.label if run.reward_metric() == "reward/accuracy" else f"{run.label}, mean reward"
         traces.append(_points(index, run, fit.entropy, fit.reward))
-        if fit.a is None or fit.b is None or fit.residual_std is None:
+        if fit.a is None or fit.b is None:
             table.append([name, f"no fit: {fit.problem}", "", "", "", ""])
             continue
         low, high = min(fit.entropy), max(fit.entropy)
@@ -164,21 +164,24 @@ def _law(runs: Sequence[Run]) -> Built:
         traces.append(_curve(index, grid, fit.at(grid)))
         r2 = "–" if fit.r2 is None else f"{fit.r2:.3f}"
         a, b = _with_interval(fit.a, fit.a_interval), _with_interval(fit.b, fit.b_interval)
-        alarms = run.series("law/alarm")[1]
-        raised = f"{round(sum(alarms))} of {len(alarms)} steps" if alarms else "not logged"
         ceiling = _with_interval(fit.b - fit.a, fit.ceiling_interval)
-        numbers = [a, b, ceiling, r2, f"{fit.residual_std:.3g}", raised]
+        numbers = [a, b, ceiling, r2]
         table.append([name, *numbers])
     return (traces, _axes("entropy H, nats", "reward R"), table) if traces else None
 
 
 def _law_residuals(runs: Sequence[Run]) -> Built:
     traces: list[Trace] = []
+    table = [["run", "σ", "alarm"]]
     for index, run in enumerate(runs):
         fit = fit_law(*run.pairs("entropy/mean", run.reward_metric()))
-        if fit.a is not None:
-            traces.append(_points(index, run, fit.entropy, fit.residuals))
-    return (traces, _axes("entropy H, nats", "R − fit", zeroline=True), []) if traces else None
+        if fit.residual_std is None:
+            continue
+        traces.append(_points(index, run, fit.entropy, fit.residuals))
+        alarms = run.series("law/alarm")[1]
+        raised = f"on {round(sum(alarms))} of {len(alarms)} steps" if alarms else "not logged"
+        table.append([run.label, f"{fit.residual_std:.3g}", raised])
+    return (traces, _axes("entropy H, nats", "R − fit", zeroline=True), table) if traces else None
 
 
 def _phase_times(runs: Sequence[Run]) -> Built:
@@ -235,7 +238,7 @@ def _axes(x: str, y: str, *, zeroline: bool = False) -> dict[str, Any]:
 
 
 def _with_interval(value: float, interval: tuple[float, float] | None) -> str:
-    return f"{value:.3g}" if interval is None else f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
+    return f"{value:.3g}" if interval is None else f"{value:.3g}\n[{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
 def _line_cells(fit: LineFit) -> list[str]:
@@ -261,15 +264,14 @@ LAW = Custom(
     "Reward bought with entropy: R = −a·eᴴ + b",
     "The empirical law of the Entropy Mechanism, with training accuracy as R: it is traded for entropy along one "
     "curve, and entropy 0 ends it at b − a; a run that "
-    "leaves the curve upwards pays less for it. Brackets: 95% intervals; alarms: steps "
-    "from the third in a row outside of the band.",
+    "leaves the curve upwards pays less for it. Brackets: 95% intervals.",
     "entropy/mean together with reward/accuracy or reward/mean",
     _law,
 )
 LAW_RESIDUALS = Custom(
     "Residuals of the law",
     "Reward minus the fitted law: scatter without a pattern means that the law describes the run, a bend that it "
-    "does not; σ in the table is their standard deviation.",
+    "does not. σ: their standard deviation; alarm: from the third step in a row outside of the law's 95% band.",
     "a fitted law",
     _law_residuals,
 )

@@ -63,9 +63,10 @@ def _shadow(run: Run) -> str:
             row = found["methods"][name]
             numbers = [row["restrained"], row["predicted_change"], row["entropy_slope"], row["grad_norm"]]
             cells.append([name, *(_number(value) for value in [*numbers, found["cosine"][i][0]])])
-        overlap = [["overlap", *names]]
-        overlap += [[name, *map(_number, row)] for name, row in zip(names, found["overlap"], strict=True)]
-        policy = "on-policy" if found["minibatch"] == 0 else f"after {found['minibatch']} updates"
+        picky = [i for i, name in enumerate(names) if found["methods"][name]["restrained"]]
+        overlap = [["overlap", *(names[i] for i in picky)]]
+        overlap += [[names[i], *(_number(found["overlap"][i][j]) for j in picky)] for i in picky]
+        policy = "on-policy" if found["minibatch"] == 0 else f"after {found['minibatch']} of the step's updates"
         title = f"{run.label}: step {run.shadow['step']}, {found['tokens']} tokens, {policy}"
         parts.append(
             f"<article><h3>{escape(title)}</h3><p>Restrained tokens, the entropy change that each method's gradient "
