@@ -107,7 +107,7 @@ def _line_figure(spec: Line, runs: Sequence[Run]) -> Figure:
             traces.append({**base, "y": values, "mode": "lines", **faint})
             traces.append({**base, "y": smooth(values), "mode": "lines", "line": line})
     layout = {**_axes("step", spec.unit), "hovermode": "x unified"}
-    drawn = {y for trace in traces for y in trace["y"]}
+    drawn = {float(f"{y:.9g}") for trace in traces for y in trace["y"]}  # averages differ in the last bits
     if len(drawn) == 1 and (value := drawn.pop()) > 0:
         layout["yaxis"]["range"] = [0, 2 * value]  # Plotly would show value - 1 to value + 1
     if spec.log:

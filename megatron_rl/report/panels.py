@@ -32,7 +32,10 @@ def config_differences(runs: Sequence[Run]) -> str:
     names = sorted({name for options in flat for name in options})
     rows = [[name, *(options.get(name, "–") for options in flat)] for name in names]
     differing = [row for row in rows if len(set(row[1:])) > 1]
-    return table_html([["option", *(run.label for run in known)], *differing])
+    if not differing:
+        return '<p class="absent">All options are the same.</p>'
+    table = table_html([["option", *(run.label for run in known)], *differing])
+    return f'<article class="differences"><h3>Options that differ</h3>{table}</article>'
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -92,7 +95,9 @@ def samples_section(runs: Sequence[Run]) -> str:
     return (
         '<section><h2>Samples</h2><article id="samples"><p class="pick"><label>run <select id="sample-run"></select>'
         '</label> <label>step <select id="sample-step"></select></label> <label>colour tokens by '
-        f'<select id="sample-colour">{options}</select></label></p><p class="absent">{escape(note)}</p>'
+        f'<select id="sample-colour">{options}</select></label></p><p>Stronger is larger in magnitude, within the step shown; blue is '
+        "negative covariance; "
+        f'outlined tokens were selected by the method. Hover for the values.</p><p class="absent">{escape(note)}</p>'
         f'<div id="sample-list"></div></article><script>const SAMPLES = {data};</script></section>'
     )
 

@@ -14,7 +14,8 @@ Groups = dict[str, float]
 
 def benchmarks(runs: Sequence[Run]) -> list[Custom]:
     """A figure for each evaluation set that a run logged as eval/SET/accuracy."""
-    names = {name for run in runs for name in run.metrics() if name.startswith("eval/") and name.endswith("/accuracy")}
+    parts = {tuple(name.split("/")) for run in runs for name in run.metrics()}
+    names = ["/".join(part) for part in parts if len(part) == 3 and part[0] == "eval" and part[2] == "accuracy"]
     return [_benchmark(name) for name in sorted(names)]
 
 

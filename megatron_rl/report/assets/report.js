@@ -52,21 +52,24 @@ const element = (parent, tag, text = "", name = "") => {
 if (typeof SAMPLES !== "undefined") {
   const [pickRun, pickStep, pickColour] = ["run", "step", "colour"].map((name) => document.getElementById(`sample-${name}`));
   const list = document.getElementById("sample-list");
-  const tint = (token, values, kind, i) => {
+  const tint = (token, values, kind, i, largest) => {
     if (kind === "selected") {
       if (values.selected.includes(i)) token.style.background = "rgba(232, 120, 12, 0.55)";
       return;
     }
     const value = values[kind][i];
-    const largest = Math.max(1e-9, ...values[kind].map(Math.abs));
     const [red, green, blue] = kind === "covariance" && value < 0 ? [66, 105, 208] : [232, 120, 12];
     token.style.background = `rgba(${red}, ${green}, ${blue}, ${(0.7 * Math.abs(value)) / largest})`;
   };
   const draw = () => {
     list.replaceChildren();
-    for (const sample of SAMPLES[pickRun.value].samples.filter((row) => row.step === Number(pickStep.value))) {
+    const kind = pickColour.value;
+    const shown = SAMPLES[pickRun.value].samples.filter((row) => row.step === Number(pickStep.value));
+    const largest = kind === "selected" ? 1
+      : Math.max(1e-9, ...shown.flatMap((row) => (row.tokens ? row.tokens[kind] : [])).map(Math.abs));
+    for (const sample of shown) {
       const box = element(list, "div", "", "sample");
-      element(box, "p", `reward ${sample.reward}, ${sample.finish_reason}, answer ${sample.answer}`);
+      element(box, "p", `score ${sample.score}, reward ${sample.reward}, ${sample.finish_reason}, answer ${sample.answer}`);
       const text = element(box, "div", "", "tokens");
       element(text, "span", sample.prompt, "prompt");
       const values = sample.tokens;
@@ -75,7 +78,7 @@ if (typeof SAMPLES !== "undefined") {
         const token = element(text, "span", piece, values.selected.includes(i) ? "picked" : "");
         token.title = `logprob ${values.logprob[i]}, entropy ${values.entropy[i]} nats, covariance ${values.covariance[i]}` +
           (values.selected.includes(i) ? ", selected" : "");
-        tint(token, values, pickColour.value, i);
+        tint(token, values, kind, i, largest);
       });
     }
   };
