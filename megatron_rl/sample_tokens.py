@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,9 +51,13 @@ def _columns(rows: Sequence[tuple[float, ...]]) -> dict[str, list[Any]]:
     _, token_ids, logprobs, entropy, cov, picked = zip(*rows, strict=True)
     return {
         "token_id": list(token_ids),
-        **{
-            name: [float(f"{value:.4g}") for value in values]
-            for name, values in (("logprob", logprobs), ("entropy", entropy), ("covariance", cov))
-        },
+        "logprob": _rounded(logprobs),
+        "entropy": _rounded(entropy),
+        "covariance": _rounded(cov),
         "selected": [i for i, chosen in enumerate(picked) if chosen],
     }
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    """Four digits; null for what JSON has no number for."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]

@@ -95,8 +95,8 @@ def samples_section(runs: Sequence[Run]) -> str:
     return (
         '<section><h2>Samples</h2><article id="samples"><p class="pick"><label>run <select id="sample-run"></select>'
         '</label> <label>step <select id="sample-step"></select></label> <label>colour tokens by '
-        f'<select id="sample-colour">{options}</select></label></p><p>Stronger is larger in magnitude, within the step shown; blue is '
-        "negative covariance; "
+        f'<select id="sample-colour">{options}</select></label></p>'
+        "<p>Stronger is larger in magnitude, within the step shown; blue is negative covariance; "
         f'outlined tokens were selected by the method. Hover for the values.</p><p class="absent">{escape(note)}</p>'
         f'<div id="sample-list"></div></article><script>const SAMPLES = {data};</script></section>'
     )
