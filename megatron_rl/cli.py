@@ -38,6 +38,8 @@ app.add_typer(data_app, name="data")
 app.command()(plan)
 app.command("eval")(evaluate)
 
+REPORT_SECONDS = 5  # between the rewrites of a live page
+
 
 def main(command: Callable[[], None] | None = None) -> None:
     """Run the command line, or another command that reports errors its way.
@@ -86,11 +88,14 @@ def report(
         Path | None,
         typer.Option(help="the page to write; by default report.html in the run's folder, or beside several"),
     ] = None,
+    live: Annotated[bool, typer.Option("--live", help="Rewrite the page while the runs go on, until Ctrl-C.")] = False,
 ) -> None:
     """Write one self-contained HTML page on one or more runs."""
-    from megatron_rl.report import build_report
+    from megatron_rl.report import build_report, keep_current
 
-    print(build_report(run_dirs, out))
+    print(build_report(run_dirs, out, REPORT_SECONDS if live else 0), flush=True)
+    if live:
+        keep_current(run_dirs, out, REPORT_SECONDS)
 
 
 def run_training(config: Config) -> int:

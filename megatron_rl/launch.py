@@ -148,7 +148,7 @@ def _is_lost_peer(error: BaseException) -> bool:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that readers see whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -14,6 +14,7 @@ from megatron_rl.config_loss import LossBase
 from megatron_rl.metrics import Metrics
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.rollout.collect import CollectResult
+from megatron_rl.sample_tokens import token_values
 from megatron_rl.types import MiniBatch, Rollout, TokenStats, TrainBatch
 
 
@@ -71,18 +72,31 @@ def sequence_totals(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
-def samples_for_log(collected: CollectResult, tokenizer: Any, count: int) -> list[dict[str, Any]]:
-    """The first `count` rollouts, decoded."""
-    return [
-        {
+def samples_for_log(
+    run: Any, collected: CollectResult, mini_batches: Sequence[MiniBatch], stats: list[list[TokenStats]]
+) -> list[dict[str, Any]]:
+    """The first logging.samples_per_step rollouts, decoded, with the values of their tokens (sample_tokens.py) under
+    `tokens`. Collective; `run` is train.py's."""
+    logged = collected.rollouts[: run.config.logging.samples_per_step]
+    if not logged:
+        return []
+    decode = run.tokenizer.decode
+    keys = [(rollout.prompt_id, rollout.sample_index) for rollout in logged]
+    values = token_values(mini_batches, stats, keys, run.data_parallel)
+    samples = []
+    for key, rollout in zip(keys, logged, strict=True):
+        prompt = collected.prompts_by_id[rollout.prompt_id]
+        sample = {
             "prompt_id": rollout.prompt_id,
             "sample_index": rollout.sample_index,
-            "prompt": tokenizer.decode(collected.prompts_by_id[rollout.prompt_id].token_ids),
-            "response": tokenizer.decode(rollout.token_ids[rollout.loss_mask | (rollout.rollout_logprobs != 0)]),
-            "answer": collected.prompts_by_id[rollout.prompt_id].answer,
+            "prompt": decode(prompt.token_ids),
+            "response": decode(rollout.token_ids[rollout.loss_mask | (rollout.rollout_logprobs != 0)]),
+            "answer": prompt.answer,
             "score": rollout.score,
             "reward": rollout.reward,
             "finish_reason": rollout.finish_reason,
         }
-        for rollout in collected.rollouts[:count]
-    ]
+        if key in values:
+            sample["tokens"] = {"text": [decode([i]) for i in values[key]["token_id"]], **values[key]}
+        samples.append(sample)
+    return samples

@@ -152,7 +152,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
     metrics.set(controls)
     with timers("probe"):
         tangent = EntropyTangent(policy, batch.mini_batches[0]) if config.train.entropy_tangent else None
-    predicted_change = 0.0
+    predicted_change, trained_on = 0.0, []
     for mini_batch, stats in zip(batch.minibatches(), old_stats, strict=True):
         with timers("select"):
             if needs_current_stats(loss, mini_batch.index):
@@ -169,6 +169,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
             )
         predicted_change += marked.pop("entropy/predicted_change", 0.0)  # absent when overlong filtering masked it all
         metrics.add_means(marked)
+        trained_on.append(mini_batch)
         with timers("update"):
             result = policy.update(mini_batch, LOSSES[loss.type], loss, timers.spans)
         metrics.add(result.sums)
@@ -188,7 +189,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
         if config.logging.ledger_every and step % config.logging.ledger_every == 0:
             logger.log_ledger(step, ledger(batch, old_stats, after, run.data_parallel), run.tokenizer)
         metrics.set(batch_totals(run, batch) | sequence_totals(collected.rollouts))
-        logger.log_samples(step, samples_for_log(collected, run.tokenizer, config.logging.samples_per_step))
+        logger.log_samples(step, samples_for_log(run, collected, trained_on, old_stats))
         return metrics.reduce(run.data_parallel.sum, run.data_parallel.max)
 
 

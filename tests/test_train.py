@@ -271,10 +271,18 @@ def test_a_step_whose_responses_are_all_cut_moves_nothing(worlds: Worlds, tmp_pa
 
 
 def test_rollouts_do_not_depend_on_the_ranks(worlds: Worlds, tmp_path: Path) -> None:
-    """32 samples of step 0, token for token: the response's text is one token a character, end-of-sequence shown."""
+    """32 samples of step 0, token for token (the response's text is one token a character, end-of-sequence shown), and
+    the logged values of their tokens, whichever rank holds them."""
     one_step = {"num_steps": 1, "prompts_per_step": 8}
     raws = {
-        name: tiny_raw(tmp_path, name, parallel=parallel, train=_TRAIN | one_step, logging={"samples_per_step": 999})
+        name: tiny_raw(
+            tmp_path,
+            name,
+            parallel=parallel,
+            train=_TRAIN | one_step,
+            loss={"type": "kl_cov", "select_fraction": 0.019},
+            logging={"samples_per_step": 999},
+        )
         for name, parallel in ({"one": {"tp": 1}} | LAYOUTS).items()
     }
     worlds.run(1, train_each, [raws["one"]], timeout=LIMIT)
@@ -282,7 +290,19 @@ def test_rollouts_do_not_depend_on_the_ranks(worlds: Worlds, tmp_path: Path) -> 
     expected = rows_of(raws["one"], "samples.jsonl")
     assert len(expected) == 32 and len({sample["response"] for sample in expected}) > 25
     for name in LAYOUTS:
-        assert rows_of(raws[name], "samples.jsonl") == expected, name
+        found = rows_of(raws[name], "samples.jsonl")
+        for mine, theirs in zip(found, expected, strict=True):
+            values, others = mine.pop("tokens"), dict(theirs["tokens"])
+            assert mine | {"tokens": theirs["tokens"]} == theirs, name
+            for key in ("logprob", "entropy", "covariance"):
+                assert values.pop(key) == pytest.approx(others.pop(key), abs=1e-4, rel=1e-3), (name, key)
+            assert values == others, name
+    assert all("".join(sample["tokens"]["text"]) == sample["response"] for sample in expected)
+    entropies = [value for sample in expected for value in sample["tokens"]["entropy"]]
+    (logged,) = rows_of(raws["one"])
+    assert sum(entropies) / len(entropies) == pytest.approx(logged["entropy/mean"], rel=1e-3)
+    selected = sum(len(sample["tokens"]["selected"]) for sample in expected)
+    assert selected / len(entropies) == pytest.approx(logged["select/fraction"], rel=0.1) and selected > 0
 
 
 def _train_without_sync(raws: list[dict[str, Any]]) -> None:

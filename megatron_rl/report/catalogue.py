@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rl.report.figures import LAW, LAW_RESIDUALS, PHASE_TIMES, PREDICTED, Custom, Line
+from megatron_rl.report.figures import FIRST_ORDER, LAW, LAW_RESIDUALS, PHASE_TIMES, PREDICTED, Custom, Line
 from megatron_rl.report.runs import Run
+from megatron_rl.report.spending import LEDGER, benchmarks
 
 Section = tuple[str, list[Line | Custom]]
 
@@ -25,8 +26,23 @@ ENTROPY: list[Line | Custom] = [
         "nats",
     ),
     PREDICTED,
+    FIRST_ORDER,
     LAW,
     LAW_RESIDUALS,
+    Line(
+        "Predicted ceiling",
+        "The law's reward at entropy 0, fitted to the steps so far, with its 95% interval: a plateau above it says "
+        "that the law no longer holds.",
+        (("law/ceiling", "ceiling"), ("law/ceiling_low", "lower end"), ("law/ceiling_high", "upper end")),
+        "reward",
+    ),
+    Line(
+        "Surprise of the law",
+        "Distance from the law of the steps before, in half-widths of its 95% band: beyond ±1 is outside, and three "
+        "steps in a row on one side raise the alarm.",
+        (("law/surprise", "surprise"),),
+        "half-widths",
+    ),
 ]
 PERFORMANCE: list[Line | Custom] = [
     Line(
@@ -158,7 +174,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     """The report's sections; the loss's own metrics (`loss/*`) depend on what the runs logged."""
     return [
         ("Entropy", ENTROPY),
-        ("Performance", PERFORMANCE),
+        ("Performance", [*PERFORMANCE, *benchmarks(runs)]),
+        ("Ledger", list(LEDGER)),
         ("Covariance and selected tokens", COVARIANCE),
         ("Updates", [*_loss_figures(runs), *UPDATES]),
         ("Time", SYSTEM),

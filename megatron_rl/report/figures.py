@@ -16,6 +16,7 @@ PHASES = ("rollout", "reward", "old_logprobs", "select", "update", "sync", "prob
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 Trace = dict[str, Any]
+Built = tuple[list[Trace], dict[str, Any], list[list[str]]] | None  # traces, layout, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Custom:
     title: str
     why: str
     needs: str
-    build: Callable[[Sequence[Run]], tuple[list[Trace], dict[str, Any], list[list[str]]] | None]
+    build: Callable[[Sequence[Run]], Built]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def _line_figure(spec: Line, runs: Sequence[Run]) -> Figure:
             traces.append({**base, "y": values, "mode": "lines", **faint})
             traces.append({**base, "y": smooth(values), "mode": "lines", "line": line})
     layout = {**_axes("step", spec.unit), "hovermode": "x unified"}
-    drawn = {y for trace in traces for y in trace["y"]}
+    drawn = {float(f"{y:.9g}") for trace in traces for y in trace["y"]}  # averages differ in the last bits
     if len(drawn) == 1 and (value := drawn.pop()) > 0:
         layout["yaxis"]["range"] = [0, 2 * value]  # Plotly would show value - 1 to value + 1
     if spec.log:
@@ -117,11 +118,19 @@ def _line_figure(spec: Line, runs: Sequence[Run]) -> Figure:
     return Figure(spec.title, spec.why, traces, layout, keys, notes=tuple(notes))
 
 
-def _predicted_change(runs: Sequence[Run]) -> tuple[list[Trace], dict[str, Any], list[list[str]]] | None:
+def _predicted_change(runs: Sequence[Run]) -> Built:
+    return _against_realised("entropy/predicted_change", runs)
+
+
+def _first_order_change(runs: Sequence[Run]) -> Built:
+    return _against_realised("entropy/first_order_change", runs)
+
+
+def _against_realised(metric: str, runs: Sequence[Run]) -> Built:
     traces: list[Trace] = []
     table = [["run", "slope", "correlation", "steps"]]
     for index, run in enumerate(runs):
-        xs, ys = run.pairs("entropy/predicted_change", "entropy/realised_change")
+        xs, ys = run.pairs(metric, "entropy/realised_change")
         if not xs:
             continue
         fit = fit_line(xs, ys)
@@ -138,37 +147,44 @@ def _predicted_change(runs: Sequence[Run]) -> tuple[list[Trace], dict[str, Any],
     return traces, _axes(*titles, zeroline=True), table
 
 
-def _law(runs: Sequence[Run]) -> tuple[list[Trace], dict[str, Any], list[list[str]]] | None:
+def _law(runs: Sequence[Run]) -> Built:
     traces: list[Trace] = []
-    table = [["run", "a", "b", "b − a", "R²", "σ"]]
+    table = [["run", "a", "b", "ceiling b − a", "R²"]]
     for index, run in enumerate(runs):
         fit = fit_law(*run.pairs("entropy/mean", run.reward_metric()))
         if not fit.entropy:
             continue
         name = run.label if run.reward_metric() == "reward/accuracy" else f"{run.label}, mean reward"
         traces.append(_points(index, run, fit.entropy, fit.reward))
-        if fit.a is None or fit.b is None or fit.residual_std is None:
+        if fit.a is None or fit.b is None:
             table.append([name, f"no fit: {fit.problem}", "", "", "", ""])
             continue
         low, high = min(fit.entropy), max(fit.entropy)
         grid = [low + (high - low) * i / 60 for i in range(61)]
         traces.append(_curve(index, grid, fit.at(grid)))
         r2 = "–" if fit.r2 is None else f"{fit.r2:.3f}"
-        numbers = [f"{fit.a:.4g}", f"{fit.b:.4g}", f"{fit.b - fit.a:.4g}", r2, f"{fit.residual_std:.3g}"]
+        a, b = _with_interval(fit.a, fit.a_interval), _with_interval(fit.b, fit.b_interval)
+        ceiling = _with_interval(fit.b - fit.a, fit.ceiling_interval)
+        numbers = [a, b, ceiling, r2]
         table.append([name, *numbers])
     return (traces, _axes("entropy H, nats", "reward R"), table) if traces else None
 
 
-def _law_residuals(runs: Sequence[Run]) -> tuple[list[Trace], dict[str, Any], list[list[str]]] | None:
+def _law_residuals(runs: Sequence[Run]) -> Built:
     traces: list[Trace] = []
+    table = [["run", "σ", "alarm"]]
     for index, run in enumerate(runs):
         fit = fit_law(*run.pairs("entropy/mean", run.reward_metric()))
-        if fit.a is not None:
-            traces.append(_points(index, run, fit.entropy, fit.residuals))
-    return (traces, _axes("entropy H, nats", "R − fit", zeroline=True), []) if traces else None
+        if fit.residual_std is None:
+            continue
+        traces.append(_points(index, run, fit.entropy, fit.residuals))
+        alarms = run.series("law/alarm")[1]
+        raised = f"on {round(sum(alarms))} of {len(alarms)} steps" if alarms else "not logged"
+        table.append([run.label, f"{fit.residual_std:.3g}", raised])
+    return (traces, _axes("entropy H, nats", "R − fit", zeroline=True), table) if traces else None
 
 
-def _phase_times(runs: Sequence[Run]) -> tuple[list[Trace], dict[str, Any], list[list[str]]] | None:
+def _phase_times(runs: Sequence[Run]) -> Built:
     """Mean seconds a step: a phase that runs on few steps (evaluation) is spread over all of them."""
     logged = {name.removeprefix("time/") for run in runs for name in run.metrics() if name.startswith("time/")}
     phases = [*(p for p in PHASES if p in logged), *sorted(logged - {*PHASES, "total"})]
@@ -221,6 +237,10 @@ def _axes(x: str, y: str, *, zeroline: bool = False) -> dict[str, Any]:
     }
 
 
+def _with_interval(value: float, interval: tuple[float, float] | None) -> str:
+    return f"{value:.3g}" if interval is None else f"{value:.3g}\n[{interval[0]:.3g}, {interval[1]:.3g}]"
+
+
 def _line_cells(fit: LineFit) -> list[str]:
     correlation = "–" if math.isnan(fit.correlation) else f"{fit.correlation:.3f}"
     return [f"{fit.slope:.3g}", correlation, str(fit.num_points)]
@@ -234,18 +254,24 @@ PREDICTED = Custom(
     "both entropy/predicted_change and entropy/realised_change",
     _predicted_change,
 )
+FIRST_ORDER = Custom(
+    "First-order change along the real update against realised change",
+    "The entropy's derivative times the parameters' actual step, optimiser included: what it misses is curvature.",
+    "both entropy/first_order_change (train.entropy_tangent) and entropy/realised_change",
+    _first_order_change,
+)
 LAW = Custom(
     "Reward bought with entropy: R = −a·eᴴ + b",
     "The empirical law of the Entropy Mechanism, with training accuracy as R: it is traded for entropy along one "
     "curve, and entropy 0 ends it at b − a; a run that "
-    "leaves the curve upwards pays less for it.",
+    "leaves the curve upwards pays less for it. Brackets: 95% intervals.",
     "entropy/mean together with reward/accuracy or reward/mean",
     _law,
 )
 LAW_RESIDUALS = Custom(
     "Residuals of the law",
     "Reward minus the fitted law: scatter without a pattern means that the law describes the run, a bend that it "
-    "does not; σ in the table is their standard deviation.",
+    "does not. σ: their standard deviation; alarm: from the third step in a row outside of the law's 95% band.",
     "a fitted law",
     _law_residuals,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from megatron_rl import __version__
+from megatron_rl.launch import write_atomically
 from megatron_rl.logs import format_duration
 from megatron_rl.report.catalogue import sections
 from megatron_rl.report.figures import Figure, build, colour
+from megatron_rl.report.panels import config_differences, samples_section, shadow_section, table_html
 from megatron_rl.report.runs import ENDS, Run, load_runs, summary_of
 
 ASSETS = Path(__file__).parent / "assets"
@@ -35,10 +38,11 @@ COLUMNS = (
 )
 
 
-def build_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+def build_report(run_dirs: Sequence[Path], out: Path | None = None, reload_seconds: int = 0) -> Path:
     """Write one self-contained HTML file that compares the runs, and return its path.
 
     `out`: null puts `report.html` into the run's folder, or for several runs into the folder of the first one's parent.
+    `reload_seconds`: the page reloads itself this often, at the place where it is read; 0: never.
 
     Raises: UserError when a folder is not a run or has no complete step yet.
     """
@@ -46,11 +50,25 @@ def build_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     if out is None:
         out = (runs[0].path if len(runs) == 1 else runs[0].path.resolve().parent) / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(runs), encoding="utf-8")
+    write_atomically(out, render(runs, reload_seconds))  # a page that reloads itself never meets half a file
     return out
 
 
-def render(runs: Sequence[Run]) -> str:
+def keep_current(run_dirs: Sequence[Path], out: Path | None, seconds: int) -> None:
+    """Rewrite the page every `seconds` when a run's metrics grew, until Ctrl-C; then once more without reloading."""
+    seen = 0
+    try:
+        while True:
+            time.sleep(seconds)
+            size = sum((Path(path) / "metrics.jsonl").stat().st_size for path in run_dirs)
+            if size != seen:
+                build_report(run_dirs, out, seconds)
+                seen = size
+    except KeyboardInterrupt:
+        build_report(run_dirs, out)
+
+
+def render(runs: Sequence[Run], reload_seconds: int = 0) -> str:
     """The whole page."""
     plots: dict[str, Any] = {}
     body = [_header(runs), _summary(runs), _notes(runs)]
@@ -60,7 +78,9 @@ def render(runs: Sequence[Run]) -> str:
         body.append(
             f'<section><h2>{escape(title)}</h2><div class="grid">{"".join(cards)}</div>{_not_shown(figures)}</section>'
         )
-    body.append(_configs(runs))
+    body += [shadow_section(runs), samples_section(runs), _configs(runs)]
+    if reload_seconds:
+        body.append(f"<script>const RELOAD_SECONDS = {reload_seconds};</script>")
     return document(", ".join(run.label for run in runs), body, plots)
 
 
@@ -145,16 +165,6 @@ def card(figure: Figure, plots: dict[str, Any]) -> str:
     )
 
 
-def table_html(cells: Sequence[Sequence[str]]) -> str:
-    """A table of plain text whose first row is its header."""
-    head, *rows = [[escape(cell) for cell in row] for row in cells]
-    titles = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="small"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
-
-
 def _not_shown(figures: Sequence[Figure]) -> str:
     items = [f"{escape(figure.title)} ({escape(figure.missing)})" for figure in figures if figure.missing]
     return f'<p class="absent">Not shown: {"; ".join(items)}.</p>' if items else ""
@@ -166,4 +176,4 @@ def _configs(runs: Sequence[Run]) -> str:
         f"<pre>{escape(run.config_text) or 'no config.yaml in the run folder'}</pre></details>"
         for run in runs
     ]
-    return f"<section><h2>Configuration</h2>{''.join(parts)}</section>"
+    return f"<section><h2>Configuration</h2>{config_differences(runs)}{''.join(parts)}</section>"

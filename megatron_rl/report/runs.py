@@ -1,9 +1,10 @@
-"""Reading run folders: config.yaml and metrics.jsonl."""
+"""Reading run folders: config.yaml and metrics.jsonl; where present ledger.jsonl, samples.jsonl shadow/*.json."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ class Run:
     config_text: str
     rows: tuple[dict[str, Any], ...]  # one a step, ascending
     notes: tuple[str, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+    ledger: tuple[dict[str, Any], ...] = ()  # rows of ledger.jsonl
+    samples: tuple[dict[str, Any], ...] = ()  # rows of samples.jsonl
+    shadow: dict[str, Any] = field(default_factory=dict)  # the newest replay of shadow/
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric where it was logged and finite; two empty lists when it never was."""
@@ -117,7 +122,30 @@ def _load_run(path: Path) -> Run:
     loss = config.get("loss")
     kind = str(loss["type"]) if isinstance(loss, dict) and "type" in loss else "unknown"
     label = f"{name} ({kind})" if config else name
-    return Run(path, name, kind, label, config_text, tuple(by_step[step] for step in sorted(by_step)), tuple(notes))
+    ordered = tuple(by_step[step] for step in sorted(by_step))
+    ledger, samples = (_optional_rows(path / file, notes) for file in ("ledger.jsonl", "samples.jsonl"))
+    shadow = _newest_shadow(path / "shadow", notes)
+    return Run(path, name, kind, label, config_text, ordered, tuple(notes), config, ledger, samples, shadow)
+
+
+def _optional_rows(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
+    if not path.is_file():
+        return ()
+    rows, found = read_rows(path)
+    notes += found
+    return tuple(rows)
+
+
+def _newest_shadow(folder: Path, notes: list[str]) -> dict[str, Any]:
+    files = sorted(folder.glob("step_*.json"))
+    if not files:
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        notes.append(f"shadow/{files[-1].name} is not JSON and was skipped: {error}")
+        return {}
+    return found
 
 
 def _load_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:

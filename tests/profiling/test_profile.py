@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import html
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
 from megatron_rl.profiling.commands import load_profile
 from megatron_rl.profiling.record import load_ranks, profile_config, trace_collectives
+from tests.browser import CHROMIUM, settled
 from tests.test_cli import ROOT, megatron_rl
 from tests.tiny import tiny_raw
 
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 SMALL = "warm_start=null train.prompts_per_step=8 train.prompts_per_minibatch=4 data.num_train=64".split()
 
@@ -98,19 +96,7 @@ def test_compare_prints_the_ratios(quickstart: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium")
 def test_the_page_opens_in_a_browser_without_errors(quickstart: Path, tmp_path: Path) -> None:
     """Errors, refused resources included, end in the DOM, which the browser prints once the page has settled."""
-    listener = (
-        "<script>const fault = (what) => document.body.append('FAU' + 'LT ' + what + ';');"  # in two: not this text
-        "addEventListener('error', (event) => fault(event.message), true);"
-        "addEventListener('securitypolicyviolation', (event) => fault(event.blockedURI));</script>"
-    )
-    text = (quickstart / "profile.html").read_text()
-    page = tmp_path / "page.html"
-    page.write_text(text.replace("</main>", f"</main>{listener}", 1))
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
-    command += ["--virtual-time-budget=10000", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    dom = html.unescape(result.stdout)
-    assert re.findall("FAULT [^;]*;", dom) == [] and "CONSOLE" not in result.stderr
+    dom = settled(quickstart / "profile.html", tmp_path)
     assert dom.count('class="main-svg"') >= 2  # Plotly drew both figures
     assert dom.count('class="point"') > 100
     for label in ("rank 0 parts", "rank 1 collectives"):

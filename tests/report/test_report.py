@@ -15,9 +15,13 @@ from megatron_rl.config import dump_config
 from megatron_rl.errors import UserError
 from megatron_rl.law import fit_law, fit_line
 from megatron_rl.report import build_report, summarise
+from megatron_rl.report import page as page_module
 from megatron_rl.report.catalogue import sections
 from megatron_rl.report.figures import build, smooth
+from megatron_rl.report.panels import config_differences
 from megatron_rl.report.runs import load_runs
+from megatron_rl.report.spending import LEDGER, benchmarks
+from tests.browser import CHROMIUM, settled
 from tests.test_packing import make_config
 
 LOGGED = (
@@ -26,7 +30,8 @@ LOGGED = (
     "response/length_mean loss/clip_low loss/policy optimizer/grad_norm optimizer/lr mismatch/abs_mean "
     "mismatch/abs_max mismatch/kl staleness/mean staleness/max "
     "time/rollout time/reward time/old_logprobs time/select time/update time/sync time/probe "
-    "time/total throughput/tokens_per_second"
+    "time/total throughput/tokens_per_second entropy/first_order_change law/ceiling law/ceiling_low law/ceiling_high "
+    "law/surprise law/alarm eval/math_500/accuracy"
 ).split()
 A, B = 0.2, 0.6
 
@@ -42,8 +47,39 @@ def write_run(path: Path, loss: str = "kl_cov", steps: int = 30, drop: tuple[str
             row |= {"entropy/predicted_change": -0.01 * step, "entropy/realised_change": -0.02 * step + 0.1}
             if step % 10 == 0:
                 row["eval/accuracy"] = step / 100
+            row |= {"eval/math_500/accuracy_low": 0.4, "eval/math_500/accuracy_high": 0.9}
             file.write(json.dumps({name: value for name, value in row.items() if name not in drop}) + "\n")
     return path
+
+
+def add_ledger(run: Path) -> None:
+    """Two steps; the groups of covariance have magnitudes 4 + 1 and 3 + 2, so all spending is 10."""
+    columns = {"columns": ["count", "spent", "probed", "realised"], "quantiles": [0.9]}
+    rows = [
+        {"covariance": [[0.1, 9, -4, 0, 0], [None, 1, 1, 0, 0]], "tokens": [["\n", 7, 1, 2, 0, 0]]},
+        {
+            "covariance": [[0.1, 9, 3, 0, 0], [None, 1, 2, 0, 0]],
+            "tokens": [["\n", 7, 1, 1, 0, 0], ["so", 8, 1, 6, 0, 0]],
+        },
+    ]
+    positions = {"positions": [[0, 0, 1, 5, 0, 0], [1, 2, 2, -1, 0, 0]]}
+    lines = [json.dumps({"step": step} | columns | row | positions) for step, row in enumerate(rows)]
+    (run / "ledger.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def add_samples(run: Path, text: str = "1</script>") -> None:
+    values = {"text": [text, "+"], "token_id": [1, 2], "logprob": [-0.5, -2], "entropy": [0.1, 1.5]}
+    values |= {"covariance": [-0.3, 0.2], "selected": [1]}
+    sample = {
+        "prompt": "1,2=3:",
+        "response": text + "+",
+        "answer": "3",
+        "score": 0,
+        "reward": 0,
+        "finish_reason": "stop",
+    }
+    lines = [json.dumps({"step": 0, **sample}), json.dumps({"step": 29, **sample, "tokens": values})]
+    (run / "samples.jsonl").write_text("\n".join(lines) + "\n")
 
 
 class Page(HTMLParser):
@@ -84,6 +120,8 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
         write_run(tmp_path / "b", "clip_cov"),
         write_run(tmp_path / "c", "ppo_clip"),
     ]
+    for run in runs:
+        add_ledger(run)
     out = build_report(runs)
     assert out == tmp_path.resolve() / "report.html"
     text = out.read_text()
@@ -92,7 +130,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert not re.search(r"//cdn\.|jsdelivr|unpkg|cdnjs", text)
     assert "default-src 'none'" in text
     expected = [spec.title for _, specs in sections(load_runs(runs)) for spec in specs]
-    assert page.headings == expected and len(expected) == 26
+    assert [title for title in page.headings if title != "Options that differ"] == expected and len(expected) == 33
     figures = figures_of(text)
     assert sorted(figures) == sorted(i for i in page.ids if i.startswith("figure-"))
     for figure in figures.values():
@@ -102,6 +140,60 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     for label in ("a (kl_cov)", "b (clip_cov)", "c (ppo_clip)"):
         assert label in text
     assert "prompts_per_minibatch" in text  # the config
+
+
+def test_the_ledgers_shares_by_hand(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    add_ledger(run)
+    covariance, position, token = (build(spec, load_runs([run])) for spec in LEDGER)
+    assert covariance.traces[0]["x"] == ["0–90%", "90–100%"] and covariance.traces[0]["y"] == [-0.1, 0.3]
+    assert position.traces[0]["x"] == ["0", "1–2"] and position.traces[0]["y"] == [1.0, -0.2]
+    assert token.traces[0]["x"] == ["so", "\\n"] and token.traces[0]["y"] == [0.6, 0.3]
+
+
+def test_benchmarks_have_intervals(tmp_path: Path) -> None:
+    runs = load_runs([write_run(tmp_path / "a")])
+    (spec,) = benchmarks(runs)
+    bars = build(spec, runs).traces[0]["error_y"]
+    assert bars["array"][0] == pytest.approx(0.4) and bars["arrayminus"][0] == pytest.approx(0.1)
+
+
+def test_config_differences_are_the_options_that_differ(tmp_path: Path) -> None:
+    text = config_differences(load_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", "ppo_clip")]))
+    assert "loss.select_fraction" in text and "loss.eps_low" in text and "optimizer.lr" not in text
+    assert config_differences(load_runs([tmp_path / "a"])) == ""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium")
+def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", "clip_cov", drop=("cov/std",))]
+    for run in runs:
+        add_ledger(run)
+        add_samples(run)
+    dom = settled(build_report(runs), tmp_path)
+    assert dom.count('class="main-svg"') >= 30
+    samples = dom[dom.index('id="sample-list"') : dom.index("const SAMPLES")]
+    assert "logprob -2, entropy 1.5 nats, covariance 0.2, selected" in samples and "1</script>" in samples
+    assert re.search(r'class="picked"[^>]*style="background: rgba\(232, 120, 12', samples)
+
+
+def test_a_live_page_is_rewritten_until_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "a", steps=3)
+    seen, waits = [], iter([None, None, KeyboardInterrupt()])
+
+    def sleep(_: float) -> None:
+        wait = next(waits)
+        seen.append((run / "report.html").read_text())
+        if wait is not None:
+            raise wait
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 2 + len(seen), "reward/mean": 0.125}) + "\n")
+
+    monkeypatch.setattr(page_module.time, "sleep", sleep)
+    build_report([run], None, 7)
+    page_module.keep_current([run], None, 7)
+    assert len(seen) == 3 and len(set(seen)) == 3 and all("const RELOAD_SECONDS = 7" in text for text in seen)
+    assert "const RELOAD_SECONDS = " not in (run / "report.html").read_text()
 
 
 def test_markup_in_a_run_is_escaped(tmp_path: Path) -> None:

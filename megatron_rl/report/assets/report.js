@@ -41,3 +41,65 @@ for (const chip of document.querySelectorAll(".chip")) {
     }
   });
 }
+
+const element = (parent, tag, text = "", name = "") => {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  if (name) made.className = name;
+  parent.append(made);
+  return made;
+};
+if (typeof SAMPLES !== "undefined") {
+  const [pickRun, pickStep, pickColour] = ["run", "step", "colour"].map((name) => document.getElementById(`sample-${name}`));
+  const list = document.getElementById("sample-list");
+  const tint = (token, values, kind, i, largest) => {
+    if (kind === "selected") {
+      if (values.selected.includes(i)) token.style.background = "rgba(232, 120, 12, 0.55)";
+      return;
+    }
+    const value = values[kind][i];
+    const [red, green, blue] = kind === "covariance" && value < 0 ? [66, 105, 208] : [232, 120, 12];
+    token.style.background = `rgba(${red}, ${green}, ${blue}, ${(0.7 * Math.abs(value)) / largest})`;
+  };
+  const draw = () => {
+    list.replaceChildren();
+    const kind = pickColour.value;
+    const shown = SAMPLES[pickRun.value].samples.filter((row) => row.step === Number(pickStep.value));
+    const largest = kind === "selected" ? 1
+      : Math.max(1e-9, ...shown.flatMap((row) => (row.tokens ? row.tokens[kind] : [])).map(Math.abs));
+    for (const sample of shown) {
+      const box = element(list, "div", "", "sample");
+      element(box, "p", `score ${sample.score}, reward ${sample.reward}, ${sample.finish_reason}, answer ${sample.answer}`);
+      const text = element(box, "div", "", "tokens");
+      element(text, "span", sample.prompt, "prompt");
+      const values = sample.tokens;
+      if (!values) { element(text, "span", sample.response); continue; }
+      values.text.forEach((piece, i) => {
+        const token = element(text, "span", piece, values.selected.includes(i) ? "picked" : "");
+        token.title = `logprob ${values.logprob[i]}, entropy ${values.entropy[i]} nats, covariance ${values.covariance[i]}` +
+          (values.selected.includes(i) ? ", selected" : "");
+        tint(token, values, kind, i, largest);
+      });
+    }
+  };
+  const fillSteps = () => {
+    pickStep.replaceChildren();
+    for (const step of new Set(SAMPLES[pickRun.value].samples.map((row) => row.step))) element(pickStep, "option", String(step));
+    pickStep.selectedIndex = pickStep.options.length - 1;
+    draw();
+  };
+  SAMPLES.forEach((run, i) => { element(pickRun, "option", run.label).value = i; });
+  pickRun.addEventListener("change", fillSteps);
+  pickStep.addEventListener("change", draw);
+  pickColour.addEventListener("change", draw);
+  fillSteps();
+}
+if (typeof RELOAD_SECONDS !== "undefined") {
+  // The hash outlives a reload, also where a file's page has no storage.
+  const place = Number(new URLSearchParams(location.hash.slice(1)).get("y"));
+  if (place) requestAnimationFrame(() => scrollTo(0, place));
+  setTimeout(() => {
+    history.replaceState(null, "", `#y=${Math.round(scrollY)}`);
+    location.reload();
+  }, 1000 * RELOAD_SECONDS);
+}

@@ -1,0 +1,113 @@
+"""The report's parts that are text: configurations compared, shadow results, the sample browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from megatron_rl.report.runs import Run
+
+MAX_STEPS = 12  # of each run's samples, spread over it
+MAX_SAMPLES = 8  # of each such step
+
+
+def table_html(cells: Sequence[Sequence[str]]) -> str:
+    """A table of plain text whose first row is its header."""
+    head, *rows = [[escape(cell) for cell in row] for row in cells]
+    titles = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="small"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
+
+
+def config_differences(runs: Sequence[Run]) -> str:
+    """A table of the options that differ between the runs; nothing for one run."""
+    known = [run for run in runs if run.config]
+    if len(known) < 2:
+        return ""
+    flat = [dict(_flatten(run.config)) for run in known]
+    names = sorted({name for options in flat for name in options})
+    rows = [[name, *(options.get(name, "–") for options in flat)] for name in names]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    if not differing:
+        return '<p class="absent">All options are the same.</p>'
+    table = table_html([["option", *(run.label for run in known)], *differing])
+    return f'<article class="differences"><h3>Options that differ</h3>{table}</article>'
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for name, item in value.items():
+        whole = isinstance(item, dict) and item
+        found += _flatten(item, f"{prefix}{name}.") if whole else [(prefix + str(name), str(item))]
+    return found
+
+
+def shadow_section(runs: Sequence[Run]) -> str:
+    """What `megatron-rl shadow` found last in each run: the methods on one frozen batch."""
+    parts = [_shadow(run) for run in runs if run.shadow]
+    missing = [run.label for run in runs if not run.shadow]
+    absent = f"No replay (megatron-rl shadow RUN) of: {', '.join(missing)}." if missing else ""
+    return (
+        f'<section><h2>Methods on one frozen batch</h2><div class="wide">{"".join(parts)}</div>'
+        f'<p class="absent">{escape(absent)}</p></section>'
+    )
+
+
+def _shadow(run: Run) -> str:
+    names = list(run.shadow["losses"])
+    parts = []
+    for found in run.shadow["minibatches"]:
+        cells = [["method", "restrained", "dH, logits", "dH, step", "gradient norm", f"cosine with {names[0]}"]]
+        for i, name in enumerate(names):
+            row = found["methods"][name]
+            numbers = [row["restrained"], row["predicted_change"], row["entropy_slope"], row["grad_norm"]]
+            cells.append([name, *(_number(value) for value in [*numbers, found["cosine"][i][0]])])
+        picky = [i for i, name in enumerate(names) if found["methods"][name]["restrained"]]
+        overlap = [["overlap", *(names[i] for i in picky)]]
+        overlap += [[names[i], *(_number(found["overlap"][i][j]) for j in picky)] for i in picky]
+        policy = "on-policy" if found["minibatch"] == 0 else f"after {found['minibatch']} of the step's updates"
+        title = f"{run.label}: step {run.shadow['step']}, {found['tokens']} tokens, {policy}"
+        parts.append(
+            f"<article><h3>{escape(title)}</h3><p>Restrained tokens, the entropy change that each method's gradient "
+            "predicts (first order, per unit step of the logits and of the parameters), and shared tokens over all of "
+            f"either method's.</p>{table_html(cells)}{table_html(overlap)}</article>"
+        )
+    return "".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def samples_section(runs: Sequence[Run]) -> str:
+    """The sample browser; its data are JSON that report.js shows as text, never as markup."""
+    chosen = [{"label": run.label, "samples": _chosen(run)} for run in runs if run.samples]
+    if not chosen:
+        return '<section><h2>Samples</h2><p class="absent">No run has a samples.jsonl.</p></section>'
+    missing = [run.label for run in runs if run.samples and not any("tokens" in row for row in run.samples)]
+    note = f"Without values per token (older runs): {', '.join(missing)}." if missing else ""
+    data = json.dumps(chosen, allow_nan=False).replace("</", "<\\/")
+    options = "".join(f"<option>{name}</option>" for name in ("entropy", "logprob", "covariance", "selected"))
+    return (
+        '<section><h2>Samples</h2><article id="samples"><p class="pick"><label>run <select id="sample-run"></select>'
+        '</label> <label>step <select id="sample-step"></select></label> <label>colour tokens by '
+        f'<select id="sample-colour">{options}</select></label></p>'
+        "<p>Stronger is larger in magnitude, within the step shown; blue is negative covariance; "
+        f'outlined tokens were selected by the method. Hover for the values.</p><p class="absent">{escape(note)}</p>'
+        f'<div id="sample-list"></div></article><script>const SAMPLES = {data};</script></section>'
+    )
+
+
+def _chosen(run: Run) -> list[dict[str, Any]]:
+    steps = sorted({row["step"] for row in run.samples})
+    last = len(steps) - 1
+    kept = {steps[round(i * last / (MAX_STEPS - 1))] for i in range(MAX_STEPS)}
+    found: dict[int, list[dict[str, Any]]] = {step: [] for step in kept}
+    for row in run.samples:
+        if row["step"] in kept and len(found[row["step"]]) < MAX_SAMPLES:
+            found[row["step"]].append(row)
+    return [row for step in sorted(found) for row in found[step]]
