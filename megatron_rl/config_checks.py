@@ -273,9 +273,7 @@ def _model_faults(config: Config) -> list[str]:
     if hf.get("model_type") not in SUPPORTED_MODEL_TYPES:
         known = ", ".join(SUPPORTED_MODEL_TYPES)
         return [f"model: model_type {hf.get('model_type')!r} is not supported; supported: {known}"]
-    required = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
-    if hf["model_type"] != "llama":  # whose default is one per attention head; transformers has numbers for the others
-        required.append("num_key_value_heads")
+    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     missing = [key for key in required if not isinstance(hf.get(key), int) or hf[key] < 1]
     if missing and not (config.data.type == "countdown" and missing == ["vocab_size"]):
         return [f"model: the Hugging Face config lacks a positive {', '.join(missing)}"]

@@ -264,7 +264,7 @@ def _load(chosen: list[int], lengths: list[int]) -> int:
 def _micro_batch(
     indices: list[int], rollouts: list[Rollout], advantages: Tensor, length: int, layout: _Layout
 ) -> MicroBatch:
-    token_ids, labels, position_ids = (torch.zeros(length, dtype=torch.int64) for _ in range(3))
+    token_ids, labels, position_ids, in_response = (torch.zeros(length, dtype=torch.int64) for _ in range(4))
     prompt_ids, sample_indices, global_ids = (torch.full((length,), -1, dtype=torch.int64) for _ in range(3))
     advantage, rollout_logprobs = torch.zeros(length), torch.zeros(length)
     loss_mask = torch.zeros(length, dtype=torch.bool)
@@ -276,6 +276,7 @@ def _micro_batch(
         token_ids[start:stop] = rollout.token_ids
         labels[predicting] = rollout.token_ids[1:]
         loss_mask[predicting] = rollout.loss_mask[1:]
+        in_response[predicting] = rollout.loss_mask[1:].cumsum(0) - 1
         rollout_logprobs[predicting] = rollout.rollout_logprobs[1:]
         advantage[start:stop] = float(advantages[i])
         positions = torch.arange(stop - start)
@@ -289,7 +290,7 @@ def _micro_batch(
     if start < length:
         position_ids[start:] = torch.arange(length - start)
         boundaries.append(length)
-    for values in (labels, advantage, rollout_logprobs):
+    for values in (labels, advantage, rollout_logprobs, in_response):
         values.masked_fill_(~loss_mask, 0)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
     weights, denominator = token_weights(layout.aggregation, loss_mask, cu_seqlens, layout.constant_length)
@@ -297,6 +298,7 @@ def _micro_batch(
         token_ids=token_ids,
         labels=labels,
         position_ids=position_ids,
+        response_positions=in_response,
         cu_seqlens=cu_seqlens,
         loss_mask=loss_mask,
         advantages=advantage,

@@ -69,6 +69,7 @@ class MicroBatch:
     token_ids: Tensor  # int64
     labels: Tensor  # int64, the next token; 0 where loss_mask is False
     position_ids: Tensor  # int64, restarts at 0 in each sequence
+    response_positions: Tensor  # int64, which token of its response labels[t] is, from 0; 0 outside loss_mask
     cu_seqlens: Tensor  # [S + 1] int32, boundaries in these T; trailing padding forms a last sequence of its own
     loss_mask: Tensor  # bool, True where labels[t] was sampled by the policy and counts
     advantages: Tensor  # float32

@@ -13,10 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import segment_ids
 from megatron_rl.algorithms.covariance import SupportsReduce, covariance, response_tokens
 from megatron_rl.algorithms.entropy import entropy_loss_per_step
-from megatron_rl.types import MicroBatch, TokenStats, TrainBatch
+from megatron_rl.types import TokenStats, TrainBatch
 
 TOP_TOKENS = 24  # token ids listed by name; the rest is one row
 QUANTILES = (0.5, 0.8, 0.9, 0.98, 0.998)  # edges between groups of covariance: the bottom half to the top 0.2%
@@ -49,9 +48,7 @@ def ledger(
     """
     mini_batches = list(batch.minibatches())
     labels = torch.cat([mb.cat("labels") for mb in mini_batches])
-    positions = torch.cat(
-        [response_tokens(mb, [_response_positions(m) for m in mb.micro_batches]) for mb in mini_batches]
-    )
+    positions = torch.cat([mb.cat("response_positions") for mb in mini_batches])
     logprobs = torch.cat(
         [response_tokens(mb, [s.logprobs for s in of]) for mb, of in zip(mini_batches, before, strict=True)]
     )
@@ -76,14 +73,6 @@ def ledger(
         "quantiles": list(QUANTILES),
         "covariance": [[edge, *by_group.get(i, empty)] for i, edge in enumerate([*edges, None])],
     }
-
-
-def _response_positions(micro_batch: MicroBatch) -> Tensor:
-    """Which token of its response each counted position predicts, from 0, `[T]` int64; meaningless elsewhere."""
-    counted = micro_batch.loss_mask.long().cumsum(0)
-    ids = segment_ids(micro_batch.cu_seqlens, len(counted))
-    before = torch.cat([counted.new_zeros(1), counted])[micro_batch.cu_seqlens.long()]
-    return counted - 1 - before[ids]
 
 
 def _values(batch: TrainBatch, before: Sequence[Sequence[TokenStats]], after: Sequence[TokenStats] | None) -> Tensor:

@@ -16,7 +16,6 @@ from megatron_rl.config_checks import read_hf_config
 from megatron_rl.errors import UserError
 from megatron_rl.plan.hardware import GIB, HARDWARE, Hardware
 from megatron_rl.plan.measured import COUNTDOWN_VOCAB
-from megatron_rl.plan.score import all_errors, stored_scores, summarise
 from megatron_rl.plan.search import Proposal, plan_of, remedies, search
 from megatron_rl.plan.seconds import fitted_constants
 from megatron_rl.plan.shapes import shape_of
@@ -80,6 +79,8 @@ def _load(config: Config, prompt: float | None, response: float | None, batches:
 
 
 def _print_plan(console: Console, config: Config, hardware: Hardware, step: StepPlan, load: Load) -> None:
+    from megatron_rl.plan.score import stored_scores  # numpy
+
     scores = stored_scores()
     parts = list(dict.fromkeys(part for phase in step.memory.phases.values() for part in phase))
     error = scores["memory" if hardware.flops else "cpu_memory"].text()
@@ -154,6 +155,8 @@ def _print_search(console: Console, found: list[Proposal]) -> None:
 
 
 def _print_scores(console: Console, as_json: bool) -> None:
+    from megatron_rl.plan.score import all_errors, summarise
+
     errors = all_errors()
     if as_json:
         print(json.dumps({kind: asdict(summarise(*entry)) for kind, entry in errors.items()}, indent=2))
@@ -170,6 +173,8 @@ def _print_scores(console: Console, as_json: bool) -> None:
 def _as_dict(
     config: Config, step: StepPlan, load: Load, fixes: list[Proposal], found: list[Proposal] | None
 ) -> dict[str, Any]:
+    from megatron_rl.plan.score import stored_scores  # numpy
+
     answer = {
         "name": config.name,
         "layout": asdict(step.layout),

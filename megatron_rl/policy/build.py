@@ -67,6 +67,8 @@ def resolve_hf_config(raw: dict[str, Any]) -> PretrainedConfig:
     """Fill in the architecture's defaults. Raises: ConfigError for features that the Megatron policy would silently
     drop."""
     options = dict(raw)
+    # as the config's checks and the plan count them; some of transformers' defaults fit one size of the model alone
+    options.setdefault("num_key_value_heads", options.get("num_attention_heads"))
     hf = AutoConfig.for_model(options.pop("model_type"), **options)
     refused = {
         "use_sliding_window": "sliding-window attention",

@@ -59,6 +59,9 @@ def _micro_batch(sequences: list[dict[str, Tensor]]) -> tuple[MicroBatch, TokenS
         token_ids=torch.zeros(len(mask), dtype=torch.int64),
         labels=torch.zeros(len(mask), dtype=torch.int64),
         position_ids=cat("position_ids", 0),
+        response_positions=torch.cat(
+            [*(s["loss_mask"].long().cumsum(0) - 1 for s in sequences), torch.zeros(2).long()]
+        ),
         cu_seqlens=cu_seqlens,
         loss_mask=mask,
         advantages=cat("advantages", 0.0),
