@@ -79,9 +79,7 @@ class VerifierConfig(Section):
             if getattr(self, name) is not None and name != self.function:
                 raise ValueError(f"{name}: has no effect with function={self.function}; remove it")
         if self.function in _REQUIRED and getattr(self, self.function) is None:
-            raise ValueError(
-                f"function={self.function} needs its section {self.function}: {{{_REQUIRED[self.function]}}}"
-            )
+            raise ValueError(f"function={self.function} needs its section, {self.function}: {_REQUIRED[self.function]}")
         return self
 
 

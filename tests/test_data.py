@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_rl.config import parse_config
 from megatron_rl.data import DataError, PromptCursor, build_tokenizer, countdown_solutions, load_prompts, vocab_size
-from megatron_rl.reward import countdown
+from megatron_rl.grading.rules import countdown
 from megatron_rl.types import Prompt
 
 HF = {

@@ -48,6 +48,8 @@ def math(response: str, answer: str, *, strict: bool = False) -> float:
     and a rounded decimal is not the exact value.
     Raises: ImportError without math-verify.
     """
+    if not strict and response.strip() == answer.strip():
+        return 1.0  # some golds are sentences
     golds = list(dict.fromkeys([*re.split(r"\s+OR\s+", answer), answer]))
     boxes = last_boxes(response)
     found = boxes[-1] if boxes else None if strict else unboxed_answer(response)

@@ -115,7 +115,9 @@ class Index:
 
     def overlap(self, name: str, evaluation: Sequence[Row]) -> Overlap:
         """Compare with one evaluation set. Near ones need the same numbers, whatever the answer."""
-        same, near, training = set(), set(), set()
+        same: set[int] = set()
+        near: set[int] = set()
+        training: set[int] = set()
         for i, row in enumerate(evaluation):
             exact, shingles = self._by_key.get(overlap_key(row), []), _shingles(row.problem)
             candidates = self._by_numbers.get(_numbers(row.problem), [])
