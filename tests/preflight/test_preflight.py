@@ -118,7 +118,7 @@ def test_files_are_looked_at_for_real(tmp_path: Path) -> None:
     raw = tiny_raw(tmp_path, model={"path": str(tmp_path / "model")}, reward={"function": "nowhere:f"})
     raw["data"] = {"type": "jsonl", "train_path": str(tmp_path / "none.jsonl"), "max_prompt_tokens": 16}
     raw["data"]["tokenizer"] = str(tmp_path / "model")
-    raw["model"]["hf_config"]["vocab_size"] = 32
+    raw["model"]["hf_config"] = raw["model"]["hf_config"] | {"vocab_size": 32}
     found = gather_facts(parse_config(raw), tmp_path / "shared", [socket.gethostname(), "no.such.host.invalid"])
     assert "no such folder here; download" in found.model_fault and "no folder" in found.data_fault
     assert "nowhere" in found.reward_fault and not found.sees_shared
