@@ -83,6 +83,7 @@ class VerifierConfig(Section):
         return self
 
 
+_BOUNDED = ("countdown", "exact")  # no answer makes them hang or crash, and a process costs more than they do
 _WITH_OPTIONS = ("math", "regex", "format", "remote")
 _REQUIRED = {"regex": "{pattern: ...}", "format": "{pattern: ...}", "remote": "{url: ...}"}
 
@@ -111,11 +112,20 @@ class RewardConfig(VerifierConfig):
         0.1,
         description="fraction of a step's gradings that may raise or return NaN (scored 0, counted)",
     )
-    workers: NonNegativeInt = Field(
-        2, description="grading processes of each rank at most; 0: in the trainer's own process, without a deadline"
+    workers: NonNegativeInt | None = Field(
+        None,
+        description="grading processes of each rank at most; 0: in the trainer's own process, without a deadline; "
+        "null: 0 when every verifier is countdown or exact, whose work is bounded, else 2",
     )
     deadline_seconds: Positive = Field(10.0, description="wall time for one answer, after which it scores 0")
     memory_gib: Positive | None = Field(8.0, description="private memory of a grading process; null: no limit")
+
+    @property
+    def processes(self) -> int:
+        """`workers`, chosen when null."""
+        if self.workers is not None:
+            return self.workers
+        return 0 if all(verifier.function in _BOUNDED for verifier in (self, *self.terms)) else 2
 
     @model_validator(mode="after")
     def _names_differ(self) -> RewardConfig:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def build_grader(config: RewardConfig) -> Grader:
-    """The grading processes of this rank. Raises: RewardError when a reward function cannot be loaded."""
+    """The grading processes of this rank, or none. Raises: RewardError when a reward function cannot be loaded."""
     verifiers = [Verifier(verifier.function, verifier.options) for verifier in (config, *config.terms)]
-    if config.workers == 0:
+    if config.processes == 0:
         return InProcess([load_reward(verifier.function, verifier.options) for verifier in verifiers])
     return GradingPool(
         verifiers,
-        workers=config.workers,
+        workers=config.processes,
         deadline_seconds=config.deadline_seconds,
         memory_gib=config.memory_gib,
     )

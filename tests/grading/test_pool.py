@@ -18,7 +18,7 @@ import pytest
 from megatron_rl.config import parse_config
 from megatron_rl.config_base import Section
 from megatron_rl.config_checks import ConfigError
-from megatron_rl.config_reward import VerifierConfig
+from megatron_rl.config_reward import RewardConfig, VerifierConfig
 from megatron_rl.grading.fuzz import malformed
 from megatron_rl.grading.pool import GradingPool
 from megatron_rl.grading.registry import REWARDS, RewardError
@@ -170,3 +170,19 @@ def test_a_run_grades_in_processes_on_every_rank_and_leaves_none(tmp_path, world
         assert all(-0.05 <= s["reward"] - s["score"] - 0.5 * d <= 0.05 for s, d in zip(samples, digits, strict=True))
     children = {p.pid for p in psutil.Process().children(recursive=True)}
     assert not [p for p in children if "grading.worker" in " ".join(psutil.Process(p).cmdline())]
+
+
+@pytest.mark.parametrize(
+    ("reward", "processes"),
+    [
+        ({"function": "countdown"}, 0),
+        ({"function": "exact"}, 0),
+        ({"function": "math"}, 2),
+        ({"function": "my_rewards:score"}, 2),
+        ({"function": "countdown", "terms": [{"name": "form", "weight": 0.1, "function": "form:score"}]}, 2),
+        ({"function": "countdown", "workers": 1}, 1),
+        ({"function": "math", "workers": 0}, 0),
+    ],
+)
+def test_only_verifiers_that_can_hang_get_processes_by_default(reward, processes):
+    assert RewardConfig(**reward).processes == processes

@@ -1,0 +1,274 @@
+"""A whole RL step against TRL's GRPOTrainer on a CPU: the quickstart's model from one folder, the same prompts in the
+same order, sampling, updates and verifier, by turns: python scripts/bench_step.py --trl /path/to/python.
+
+TRL lives in an environment of its own: python -m venv trl && trl/bin/pip install trl==1.16.0 torch==2.13.0 (the build
+of torch that this project runs on, so that both compute with the same kernels).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+LAYOUTS = {  # of two cores: what is measured, with its processes and threads each
+    "ours dp2": (2, 1),
+    "ours tp2": (2, 1),
+    "ours 1x2": (1, 2),
+    "trl 1x2": (1, 2),
+    "trl dp2": (2, 1),
+}
+OVERRIDES = {"ours dp2": ["parallel.tp=1", "parallel.world_size=2"], "ours tp2": [], "ours 1x2": ["parallel.tp=1"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", help="the Python interpreter of an environment with TRL")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of a run")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of every layout, by turns")
+    parser.add_argument("--model", type=Path, help="folder of the quickstart's warmed model; made when not given")
+    parser.add_argument("--trl-worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.trl_worker:
+        train_trl(options.trl_worker)
+        return
+    wants_trl = any(layout.startswith("trl") for layout in options.layouts)
+    if wants_trl and not (options.trl and Path(options.trl).is_file()):
+        sys.exit(f"--trl: got {options.trl}, expected the Python interpreter of an environment with TRL.\n{__doc__}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = options.model or warmed_model(folder)
+        task = write_task(folder, model, options.warmup + options.steps)
+        rows: dict[str, list[dict[str, float]]] = {layout: [] for layout in options.layouts}
+        for turn in range(options.rounds):
+            for layout in options.layouts:
+                print(f"round {turn + 1}, {layout}: load {os.getloadavg()[0]:.1f} at its start", flush=True)
+                run = run_ours if layout.startswith("ours") else run_trl
+                rows[layout] += run(folder / f"{turn} {layout}", layout, task, options)[options.warmup :]
+        show(rows, task["samples"])
+
+
+def show(rows: dict[str, list[dict[str, float]]], samples: int) -> None:
+    """Medians over the measured steps of all rounds; `rows`: seconds by phase, `total` among them, and `tokens`, the
+    mean length of the responses."""
+    for layout, steps in rows.items():
+        seconds = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+        total, length = seconds.pop("total"), seconds.pop("tokens")
+        quarters = statistics.quantiles([step["total"] for step in steps], n=4)
+        phases = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
+        print(
+            f"{layout}: {samples / total:.0f} samples/s; step {total:.3f} s (middle half {quarters[0]:.3f} to "
+            f"{quarters[2]:.3f}, {len(steps)} steps): {phases}; {length:.1f} tokens a response"
+        )
+
+
+def warmed_model(folder: Path) -> Path:
+    """The quickstart's model after its warm start and one RL step."""
+    overrides = ["train.num_steps=1", "train.save_hf=true"]
+    train_ours(folder / "warm", overrides, threads=1)
+    return folder / "warm" / "hf"
+
+
+def write_task(folder: Path, model: Path, steps: int) -> dict[str, Any]:
+    """What both trainers are asked to do, as plain data, with the prompts in the order in which ours draws them."""
+    sys.path.insert(0, str(ROOT))
+    from megatron_rl.config import load_config
+    from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts
+
+    config = load_config(CONFIG)
+    tokenizer = build_tokenizer(config)
+    cursor = PromptCursor(load_prompts(config, tokenizer).train, config.seed)
+    prompts = [prompt for _ in range(steps) for prompt in cursor.take(config.train.prompts_per_step)]
+    task = {
+        "model": str(model),
+        "steps": steps,
+        "updates": config.minibatches_per_step,
+        "samples": config.train.prompts_per_step * config.rollout.samples_per_prompt,
+        "samples_per_prompt": config.rollout.samples_per_prompt,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "temperature": config.rollout.temperature,
+        "eps": [config.loss.eps_low, config.loss.eps_high],  # type: ignore[union-attr]
+        "optimizer": config.optimizer.model_dump(),
+        "seed": config.seed,
+        "rows": [{"prompt": tokenizer.decode(p.token_ids), "answer": p.answer} for p in prompts],
+    }
+    (folder / "task.json").write_text(json.dumps(task))
+    return task
+
+
+def run_ours(out: Path, layout: str, task: dict[str, Any], options: argparse.Namespace) -> list[dict[str, float]]:
+    """Seconds of each step by phase."""
+    overrides = [f"model.path={task['model']}", "model.hf_config=null", "warm_start=null", *OVERRIDES[layout]]
+    train_ours(out, [*overrides, f"train.num_steps={task['steps']}"], threads=LAYOUTS[layout][1])
+    rows = []
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        row = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
+        row.pop("eval", None)
+        rows.append(row | {"tokens": metrics["response/length_mean"]})
+    return rows
+
+
+def train_ours(out: Path, overrides: list[str], threads: int) -> None:
+    """One run of the quickstart without evaluation or checkpoints."""
+    quiet = ["train.eval_every=0", "train.save_final=false", "logging.tensorboard=false", f"logging.run_dir={out}"]
+    command = [sys.executable, "-m", "megatron_rl", "train", str(CONFIG), *quiet, *overrides]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    call(command, out, {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)})
+
+
+def run_trl(out: Path, layout: str, task: dict[str, Any], options: argparse.Namespace) -> list[dict[str, float]]:
+    """Seconds of each step by phase; every `updates` optimizer updates are one step."""
+    processes, threads = LAYOUTS[layout]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    out.mkdir()
+    command = [options.trl, *launcher, str(Path(__file__).resolve()), "--trl-worker", str(out)]
+    call(command, out, {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    rows: list[dict[str, float]] = json.loads((out / "steps.json").read_text())
+    return rows
+
+
+def call(command: list[str], out: Path, env: dict[str, str]) -> None:
+    """Run to the end, and stop everything with the end of the output when it fails."""
+    done = subprocess.run(command, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{out.name} failed with code {done.returncode}:\n{done.stdout[-4000:]}")
+
+
+def train_trl(out: Path) -> None:
+    """One rank of TRL's trainer, in its environment. A phase is what a method of the trainer takes; grading, forward
+    and backward of the updates, and the optimizer are the rest of a step."""
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    task = json.loads((out.parent / "task.json").read_text())
+    clock = Clock()
+
+    class Steps(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            clock.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % task["updates"] == 0:
+                clock.lap()
+
+    grade = countdown()
+
+    def reward(completions: list[str], answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        clock.lengths += map(len, completion_ids)
+        with clock("reward"):
+            return [grade(response, a) for response, a in zip(completions, answer, strict=True)]
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=f"{task['model']}/tokenizer.json", pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    trainer = GRPOTrainer(
+        task["model"], reward, GRPOConfig(**trl_options(task, out)), Dataset.from_list(task["rows"]), None, tokenizer
+    )
+    trainer.add_callback(Steps())
+    for phase, method in (("generate", "_generate"), ("update", "training_step")):
+        setattr(trainer, method, clock.timed(phase, getattr(trainer, method)))
+    trainer._prepare_inputs = clock.timed("inputs", trainer._prepare_inputs)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        (out / "steps.json").write_text(json.dumps(clock.rows))
+
+
+def trl_options(task: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The task in TRL's words, and what makes it fastest here: float32, no recomputation, nothing saved."""
+    optimizer, size = task["optimizer"], int(os.environ.get("WORLD_SIZE", "1"))
+    return {
+        "output_dir": str(out),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "model_init_kwargs": {"dtype": "float32"},
+        "per_device_train_batch_size": task["samples"] // task["updates"] // size,
+        "steps_per_generation": task["updates"],
+        "num_generations": task["samples_per_prompt"],
+        "max_steps": task["steps"] * task["updates"],
+        "max_completion_length": task["max_response_tokens"],
+        "temperature": task["temperature"],
+        "top_k": 0,
+        "beta": 0.0,
+        "epsilon": task["eps"][0],
+        "epsilon_high": task["eps"][1],
+        "learning_rate": optimizer["lr"],
+        "lr_scheduler_type": "constant",
+        "adam_beta1": optimizer["beta1"],
+        "adam_beta2": optimizer["beta2"],
+        "adam_epsilon": optimizer["eps"],
+        "weight_decay": optimizer["weight_decay"],
+        "max_grad_norm": optimizer["clip_grad"],
+        "shuffle_dataset": False,
+        "seed": task["seed"],
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": task["updates"],
+        "disable_tqdm": True,
+    }
+
+
+def countdown() -> Any:
+    """The project's verifier, from its file: the rest of the project does not import in TRL's environment."""
+    spec = importlib.util.spec_from_file_location("rules", ROOT / "megatron_rl" / "grading" / "rules.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.countdown
+
+
+class Clock:
+    """Wall seconds by phase, without those of the phases inside, and the rows of the steps so far."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.lengths: list[int] = []
+        self._seconds: dict[str, float] = {}
+        self._inner = [0.0]
+        self._begin = 0.0
+
+    def start(self) -> None:
+        self._begin = time.perf_counter()
+
+    def lap(self) -> None:
+        now = time.perf_counter()
+        self.rows.append({**self._seconds, "total": now - self._begin, "tokens": statistics.fmean(self.lengths)})
+        self.lengths, self._seconds, self._begin = [], {}, now
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            taken = time.perf_counter() - begin
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + taken - self._inner.pop()
+            self._inner[-1] += taken
+
+    def timed(self, phase: str, function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self(phase):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+
+if __name__ == "__main__":
+    main()
