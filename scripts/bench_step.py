@@ -59,7 +59,9 @@ def main() -> None:
                 print(f"round {turn + 1}, {layout}: load {os.getloadavg()[0]:.1f} at its start", flush=True)
                 run = run_ours if layout.startswith("ours") else run_trl
                 rows[layout] += run(folder / f"{turn} {layout}", layout, task, options)[options.warmup :]
-        show(rows, task["samples"])
+            show(
+                rows, task["samples"]
+            )  # after every round, so that an interrupted run has shown the rounds it finished
 
 
 def show(rows: dict[str, list[dict[str, float]]], samples: int) -> None:
