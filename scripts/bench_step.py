@@ -59,7 +59,9 @@ def main() -> None:
                 print(f"round {turn + 1}, {layout}: load {os.getloadavg()[0]:.1f} at its start", flush=True)
                 run = run_ours if layout.startswith("ours") else run_trl
                 rows[layout] += run(folder / f"{turn} {layout}", layout, task, options)[options.warmup :]
-        show(rows, task["samples"])
+            show(
+                rows, task["samples"]
+            )  # after every round, so that an interrupted run has shown the rounds it finished
 
 
 def show(rows: dict[str, list[dict[str, float]]], samples: int) -> None:
@@ -154,7 +156,7 @@ def train_trl(out: Path) -> None:
     and backward of the updates, and the optimizer are the rest of a step."""
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
 
     task = json.loads((out.parent / "task.json").read_text())
     clock = Clock()
