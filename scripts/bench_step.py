@@ -156,7 +156,7 @@ def train_trl(out: Path) -> None:
     and backward of the updates, and the optimizer are the rest of a step."""
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
+    from trl import GRPOConfig, GRPOTrainer
 
     task = json.loads((out.parent / "task.json").read_text())
     clock = Clock()
