@@ -318,6 +318,7 @@ def rescue(run: Run, store: CheckpointStore, step: int, logger: RunLogger) -> No
         store.save(run.weight_version, saved_state(run, cursor), is_best=False)
         store.finish()
         logger.message(f"the rollout engine failed in step {step + 1}; saved after {run.weight_version} steps")
+        run.world.any(False)  # a rank that leaves ends the others: not before rank 0 has said it
 
 
 def checkpoint(run: Run, store: CheckpointStore, step: int, accuracy: float | None, *, stopping: bool) -> None:
