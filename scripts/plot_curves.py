@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 PANELS = (("reward/accuracy", "training accuracy"), ("entropy/mean", "entropy, nats"))
-COLORS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7a5195")
+COLORS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7a5195", "#b8860b", "#444444")
 WIDTH, HEIGHT, MARGIN, WINDOW = 380, 260, 48, 10
 
 
@@ -18,16 +18,24 @@ def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     groups = dict(argument.split("=", 1) for argument in sys.argv[2:])
-    runs = {name: [read(Path(folder)) for folder in folders.split(",")] for name, folders in groups.items()}
+    write(
+        Path(sys.argv[1]), {name: [Path(folder) for folder in folders.split(",")] for name, folders in groups.items()}
+    )
+
+
+def write(path: Path, groups: dict[str, list[Path]]) -> None:
+    """`groups`: name -> run folders."""
+    runs = {name: [read(folder) for folder in folders] for name, folders in groups.items()}
+    spacing = (2 * WIDTH - MARGIN) // len(runs)
     parts = [panel(index, key, title, runs) for index, (key, title) in enumerate(PANELS)]
     legend = [
-        f'<text x="{MARGIN + 150 * i}" y="16" fill="{COLORS[i]}">{name}, {len(of_group)} seeds</text>'
+        f'<text x="{MARGIN + spacing * i}" y="16" fill="{COLORS[i]}">{name}, {len(of_group)} seeds</text>'
         for i, (name, of_group) in enumerate(runs.items())
     ]
     size = f'width="{2 * WIDTH}" height="{HEIGHT + 24}"'
     style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"'
     background = '<rect width="100%" height="100%" fill="white"/>'
-    Path(sys.argv[1]).write_text("\n".join([f"<svg {size} {style}>", background, *legend, *parts, "</svg>\n"]))
+    path.write_text("\n".join([f"<svg {size} {style}>", background, *legend, *parts, "</svg>\n"]))
 
 
 def read(folder: Path) -> list[dict[str, float]]:

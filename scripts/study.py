@@ -1,0 +1,120 @@
+"""A study of entropy methods on countdown: every method from three seeds, then one table and one figure.
+
+    python scripts/study.py [--steps 80] [--seeds 1 2 3] [--jobs 2] [--out runs/study]
+
+Each run is the quickstart on one process and thread, so that `--jobs` of them share a machine, with the overrides of
+METHODS. Finished runs are kept: the same command continues. Writes OUT/study.md (the table) and OUT/study.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import plot_curves
+
+from megatron_rl.law import fit_line, validate_law
+from megatron_rl.report.runs import Run, load_runs, summary_of
+
+ROOT = Path(__file__).resolve().parent.parent
+# name: the overrides of configs/quickstart.yaml, as one would type them
+METHODS = {
+    "GRPO": "{type: ppo_clip}",
+    "clip-higher": "{type: ppo_clip, eps_high: 0.28}",
+    "Clip-Cov": "{type: clip_cov, select_fraction: 0.02}",
+    "KL-Cov": "{type: kl_cov, select_fraction: 0.1, kl_coef: 2.0}",
+    "80-20": "{type: forking, eps_high: 0.2, keep_fraction: 0.2}",
+    "adaptive": "{type: ppo_clip, adaptive_entropy: {target_entropy: 0.4, step: 0.01, max_coef: 0.3}}",
+}
+SHARED = ("parallel.tp=1", "train.entropy_tangent=true", "train.save_final=false", "logging.tensorboard=false")
+BLOCK = 10  # steps that are averaged before the second correlation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with ThreadPoolExecutor(options.jobs) as pool:  # seed by seed, so that an interrupted study compares all methods
+        jobs = [pool.submit(train, options, method, seed) for seed in options.seeds for method in METHODS]
+        for job in jobs:
+            job.result()
+    folders = {method: [folder(options, method, seed) for seed in options.seeds] for method in METHODS}
+    runs = {method: load_runs(of_method) for method, of_method in folders.items()}
+    (options.out / "study.md").write_text(table(runs), encoding="utf-8")
+    plot_curves.write(options.out / "study.svg", folders)
+    print(f"{time.monotonic() - began:.0f} s; {options.out}/study.md, {options.out}/study.svg")
+
+
+def folder(options: argparse.Namespace, method: str, seed: int) -> Path:
+    path: Path = options.out / f"{method.lower()}_{seed}"
+    return path
+
+
+def train(options: argparse.Namespace, method: str, seed: int) -> None:
+    """One run, unless its folder holds all its steps. Raises: SystemExit with the end of its output when it fails."""
+    out = folder(options, method, seed)
+    if (out / "metrics.jsonl").is_file() and len(plot_curves.read(out)) == options.steps:
+        return
+    began = time.monotonic()
+    run = [f"name={out.name}", f"logging.run_dir={out}", f"seed={seed}", f"train.num_steps={options.steps}"]
+    overrides = [*SHARED, *run, "train.resume=never", f"train.eval_every={options.steps}", f"loss={METHODS[method]}"]
+    command = [sys.executable, "-m", "megatron_rl", "train", str(ROOT / "configs" / "quickstart.yaml"), *overrides]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
+    if done.returncode:
+        raise SystemExit(f"{out} failed with code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    print(f"{out.name}: {time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.1f}", flush=True)
+
+
+def table(runs: dict[str, list[Run]]) -> str:
+    """Markdown: means over the seeds with the smallest and largest in brackets."""
+    columns: list[tuple[str, Callable[[Run], float]]] = [
+        ("entropy, first 10 steps", lambda run: summary_of(run)["entropy_first"]),
+        ("last 10", lambda run: summary_of(run)["entropy_last"]),
+        ("training accuracy, first 10", lambda run: summary_of(run)["accuracy_first"]),
+        ("last 10", lambda run: summary_of(run)["accuracy_last"]),
+        ("held-out at the end", lambda run: summary_of(run)["eval_last"]),
+        ("law's r2", lambda run: summary_of(run)["law_r2"]),
+        ("law, fitted on one half: rmse on the other over that of the mean", law_ratio),
+        ("predicted, per step", lambda run: correlation(run, "entropy/predicted_change", 1)),
+        ("first order, per step", lambda run: correlation(run, "entropy/first_order_change", 1)),
+        (f"first order, means of {BLOCK}", lambda run: correlation(run, "entropy/first_order_change", BLOCK)),
+    ]
+    lines = [["method", *(title for title, _ in columns)], ["---"] * (len(columns) + 1)]
+    lines += [
+        [method, *(over_seeds([value(run) for run in group]) for _, value in columns)] for method, group in runs.items()
+    ]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def law_ratio(run: Run) -> float:
+    """Below 1 the law of the run's first half says more about its second than the first half's mean reward does."""
+    check = validate_law(*run.pairs("entropy/mean", run.reward_metric()))
+    return check.rmse / check.rmse_of_mean
+
+
+def correlation(run: Run, metric: str, block: int) -> float:
+    """Pearson's, of a prediction with the realised change, over means of `block` steps."""
+    predicted, realised = run.pairs(metric, "entropy/realised_change")
+    starts = range(0, len(predicted) - block + 1, block)
+    blocks = [[statistics.fmean(values[i : i + block]) for i in starts] for values in (predicted, realised)]
+    return fit_line(*blocks).correlation
+
+
+if __name__ == "__main__":
+    main()
