@@ -34,47 +34,50 @@ def main() -> None:
 
         launch.run_worker(lambda: work(json.loads(options.worker)), Path(json.loads(options.worker)["run_dir"]))
         return
+    print(f"float32, trainer tp={options.tp}, {options.engine} tp=1, load {os.getloadavg()[0]:.1f} at the start")
+    print(f"{'way':14} {'bucket':>8} {'MB':>5} {'seconds':>8} {'MB/s':>6} {'wire':>6} {'/plain':>7} {'extra MB':>9}")
+    for mode in options.modes.split(","):
+        for bucket in options.buckets.split(",") if mode != "disk" else ["0"]:
+            with tempfile.TemporaryDirectory() as folder:
+                show(measured(options, mode, int(bucket), Path(folder)))
+
+
+def measured(options: argparse.Namespace, mode: str, bucket: int, folder: Path) -> dict[str, Any]:
+    """What a world and a server of their own find for one way and bucket size."""
     from megatron_rl import launch
 
-    load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        setting = vars(options) | {"run_dir": folder}
-        command = [sys.executable, __file__, "--worker", json.dumps(setting)]
-        code = launch.run_world(command, options.tp, Path(folder), grace_seconds=10)
-        if code:
-            sys.exit(code)
-        rows = json.loads((Path(folder) / "rows.json").read_text())
+    setting = vars(options) | {"run_dir": str(folder), "mode": mode, "bucket": bucket}
+    command = [sys.executable, __file__, "--worker", json.dumps(setting)]
+    if code := launch.run_world(command, options.tp, folder, grace_seconds=10):
+        sys.exit(code)
+    row: dict[str, Any] = json.loads((folder / "row.json").read_text())
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    wire = f"{row['wire']:6.2f} {row['wire'] / row['plain']:7.2f}" if row["wire"] else f"{'':14}"
+    bucket = f"{row['bucket']} MiB" if row["bucket"] else ""
     print(
-        f"{rows[0]['mb']:.0f} MB, float32, trainer tp={options.tp}, {options.engine} tp=1, load {load:.1f} at the start"
+        f"{row['way']:14} {bucket:>8} {row['mb']:5.0f} {row['seconds']:8.2f} {row['mb'] / row['seconds']:6.0f} {wire} "
+        f"{row['extra_mb']:9.0f}",
+        flush=True,
     )
-    print(f"{'way':14} {'bucket':>8} {'seconds':>8} {'MB/s':>6} {'wire':>6} {'/plain':>7} {'extra MB':>9}")
-    for row in rows:
-        wire = f"{row['wire']:6.2f} {row['wire'] / row['plain']:7.2f}" if row["wire"] else f"{'':14}"
-        bucket = f"{row['bucket']} MiB" if row["bucket"] else ""
-        print(
-            f"{row['way']:14} {bucket:>8} {row['seconds']:8.2f} {row['mb'] / row['seconds']:6.0f} {wire} "
-            f"{row['extra_mb']:9.0f}"
-        )
 
 
 def work(setting: dict[str, Any]) -> None:
-    """One rank: build the policy, and for each way and bucket size update the server a few times."""
+    """One rank: build the policy, and update the server a few times."""
     from megatron_rl import train
     from megatron_rl.config import parse_config
-    from megatron_rl.parallel.groups import destroy_groups, init_groups
+    from megatron_rl.parallel.groups import init_groups
 
-    rows: list[dict[str, Any]] = []
-    for mode in setting["modes"].split(","):
-        for bucket in [int(size) for size in setting["buckets"].split(",")] if mode != "disk" else [0]:
-            config = parse_config(raw_config(setting, mode, bucket or 512))
-            groups = init_groups(config.parallel, config.seed)
-            run = train.set_up(config, groups)
-            rows.append(measure(run, setting, mode, bucket))
-            run.collector.close()
-            run.engine.close()
-            destroy_groups()
-            if groups.rank == 0:
-                (Path(setting["run_dir"]) / "rows.json").write_text(json.dumps(rows))
+    config = parse_config(raw_config(setting, setting["mode"], setting["bucket"] or 512))
+    groups = init_groups(config.parallel, config.seed)
+    run = train.set_up(config, groups)
+    row = measure(run, setting, setting["mode"], setting["bucket"])
+    run.collector.close()
+    run.engine.close()
+    if groups.rank == 0:
+        (Path(setting["run_dir"]) / "row.json").write_text(json.dumps(row))
 
 
 def raw_config(setting: dict[str, Any], mode: str, bucket: int) -> dict[str, Any]:

@@ -25,17 +25,20 @@ def _train_ahead(raw: dict[str, Any]) -> dict[str, Any]:
     from megatron_rl.rollout.collect import Collector
 
     config, weights, rollouts, prompts = parse_config(raw), {}, [], []
-    sync_weights, collect = train.sync_weights, Collector.collect
+    sync_weights, collect, seconds = train.sync_weights, Collector.collect, list[float]()
 
     def keep_weights(run: Any) -> None:
         weights[run.weight_version] = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
         weights["config"] = run.policy.hf_config
         if run.weight_version:
-            time.sleep(0.7)  # a longer training phase: the responses ahead are under way when the update comes
+            # a longer training phase: the responses ahead are under way, on a busy machine too, when the update comes
+            time.sleep(0.3 * seconds[0])
         sync_weights(run)
 
     def note(collector: Any, step: int) -> Any:
+        began = time.monotonic()
         result = collect(collector, step)
+        seconds.append(time.monotonic() - began)
         rollouts.append(result.rollouts)
         prompts.append([rollout.prompt_id for rollout in result.rollouts])
         return result
