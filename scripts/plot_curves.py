@@ -1,6 +1,6 @@
 """Accuracy and entropy of several runs per group, as one SVG: python scripts/plot_curves.py out.svg
-embedded=runs/a,runs/b sglang=runs/c,runs/d. Thin lines are runs, thick ones the mean of a group; each point is a mean
-over ten steps."""
+embedded=runs/a,runs/b sglang=runs/c,runs/d. Thin lines are runs, thick ones the mean of a group (its size in brackets);
+each point is a mean over ten steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(path: Path, groups: dict[str, list[Path]]) -> None:
     spacing = (2 * WIDTH - MARGIN) // len(runs)
     parts = [panel(index, key, title, runs) for index, (key, title) in enumerate(PANELS)]
     legend = [
-        f'<text x="{MARGIN + spacing * i}" y="16" fill="{COLORS[i]}">{name}, {len(of_group)} seeds</text>'
+        f'<text x="{MARGIN + spacing * i}" y="16" fill="{COLORS[i]}">{name} ({len(of_group)})</text>'
         for i, (name, of_group) in enumerate(runs.items())
     ]
     size = f'width="{2 * WIDTH}" height="{HEIGHT + 24}"'

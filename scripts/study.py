@@ -3,7 +3,7 @@
     python scripts/study.py [--steps 80] [--seeds 1 2 3] [--jobs 2] [--out runs/study]
 
 Each run is the quickstart on one process and thread, so that `--jobs` of them share a machine, with the overrides of
-METHODS. Finished runs are kept: the same command continues. Writes OUT/study.md (the table) and OUT/study.svg.
+METHODS. Finished runs are kept: the same command continues. Writes OUT/study.md (tables) and OUT/study.svg.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
             job.result()
     folders = {method: [folder(options, method, seed) for seed in options.seeds] for method in METHODS}
     runs = {method: load_runs(of_method) for method, of_method in folders.items()}
-    (options.out / "study.md").write_text(table(runs), encoding="utf-8")
+    (options.out / "study.md").write_text(f"{outcomes(runs)}\n{fits(runs)}", encoding="utf-8")
     plot_curves.write(options.out / "study.svg", folders)
     print(f"{time.monotonic() - began:.0f} s; {options.out}/study.md, {options.out}/study.svg")
 
@@ -77,24 +77,37 @@ def train(options: argparse.Namespace, method: str, seed: int) -> None:
     print(f"{out.name}: {time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.1f}", flush=True)
 
 
-def table(runs: dict[str, list[Run]]) -> str:
-    """Markdown: means over the seeds with the smallest and largest in brackets."""
-    columns: list[tuple[str, Callable[[Run], float]]] = [
-        ("entropy, first 10 steps", lambda run: summary_of(run)["entropy_first"]),
-        ("last 10", lambda run: summary_of(run)["entropy_last"]),
-        ("training accuracy, first 10", lambda run: summary_of(run)["accuracy_first"]),
-        ("last 10", lambda run: summary_of(run)["accuracy_last"]),
-        ("held-out at the end", lambda run: summary_of(run)["eval_last"]),
-        ("law's r2", lambda run: summary_of(run)["law_r2"]),
-        ("law, fitted on one half: rmse on the other over that of the mean", law_ratio),
-        ("predicted, per step", lambda run: correlation(run, "entropy/predicted_change", 1)),
-        ("first order, per step", lambda run: correlation(run, "entropy/first_order_change", 1)),
-        (f"first order, means of {BLOCK}", lambda run: correlation(run, "entropy/first_order_change", BLOCK)),
-    ]
+def outcomes(runs: dict[str, list[Run]]) -> str:
+    return table(
+        runs,
+        [
+            ("entropy, first 10 steps", lambda run: summary_of(run)["entropy_first"]),
+            ("entropy, last 10", lambda run: summary_of(run)["entropy_last"]),
+            ("training accuracy, first 10", lambda run: summary_of(run)["accuracy_first"]),
+            ("training accuracy, last 10", lambda run: summary_of(run)["accuracy_last"]),
+            ("held-out accuracy at the end", lambda run: summary_of(run)["eval_last"]),
+        ],
+    )
+
+
+def fits(runs: dict[str, list[Run]]) -> str:
+    return table(
+        runs,
+        [
+            ("law's r2", lambda run: summary_of(run)["law_r2"]),
+            ("law of the first half on the second: rmse over that of the mean", law_ratio),
+            ("predicted, per step", lambda run: correlation(run, "entropy/predicted_change", 1)),
+            ("first order, per step", lambda run: correlation(run, "entropy/first_order_change", 1)),
+            (f"first order, means of {BLOCK}", lambda run: correlation(run, "entropy/first_order_change", BLOCK)),
+        ],
+    )
+
+
+def table(runs: dict[str, list[Run]], columns: list[tuple[str, Callable[[Run], float]]]) -> str:
+    """Markdown: means over the seeds, with the smallest and the largest in brackets."""
     lines = [["method", *(title for title, _ in columns)], ["---"] * (len(columns) + 1)]
-    lines += [
-        [method, *(over_seeds([value(run) for run in group]) for _, value in columns)] for method, group in runs.items()
-    ]
+    for method, of_method in runs.items():
+        lines.append([method, *(over_seeds([value(run) for run in of_method]) for _, value in columns)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
