@@ -16,7 +16,7 @@ def slow(response: str, answer: str) -> float:
 
 
 def sabotage(response: str, answer: str) -> float:
-    """Rank 1 fails in the step's packing, with a traceback."""
+    """Rank 1 fails in the step's packing, with a traceback, if it grades in its own process."""
     from megatron_rl import train
 
     def fail(*arguments: Any, **options: Any) -> Any:

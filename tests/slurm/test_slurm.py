@@ -152,7 +152,7 @@ def test_a_dead_node_ends_in_a_requeue_that_goes_on_from_the_checkpoint(
 
 
 def test_the_first_failing_ranks_traceback_is_on_top(cluster: Cluster) -> None:
-    job = submit(cluster, *shrink("sabotaged", reward="tests.slurm.rewards:sabotage"))
+    job = submit(cluster, *shrink("sabotaged", "reward.workers=0", reward="tests.slurm.rewards:sabotage"))
     facts = cluster.wait_for(job, ("COMPLETED", "FAILED"), LIMIT)
     assert facts["JobState"] == "FAILED" and facts["Restarts"] == "0", cluster.output(job)
     run_dir = cluster.folder / "runs" / "sabotaged"
