@@ -25,14 +25,17 @@ def _train_ahead(raw: dict[str, Any]) -> dict[str, Any]:
     from megatron_rl.rollout.collect import Collector
 
     config, weights, rollouts, prompts = parse_config(raw), {}, [], []
-    sync_weights, collect, seconds = train.sync_weights, Collector.collect, list[float]()
+    sync_weights, collect, go_ahead = train.sync_weights, Collector.collect, Collector.go_ahead
+    put_off, seconds = list[tuple[Collector, int]](), list[float]()
 
     def keep_weights(run: Any) -> None:
         weights[run.weight_version] = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
         weights["config"] = run.policy.hf_config
-        if run.weight_version:
-            # a longer training phase: the responses ahead are under way, on a busy machine too, when the update comes
-            time.sleep(0.3 * seconds[0])
+        if put_off:
+            # As if training had taken a part of the time that responses take: the update meets them half-way, however
+            # long either takes on this machine at this moment.
+            go_ahead(*put_off.pop())
+            time.sleep(0.1 * seconds[0])
         sync_weights(run)
 
     def note(collector: Any, step: int) -> Any:
@@ -44,7 +47,11 @@ def _train_ahead(raw: dict[str, Any]) -> dict[str, Any]:
         return result
 
     try:
-        with mock.patch.object(train, "sync_weights", keep_weights), mock.patch.object(Collector, "collect", note):
+        with (
+            mock.patch.object(train, "sync_weights", keep_weights),
+            mock.patch.object(Collector, "collect", note),
+            mock.patch.object(Collector, "go_ahead", lambda collector, step: put_off.append((collector, step))),
+        ):
             train.train(config, init_groups(config.parallel, config.seed))
     finally:
         leave_layout()
@@ -79,13 +86,14 @@ def test_every_token_names_the_weights_that_made_it(
         engine,
         rollout={
             "samples_per_prompt": 4,
-            "max_response_tokens": 320,
+            "max_response_tokens": 900,
             "stop_token_ids": [],
             "max_staleness": max_staleness,
         },
         loss={"type": "ppo_clip", "rollout_correction": {"cap": 2.0}},
-        train={"num_steps": STEPS, "prompts_per_step": 4, "prompts_per_minibatch": 2, "micro_batch_tokens": 2048},
+        train={"num_steps": STEPS, "prompts_per_step": 4, "prompts_per_minibatch": 2, "micro_batch_tokens": 4096},
     )
+    raw["model"]["hf_config"]["max_position_embeddings"] = 1024
     for rank in worlds.run(2, _train_ahead, raw, timeout=500):
         assert rank["worst"] < 1e-4, "a span names other weights than those that sampled it"
         assert rank["stale"] > 1e-2, "versions are too alike for the test to tell"
