@@ -7,21 +7,24 @@ assignment changes where a token is computed, never its `token_ids_global`, its 
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_rl import device
 from megatron_rl.algorithms.aggregation import token_weights
 from megatron_rl.config import Config
+from megatron_rl.config_checks import ConfigError
+from megatron_rl.dealing import Work, deal
+from megatron_rl.packing_checks import check_groups, check_rollouts, listed, named
 from megatron_rl.parallel.context import local_tokens
 from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class Layout:
     """What decides the shape of a rank's micro-batches."""
 
     budget: int  # tokens of one micro-batch, padding included
@@ -33,11 +36,13 @@ class _Layout:
     equal_lengths: bool
     count_multiple: int
     num_micro_batches: int | None
+    share_prompts: bool
     aggregation: str
     constant_length: int
     stride: int  # token_ids_global = rollout index * stride + position; at least the longest sequence
 
     def __post_init__(self) -> None:
+        """Raises: ValueError for places and multiples that cannot be."""
         for name in ("dp", "cp"):
             rank, size = getattr(self, f"{name}_rank"), getattr(self, f"{name}_size")
             if not 0 <= rank < size:
@@ -94,15 +99,16 @@ def pack(
     `rollouts`: the step's full list, the same on every rank, ordered by prompt then sample. `advantages`: `[B]` float,
     one per rollout. Mini-batch j holds the j-th run of `train.prompts_per_minibatch` groups. Micro-batches stay within
     `train.micro_batch_tokens` (padding included), and every rank gets the same number of them per mini-batch, the
-    smallest that longest-processing-time balancing fits. `pad_multiple`: micro-batch lengths, over all context-parallel
-    ranks, are multiples of it (sequence and context parallelism). `equal_lengths`: one length for all micro-batches of
-    a mini-batch on this rank (pipeline parallelism). The count per mini-batch is a multiple of `count_multiple`
-    (virtual pipeline stages), or forced by `num_micro_batches`.
+    smallest that longest-processing-time balancing fits. With `train.share_prompts` the samples of a group that meet in
+    a micro-batch have their prompt in common (`MicroBatch.prefixes`). `pad_multiple`: micro-batch lengths, over all
+    context-parallel ranks, are multiples of it (sequence and context parallelism). `equal_lengths`: one length for all
+    micro-batches of a mini-batch on this rank (pipeline parallelism). The count per mini-batch is a multiple of
+    `count_multiple` (virtual pipeline stages), or forced by `num_micro_batches`.
 
     Raises: ValueError, naming the rollouts, when groups are incomplete or out of order, a rollout is empty, has no
     response, exceeds the budget or the configured lengths, or an advantage is not finite.
     """
-    layout = _Layout(
+    layout = Layout(
         budget=config.train.micro_batch_tokens,
         dp_rank=dp_rank,
         dp_size=dp_size,
@@ -112,19 +118,20 @@ def pack(
         equal_lengths=equal_lengths,
         count_multiple=count_multiple,
         num_micro_batches=num_micro_batches,
+        share_prompts=cp_size == 1 and shares_prompts(config),
         aggregation=config.loss.aggregation,
         constant_length=config.rollout.max_response_tokens,
         stride=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
     )
-    _check_groups(rollouts, config)
-    _check_rollouts(rollouts, layout, may_be_masked=config.algorithm.overlong.filter)
+    check_groups(rollouts, config)
+    check_rollouts(rollouts, layout, may_be_masked=config.algorithm.overlong.filter)
     if advantages.shape != (len(rollouts),):
         raise ValueError(
             f"advantages: got shape {tuple(advantages.shape)}, expected [{len(rollouts)}], one per rollout"
         )
     if not torch.isfinite(advantages).all():
-        bad = [_name(rollouts[i]) for i in torch.nonzero(~torch.isfinite(advantages)).flatten().tolist()]
-        raise ValueError(f"advantages are not finite for {_listed(bad)}; look at the rewards of these groups")
+        bad = [named(rollouts[i]) for i in torch.nonzero(~torch.isfinite(advantages)).flatten().tolist()]
+        raise ValueError(f"advantages are not finite for {listed(bad)}; look at the rewards of these groups")
     size = config.train.prompts_per_minibatch * config.rollout.samples_per_prompt
     mini_batches = tuple(
         _pack_minibatch(index, range(start, start + size), rollouts, advantages, layout)
@@ -155,7 +162,7 @@ def pack_supervised(
     Raises: ValueError as `pack`.
     """
     rollouts = [_as_rollout(i, prompt, response) for i, (prompt, response) in enumerate(sequences)]
-    layout = _Layout(
+    layout = Layout(
         budget=micro_batch_tokens,
         dp_rank=dp_rank,
         dp_size=dp_size,
@@ -165,14 +172,44 @@ def pack_supervised(
         equal_lengths=equal_lengths,
         count_multiple=count_multiple,
         num_micro_batches=num_micro_batches,
+        share_prompts=False,
         aggregation="token_mean",
         constant_length=micro_batch_tokens,
         stride=max((len(r.token_ids) for r in rollouts), default=0),
     )
     if not rollouts:
         raise ValueError("no sequences to pack: the supervised data set is empty")
-    _check_rollouts(rollouts, layout, may_be_masked=False)
+    check_rollouts(rollouts, layout, may_be_masked=False)
     return _pack_minibatch(index, range(len(rollouts)), rollouts, torch.ones(len(rollouts)), layout)
+
+
+def shares_prompts(config: Config) -> bool:
+    """Whether the samples of a group compute their prompt once (train.share_prompts), where sequences are whole.
+
+    Exact: each sample keeps the prompt's last token, attention sees the rest through the prefix, and positions go on.
+    A GPU has no such path here: it would need an attention kernel that takes a shared prefix (a block mask, or two
+    calls merged by their log-sum-exp), which Transformer Engine's packed one does not. Under context parallelism the
+    two chunks of a rank would have to see a prefix that other ranks hold.
+    Raises: ConfigError when it is on and cannot work on this machine.
+    Source: prefix grouping, arXiv 2506.05433.
+    """
+    if config.train.share_prompts is True and device.ON_GPU:
+        raise ConfigError(
+            "train.share_prompts=true: on a GPU Transformer Engine's attention has no shared prefix; set auto or false"
+        )
+    return config.train.share_prompts is not False and not device.ON_GPU
+
+
+def computed(batch: TrainBatch) -> Tensor:
+    """int64 [4], of this rank's part: tokens without padding, a shared prompt counted once; pairs of such a token and
+    one that it attends to, itself included; positions, padding among them; response tokens that count."""
+    totals = []
+    for mini_batch in batch.minibatches():
+        for mb in mini_batch.micro_batches:
+            real = mb.token_ids_global >= 0
+            pairs = torch.where(real, mb.position_ids + 1, 0).sum()
+            totals.append(torch.stack([real.sum(), pairs, torch.full_like(pairs, len(real)), mb.loss_mask.sum()]))
+    return torch.stack(totals).sum(0)
 
 
 def packing_metrics(batch: TrainBatch) -> dict[str, float]:
@@ -199,121 +236,146 @@ def packing_metrics(batch: TrainBatch) -> dict[str, float]:
 
 
 def _pack_minibatch(
-    index: int, members: range, rollouts: list[Rollout], advantages: Tensor, layout: _Layout
+    index: int, members: range, rollouts: list[Rollout], advantages: Tensor, layout: Layout
 ) -> MiniBatch:
-    lengths = [layout.padded(len(rollouts[i].token_ids)) for i in members]
-    bins = _rank_bins(lengths, layout)
-    totals = [sum(lengths[i] for i in chosen) for chosen in bins]
+    source = _source(members, rollouts, advantages)
+    groups, prefixes = _shared_prompts(source) if layout.share_prompts else ({}, {})
+    work = Work({i: layout.padded(length) for i, length in source.lengths.items()}, groups, prefixes)
+    bins = deal(
+        work,
+        layout.capacity,
+        layout.dp_rank,
+        layout.dp_size,
+        count_multiple=layout.count_multiple,
+        num_micro_batches=layout.num_micro_batches,
+    )
+    totals = [work.load(chosen) for chosen in bins]
     longest = max(totals)
     micro_batches = []
     for chosen, total in zip(bins, totals, strict=True):
         wanted = max(1, longest if layout.equal_lengths else total)
         padded = -(-wanted // layout.pad_multiple) * layout.pad_multiple
-        indices = [members[i] for i in chosen]
-        micro_batches.append(_micro_batch(indices, rollouts, advantages, padded, layout))
+        whole = _micro_batch(chosen, work, padded, source, layout)
+        micro_batches.append(whole if layout.cp_size == 1 else _context_part(whole, layout))
     return MiniBatch(index, tuple(micro_batches))
 
 
-def _rank_bins(lengths: list[int], layout: _Layout) -> list[list[int]]:
-    """The micro-batches of this rank, as indices into `lengths`, ascending in each."""
-    forced, ranks = layout.num_micro_batches, layout.dp_size
-    unit = layout.count_multiple
-    count = forced or unit * max(1, -(-sum(lengths) // (layout.capacity * ranks * unit)))
-    bins = _longest_first(lengths, count * ranks)
-    while max(_load(b, lengths) for b in bins) > layout.capacity:
-        if forced:
-            heaviest = max(_load(b, lengths) for b in bins)
-            raise ValueError(
-                f"num_micro_batches={forced} over {ranks} data-parallel ranks needs {heaviest} tokens in one "
-                f"micro-batch; micro_batch_tokens={layout.budget} allows {layout.capacity}; raise either"
-            )
-        count += unit
-        bins = _longest_first(lengths, count * ranks)
-    # Heaviest first, one to each rank per round, the heaviest of a round to the rank with the least so far: equal
-    # counts, balanced ranks, and micro-batches of one round that are alike, so that ranks keep pace.
-    bins.sort(key=lambda b: (-_load(b, lengths), b))
-    mine: list[list[int]] = []
-    totals = [0] * ranks
-    for start in range(0, len(bins), ranks):
-        order = sorted(range(ranks), key=lambda rank: (totals[rank], rank))
-        for rank, chosen in zip(order, bins[start : start + ranks], strict=True):
-            totals[rank] += _load(chosen, lengths)
-            if rank == layout.dp_rank:
-                mine.append(chosen)
-    return mine
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A mini-batch's samples one behind the other, `[N]` tokens, from which micro-batches pick."""
+
+    starts: dict[int, int]  # index of the sample in the step -> where it begins
+    lengths: dict[int, int]
+    token_ids: Tensor
+    loss_mask: Tensor
+    rollout_logprobs: Tensor
+    response_positions: Tensor  # which token of its response, from 0; -1 before it
+    advantages: Tensor
+    indices: Tensor  # of the sample in the step
+    prompt_ids: Tensor
+    sample_indices: Tensor
 
 
-def _longest_first(lengths: list[int], count: int) -> list[list[int]]:
-    """Longest-processing-time partition into `count` bins: longest first, each to the emptiest bin, ties to the first.
-
-    No bin stays empty while another holds two sequences.
-    """
-    bins: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0, which) for which in range(count)]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, which = heapq.heappop(heap)
-        bins[which].append(i)
-        heapq.heappush(heap, (load + lengths[i], which))
-    return [sorted(chosen) for chosen in bins]
-
-
-def _load(chosen: list[int], lengths: list[int]) -> int:
-    return sum(lengths[i] for i in chosen)
-
-
-def _micro_batch(
-    indices: list[int], rollouts: list[Rollout], advantages: Tensor, length: int, layout: _Layout
-) -> MicroBatch:
-    token_ids, labels, position_ids, in_response = (torch.zeros(length, dtype=torch.int64) for _ in range(4))
-    prompt_ids, sample_indices, global_ids = (torch.full((length,), -1, dtype=torch.int64) for _ in range(3))
-    advantage, rollout_logprobs = torch.zeros(length), torch.zeros(length)
-    loss_mask = torch.zeros(length, dtype=torch.bool)
-    boundaries, start = [0], 0
-    for i in indices:
-        rollout, stop = rollouts[i], start + len(rollouts[i].token_ids)
-        end = start + layout.padded(stop - start)
-        predicting = slice(start, stop - 1)  # the last position predicts nothing
-        token_ids[start:stop] = rollout.token_ids
-        labels[predicting] = rollout.token_ids[1:]
-        loss_mask[predicting] = rollout.loss_mask[1:]
-        in_response[predicting] = rollout.loss_mask[1:].cumsum(0) - 1
-        rollout_logprobs[predicting] = rollout.rollout_logprobs[1:]
-        advantage[start:stop] = float(advantages[i])
-        positions = torch.arange(stop - start)
-        position_ids[start:stop] = positions
-        global_ids[start:stop] = i * layout.stride + positions + 1  # position 0 is never a label, so no two coincide
-        prompt_ids[start:stop] = rollout.prompt_id
-        sample_indices[start:stop] = rollout.sample_index
-        position_ids[stop:end] = torch.arange(stop - start, end - start)
-        boundaries.append(end)
-        start = end
-    if start < length:
-        position_ids[start:] = torch.arange(length - start)
-        boundaries.append(length)
-    for values in (labels, advantage, rollout_logprobs, in_response):
-        values.masked_fill_(~loss_mask, 0)
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    weights, denominator = token_weights(layout.aggregation, loss_mask, cu_seqlens, layout.constant_length)
-    whole = MicroBatch(
-        token_ids=token_ids,
-        labels=labels,
-        position_ids=position_ids,
-        response_positions=in_response,
-        cu_seqlens=cu_seqlens,
-        loss_mask=loss_mask,
-        advantages=advantage,
-        rollout_logprobs=rollout_logprobs,
-        token_weights=weights,
-        prompt_ids=prompt_ids,
-        sample_indices=sample_indices,
-        token_ids_global=global_ids,
-        loss_denominator=denominator,
-        num_sequences=len(indices),
+def _source(members: range, rollouts: list[Rollout], advantages: Tensor) -> _Source:
+    chosen = [rollouts[i] for i in members]
+    sizes = [len(rollout.token_ids) for rollout in chosen]
+    lengths, loss_mask = torch.tensor(sizes), torch.cat([rollout.loss_mask for rollout in chosen])
+    starts, counted = lengths.cumsum(0) - lengths, loss_mask.cumsum(0)
+    owners = torch.tensor([(i, rollouts[i].prompt_id, rollouts[i].sample_index) for i in members])
+    return _Source(
+        dict(zip(members, starts.tolist(), strict=True)),
+        dict(zip(members, sizes, strict=True)),
+        torch.cat([rollout.token_ids for rollout in chosen]),
+        loss_mask,
+        torch.cat([rollout.rollout_logprobs for rollout in chosen]),
+        counted - 1 - (counted - loss_mask.long())[starts].repeat_interleave(lengths),
+        advantages[members.start : members.stop].float().repeat_interleave(lengths),
+        *owners.repeat_interleave(lengths, dim=0).unbind(1),
     )
-    return whole if layout.cp_size == 1 else _context_part(whole, layout)
 
 
-def _context_part(whole: MicroBatch, layout: _Layout) -> MicroBatch:
+def _shared_prompts(source: _Source) -> tuple[dict[int, int], dict[int, int]]:
+    """sample -> group, and group -> the tokens that all its samples begin with and that predict nothing which counts:
+    the prompt but its last token, whose prediction differs between the samples."""
+    room = {i: length - 1 for i, length in source.lengths.items()}  # what is left for a prefix
+    firsts = (source.loss_mask & (source.response_positions == 0)).nonzero()[:, 0]
+    for i, at in zip(source.indices[firsts].tolist(), firsts.tolist(), strict=True):
+        room[i] = at - source.starts[i] - 1
+    samples: dict[int, list[int]] = {}
+    for i, start in source.starts.items():
+        samples.setdefault(int(source.prompt_ids[start]), []).append(i)
+    groups: dict[int, int] = {}
+    prefixes: dict[int, int] = {}
+    for group, members in samples.items():
+        starts, length = torch.tensor([source.starts[i] for i in members]), min(room[i] for i in members)
+        rows = source.token_ids[starts[:, None] + torch.arange(length)]
+        # responses without a counted token leave room for more than the prompt
+        prefixes[group] = int((rows == rows[0]).all(0).cumprod(0).sum())
+        groups.update(dict.fromkeys(members, group) if prefixes[group] else {})
+    return groups, prefixes
+
+
+def _sequences(chosen: list[int], work: Work, source: _Source) -> list[tuple[int, int, int, int, int]]:
+    """Of a micro-batch, shared prefixes before the samples that share them: (where it begins in the source, tokens, how
+    many of them predict the next one, position of the first, the sequence that is its prefix or -1)."""
+    found: list[tuple[int, int, int, int, int]] = []
+    shared, at = work.shared(chosen), dict[int, int]()
+    for i in chosen:
+        group, start, length = work.groups.get(i, -1), source.starts[i], source.lengths[i]
+        skip = work.prefixes[group] if group in shared else 0
+        if skip and group not in at:
+            at[group] = len(found)
+            found.append((start, skip, 0, 0, -1))
+        found.append((start + skip, length - skip, length - skip - 1, skip, at[group] if skip else -1))
+    return found
+
+
+def _micro_batch(chosen: list[int], work: Work, length: int, source: _Source, layout: Layout) -> MicroBatch:
+    sequences = _sequences(chosen, work, source)
+    widths = [layout.padded(tokens) for _, tokens, *_ in sequences]
+    if sum(widths) < length:
+        sequences.append((0, 0, 0, 0, -1))  # padding
+        widths.append(length - sum(widths))
+    begin, tokens, predict, position, prefixes = torch.tensor(sequences).unbind(1)
+    width = torch.tensor(widths)
+    which = torch.arange(len(widths)).repeat_interleave(width)
+    ends = width.cumsum(0)
+    offset = torch.arange(length) - (ends - width)[which]
+    real, predicting = offset < tokens[which], offset < predict[which]
+    at = torch.where(real, begin[which] + offset, 0)
+    label_at = torch.where(predicting, at + 1, 0)
+    loss_mask = predicting & source.loss_mask[label_at]
+    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
+    weights, denominator = token_weights(layout.aggregation, loss_mask, cu_seqlens, layout.constant_length)
+    position_ids = position[which] + offset
+
+    def of_labels(values: Tensor) -> Tensor:
+        return torch.where(loss_mask, values[label_at], 0)
+
+    def of_tokens(values: Tensor, padding: int) -> Tensor:
+        return torch.where(real, values[at], padding)
+
+    return MicroBatch(
+        token_ids=of_tokens(source.token_ids, 0),
+        labels=of_labels(source.token_ids),
+        position_ids=position_ids,
+        response_positions=of_labels(source.response_positions),
+        cu_seqlens=cu_seqlens,
+        prefixes=prefixes if bool((prefixes >= 0).any()) else None,
+        loss_mask=loss_mask,
+        advantages=of_labels(source.advantages),
+        rollout_logprobs=of_labels(source.rollout_logprobs),
+        token_weights=weights,
+        prompt_ids=of_tokens(source.prompt_ids, -1),
+        sample_indices=of_tokens(source.sample_indices, -1),
+        # position 0 is never a label, so no two coincide
+        token_ids_global=torch.where(real, source.indices[at] * layout.stride + position_ids + 1, -1),
+        loss_denominator=denominator,
+        num_sequences=len(chosen),
+    )
+
+
+def _context_part(whole: MicroBatch, layout: Layout) -> MicroBatch:
     """This context-parallel rank's tokens. The first rank brings the denominator of all."""
     mine = local_tokens(whole.cu_seqlens, layout.cp_rank, layout.cp_size)
     fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
@@ -333,61 +395,3 @@ def _as_rollout(index: int, prompt: Sequence[int], response: Sequence[int]) -> R
         finish_reason="stop",
         weight_version=0,
     )
-
-
-def _check_groups(rollouts: list[Rollout], config: Config) -> None:
-    groups, samples = config.train.prompts_per_step, config.rollout.samples_per_prompt
-    if len(rollouts) != groups * samples:
-        raise ValueError(
-            f"got {len(rollouts)} rollouts, expected {groups * samples} "
-            f"(train.prompts_per_step={groups} * rollout.samples_per_prompt={samples})"
-        )
-    for start in range(0, len(rollouts), samples):
-        group = rollouts[start : start + samples]
-        order = [r.sample_index for r in group]
-        if len({r.prompt_id for r in group}) > 1 or order != sorted(set(order)):
-            raise ValueError(
-                f"rollouts {start} to {start + samples - 1} are {_listed([_name(r) for r in group])}; expected "
-                f"{samples} "
-                "samples of one prompt with ascending sample_index: order the list by prompt, then sample"
-            )
-
-
-def _check_rollouts(rollouts: list[Rollout], layout: _Layout, *, may_be_masked: bool) -> None:
-    """`may_be_masked`: overlong filtering may have cleared the loss_mask of a response that was cut."""
-    faults = []
-    for rollout in rollouts:
-        length = len(rollout.token_ids)
-        if rollout.loss_mask.shape != (length,) or rollout.rollout_logprobs.shape != (length,):
-            faults.append(
-                f"{_name(rollout)}: token_ids, loss_mask and rollout_logprobs have {length}, "
-                f"{len(rollout.loss_mask)} and "
-                f"{len(rollout.rollout_logprobs)} entries; expected equal lengths"
-            )
-        elif length == 0:
-            faults.append(f"{_name(rollout)}: no tokens")
-        elif not rollout.loss_mask.any() and not (may_be_masked and rollout.finish_reason == "length"):
-            faults.append(f"{_name(rollout)}: the response has length 0 (loss_mask is False everywhere)")
-        elif rollout.loss_mask[0]:
-            faults.append(
-                f"{_name(rollout)}: the response starts at token 0; no position predicts it, so give a prompt"
-            )
-        elif layout.padded(length) > layout.capacity:
-            faults.append(
-                f"{_name(rollout)}: {layout.padded(length)} tokens exceed micro_batch_tokens={layout.budget} "
-                f"(of which {layout.capacity} are usable with lengths padded to a multiple of {layout.pad_multiple})"
-            )
-        elif length > layout.stride:
-            faults.append(
-                f"{_name(rollout)}: {length} tokens exceed max_prompt_tokens + max_response_tokens = {layout.stride}"
-            )
-    if faults:
-        raise ValueError("rollouts cannot be packed: " + _listed(faults))
-
-
-def _name(rollout: Rollout) -> str:
-    return f"(prompt_id={rollout.prompt_id}, sample_index={rollout.sample_index})"
-
-
-def _listed(items: list[str], most: int = 8) -> str:
-    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

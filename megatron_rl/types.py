@@ -68,7 +68,7 @@ class MicroBatch:
 
     token_ids: Tensor  # int64
     labels: Tensor  # int64, the next token; 0 where loss_mask is False
-    position_ids: Tensor  # int64, restarts at 0 in each sequence
+    position_ids: Tensor  # int64, restarts at 0 in each sequence, and behind a prefix goes on from it
     response_positions: Tensor  # int64, which token of its response labels[t] is, from 0; 0 outside loss_mask
     cu_seqlens: Tensor  # [S + 1] int32, boundaries in these T; trailing padding forms a last sequence of its own
     loss_mask: Tensor  # bool, True where labels[t] was sampled by the policy and counts
@@ -79,11 +79,12 @@ class MicroBatch:
     sample_indices: Tensor  # int64
     token_ids_global: Tensor  # int64, unique in the step and independent of the layout; -1 on padding
     loss_denominator: int  # what this rank's part adds to the global denominator (tokens or sequences)
-    num_sequences: int  # without the padding sequence
+    num_sequences: int  # samples: neither the padding nor shared prefixes
     old_logprobs: Tensor | None = None  # float32, nats
     ref_logprobs: Tensor | None = None  # float32, nats
     selected: Tensor | None = None  # bool, the tokens that Clip-Cov or KL-Cov picked
     surrogate_weights: Tensor | None = None  # float32, of the policy-gradient term, by the weighting losses
+    prefixes: Tensor | None = None  # [S] int64: which sequence holds the tokens before one's own, -1: none has; or None
 
     @property
     def num_tokens(self) -> int:

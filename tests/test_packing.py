@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from megatron_rl.config import Config, parse_config
-from megatron_rl.packing import pack, pack_supervised, packing_metrics
-from megatron_rl.types import MicroBatch, Rollout, TrainBatch
+from megatron_rl.dealing import Work, deal
+from megatron_rl.packing import computed, pack, pack_supervised, packing_metrics
+from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
 
 def make_config(
-    prompts: int = 6, per_minibatch: int = 3, samples: int = 4, budget: int = 64, **sections: dict[str, object]
+    prompts: int = 6,
+    per_minibatch: int = 3,
+    samples: int = 4,
+    budget: int = 64,
+    share_prompts: bool = True,
+    **sections: dict[str, object],
 ) -> Config:
     tiny = {
         "model_type": "qwen2",
@@ -23,7 +31,12 @@ def make_config(
         "model": {"hf_config": tiny},
         "data": {"type": "countdown", "max_prompt_tokens": 10},
         "rollout": {"samples_per_prompt": samples, "max_response_tokens": 20},
-        "train": {"prompts_per_step": prompts, "prompts_per_minibatch": per_minibatch, "micro_batch_tokens": budget},
+        "train": {
+            "prompts_per_step": prompts,
+            "prompts_per_minibatch": per_minibatch,
+            "micro_batch_tokens": budget,
+            "share_prompts": share_prompts,
+        },
     }
     return parse_config({**raw, **sections})
 
@@ -36,17 +49,20 @@ def make_rollout(prompt_id: int, sample_index: int, prompt: list[int], response:
     return Rollout(prompt_id, sample_index, torch.tensor(prompt + response), logprobs, mask, "stop", 0)
 
 
-def make_rollouts(config: Config, seed: int = 0) -> list[Rollout]:
+def make_rollouts(config: Config, seed: int = 0, one_prompt: bool = False) -> list[Rollout]:
+    """`one_prompt`: for all samples of a group, as in a run; else groups share nothing."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    return [
-        make_rollout(100 + p, s, [draw(1, 60) for _ in range(draw(1, 11))], [draw(1, 60) for _ in range(draw(1, 21))])
-        for p in range(config.train.prompts_per_step)
-        for s in range(config.rollout.samples_per_prompt)
-    ]
+    rollouts = []
+    for p in range(config.train.prompts_per_step):
+        for s in range(config.rollout.samples_per_prompt):
+            if s == 0 or not one_prompt:
+                prompt = [draw(1, 60) for _ in range(draw(1, 11))]
+            rollouts.append(make_rollout(100 + p, s, prompt, [draw(1, 60) for _ in range(draw(1, 21))]))
+    return rollouts
 
 
 def micro_batches(batch: TrainBatch) -> list[MicroBatch]:
@@ -99,6 +115,58 @@ def test_two_sequences_over_two_context_parallel_ranks_by_hand() -> None:
     assert (outer.num_tokens, inner.num_tokens) == (2, 2)
 
 
+def test_a_shared_prompt_by_hand() -> None:
+    """Tokens 11 and 12 once, 13 for each sample, because what follows it differs; another prompt alone stays whole."""
+    loss = {"type": "ppo_clip", "aggregation": "seq_mean_token_mean"}
+    config = make_config(prompts=1, per_minibatch=1, samples=2, budget=30, loss=loss)
+    rollouts = [make_rollout(7, 0, [11, 12, 13], [14, 15]), make_rollout(7, 1, [11, 12, 13], [14])]
+    (mb,) = micro_batches(
+        pack(rollouts, torch.tensor([0.5, -2.0]), config, step=3, dp_rank=0, dp_size=1, pad_multiple=8)
+    )
+    assert mb.token_ids.tolist() == [11, 12, 13, 14, 15, 13, 14, 0]
+    assert mb.labels.tolist() == [0, 0, 14, 15, 0, 14, 0, 0]
+    assert mb.loss_mask.tolist() == [False, False, True, True, False, True, False, False]
+    assert mb.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 0]
+    assert mb.response_positions.tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert mb.cu_seqlens.tolist() == [0, 2, 5, 7, 8]
+    assert mb.prefixes is not None and mb.prefixes.tolist() == [-1, 0, 0, -1]
+    torch.testing.assert_close(mb.rollout_logprobs, torch.tensor([0, 0, -0.3, -0.4, 0, -0.3, 0, 0]))
+    assert mb.advantages.tolist() == [0, 0, 0.5, 0.5, 0, -2, 0, 0]
+    assert mb.token_ids_global.tolist() == [1, 2, 3, 4, 5, 33, 34, -1]
+    assert mb.sample_indices.tolist() == [0, 0, 0, 0, 0, 1, 1, -1]
+    torch.testing.assert_close(mb.token_weights, torch.tensor([0, 0, 0.5, 0.5, 0, 1, 0, 0]))
+    assert (mb.loss_denominator, mb.num_sequences, mb.num_tokens) == (2, 2, 3)
+    apart = pack(rollouts, torch.zeros(2), config, step=3, dp_rank=0, dp_size=1, num_micro_batches=2)
+    assert [(len(m.token_ids), m.prefixes) for m in micro_batches(apart)] == [(5, None), (4, None)]
+    # tokens; pairs 1+2 + 3+4+5 + 3+4; positions; response tokens
+    assert computed(TrainBatch(3, (MiniBatch(0, (mb,)),))).tolist() == [7, 22, 8, 3]
+
+
+def test_what_predicts_a_counted_token_is_never_shared() -> None:
+    """Where overlong filtering left nothing of a group that counts, beginnings of responses may be shared as well."""
+    config = make_config(prompts=1, per_minibatch=1, samples=2, algorithm={"overlong": {"filter": True}})
+    rollouts = [make_rollout(7, s, [11, 12], [13, 14 + s]) for s in range(2)]
+    (mb,) = micro_batches(pack(rollouts, torch.zeros(2), config, step=0, dp_rank=0, dp_size=1))
+    assert mb.token_ids.tolist() == [11, 12, 13, 14, 12, 13, 15]
+    cut = [r.replace(loss_mask=torch.zeros(4, dtype=torch.bool), finish_reason="length") for r in rollouts]
+    (mb,) = micro_batches(pack(cut, torch.zeros(2), config, step=0, dp_rank=0, dp_size=1))
+    assert mb.token_ids.tolist() == [11, 12, 13, 14, 15] and mb.cu_seqlens.tolist() == [0, 3, 4, 5]
+
+
+def test_groups_stay_together_as_far_as_that_balances() -> None:
+    """Two groups over two ranks: one each. One group over two ranks, or over two micro-batches: half and half."""
+    lengths = {i: 10 for i in range(8)}
+    two = Work(lengths, {i: i // 4 for i in lengths}, {0: 8, 1: 8})
+    assert [deal(two, 99, rank, 2) for rank in (0, 1)] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    one = Work(lengths, dict.fromkeys(lengths, 0), {0: 8})
+    assert [deal(one, 99, rank, 2) for rank in (0, 1)] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    assert one.load([0, 1, 2, 3]) == 8 + 4 * 2 and one.load([0]) == 10
+    # a prefix and four samples fill 16 tokens, with all eight 24
+    assert deal(one, 16, 0, 1) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match="num_micro_batches=1 over 1 .* needs 24 tokens .* 20 are allowed"):
+        deal(one, 20, 0, 1, num_micro_batches=1)
+
+
 def test_interleaved_pipelines_get_a_multiple_of_micro_batches() -> None:
     config = make_config(prompts=1, per_minibatch=1, samples=3, budget=30)
     rollouts = [make_rollout(7, i, [11], [12] * 19) for i in range(3)]  # 20 tokens: one to a micro-batch
@@ -114,9 +182,12 @@ def test_interleaved_pipelines_get_a_multiple_of_micro_batches() -> None:
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
 @pytest.mark.parametrize("forced", [None, 4, 9])
 @pytest.mark.parametrize(("pad_multiple", "equal_lengths"), [(1, False), (8, False), (8, True)])
-def test_every_token_exactly_once(dp_size: int, forced: int | None, pad_multiple: int, equal_lengths: bool) -> None:
+@pytest.mark.parametrize("one_prompt", [False, True])
+def test_every_token_exactly_once(
+    dp_size: int, forced: int | None, pad_multiple: int, equal_lengths: bool, one_prompt: bool
+) -> None:
     config = make_config(budget=64 if forced is None else 300)
-    rollouts = make_rollouts(config)
+    rollouts = make_rollouts(config, one_prompt=one_prompt)
     advantages = torch.arange(len(rollouts)) - 5.5
     ranks = [
         pack(rollouts, advantages, config, step=0, dp_rank=rank, dp_size=dp_size, pad_multiple=pad_multiple,
@@ -151,19 +222,26 @@ def test_every_token_exactly_once(dp_size: int, forced: int | None, pad_multiple
         assert seen == expected
 
 
-def test_sequences_stay_whole_and_ordered() -> None:
+@pytest.mark.parametrize("one_prompt", [False, True])
+def test_sequences_stay_whole_and_ordered(one_prompt: bool) -> None:
+    """With its prefix, each is its rollout, and its positions go on from the prefix."""
     config = make_config()
-    rollouts = make_rollouts(config)
+    rollouts = make_rollouts(config, one_prompt=one_prompt)
     batch = pack(rollouts, torch.zeros(24), config, step=0, dp_rank=1, dp_size=2, pad_multiple=16)
-    found = 0
+    found = shared = 0
     for mb in micro_batches(batch):
-        for start, stop in zip(mb.cu_seqlens[:-1].tolist(), mb.cu_seqlens[1:].tolist(), strict=True):
-            assert mb.position_ids[start:stop].tolist() == list(range(stop - start))
-            if mb.prompt_ids[start] >= 0:
+        pieces = list(itertools.pairwise(mb.cu_seqlens.tolist()))
+        prefixes = [-1] * len(pieces) if mb.prefixes is None else mb.prefixes.tolist()
+        for number, ((start, stop), prefix) in enumerate(zip(pieces, prefixes, strict=True)):
+            before = slice(*pieces[prefix]) if prefix >= 0 else slice(0)
+            length = len(mb.token_ids[before])
+            assert mb.position_ids[start:stop].tolist() == list(range(length, length + stop - start))
+            if mb.prompt_ids[start] >= 0 and number not in prefixes:
                 i = (int(mb.prompt_ids[start]) - 100) * 4 + int(mb.sample_indices[start])
-                assert torch.equal(mb.token_ids[start:stop], rollouts[i].token_ids)
-                found += 1
+                assert torch.equal(torch.cat([mb.token_ids[before], mb.token_ids[start:stop]]), rollouts[i].token_ids)
+                found, shared = found + 1, shared + (prefix >= 0)
     assert found == sum(mb.num_sequences for mb in micro_batches(batch)) > 0
+    assert (shared > 0) == one_prompt
 
 
 def test_no_empty_micro_batch_while_another_has_two() -> None:
@@ -190,7 +268,7 @@ def test_empty_micro_batch_is_valid() -> None:
 
 def test_balance_and_smallest_count() -> None:
     # 12 sequences of 20 tokens, 60 fit: 4 micro-batches alone, 2 on each of two ranks
-    config = make_config(prompts=1, per_minibatch=1, samples=12, budget=63)
+    config = make_config(prompts=1, per_minibatch=1, samples=12, budget=63, share_prompts=False)
     rollouts = [make_rollout(0, s, [1] * 5, [2] * 15) for s in range(12)]
     for dp_size, count in ((1, 4), (2, 2)):
         for rank in range(dp_size):
@@ -205,7 +283,7 @@ def test_balance_and_smallest_count() -> None:
     }
     # lengths 20, 5, 5 over two micro-batches: 20 | 10, imbalance 20/15 - 1; equal lengths pad 10 to 20
     rollouts = [make_rollout(0, s, [1] * 4, [2] * n) for s, n in enumerate((16, 1, 1))]
-    config = make_config(prompts=1, per_minibatch=1, samples=3, budget=300)
+    config = make_config(prompts=1, per_minibatch=1, samples=3, budget=300, share_prompts=False)
     batch = pack(
         rollouts, torch.zeros(3), config, step=0, dp_rank=0, dp_size=1, num_micro_batches=2, equal_lengths=True
     )

@@ -10,6 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_rl.policy.attention import packed_sequences
 from megatron_rl.policy.build import Model
 from megatron_rl.types import MicroBatch, MiniBatch
 
@@ -36,7 +37,7 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction,
             micro_batch.token_ids[None],
             micro_batch.position_ids[None],
             None,
-            packed_seq_params=_packed(micro_batch, model.config.context_parallel_size),
+            packed_seq_params=_packed(micro_batch, model),
             **options,
         )
 
@@ -59,8 +60,11 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction,
     )
 
 
-def _packed(micro_batch: MicroBatch, context_size: int) -> PackedSeqParams:
+def _packed(micro_batch: MicroBatch, model: Model) -> PackedSeqParams:
     """Boundaries of the whole sequences. Padding inside them counts as tokens, whose keys no real query can see."""
+    context_size = model.config.context_parallel_size
+    if model.inv_freq is not None:
+        return packed_sequences(micro_batch, model.inv_freq, context_size)
     cu_seqlens = micro_batch.cu_seqlens * context_size
     # the true longest sequence: Megatron takes a RoPE table as long as the whole pack for per-token positions
     longest = int(cu_seqlens.diff().max())
