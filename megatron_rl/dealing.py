@@ -19,18 +19,22 @@ class Work:
     groups: dict[int, int]  # sample -> its group, of those that share what they begin with; empty: nothing is shared
     prefixes: dict[int, int]  # group -> tokens that a micro-batch computes once for all its samples of the group
 
-    def shared(self, chosen: list[int]) -> dict[int, int]:
-        """group -> samples, of the groups with several samples in a micro-batch of the `chosen`."""
-        counts: dict[int, int] = {}
-        for i in chosen:
-            if i in self.groups:
-                counts[self.groups[i]] = counts.get(self.groups[i], 0) + 1
-        return {group: count for group, count in counts.items() if count > 1}
+    def shared(self, chosen: list[int]) -> set[int]:
+        """The groups with several samples in a micro-batch of the `chosen`."""
+        groups = [self.groups[i] for i in chosen if i in self.groups]
+        return {group for group in set(groups) if groups.count(group) > 1}
 
     def load(self, chosen: list[int]) -> int:
         """Tokens of a micro-batch."""
-        saved = sum((count - 1) * self.prefixes[group] for group, count in self.shared(chosen).items())
-        return sum(self.lengths[i] for i in chosen) - saved
+        total, seen = 0, set[int]()
+        for i in chosen:
+            total += self.lengths[i]
+            group = self.groups.get(i)
+            if group in seen:
+                total -= self.prefixes[group]
+            elif group is not None:
+                seen.add(group)
+        return total
 
 
 def deal(
