@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +16,10 @@ class Work:
     """Tokens to compute. Samples are known by their index in the step."""
 
     lengths: dict[int, int]  # of each sample alone
-    groups: dict[int, int]  # sample -> its group, of those that share what they begin with; empty: nothing is shared
-    prefixes: dict[int, int]  # group -> tokens that a micro-batch computes once for all its samples of the group
+    groups: dict[int, int] = field(
+        default_factory=dict
+    )  # sample -> its group, of those that share what they begin with
+    prefixes: dict[int, int] = field(default_factory=dict)  # group -> tokens that its samples in a micro-batch share
 
     def shared(self, chosen: list[int]) -> set[int]:
         """The groups with several samples in a micro-batch of the `chosen`."""

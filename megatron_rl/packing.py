@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.algorithms.aggregation import token_weights
 from megatron_rl.config import Config
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.dealing import Work, deal
-from megatron_rl.packing_checks import check_groups, check_rollouts, listed, named
+from megatron_rl.micro_batch import Samples, micro_batch
 from megatron_rl.parallel.context import local_tokens
 from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
@@ -99,8 +98,8 @@ def pack(
     `rollouts`: the step's full list, the same on every rank, ordered by prompt then sample. `advantages`: `[B]` float,
     one per rollout. Mini-batch j holds the j-th run of `train.prompts_per_minibatch` groups. Micro-batches stay within
     `train.micro_batch_tokens` (padding included), and every rank gets the same number of them per mini-batch, the
-    smallest that longest-processing-time balancing fits. With `train.share_prompts` the samples of a group that meet in
-    a micro-batch have their prompt in common (`MicroBatch.prefixes`). `pad_multiple`: micro-batch lengths, over all
+    smallest that longest-processing-time balancing fits. With `train.share_prompts` they hold predictions alone, and
+    what the model computes for them is `MicroBatch.inputs`. `pad_multiple`: micro-batch lengths, over all
     context-parallel ranks, are multiples of it (sequence and context parallelism). `equal_lengths`: one length for all
     micro-batches of a mini-batch on this rank (pipeline parallelism). The count per mini-batch is a multiple of
     `count_multiple` (virtual pipeline stages), or forced by `num_micro_batches`.
@@ -123,15 +122,15 @@ def pack(
         constant_length=config.rollout.max_response_tokens,
         stride=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
     )
-    check_groups(rollouts, config)
-    check_rollouts(rollouts, layout, may_be_masked=config.algorithm.overlong.filter)
+    _check_groups(rollouts, config)
+    _check_rollouts(rollouts, layout, may_be_masked=config.algorithm.overlong.filter)
     if advantages.shape != (len(rollouts),):
         raise ValueError(
             f"advantages: got shape {tuple(advantages.shape)}, expected [{len(rollouts)}], one per rollout"
         )
     if not torch.isfinite(advantages).all():
-        bad = [named(rollouts[i]) for i in torch.nonzero(~torch.isfinite(advantages)).flatten().tolist()]
-        raise ValueError(f"advantages are not finite for {listed(bad)}; look at the rewards of these groups")
+        bad = [_name(rollouts[i]) for i in torch.nonzero(~torch.isfinite(advantages)).flatten().tolist()]
+        raise ValueError(f"advantages are not finite for {_listed(bad)}; look at the rewards of these groups")
     size = config.train.prompts_per_minibatch * config.rollout.samples_per_prompt
     mini_batches = tuple(
         _pack_minibatch(index, range(start, start + size), rollouts, advantages, layout)
@@ -179,17 +178,18 @@ def pack_supervised(
     )
     if not rollouts:
         raise ValueError("no sequences to pack: the supervised data set is empty")
-    check_rollouts(rollouts, layout, may_be_masked=False)
+    _check_rollouts(rollouts, layout, may_be_masked=False)
     return _pack_minibatch(index, range(len(rollouts)), rollouts, torch.ones(len(rollouts)), layout)
 
 
 def shares_prompts(config: Config) -> bool:
     """Whether the samples of a group compute their prompt once (train.share_prompts), where sequences are whole.
 
-    Exact: each sample keeps the prompt's last token, attention sees the rest through the prefix, and positions go on.
-    A GPU has no such path here: it would need an attention kernel that takes a shared prefix (a block mask, or two
-    calls merged by their log-sum-exp), which Transformer Engine's packed one does not. Under context parallelism the
-    two chunks of a rank would have to see a prefix that other ranks hold.
+    Exact: a sample's tokens attend to the prompt's keys and go on from its positions, and each sample predicts its
+    first token from the prompt's last output. A sample's last token, which predicts nothing, is left out. A GPU has no
+    such path here: it would need an attention kernel that takes a shared prefix (a block mask, or two calls merged by
+    their log-sum-exp), which Transformer Engine's packed one does not. Under context parallelism the two chunks of a
+    rank would have to see a prefix that other ranks hold.
     Raises: ConfigError when it is on and cannot work on this machine.
     Source: prefix grouping, arXiv 2506.05433.
     """
@@ -201,14 +201,14 @@ def shares_prompts(config: Config) -> bool:
 
 
 def computed(batch: TrainBatch) -> Tensor:
-    """int64 [4], of this rank's part: tokens without padding, a shared prompt counted once; pairs of such a token and
-    one that it attends to, itself included; positions, padding among them; response tokens that count."""
+    """int64 [4], of this rank's part: tokens computed, without padding; pairs of such a token and one that it attends
+    to, itself included; positions, padding among them; response tokens that count."""
     totals = []
-    for mini_batch in batch.minibatches():
-        for mb in mini_batch.micro_batches:
-            real = mb.token_ids_global >= 0
-            pairs = torch.where(real, mb.position_ids + 1, 0).sum()
-            totals.append(torch.stack([real.sum(), pairs, torch.full_like(pairs, len(real)), mb.loss_mask.sum()]))
+    for mb in (mb for mini_batch in batch.minibatches() for mb in mini_batch.micro_batches):
+        inputs = mb.model_inputs()
+        pairs = torch.where(inputs.real, inputs.position_ids + 1, 0).sum()
+        positions = torch.full_like(pairs, len(inputs.real))
+        totals.append(torch.stack([inputs.real.sum(), pairs, positions, mb.loss_mask.sum()]))
     return torch.stack(totals).sum(0)
 
 
@@ -221,8 +221,8 @@ def packing_metrics(batch: TrainBatch) -> dict[str, float]:
     """
     positions, tokens, count, imbalance = 0, 0, 0, 0.0
     for mini_batch in batch.minibatches():
-        filled = [int((mb.token_ids_global >= 0).sum()) for mb in mini_batch.micro_batches]
-        positions += sum(len(mb.token_ids) for mb in mini_batch.micro_batches)
+        filled = [int(mb.model_inputs().real.sum()) for mb in mini_batch.micro_batches]
+        positions += sum(len(mb.model_inputs().token_ids) for mb in mini_batch.micro_batches)
         tokens += sum(filled)
         count += len(filled)
         if sum(filled):
@@ -238,9 +238,8 @@ def packing_metrics(batch: TrainBatch) -> dict[str, float]:
 def _pack_minibatch(
     index: int, members: range, rollouts: list[Rollout], advantages: Tensor, layout: Layout
 ) -> MiniBatch:
-    source = _source(members, rollouts, advantages)
-    groups, prefixes = _shared_prompts(source) if layout.share_prompts else ({}, {})
-    work = Work({i: layout.padded(length) for i, length in source.lengths.items()}, groups, prefixes)
+    samples = Samples.of(members, rollouts, advantages)
+    work = samples.work() if layout.share_prompts else Work({i: layout.padded(n) for i, n in samples.lengths.items()})
     bins = deal(
         work,
         layout.capacity,
@@ -255,124 +254,9 @@ def _pack_minibatch(
     for chosen, total in zip(bins, totals, strict=True):
         wanted = max(1, longest if layout.equal_lengths else total)
         padded = -(-wanted // layout.pad_multiple) * layout.pad_multiple
-        whole = _micro_batch(chosen, work, padded, source, layout)
+        whole = micro_batch(chosen, samples, padded, layout, work if layout.share_prompts else None)
         micro_batches.append(whole if layout.cp_size == 1 else _context_part(whole, layout))
     return MiniBatch(index, tuple(micro_batches))
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A mini-batch's samples one behind the other, `[N]` tokens, from which micro-batches pick."""
-
-    starts: dict[int, int]  # index of the sample in the step -> where it begins
-    lengths: dict[int, int]
-    token_ids: Tensor
-    loss_mask: Tensor
-    rollout_logprobs: Tensor
-    response_positions: Tensor  # which token of its response, from 0; -1 before it
-    advantages: Tensor
-    indices: Tensor  # of the sample in the step
-    prompt_ids: Tensor
-    sample_indices: Tensor
-
-
-def _source(members: range, rollouts: list[Rollout], advantages: Tensor) -> _Source:
-    chosen = [rollouts[i] for i in members]
-    sizes = [len(rollout.token_ids) for rollout in chosen]
-    lengths, loss_mask = torch.tensor(sizes), torch.cat([rollout.loss_mask for rollout in chosen])
-    starts, counted = lengths.cumsum(0) - lengths, loss_mask.cumsum(0)
-    owners = torch.tensor([(i, rollouts[i].prompt_id, rollouts[i].sample_index) for i in members])
-    return _Source(
-        dict(zip(members, starts.tolist(), strict=True)),
-        dict(zip(members, sizes, strict=True)),
-        torch.cat([rollout.token_ids for rollout in chosen]),
-        loss_mask,
-        torch.cat([rollout.rollout_logprobs for rollout in chosen]),
-        counted - 1 - (counted - loss_mask.long())[starts].repeat_interleave(lengths),
-        advantages[members.start : members.stop].float().repeat_interleave(lengths),
-        *owners.repeat_interleave(lengths, dim=0).unbind(1),
-    )
-
-
-def _shared_prompts(source: _Source) -> tuple[dict[int, int], dict[int, int]]:
-    """sample -> group, and group -> the tokens that all its samples begin with and that predict nothing which counts:
-    the prompt but its last token, whose prediction differs between the samples."""
-    room = {i: length - 1 for i, length in source.lengths.items()}  # what is left for a prefix
-    firsts = (source.loss_mask & (source.response_positions == 0)).nonzero()[:, 0]
-    for i, at in zip(source.indices[firsts].tolist(), firsts.tolist(), strict=True):
-        room[i] = at - source.starts[i] - 1
-    samples: dict[int, list[int]] = {}
-    for i, start in source.starts.items():
-        samples.setdefault(int(source.prompt_ids[start]), []).append(i)
-    groups: dict[int, int] = {}
-    prefixes: dict[int, int] = {}
-    for group, members in samples.items():
-        starts, length = torch.tensor([source.starts[i] for i in members]), min(room[i] for i in members)
-        rows = source.token_ids[starts[:, None] + torch.arange(length)]
-        # responses without a counted token leave room for more than the prompt
-        prefixes[group] = int((rows == rows[0]).all(0).cumprod(0).sum())
-        groups.update(dict.fromkeys(members, group) if prefixes[group] else {})
-    return groups, prefixes
-
-
-def _sequences(chosen: list[int], work: Work, source: _Source) -> list[tuple[int, int, int, int, int]]:
-    """Of a micro-batch, shared prefixes before the samples that share them: (where it begins in the source, tokens, how
-    many of them predict the next one, position of the first, the sequence that is its prefix or -1)."""
-    found: list[tuple[int, int, int, int, int]] = []
-    shared, at = work.shared(chosen), dict[int, int]()
-    for i in chosen:
-        group, start, length = work.groups.get(i, -1), source.starts[i], source.lengths[i]
-        skip = work.prefixes[group] if group in shared else 0
-        if skip and group not in at:
-            at[group] = len(found)
-            found.append((start, skip, 0, 0, -1))
-        found.append((start + skip, length - skip, length - skip - 1, skip, at[group] if skip else -1))
-    return found
-
-
-def _micro_batch(chosen: list[int], work: Work, length: int, source: _Source, layout: Layout) -> MicroBatch:
-    sequences = _sequences(chosen, work, source)
-    widths = [layout.padded(tokens) for _, tokens, *_ in sequences]
-    if sum(widths) < length:
-        sequences.append((0, 0, 0, 0, -1))  # padding
-        widths.append(length - sum(widths))
-    begin, tokens, predict, position, prefixes = torch.tensor(sequences).unbind(1)
-    width = torch.tensor(widths)
-    which = torch.arange(len(widths)).repeat_interleave(width)
-    ends = width.cumsum(0)
-    offset = torch.arange(length) - (ends - width)[which]
-    real, predicting = offset < tokens[which], offset < predict[which]
-    at = torch.where(real, begin[which] + offset, 0)
-    label_at = torch.where(predicting, at + 1, 0)
-    loss_mask = predicting & source.loss_mask[label_at]
-    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
-    weights, denominator = token_weights(layout.aggregation, loss_mask, cu_seqlens, layout.constant_length)
-    position_ids = position[which] + offset
-
-    def of_labels(values: Tensor) -> Tensor:
-        return torch.where(loss_mask, values[label_at], 0)
-
-    def of_tokens(values: Tensor, padding: int) -> Tensor:
-        return torch.where(real, values[at], padding)
-
-    return MicroBatch(
-        token_ids=of_tokens(source.token_ids, 0),
-        labels=of_labels(source.token_ids),
-        position_ids=position_ids,
-        response_positions=of_labels(source.response_positions),
-        cu_seqlens=cu_seqlens,
-        prefixes=prefixes if bool((prefixes >= 0).any()) else None,
-        loss_mask=loss_mask,
-        advantages=of_labels(source.advantages),
-        rollout_logprobs=of_labels(source.rollout_logprobs),
-        token_weights=weights,
-        prompt_ids=of_tokens(source.prompt_ids, -1),
-        sample_indices=of_tokens(source.sample_indices, -1),
-        # position 0 is never a label, so no two coincide
-        token_ids_global=torch.where(real, source.indices[at] * layout.stride + position_ids + 1, -1),
-        loss_denominator=denominator,
-        num_sequences=len(chosen),
-    )
 
 
 def _context_part(whole: MicroBatch, layout: Layout) -> MicroBatch:
@@ -395,3 +279,61 @@ def _as_rollout(index: int, prompt: Sequence[int], response: Sequence[int]) -> R
         finish_reason="stop",
         weight_version=0,
     )
+
+
+def _check_groups(rollouts: list[Rollout], config: Config) -> None:
+    groups, samples = config.train.prompts_per_step, config.rollout.samples_per_prompt
+    if len(rollouts) != groups * samples:
+        raise ValueError(
+            f"got {len(rollouts)} rollouts, expected {groups * samples} "
+            f"(train.prompts_per_step={groups} * rollout.samples_per_prompt={samples})"
+        )
+    for start in range(0, len(rollouts), samples):
+        group = rollouts[start : start + samples]
+        order = [r.sample_index for r in group]
+        if len({r.prompt_id for r in group}) > 1 or order != sorted(set(order)):
+            raise ValueError(
+                f"rollouts {start} to {start + samples - 1} are {_listed([_name(r) for r in group])}; expected "
+                f"{samples} "
+                "samples of one prompt with ascending sample_index: order the list by prompt, then sample"
+            )
+
+
+def _check_rollouts(rollouts: list[Rollout], layout: Layout, *, may_be_masked: bool) -> None:
+    """`may_be_masked`: overlong filtering may have cleared the loss_mask of a response that was cut."""
+    faults = []
+    for rollout in rollouts:
+        length = len(rollout.token_ids)
+        if rollout.loss_mask.shape != (length,) or rollout.rollout_logprobs.shape != (length,):
+            faults.append(
+                f"{_name(rollout)}: token_ids, loss_mask and rollout_logprobs have {length}, "
+                f"{len(rollout.loss_mask)} and "
+                f"{len(rollout.rollout_logprobs)} entries; expected equal lengths"
+            )
+        elif length == 0:
+            faults.append(f"{_name(rollout)}: no tokens")
+        elif not rollout.loss_mask.any() and not (may_be_masked and rollout.finish_reason == "length"):
+            faults.append(f"{_name(rollout)}: the response has length 0 (loss_mask is False everywhere)")
+        elif rollout.loss_mask[0]:
+            faults.append(
+                f"{_name(rollout)}: the response starts at token 0; no position predicts it, so give a prompt"
+            )
+        elif layout.padded(length) > layout.capacity:
+            faults.append(
+                f"{_name(rollout)}: {layout.padded(length)} tokens exceed micro_batch_tokens={layout.budget} "
+                f"(of which {layout.capacity} are usable with lengths padded to a multiple of {layout.pad_multiple})"
+            )
+        elif length > layout.stride:
+            faults.append(
+                f"{_name(rollout)}: {length} tokens exceed max_prompt_tokens + max_response_tokens = {layout.stride}"
+            )
+    if faults:
+        raise ValueError("rollouts cannot be packed: " + _listed(faults))
+
+
+def _name(rollout: Rollout) -> str:
+    return f"(prompt_id={rollout.prompt_id}, sample_index={rollout.sample_index})"
+
+
+def _listed(items: list[str], most: int = 8) -> str:
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

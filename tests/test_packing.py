@@ -16,7 +16,7 @@ def make_config(
     per_minibatch: int = 3,
     samples: int = 4,
     budget: int = 64,
-    share_prompts: bool = True,
+    share_prompts: bool = False,
     **sections: dict[str, object],
 ) -> Config:
     tiny = {
@@ -116,41 +116,49 @@ def test_two_sequences_over_two_context_parallel_ranks_by_hand() -> None:
 
 
 def test_a_shared_prompt_by_hand() -> None:
-    """Tokens 11 and 12 once, 13 for each sample, because what follows it differs; another prompt alone stays whole."""
+    """The model computes the prompt 11 12 13 once and no last tokens; the micro-batch holds the three predictions."""
     loss = {"type": "ppo_clip", "aggregation": "seq_mean_token_mean"}
-    config = make_config(prompts=1, per_minibatch=1, samples=2, budget=30, loss=loss)
-    rollouts = [make_rollout(7, 0, [11, 12, 13], [14, 15]), make_rollout(7, 1, [11, 12, 13], [14])]
-    (mb,) = micro_batches(
-        pack(rollouts, torch.tensor([0.5, -2.0]), config, step=3, dp_rank=0, dp_size=1, pad_multiple=8)
-    )
-    assert mb.token_ids.tolist() == [11, 12, 13, 14, 15, 13, 14, 0]
-    assert mb.labels.tolist() == [0, 0, 14, 15, 0, 14, 0, 0]
-    assert mb.loss_mask.tolist() == [False, False, True, True, False, True, False, False]
-    assert mb.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 0]
-    assert mb.response_positions.tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
-    assert mb.cu_seqlens.tolist() == [0, 2, 5, 7, 8]
-    assert mb.prefixes is not None and mb.prefixes.tolist() == [-1, 0, 0, -1]
-    torch.testing.assert_close(mb.rollout_logprobs, torch.tensor([0, 0, -0.3, -0.4, 0, -0.3, 0, 0]))
-    assert mb.advantages.tolist() == [0, 0, 0.5, 0.5, 0, -2, 0, 0]
-    assert mb.token_ids_global.tolist() == [1, 2, 3, 4, 5, 33, 34, -1]
-    assert mb.sample_indices.tolist() == [0, 0, 0, 0, 0, 1, 1, -1]
-    torch.testing.assert_close(mb.token_weights, torch.tensor([0, 0, 0.5, 0.5, 0, 1, 0, 0]))
+    config = make_config(prompts=1, per_minibatch=1, samples=2, budget=30, share_prompts=True, loss=loss)
+    rollouts = [make_rollout(7, 0, [11, 12, 13], [14, 15]), make_rollout(7, 1, [11, 12, 13], [16])]
+    options = {"step": 3, "dp_rank": 0, "dp_size": 1}
+    (mb,) = micro_batches(pack(rollouts, torch.tensor([0.5, -2.0]), config, pad_multiple=8, **options))
+    inputs = mb.model_inputs()
+    assert inputs.token_ids.tolist() == [11, 12, 13, 14, 0, 0, 0, 0]
+    assert inputs.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert inputs.real.tolist() == [True] * 4 + [False] * 4
+    assert inputs.cu_seqlens.tolist() == [0, 3, 4, 8]
+    assert inputs.prefixes is not None and inputs.prefixes.tolist() == [-1, 0, -1]
+    assert inputs.rows is not None and inputs.rows.tolist() == [2, 3, 2]
+    assert mb.token_ids.tolist() == [13, 14, 13] and mb.labels.tolist() == [14, 15, 16]
+    assert mb.loss_mask.tolist() == [True] * 3 and mb.cu_seqlens.tolist() == [0, 2, 3]
+    assert mb.position_ids.tolist() == [2, 3, 2] and mb.response_positions.tolist() == [0, 1, 0]
+    torch.testing.assert_close(mb.rollout_logprobs, torch.tensor([-0.3, -0.4, -0.3]))
+    assert mb.advantages.tolist() == [0.5, 0.5, -2] and mb.token_weights.tolist() == [0.5, 0.5, 1]
+    assert mb.token_ids_global.tolist() == [3, 4, 33]
     assert (mb.loss_denominator, mb.num_sequences, mb.num_tokens) == (2, 2, 3)
-    apart = pack(rollouts, torch.zeros(2), config, step=3, dp_rank=0, dp_size=1, num_micro_batches=2)
-    assert [(len(m.token_ids), m.prefixes) for m in micro_batches(apart)] == [(5, None), (4, None)]
-    # tokens; pairs 1+2 + 3+4+5 + 3+4; positions; response tokens
-    assert computed(TrainBatch(3, (MiniBatch(0, (mb,)),))).tolist() == [7, 22, 8, 3]
+    # tokens; pairs 1 + 2 + 3 + 4; positions; response tokens
+    assert computed(TrainBatch(3, (MiniBatch(0, (mb,)),))).tolist() == [4, 10, 8, 3]
+    longer = [make_rollout(7, s, [11, 12, 13], [14 + s, 16, 17]) for s in (0, 1)]
+    apart = pack(longer, torch.zeros(2), config, num_micro_batches=2, **options)
+    parts = [mb.model_inputs() for mb in micro_batches(apart)]
+    assert [part.token_ids.tolist() for part in parts] == [[11, 12, 13, 14, 16], [11, 12, 13, 15, 16]]
+    assert [part.rows.tolist() for part in parts] == [[2, 3, 4]] * 2  # type: ignore
+    assert [part.prefixes for part in parts] == [None, None]
 
 
-def test_what_predicts_a_counted_token_is_never_shared() -> None:
-    """Where overlong filtering left nothing of a group that counts, beginnings of responses may be shared as well."""
-    config = make_config(prompts=1, per_minibatch=1, samples=2, algorithm={"overlong": {"filter": True}})
-    rollouts = [make_rollout(7, s, [11, 12], [13, 14 + s]) for s in range(2)]
-    (mb,) = micro_batches(pack(rollouts, torch.zeros(2), config, step=0, dp_rank=0, dp_size=1))
-    assert mb.token_ids.tolist() == [11, 12, 13, 14, 12, 13, 15]
+def test_a_sample_of_which_nothing_counts_is_not_computed() -> None:
+    config = make_config(
+        prompts=1, per_minibatch=1, samples=3, share_prompts=True, algorithm={"overlong": {"filter": True}}
+    )
+    rollouts = [make_rollout(7, s, [11, 12], [13, 14 + s]) for s in range(3)]
     cut = [r.replace(loss_mask=torch.zeros(4, dtype=torch.bool), finish_reason="length") for r in rollouts]
-    (mb,) = micro_batches(pack(cut, torch.zeros(2), config, step=0, dp_rank=0, dp_size=1))
-    assert mb.token_ids.tolist() == [11, 12, 13, 14, 15] and mb.cu_seqlens.tolist() == [0, 3, 4, 5]
+    options = {"step": 0, "dp_rank": 0, "dp_size": 1}
+    (mb,) = micro_batches(pack([rollouts[0], cut[1], rollouts[2]], torch.ones(3), config, **options))
+    assert mb.model_inputs().token_ids.tolist() == [11, 12, 13, 13] and mb.labels.tolist() == [13, 14, 13, 16]
+    assert (mb.num_sequences, mb.loss_denominator) == (3, 4)
+    (mb,) = micro_batches(pack(cut, torch.ones(3), config, pad_multiple=4, **options))
+    assert mb.model_inputs().real.tolist() == [False] * 4 and mb.model_inputs().rows.tolist() == [0]  # type: ignore
+    assert mb.loss_mask.tolist() == [False] and (mb.num_sequences, mb.loss_denominator) == (3, 0)
 
 
 def test_groups_stay_together_as_far_as_that_balances() -> None:
@@ -182,12 +190,12 @@ def test_interleaved_pipelines_get_a_multiple_of_micro_batches() -> None:
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
 @pytest.mark.parametrize("forced", [None, 4, 9])
 @pytest.mark.parametrize(("pad_multiple", "equal_lengths"), [(1, False), (8, False), (8, True)])
-@pytest.mark.parametrize("one_prompt", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
 def test_every_token_exactly_once(
-    dp_size: int, forced: int | None, pad_multiple: int, equal_lengths: bool, one_prompt: bool
+    dp_size: int, forced: int | None, pad_multiple: int, equal_lengths: bool, shared: bool
 ) -> None:
-    config = make_config(budget=64 if forced is None else 300)
-    rollouts = make_rollouts(config, one_prompt=one_prompt)
+    config = make_config(budget=64 if forced is None else 300, share_prompts=shared)
+    rollouts = make_rollouts(config, one_prompt=shared)
     advantages = torch.arange(len(rollouts)) - 5.5
     ranks = [
         pack(rollouts, advantages, config, step=0, dp_rank=rank, dp_size=dp_size, pad_multiple=pad_multiple,
@@ -200,7 +208,7 @@ def test_every_token_exactly_once(
         assert forced is None or len(minis[0].micro_batches) == forced
         seen: dict[int, tuple[int, float, float, int, int]] = {}
         for mini in minis:
-            sizes = [len(mb.token_ids) for mb in mini.micro_batches]
+            sizes = [len(mb.model_inputs().token_ids) for mb in mini.micro_batches]
             assert all(size % pad_multiple == 0 and size <= config.train.micro_batch_tokens for size in sizes)
             assert not equal_lengths or len(set(sizes)) == 1
             for mb in mini.micro_batches:
@@ -222,26 +230,42 @@ def test_every_token_exactly_once(
         assert seen == expected
 
 
-@pytest.mark.parametrize("one_prompt", [False, True])
-def test_sequences_stay_whole_and_ordered(one_prompt: bool) -> None:
-    """With its prefix, each is its rollout, and its positions go on from the prefix."""
+def test_sequences_stay_whole_and_ordered() -> None:
     config = make_config()
-    rollouts = make_rollouts(config, one_prompt=one_prompt)
+    rollouts = make_rollouts(config)
     batch = pack(rollouts, torch.zeros(24), config, step=0, dp_rank=1, dp_size=2, pad_multiple=16)
-    found = shared = 0
+    found = 0
     for mb in micro_batches(batch):
-        pieces = list(itertools.pairwise(mb.cu_seqlens.tolist()))
-        prefixes = [-1] * len(pieces) if mb.prefixes is None else mb.prefixes.tolist()
-        for number, ((start, stop), prefix) in enumerate(zip(pieces, prefixes, strict=True)):
-            before = slice(*pieces[prefix]) if prefix >= 0 else slice(0)
-            length = len(mb.token_ids[before])
-            assert mb.position_ids[start:stop].tolist() == list(range(length, length + stop - start))
-            if mb.prompt_ids[start] >= 0 and number not in prefixes:
+        for start, stop in zip(mb.cu_seqlens[:-1].tolist(), mb.cu_seqlens[1:].tolist(), strict=True):
+            assert mb.position_ids[start:stop].tolist() == list(range(stop - start))
+            if mb.prompt_ids[start] >= 0:
                 i = (int(mb.prompt_ids[start]) - 100) * 4 + int(mb.sample_indices[start])
-                assert torch.equal(torch.cat([mb.token_ids[before], mb.token_ids[start:stop]]), rollouts[i].token_ids)
-                found, shared = found + 1, shared + (prefix >= 0)
+                assert torch.equal(mb.token_ids[start:stop], rollouts[i].token_ids)
+                found += 1
     assert found == sum(mb.num_sequences for mb in micro_batches(batch)) > 0
-    assert (shared > 0) == one_prompt
+
+
+@pytest.mark.parametrize("forced", [None, 2])
+def test_shared_inputs_are_the_samples_without_their_last_tokens(forced: int | None) -> None:
+    """A sequence behind its prefix is a sample's beginning, and each prediction is made where its token is."""
+    config = make_config(budget=96, share_prompts=True)
+    rollouts = make_rollouts(config, one_prompt=True)
+    options = {"step": 0, "dp_rank": 1, "dp_size": 2, "pad_multiple": 16, "num_micro_batches": forced}
+    whole = {tuple(rollout.token_ids[:-1].tolist()) for rollout in rollouts}
+    shared = 0
+    for mb in micro_batches(pack(rollouts, torch.zeros(24), config, **options)):
+        inputs = mb.model_inputs()
+        assert inputs.rows is not None and torch.equal(inputs.token_ids[inputs.rows], mb.token_ids)
+        assert torch.equal(inputs.position_ids[inputs.rows], mb.position_ids)
+        pieces = list(itertools.pairwise(inputs.cu_seqlens.tolist()))
+        prefixes = [-1] * len(pieces) if inputs.prefixes is None else inputs.prefixes.tolist()
+        for number, ((start, stop), prefix) in enumerate(zip(pieces, prefixes, strict=True)):
+            before = inputs.token_ids[slice(*pieces[prefix]) if prefix >= 0 else slice(0)]
+            assert inputs.position_ids[start:stop].tolist() == list(range(len(before), len(before) + stop - start))
+            if inputs.real[start] and number not in prefixes:
+                assert tuple(torch.cat([before, inputs.token_ids[start:stop]]).tolist()) in whole
+            shared += prefix >= 0
+    assert shared > 4
 
 
 def test_no_empty_micro_batch_while_another_has_two() -> None:
@@ -268,7 +292,7 @@ def test_empty_micro_batch_is_valid() -> None:
 
 def test_balance_and_smallest_count() -> None:
     # 12 sequences of 20 tokens, 60 fit: 4 micro-batches alone, 2 on each of two ranks
-    config = make_config(prompts=1, per_minibatch=1, samples=12, budget=63, share_prompts=False)
+    config = make_config(prompts=1, per_minibatch=1, samples=12, budget=63)
     rollouts = [make_rollout(0, s, [1] * 5, [2] * 15) for s in range(12)]
     for dp_size, count in ((1, 4), (2, 2)):
         for rank in range(dp_size):
@@ -283,7 +307,7 @@ def test_balance_and_smallest_count() -> None:
     }
     # lengths 20, 5, 5 over two micro-batches: 20 | 10, imbalance 20/15 - 1; equal lengths pad 10 to 20
     rollouts = [make_rollout(0, s, [1] * 4, [2] * n) for s, n in enumerate((16, 1, 1))]
-    config = make_config(prompts=1, per_minibatch=1, samples=3, budget=300, share_prompts=False)
+    config = make_config(prompts=1, per_minibatch=1, samples=3, budget=300)
     batch = pack(
         rollouts, torch.zeros(3), config, step=0, dp_rank=0, dp_size=1, num_micro_batches=2, equal_lengths=True
     )

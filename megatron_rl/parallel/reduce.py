@@ -112,7 +112,7 @@ class Reducer:
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         padded[: payload.numel()] = payload
         rows, rank = self._gather(padded).cpu().numpy(), dist.get_rank(self.group)
-        return [value if i == rank else pickle.loads(rows[i, :size]) for i, size in enumerate(sizes)]
+        return [value if i == rank else pickle.loads(rows[i, :size].data) for i, size in enumerate(sizes)]
 
     def _gather(self, values: Tensor) -> Tensor:
         """`[ranks, *values.shape]`."""
@@ -125,7 +125,12 @@ class _Pickler(pickle.Pickler):
     """Tensors on the host as their bytes: torch writes each as an archive of its own, 20 times slower when small."""
 
     def reducer_override(self, value: Any) -> Any:
-        if type(value) is not Tensor or value.device.type != "cpu" or value.requires_grad or value.layout != torch.strided:
+        if (
+            type(value) is not Tensor
+            or value.device.type != "cpu"
+            or value.requires_grad
+            or value.layout != torch.strided
+        ):
             return NotImplemented
         data = value.contiguous().view(-1).view(torch.uint8) if value.numel() else value
         return _tensor, (data.numpy().tobytes(), value.dtype, tuple(value.shape))

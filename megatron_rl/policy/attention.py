@@ -18,26 +18,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_rl.parallel.context import gather_tokens, local_tokens
-from megatron_rl.types import MicroBatch
+from megatron_rl.types import Inputs
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """A micro-batch as PackedAttention takes it: what all layers share is computed once."""
+    """A micro-batch's inputs as PackedAttention takes them: what all layers share is computed once."""
 
     cos: Tensor | None = None  # [T, 1, d/2] float32, of the rotary angles of this rank's tokens
     sin: Tensor | None = None
-    prefixes: Tensor | None = None  # see MicroBatch
+    prefixes: Tensor | None = None  # see Inputs
     rows: _Rows | None = None  # made by the first layer, which knows how many heads this rank has
 
 
-def packed_sequences(micro_batch: MicroBatch, inv_freq: Tensor, context_size: int) -> PackedSequences:
+def packed_sequences(inputs: Inputs, inv_freq: Tensor, context_size: int) -> PackedSequences:
     """`inv_freq`: `[d/2]`, the inverse frequencies of the rotary embedding."""
-    cu_seqlens = micro_batch.cu_seqlens * context_size
-    angles = torch.outer(micro_batch.position_ids.to(inv_freq.dtype), inv_freq)[:, None]
-    return PackedSequences(
-        "thd", cu_seqlens, cu_seqlens, cos=angles.cos(), sin=angles.sin(), prefixes=micro_batch.prefixes
-    )
+    cu_seqlens = inputs.cu_seqlens * context_size
+    angles = torch.outer(inputs.position_ids.to(inv_freq.dtype), inv_freq)[:, None]
+    return PackedSequences("thd", cu_seqlens, cu_seqlens, cos=angles.cos(), sin=angles.sin(), prefixes=inputs.prefixes)
 
 
 class PackedAttention(MegatronModule):
