@@ -193,6 +193,11 @@ class TrainConfig(Section):
     micro_batch_tokens: PositiveInt = Field(
         4096, description="token budget of one packed micro-batch, over its context-parallel ranks together"
     )
+    share_prompts: Literal["auto"] | bool = Field(
+        "auto",
+        description="compute a prompt once for the samples of its group that meet in a micro-batch, and no tokens that "
+        "predict nothing; exact; auto: where it can work, on a CPU with parallel.cp=1",
+    )
     max_nonfinite_updates: NonNegativeInt = Field(
         3, description="updates in a row with a non-finite gradient that are skipped and counted before the run ends"
     )

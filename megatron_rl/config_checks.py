@@ -113,6 +113,11 @@ def _layout_faults(config: Config) -> list[str]:
         faults.append("parallel.sp=true needs parallel.tp > 1; set sp=false or raise tp")
     if parallel.vpp > 1 and parallel.pp == 1:
         faults.append(f"parallel.vpp={parallel.vpp} interleaves chunks of pipeline stages: raise pp, or set vpp=1")
+    if parallel.cp > 1 and config.train.share_prompts is True:
+        faults.append(
+            f"train.share_prompts=true with parallel.cp={parallel.cp}, which cuts sequences into chunks that cannot "
+            "see a shared prompt; set share_prompts=auto or cp=1"
+        )
     if parallel.cp > 1 and getattr(config.loss, "cov_scope", "minibatch") == "microbatch":
         faults.append(
             f"loss.cov_scope=microbatch ranks the tokens of one process, and parallel.cp={parallel.cp} spreads each "

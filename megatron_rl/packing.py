@@ -7,21 +7,23 @@ assignment changes where a token is computed, never its `token_ids_global`, its 
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import token_weights
+from megatron_rl import device
 from megatron_rl.config import Config
+from megatron_rl.config_checks import ConfigError
+from megatron_rl.dealing import Work, deal
+from megatron_rl.micro_batch import Samples, micro_batch
 from megatron_rl.parallel.context import local_tokens
 from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class Layout:
     """What decides the shape of a rank's micro-batches."""
 
     budget: int  # tokens of one micro-batch, padding included
@@ -33,11 +35,13 @@ class _Layout:
     equal_lengths: bool
     count_multiple: int
     num_micro_batches: int | None
+    share_prompts: bool
     aggregation: str
     constant_length: int
     stride: int  # token_ids_global = rollout index * stride + position; at least the longest sequence
 
     def __post_init__(self) -> None:
+        """Raises: ValueError for places and multiples that cannot be."""
         for name in ("dp", "cp"):
             rank, size = getattr(self, f"{name}_rank"), getattr(self, f"{name}_size")
             if not 0 <= rank < size:
@@ -94,15 +98,16 @@ def pack(
     `rollouts`: the step's full list, the same on every rank, ordered by prompt then sample. `advantages`: `[B]` float,
     one per rollout. Mini-batch j holds the j-th run of `train.prompts_per_minibatch` groups. Micro-batches stay within
     `train.micro_batch_tokens` (padding included), and every rank gets the same number of them per mini-batch, the
-    smallest that longest-processing-time balancing fits. `pad_multiple`: micro-batch lengths, over all context-parallel
-    ranks, are multiples of it (sequence and context parallelism). `equal_lengths`: one length for all micro-batches of
-    a mini-batch on this rank (pipeline parallelism). The count per mini-batch is a multiple of `count_multiple`
-    (virtual pipeline stages), or forced by `num_micro_batches`.
+    smallest that longest-processing-time balancing fits. With `train.share_prompts` they hold predictions alone, and
+    what the model computes for them is `MicroBatch.inputs`. `pad_multiple`: micro-batch lengths, over all
+    context-parallel ranks, are multiples of it (sequence and context parallelism). `equal_lengths`: one length for all
+    micro-batches of a mini-batch on this rank (pipeline parallelism). The count per mini-batch is a multiple of
+    `count_multiple` (virtual pipeline stages), or forced by `num_micro_batches`.
 
     Raises: ValueError, naming the rollouts, when groups are incomplete or out of order, a rollout is empty, has no
     response, exceeds the budget or the configured lengths, or an advantage is not finite.
     """
-    layout = _Layout(
+    layout = Layout(
         budget=config.train.micro_batch_tokens,
         dp_rank=dp_rank,
         dp_size=dp_size,
@@ -112,6 +117,7 @@ def pack(
         equal_lengths=equal_lengths,
         count_multiple=count_multiple,
         num_micro_batches=num_micro_batches,
+        share_prompts=cp_size == 1 and shares_prompts(config),
         aggregation=config.loss.aggregation,
         constant_length=config.rollout.max_response_tokens,
         stride=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
@@ -155,7 +161,7 @@ def pack_supervised(
     Raises: ValueError as `pack`.
     """
     rollouts = [_as_rollout(i, prompt, response) for i, (prompt, response) in enumerate(sequences)]
-    layout = _Layout(
+    layout = Layout(
         budget=micro_batch_tokens,
         dp_rank=dp_rank,
         dp_size=dp_size,
@@ -165,6 +171,7 @@ def pack_supervised(
         equal_lengths=equal_lengths,
         count_multiple=count_multiple,
         num_micro_batches=num_micro_batches,
+        share_prompts=False,
         aggregation="token_mean",
         constant_length=micro_batch_tokens,
         stride=max((len(r.token_ids) for r in rollouts), default=0),
@@ -173,6 +180,36 @@ def pack_supervised(
         raise ValueError("no sequences to pack: the supervised data set is empty")
     _check_rollouts(rollouts, layout, may_be_masked=False)
     return _pack_minibatch(index, range(len(rollouts)), rollouts, torch.ones(len(rollouts)), layout)
+
+
+def shares_prompts(config: Config) -> bool:
+    """Whether the samples of a group compute their prompt once (train.share_prompts), where sequences are whole.
+
+    Exact: a sample's tokens attend to the prompt's keys and go on from its positions, and each sample predicts its
+    first token from the prompt's last output. A sample's last token, which predicts nothing, is left out. A GPU has no
+    such path here: it would need an attention kernel that takes a shared prefix (a block mask, or two calls merged by
+    their log-sum-exp), which Transformer Engine's packed one does not. Under context parallelism the two chunks of a
+    rank would have to see a prefix that other ranks hold.
+    Raises: ConfigError when it is on and cannot work on this machine.
+    Source: prefix grouping, arXiv 2506.05433.
+    """
+    if config.train.share_prompts is True and device.ON_GPU:
+        raise ConfigError(
+            "train.share_prompts=true: on a GPU Transformer Engine's attention has no shared prefix; set auto or false"
+        )
+    return config.train.share_prompts is not False and not device.ON_GPU
+
+
+def computed(batch: TrainBatch) -> Tensor:
+    """int64 [4], of this rank's part: tokens computed, without padding; pairs of such a token and one that it attends
+    to, itself included; positions, padding among them; response tokens that count."""
+    totals = []
+    for mb in (mb for mini_batch in batch.minibatches() for mb in mini_batch.micro_batches):
+        inputs = mb.model_inputs()
+        pairs = torch.where(inputs.real, inputs.position_ids + 1, 0).sum()
+        positions = torch.full_like(pairs, len(inputs.real))
+        totals.append(torch.stack([inputs.real.sum(), pairs, positions, mb.loss_mask.sum()]))
+    return torch.stack(totals).sum(0)
 
 
 def packing_metrics(batch: TrainBatch) -> dict[str, float]:
@@ -184,8 +221,8 @@ def packing_metrics(batch: TrainBatch) -> dict[str, float]:
     """
     positions, tokens, count, imbalance = 0, 0, 0, 0.0
     for mini_batch in batch.minibatches():
-        filled = [int((mb.token_ids_global >= 0).sum()) for mb in mini_batch.micro_batches]
-        positions += sum(len(mb.token_ids) for mb in mini_batch.micro_batches)
+        filled = [int(mb.model_inputs().real.sum()) for mb in mini_batch.micro_batches]
+        positions += sum(len(mb.model_inputs().token_ids) for mb in mini_batch.micro_batches)
         tokens += sum(filled)
         count += len(filled)
         if sum(filled):
@@ -199,121 +236,30 @@ def packing_metrics(batch: TrainBatch) -> dict[str, float]:
 
 
 def _pack_minibatch(
-    index: int, members: range, rollouts: list[Rollout], advantages: Tensor, layout: _Layout
+    index: int, members: range, rollouts: list[Rollout], advantages: Tensor, layout: Layout
 ) -> MiniBatch:
-    lengths = [layout.padded(len(rollouts[i].token_ids)) for i in members]
-    bins = _rank_bins(lengths, layout)
-    totals = [sum(lengths[i] for i in chosen) for chosen in bins]
+    samples = Samples.of(members, rollouts, advantages)
+    work = samples.work() if layout.share_prompts else Work({i: layout.padded(n) for i, n in samples.lengths.items()})
+    bins = deal(
+        work,
+        layout.capacity,
+        layout.dp_rank,
+        layout.dp_size,
+        count_multiple=layout.count_multiple,
+        num_micro_batches=layout.num_micro_batches,
+    )
+    totals = [work.load(chosen) for chosen in bins]
     longest = max(totals)
     micro_batches = []
     for chosen, total in zip(bins, totals, strict=True):
         wanted = max(1, longest if layout.equal_lengths else total)
         padded = -(-wanted // layout.pad_multiple) * layout.pad_multiple
-        indices = [members[i] for i in chosen]
-        micro_batches.append(_micro_batch(indices, rollouts, advantages, padded, layout))
+        whole = micro_batch(chosen, samples, padded, layout, work if layout.share_prompts else None)
+        micro_batches.append(whole if layout.cp_size == 1 else _context_part(whole, layout))
     return MiniBatch(index, tuple(micro_batches))
 
 
-def _rank_bins(lengths: list[int], layout: _Layout) -> list[list[int]]:
-    """The micro-batches of this rank, as indices into `lengths`, ascending in each."""
-    forced, ranks = layout.num_micro_batches, layout.dp_size
-    unit = layout.count_multiple
-    count = forced or unit * max(1, -(-sum(lengths) // (layout.capacity * ranks * unit)))
-    bins = _longest_first(lengths, count * ranks)
-    while max(_load(b, lengths) for b in bins) > layout.capacity:
-        if forced:
-            heaviest = max(_load(b, lengths) for b in bins)
-            raise ValueError(
-                f"num_micro_batches={forced} over {ranks} data-parallel ranks needs {heaviest} tokens in one "
-                f"micro-batch; micro_batch_tokens={layout.budget} allows {layout.capacity}; raise either"
-            )
-        count += unit
-        bins = _longest_first(lengths, count * ranks)
-    # Heaviest first, one to each rank per round, the heaviest of a round to the rank with the least so far: equal
-    # counts, balanced ranks, and micro-batches of one round that are alike, so that ranks keep pace.
-    bins.sort(key=lambda b: (-_load(b, lengths), b))
-    mine: list[list[int]] = []
-    totals = [0] * ranks
-    for start in range(0, len(bins), ranks):
-        order = sorted(range(ranks), key=lambda rank: (totals[rank], rank))
-        for rank, chosen in zip(order, bins[start : start + ranks], strict=True):
-            totals[rank] += _load(chosen, lengths)
-            if rank == layout.dp_rank:
-                mine.append(chosen)
-    return mine
-
-
-def _longest_first(lengths: list[int], count: int) -> list[list[int]]:
-    """Longest-processing-time partition into `count` bins: longest first, each to the emptiest bin, ties to the first.
-
-    No bin stays empty while another holds two sequences.
-    """
-    bins: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0, which) for which in range(count)]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, which = heapq.heappop(heap)
-        bins[which].append(i)
-        heapq.heappush(heap, (load + lengths[i], which))
-    return [sorted(chosen) for chosen in bins]
-
-
-def _load(chosen: list[int], lengths: list[int]) -> int:
-    return sum(lengths[i] for i in chosen)
-
-
-def _micro_batch(
-    indices: list[int], rollouts: list[Rollout], advantages: Tensor, length: int, layout: _Layout
-) -> MicroBatch:
-    token_ids, labels, position_ids, in_response = (torch.zeros(length, dtype=torch.int64) for _ in range(4))
-    prompt_ids, sample_indices, global_ids = (torch.full((length,), -1, dtype=torch.int64) for _ in range(3))
-    advantage, rollout_logprobs = torch.zeros(length), torch.zeros(length)
-    loss_mask = torch.zeros(length, dtype=torch.bool)
-    boundaries, start = [0], 0
-    for i in indices:
-        rollout, stop = rollouts[i], start + len(rollouts[i].token_ids)
-        end = start + layout.padded(stop - start)
-        predicting = slice(start, stop - 1)  # the last position predicts nothing
-        token_ids[start:stop] = rollout.token_ids
-        labels[predicting] = rollout.token_ids[1:]
-        loss_mask[predicting] = rollout.loss_mask[1:]
-        in_response[predicting] = rollout.loss_mask[1:].cumsum(0) - 1
-        rollout_logprobs[predicting] = rollout.rollout_logprobs[1:]
-        advantage[start:stop] = float(advantages[i])
-        positions = torch.arange(stop - start)
-        position_ids[start:stop] = positions
-        global_ids[start:stop] = i * layout.stride + positions + 1  # position 0 is never a label, so no two coincide
-        prompt_ids[start:stop] = rollout.prompt_id
-        sample_indices[start:stop] = rollout.sample_index
-        position_ids[stop:end] = torch.arange(stop - start, end - start)
-        boundaries.append(end)
-        start = end
-    if start < length:
-        position_ids[start:] = torch.arange(length - start)
-        boundaries.append(length)
-    for values in (labels, advantage, rollout_logprobs, in_response):
-        values.masked_fill_(~loss_mask, 0)
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    weights, denominator = token_weights(layout.aggregation, loss_mask, cu_seqlens, layout.constant_length)
-    whole = MicroBatch(
-        token_ids=token_ids,
-        labels=labels,
-        position_ids=position_ids,
-        response_positions=in_response,
-        cu_seqlens=cu_seqlens,
-        loss_mask=loss_mask,
-        advantages=advantage,
-        rollout_logprobs=rollout_logprobs,
-        token_weights=weights,
-        prompt_ids=prompt_ids,
-        sample_indices=sample_indices,
-        token_ids_global=global_ids,
-        loss_denominator=denominator,
-        num_sequences=len(indices),
-    )
-    return whole if layout.cp_size == 1 else _context_part(whole, layout)
-
-
-def _context_part(whole: MicroBatch, layout: _Layout) -> MicroBatch:
+def _context_part(whole: MicroBatch, layout: Layout) -> MicroBatch:
     """This context-parallel rank's tokens. The first rank brings the denominator of all."""
     mine = local_tokens(whole.cu_seqlens, layout.cp_rank, layout.cp_size)
     fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
@@ -353,7 +299,7 @@ def _check_groups(rollouts: list[Rollout], config: Config) -> None:
             )
 
 
-def _check_rollouts(rollouts: list[Rollout], layout: _Layout, *, may_be_masked: bool) -> None:
+def _check_rollouts(rollouts: list[Rollout], layout: Layout, *, may_be_masked: bool) -> None:
     """`may_be_masked`: overlong filtering may have cleared the loss_mask of a response that was cut."""
     faults = []
     for rollout in rollouts:

@@ -15,7 +15,7 @@ from megatron_rl.metrics import Metrics
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.rollout.collect import CollectResult
 from megatron_rl.sample_tokens import token_values
-from megatron_rl.types import MiniBatch, Rollout, TokenStats, TrainBatch
+from megatron_rl.types import MiniBatch, TokenStats, TrainBatch
 
 
 def needs_current_stats(loss: LossBase, index: int) -> bool:
@@ -60,16 +60,6 @@ def entropy_change(mini_batch: MiniBatch, before: list[TokenStats], after: list[
     for micro_batch, old, new in zip(mini_batch.micro_batches, before, after, strict=True):
         change += masked_sum_count(new.entropy - old.entropy, micro_batch.loss_mask)
     return {"entropy/realised_change": change}
-
-
-def sequence_totals(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What the step's floating-point operations follow from, over all ranks and without padding: tokens, and pairs of a
-    token and one that it attends to, itself included."""
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
-    return {
-        "batch/sequence_tokens": float(sum(lengths)),
-        "batch/attention_pairs": float(sum(length * (length + 1) // 2 for length in lengths)),
-    }
 
 
 def samples_for_log(

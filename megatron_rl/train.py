@@ -8,9 +8,8 @@ between ranks is which micro-batches they compute.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +31,7 @@ from megatron_rl.eval.evaluator import Evaluator
 from megatron_rl.law import LawMonitor
 from megatron_rl.logs import RunLogger
 from megatron_rl.metrics import Metrics, Timers
-from megatron_rl.packing import pack, packing_metrics
+from megatron_rl.packing import computed, pack, packing_metrics, shares_prompts
 from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups, packing_options
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.checkpoint import CheckpointStore
@@ -52,7 +51,6 @@ from megatron_rl.step_metrics import (
     mean_entropy,
     needs_current_stats,
     samples_for_log,
-    sequence_totals,
 )
 from megatron_rl.types import Prompt, Rollout, TrainBatch
 from megatron_rl.warm_start import warm_start
@@ -114,7 +112,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
             # before the checkpoint (whose time the next row tells): a process killed between the two then leaves a row
             # too many, which the next process drops, rather than one too few
             with spans("log"):
-                logger.log(step, metrics | timers.collect(metrics["batch/tokens"]))
+                logger.log(step, metrics | timers.collect(metrics["batch/sequence_tokens"]))
                 stopping = run.world.any(launch.stop_requested(config.run_dir))
             with timers("checkpoint"):
                 accuracy = metrics.get("eval/accuracy", metrics.get("eval/average"))
@@ -188,7 +186,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
     with timers("metrics"):
         if config.logging.ledger_every and step % config.logging.ledger_every == 0:
             logger.log_ledger(step, ledger(batch, old_stats, after, run.data_parallel), run.tokenizer)
-        metrics.set(batch_totals(run, batch) | sequence_totals(collected.rollouts))
+        metrics.set(batch_totals(run, batch, collected.rollouts))
         logger.log_samples(step, samples_for_log(run, collected, trained_on, old_stats))
         return metrics.reduce(run.data_parallel.sum, run.data_parallel.max)
 
@@ -211,6 +209,7 @@ def packed(run: Run, rollouts: list[Rollout], step: int) -> TrainBatch:
 def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
     require_model(config)  # before anything slow
+    shares_prompts(config)
     grader = build_grader(config.reward)
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
@@ -379,14 +378,16 @@ def restore(run: Run, store: CheckpointStore) -> tuple[int, list[str]]:
     return step, [*notes, f"continuing from {path}, {step} steps"]
 
 
-def batch_totals(run: Run, batch: TrainBatch) -> dict[str, float]:
-    """Tokens and sequences of the step over all data-parallel ranks, and this rank's packing."""
-    micro_batches = list(itertools.chain.from_iterable(mb.micro_batches for mb in batch.minibatches()))
-    mine = [sum(m.token_ids.numel() for m in micro_batches), sum(m.num_tokens for m in micro_batches)]
-    tokens, response_tokens = run.data_parallel.sum(torch.tensor(mine, device=device.device())).tolist()
+def batch_totals(run: Run, batch: TrainBatch, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Tokens of the step over all ranks, and this rank's packing. `batch/tokens` are the positions computed: padding
+    counts, a shared prompt once; `batch/sequence_tokens` are those of the samples, prompt and response each."""
+    tokens, pairs, positions, response_tokens = run.data_parallel.sum(computed(batch)).tolist()
     return {
-        "batch/tokens": float(tokens),
+        "batch/tokens": float(positions),
         "batch/response_tokens": float(response_tokens),
+        "batch/sequence_tokens": float(sum(len(rollout.token_ids) for rollout in rollouts)),
+        "packing/computed_tokens": float(tokens),
+        "packing/attention_pairs": float(pairs),
         "memory/peak_bytes": float(device.peak_memory_bytes()),
         **packing_metrics(batch),
     }

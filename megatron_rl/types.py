@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,15 +60,29 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the model computes for a micro-batch: `[M]` tokens in packed sequences."""
+
+    token_ids: Tensor  # int64
+    position_ids: Tensor  # int64; behind a prefix they go on from it
+    cu_seqlens: Tensor  # [S + 1] int32; trailing padding forms a last sequence of its own
+    real: Tensor  # bool, no padding
+    prefixes: Tensor | None = None  # [S] int64, which sequence holds the tokens before one's own, -1: none
+    rows: Tensor | None = None  # [T] int64, which output is that of position t of the micro-batch; None: the t-th
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Packed sequences of one forward pass. All tensors `[T]`, logits-aligned, unless said otherwise.
 
+    Where prompts are shared, a sequence holds a sample's predictions alone: from its prompt's last token to the last
+    but one of the response. Else it holds the whole sample.
     Under context parallelism T counts this rank's tokens: its two chunks of every sequence, see parallel/context.py.
     """
 
     token_ids: Tensor  # int64
     labels: Tensor  # int64, the next token; 0 where loss_mask is False
-    position_ids: Tensor  # int64, restarts at 0 in each sequence
+    position_ids: Tensor  # int64, in the sample
     response_positions: Tensor  # int64, which token of its response labels[t] is, from 0; 0 outside loss_mask
     cu_seqlens: Tensor  # [S + 1] int32, boundaries in these T; trailing padding forms a last sequence of its own
     loss_mask: Tensor  # bool, True where labels[t] was sampled by the policy and counts
@@ -84,6 +98,11 @@ class MicroBatch:
     ref_logprobs: Tensor | None = None  # float32, nats
     selected: Tensor | None = None  # bool, the tokens that Clip-Cov or KL-Cov picked
     surrogate_weights: Tensor | None = None  # float32, of the policy-gradient term, by the weighting losses
+    inputs: Inputs | None = None  # where prompts are shared; None: the model computes these sequences
+
+    def model_inputs(self) -> Inputs:
+        """What the model computes."""
+        return self.inputs or Inputs(self.token_ids, self.position_ids, self.cu_seqlens, self.token_ids_global >= 0)
 
     @property
     def num_tokens(self) -> int:
@@ -192,5 +211,12 @@ class LossOutputs:
 
 
 def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    values = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}
-    return micro_batch.replace(**{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})
+    moved = micro_batch.replace(**_tensors(micro_batch, device))
+    if micro_batch.inputs is None:
+        return moved
+    return moved.replace(inputs=dataclasses.replace(micro_batch.inputs, **_tensors(micro_batch.inputs, device)))
+
+
+def _tensors(of: Any, device: torch.device) -> dict[str, Tensor]:
+    values = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}

@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -101,6 +101,7 @@ class Case:
     budget: int = 512
     model: str = "qwen2"
     scope: str = "minibatch"
+    share_prompts: bool | Literal["auto"] = "auto"
     filtered: int = 0  # rollouts at the end of the step that overlong filtering has masked
 
 
@@ -183,6 +184,7 @@ def make_config(case: Case, layout: str) -> Config:
                 "prompts_per_step": PROMPTS,
                 "prompts_per_minibatch": PROMPTS // 2,
                 "micro_batch_tokens": case.budget,
+                "share_prompts": case.share_prompts,
                 "entropy_tangent": True,
             },
             "logging": {"samples_per_step": 0},
@@ -283,7 +285,7 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
 @contextlib.contextmanager
 def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
     """Put the forced packing into the step, and record what passes by."""
-    from megatron_rl import packing, train
+    from megatron_rl import dealing, train
     from megatron_rl.parallel.reduce import Reducer
 
     real_mark, real_update = train.mark_tokens, run.policy.update
@@ -326,17 +328,17 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
         return result
 
     pack = functools.partial(train.pack, num_micro_batches=case.num_micro_batches)
-    deal = _dealt_at_random if case.reordered else packing._longest_first
+    deal = _dealt_at_random if case.reordered else dealing._longest_first
     with (
         mock.patch.multiple(train, pack=pack, mark_tokens=mark),
-        mock.patch.object(packing, "_longest_first", deal),
+        mock.patch.object(dealing, "_longest_first", deal),
         mock.patch.object(run.policy, "update", update),
     ):
         yield
 
 
 def _dealt_at_random(lengths: list[int], count: int) -> list[list[int]]:
-    """Other neighbours in each bin, in another order, than `packing._longest_first` gives."""
+    """Other neighbours in each bin, in another order, than `dealing._longest_first` gives."""
     order = list(range(len(lengths)))
     random.Random(5).shuffle(order)
     return [order[which::count] for which in range(count)]

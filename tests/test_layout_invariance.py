@@ -1,8 +1,9 @@
 """The project's central claim: the layout never changes the algorithm.
 
 One frozen step of rollouts goes through `train.run_step` (old log-probabilities, selection, two updates of which the
-second is off-policy and selects under the current weights) on 1, 2 and 4 ranks. World size 1 with one micro-batch is
-the reference. Everywhere else the selected token sets must be identical, and the numbers equal up to float32 rounding.
+second is off-policy and selects under the current weights) on 1, 2 and 4 ranks. World size 1 with one micro-batch in
+which every sample computes its own prompt is the reference. Everywhere else, where prompts are shared if they can be,
+the selected token sets must be identical, and the numbers equal up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ QUICK = {
     "ep2": (2, True),
 }
 EXTRA = {
+    "tp1": [Case("clip_cov", 2), Case("gspo", 1)],  # whole groups, which share their prompts
     "tp2": [Case("kl_cov_vocab", 8)],
     "pp2": [Case("kl_cov_vocab", 2, reordered=True), Case("ppo_clip", 2), Case("steer", 2)],
     "dp2": [Case("ppo_clip", 2), *(Case(loss, 2, reordered=True) for loss in ("forking", "steer", "gaussian_cov"))],
@@ -94,7 +96,7 @@ def reference(worlds: Worlds, rollouts: Rollouts) -> References:
 def check_layout(
     worlds: Worlds, rollouts: Rollouts, reference: References, layout: str, cases: list[Case], timeout: float
 ) -> None:
-    unsplit = [Case(case.loss, model=case.model, scope=case.scope) for case in cases]
+    unsplit = [Case(case.loss, model=case.model, scope=case.scope, share_prompts=False) for case in cases]
     reference.compute(list(dict.fromkeys(unsplit)))
     ranks = worlds.run(LAYOUTS[layout]["world_size"], run_cases, layout, cases, rollouts, timeout=timeout)
     for i, case in enumerate(cases):

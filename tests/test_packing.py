@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from megatron_rl.config import Config, parse_config
-from megatron_rl.packing import pack, pack_supervised, packing_metrics
-from megatron_rl.types import MicroBatch, Rollout, TrainBatch
+from megatron_rl.dealing import Work, deal
+from megatron_rl.packing import computed, pack, pack_supervised, packing_metrics
+from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
 
 def make_config(
-    prompts: int = 6, per_minibatch: int = 3, samples: int = 4, budget: int = 64, **sections: dict[str, object]
+    prompts: int = 6,
+    per_minibatch: int = 3,
+    samples: int = 4,
+    budget: int = 64,
+    share_prompts: bool = False,
+    **sections: dict[str, object],
 ) -> Config:
     tiny = {
         "model_type": "qwen2",
@@ -23,7 +31,12 @@ def make_config(
         "model": {"hf_config": tiny},
         "data": {"type": "countdown", "max_prompt_tokens": 10},
         "rollout": {"samples_per_prompt": samples, "max_response_tokens": 20},
-        "train": {"prompts_per_step": prompts, "prompts_per_minibatch": per_minibatch, "micro_batch_tokens": budget},
+        "train": {
+            "prompts_per_step": prompts,
+            "prompts_per_minibatch": per_minibatch,
+            "micro_batch_tokens": budget,
+            "share_prompts": share_prompts,
+        },
     }
     return parse_config({**raw, **sections})
 
@@ -36,17 +49,20 @@ def make_rollout(prompt_id: int, sample_index: int, prompt: list[int], response:
     return Rollout(prompt_id, sample_index, torch.tensor(prompt + response), logprobs, mask, "stop", 0)
 
 
-def make_rollouts(config: Config, seed: int = 0) -> list[Rollout]:
+def make_rollouts(config: Config, seed: int = 0, one_prompt: bool = False) -> list[Rollout]:
+    """`one_prompt`: for all samples of a group, as in a run; else groups share nothing."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    return [
-        make_rollout(100 + p, s, [draw(1, 60) for _ in range(draw(1, 11))], [draw(1, 60) for _ in range(draw(1, 21))])
-        for p in range(config.train.prompts_per_step)
-        for s in range(config.rollout.samples_per_prompt)
-    ]
+    rollouts = []
+    for p in range(config.train.prompts_per_step):
+        for s in range(config.rollout.samples_per_prompt):
+            if s == 0 or not one_prompt:
+                prompt = [draw(1, 60) for _ in range(draw(1, 11))]
+            rollouts.append(make_rollout(100 + p, s, prompt, [draw(1, 60) for _ in range(draw(1, 21))]))
+    return rollouts
 
 
 def micro_batches(batch: TrainBatch) -> list[MicroBatch]:
@@ -99,6 +115,66 @@ def test_two_sequences_over_two_context_parallel_ranks_by_hand() -> None:
     assert (outer.num_tokens, inner.num_tokens) == (2, 2)
 
 
+def test_a_shared_prompt_by_hand() -> None:
+    """The model computes the prompt 11 12 13 once and no last tokens; the micro-batch holds the three predictions."""
+    loss = {"type": "ppo_clip", "aggregation": "seq_mean_token_mean"}
+    config = make_config(prompts=1, per_minibatch=1, samples=2, budget=30, share_prompts=True, loss=loss)
+    rollouts = [make_rollout(7, 0, [11, 12, 13], [14, 15]), make_rollout(7, 1, [11, 12, 13], [16])]
+    options = {"step": 3, "dp_rank": 0, "dp_size": 1}
+    (mb,) = micro_batches(pack(rollouts, torch.tensor([0.5, -2.0]), config, pad_multiple=8, **options))
+    inputs = mb.model_inputs()
+    assert inputs.token_ids.tolist() == [11, 12, 13, 14, 0, 0, 0, 0]
+    assert inputs.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert inputs.real.tolist() == [True] * 4 + [False] * 4
+    assert inputs.cu_seqlens.tolist() == [0, 3, 4, 8]
+    assert inputs.prefixes is not None and inputs.prefixes.tolist() == [-1, 0, -1]
+    assert inputs.rows is not None and inputs.rows.tolist() == [2, 3, 2]
+    assert mb.token_ids.tolist() == [13, 14, 13] and mb.labels.tolist() == [14, 15, 16]
+    assert mb.loss_mask.tolist() == [True] * 3 and mb.cu_seqlens.tolist() == [0, 2, 3]
+    assert mb.position_ids.tolist() == [2, 3, 2] and mb.response_positions.tolist() == [0, 1, 0]
+    torch.testing.assert_close(mb.rollout_logprobs, torch.tensor([-0.3, -0.4, -0.3]))
+    assert mb.advantages.tolist() == [0.5, 0.5, -2] and mb.token_weights.tolist() == [0.5, 0.5, 1]
+    assert mb.token_ids_global.tolist() == [3, 4, 33]
+    assert (mb.loss_denominator, mb.num_sequences, mb.num_tokens) == (2, 2, 3)
+    # tokens; pairs 1 + 2 + 3 + 4; positions; response tokens
+    assert computed(TrainBatch(3, (MiniBatch(0, (mb,)),))).tolist() == [4, 10, 8, 3]
+    longer = [make_rollout(7, s, [11, 12, 13], [14 + s, 16, 17]) for s in (0, 1)]
+    apart = pack(longer, torch.zeros(2), config, num_micro_batches=2, **options)
+    parts = [mb.model_inputs() for mb in micro_batches(apart)]
+    assert [part.token_ids.tolist() for part in parts] == [[11, 12, 13, 14, 16], [11, 12, 13, 15, 16]]
+    assert [part.rows.tolist() for part in parts] == [[2, 3, 4]] * 2  # type: ignore
+    assert [part.prefixes for part in parts] == [None, None]
+
+
+def test_a_sample_of_which_nothing_counts_is_not_computed() -> None:
+    config = make_config(
+        prompts=1, per_minibatch=1, samples=3, share_prompts=True, algorithm={"overlong": {"filter": True}}
+    )
+    rollouts = [make_rollout(7, s, [11, 12], [13, 14 + s]) for s in range(3)]
+    cut = [r.replace(loss_mask=torch.zeros(4, dtype=torch.bool), finish_reason="length") for r in rollouts]
+    options = {"step": 0, "dp_rank": 0, "dp_size": 1}
+    (mb,) = micro_batches(pack([rollouts[0], cut[1], rollouts[2]], torch.ones(3), config, **options))
+    assert mb.model_inputs().token_ids.tolist() == [11, 12, 13, 13] and mb.labels.tolist() == [13, 14, 13, 16]
+    assert (mb.num_sequences, mb.loss_denominator) == (3, 4)
+    (mb,) = micro_batches(pack(cut, torch.ones(3), config, pad_multiple=4, **options))
+    assert mb.model_inputs().real.tolist() == [False] * 4 and mb.model_inputs().rows.tolist() == [0]  # type: ignore
+    assert mb.loss_mask.tolist() == [False] and (mb.num_sequences, mb.loss_denominator) == (3, 0)
+
+
+def test_groups_stay_together_as_far_as_that_balances() -> None:
+    """Two groups over two ranks: one each. One group over two ranks, or over two micro-batches: half and half."""
+    lengths = {i: 10 for i in range(8)}
+    two = Work(lengths, {i: i // 4 for i in lengths}, {0: 8, 1: 8})
+    assert [deal(two, 99, rank, 2) for rank in (0, 1)] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    one = Work(lengths, dict.fromkeys(lengths, 0), {0: 8})
+    assert [deal(one, 99, rank, 2) for rank in (0, 1)] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    assert one.load([0, 1, 2, 3]) == 8 + 4 * 2 and one.load([0]) == 10
+    # a prefix and four samples fill 16 tokens, with all eight 24
+    assert deal(one, 16, 0, 1) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match="num_micro_batches=1 over 1 .* needs 24 tokens .* 20 are allowed"):
+        deal(one, 20, 0, 1, num_micro_batches=1)
+
+
 def test_interleaved_pipelines_get_a_multiple_of_micro_batches() -> None:
     config = make_config(prompts=1, per_minibatch=1, samples=3, budget=30)
     rollouts = [make_rollout(7, i, [11], [12] * 19) for i in range(3)]  # 20 tokens: one to a micro-batch
@@ -114,9 +190,12 @@ def test_interleaved_pipelines_get_a_multiple_of_micro_batches() -> None:
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
 @pytest.mark.parametrize("forced", [None, 4, 9])
 @pytest.mark.parametrize(("pad_multiple", "equal_lengths"), [(1, False), (8, False), (8, True)])
-def test_every_token_exactly_once(dp_size: int, forced: int | None, pad_multiple: int, equal_lengths: bool) -> None:
-    config = make_config(budget=64 if forced is None else 300)
-    rollouts = make_rollouts(config)
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_token_exactly_once(
+    dp_size: int, forced: int | None, pad_multiple: int, equal_lengths: bool, shared: bool
+) -> None:
+    config = make_config(budget=64 if forced is None else 300, share_prompts=shared)
+    rollouts = make_rollouts(config, one_prompt=shared)
     advantages = torch.arange(len(rollouts)) - 5.5
     ranks = [
         pack(rollouts, advantages, config, step=0, dp_rank=rank, dp_size=dp_size, pad_multiple=pad_multiple,
@@ -129,7 +208,7 @@ def test_every_token_exactly_once(dp_size: int, forced: int | None, pad_multiple
         assert forced is None or len(minis[0].micro_batches) == forced
         seen: dict[int, tuple[int, float, float, int, int]] = {}
         for mini in minis:
-            sizes = [len(mb.token_ids) for mb in mini.micro_batches]
+            sizes = [len(mb.model_inputs().token_ids) for mb in mini.micro_batches]
             assert all(size % pad_multiple == 0 and size <= config.train.micro_batch_tokens for size in sizes)
             assert not equal_lengths or len(set(sizes)) == 1
             for mb in mini.micro_batches:
@@ -164,6 +243,29 @@ def test_sequences_stay_whole_and_ordered() -> None:
                 assert torch.equal(mb.token_ids[start:stop], rollouts[i].token_ids)
                 found += 1
     assert found == sum(mb.num_sequences for mb in micro_batches(batch)) > 0
+
+
+@pytest.mark.parametrize("forced", [None, 2])
+def test_shared_inputs_are_the_samples_without_their_last_tokens(forced: int | None) -> None:
+    """A sequence behind its prefix is a sample's beginning, and each prediction is made where its token is."""
+    config = make_config(budget=96, share_prompts=True)
+    rollouts = make_rollouts(config, one_prompt=True)
+    options = {"step": 0, "dp_rank": 1, "dp_size": 2, "pad_multiple": 16, "num_micro_batches": forced}
+    whole = {tuple(rollout.token_ids[:-1].tolist()) for rollout in rollouts}
+    shared = 0
+    for mb in micro_batches(pack(rollouts, torch.zeros(24), config, **options)):
+        inputs = mb.model_inputs()
+        assert inputs.rows is not None and torch.equal(inputs.token_ids[inputs.rows], mb.token_ids)
+        assert torch.equal(inputs.position_ids[inputs.rows], mb.position_ids)
+        pieces = list(itertools.pairwise(inputs.cu_seqlens.tolist()))
+        prefixes = [-1] * len(pieces) if inputs.prefixes is None else inputs.prefixes.tolist()
+        for number, ((start, stop), prefix) in enumerate(zip(pieces, prefixes, strict=True)):
+            before = inputs.token_ids[slice(*pieces[prefix]) if prefix >= 0 else slice(0)]
+            assert inputs.position_ids[start:stop].tolist() == list(range(len(before), len(before) + stop - start))
+            if inputs.real[start] and number not in prefixes:
+                assert tuple(torch.cat([before, inputs.token_ids[start:stop]]).tolist()) in whole
+            shared += prefix >= 0
+    assert shared > 4
 
 
 def test_no_empty_micro_batch_while_another_has_two() -> None:

@@ -5,6 +5,7 @@ Every function gives the same bits on every rank of the group, because all ranks
 
 from __future__ import annotations
 
+import io
 import pickle
 from typing import Any
 
@@ -104,20 +105,45 @@ class Reducer:
         """Every rank's picklable value, in rank order, on every rank."""
         if self.size == 1:
             return [value]
-        payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
+        payload = torch.frombuffer(bytearray(_dumps(value)), dtype=torch.uint8).to(self.device)
         sizes = (
             self._gather(torch.tensor([payload.numel()], dtype=torch.int64, device=self.device)).reshape(-1).tolist()
         )
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         padded[: payload.numel()] = payload
-        rows = self._gather(padded).cpu()
-        return [pickle.loads(rows[i, :size].numpy().tobytes()) for i, size in enumerate(sizes)]
+        rows, rank = self._gather(padded).cpu().numpy(), dist.get_rank(self.group)
+        return [value if i == rank else pickle.loads(rows[i, :size].data) for i, size in enumerate(sizes)]
 
     def _gather(self, values: Tensor) -> Tensor:
         """`[ranks, *values.shape]`."""
         flat = torch.empty((self.size * values.numel(),), dtype=values.dtype, device=values.device)
         all_gather_flat(flat, values.contiguous().reshape(-1), group=self.group)
         return flat.view(self.size, *values.shape)
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors on the host as their bytes: torch writes each as an archive of its own, 20 times slower when small."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if (
+            type(value) is not Tensor
+            or value.device.type != "cpu"
+            or value.requires_grad
+            or value.layout != torch.strided
+        ):
+            return NotImplemented
+        data = value.contiguous().view(-1).view(torch.uint8) if value.numel() else value
+        return _tensor, (data.numpy().tobytes(), value.dtype, tuple(value.shape))
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+
+
+def _dumps(value: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
 
 
 def _best(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:

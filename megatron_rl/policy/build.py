@@ -42,6 +42,7 @@ class Model:
     ddp: list[DistributedDataParallel]
     vocab_size: int  # real
     vocab_start: int  # first global column of this rank's logits shard
+    inv_freq: torch.Tensor | None  # [d/2], of RoPE, where core attention applies it (attention.py); None: Megatron does
     hands_over_hidden: bool  # the last stage returns hidden states, and the output layer belongs to the statistics
 
     @property
@@ -197,7 +198,9 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -
         ddp.append(DistributedDataParallel(tconfig, ddp_config, module, disable_bucketing=chunk > 0))
         _count_padding(ddp[-1])
     tconfig.finalize_model_grads_func = finalize_model_grads
-    return Model(hf, tconfig, chunks, ddp, hf.vocab_size, groups.tp_rank * (vocab // groups.tp_size), fused)
+    vocab_start = groups.tp_rank * (vocab // groups.tp_size)
+    inv_freq = None if device.ON_GPU else _inv_freq(hf)
+    return Model(hf, tconfig, chunks, ddp, hf.vocab_size, vocab_start, inv_freq, fused)
 
 
 def _chunk(
@@ -213,13 +216,14 @@ def _chunk(
         block_spec(tconfig, vp_stage),
         vocab_size=vocab,
         max_sequence_length=hf.max_position_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="rope" if device.ON_GPU else "none",
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         pre_process=groups.is_first_stage and chunk == 0,
         post_process=groups.is_last_stage and chunk == chunks - 1,
         vp_stage=vp_stage,
     )
-    _use_hf_rope(gpt, hf)
+    if device.ON_GPU:
+        gpt.rotary_pos_emb.inv_freq.copy_(_inv_freq(hf))
     return gpt
 
 
@@ -256,14 +260,14 @@ def _count_padding(ddp: DistributedDataParallel) -> None:
             bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def _use_hf_rope(gpt: GPTModel, hf: PretrainedConfig) -> None:
-    """Take RoPE's inverse frequencies from transformers, so that every rope type it knows is exactly its own."""
+def _inv_freq(hf: PretrainedConfig) -> torch.Tensor:
+    """RoPE's inverse frequencies `[d/2]` from transformers, so that every rope type it knows is exactly its own."""
     rope = LlamaRotaryEmbedding(hf)
     if rope.attention_scaling != 1.0:
         raise ConfigError(
             f"model: rope_type {rope.rope_type!r} scales attention by {rope.attention_scaling}; not supported"
         )
-    gpt.rotary_pos_emb.inv_freq.copy_(rope.inv_freq)
+    return rope.inv_freq
 
 
 def build_optimizer(

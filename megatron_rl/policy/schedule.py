@@ -10,8 +10,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_rl.policy.attention import packed_sequences
 from megatron_rl.policy.build import Model
-from megatron_rl.types import MicroBatch, MiniBatch
+from megatron_rl.types import Inputs, MicroBatch, MiniBatch
 
 # from (logits shard [T, V/TP], or hidden states [T, H] where the model hands them over; micro-batch) to Megatron's
 # triple (loss sum, count, what to collect) or, forward only, to any value
@@ -29,19 +30,21 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction,
 
     def step(iterator: Any, ddp: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         micro_batch: MicroBatch = next(iterator)
+        inputs = micro_batch.model_inputs()
         options = (
             {"fp32_output": False} if model.config.bf16 else {}
         )  # the statistics upcast row blocks, never all logits
         output = ddp(
-            micro_batch.token_ids[None],
-            micro_batch.position_ids[None],
+            inputs.token_ids[None],
+            inputs.position_ids[None],
             None,
-            packed_seq_params=_packed(micro_batch, model.config.context_parallel_size),
+            packed_seq_params=_packed(inputs, model),
             **options,
         )
 
         def loss_function(output: Tensor, non_loss_data: bool = False) -> Any:
-            return on_output(output.view(-1, output.shape[-1]), micro_batch)
+            output = output.view(-1, output.shape[-1])
+            return on_output(output if inputs.rows is None else output.index_select(0, inputs.rows), micro_batch)
 
         return output, loss_function
 
@@ -52,16 +55,19 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction,
         model=model.ddp,
         num_microbatches=len(micro_batches),
         # over the context-parallel ranks; pipelined micro-batches share one length, see packing
-        seq_length=micro_batches[0].token_ids.numel() * model.config.context_parallel_size,
+        seq_length=micro_batches[0].model_inputs().token_ids.numel() * model.config.context_parallel_size,
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
 
 
-def _packed(micro_batch: MicroBatch, context_size: int) -> PackedSeqParams:
+def _packed(inputs: Inputs, model: Model) -> PackedSeqParams:
     """Boundaries of the whole sequences. Padding inside them counts as tokens, whose keys no real query can see."""
-    cu_seqlens = micro_batch.cu_seqlens * context_size
+    context_size = model.config.context_parallel_size
+    if model.inv_freq is not None:
+        return packed_sequences(inputs, model.inv_freq, context_size)
+    cu_seqlens = inputs.cu_seqlens * context_size
     # the true longest sequence: Megatron takes a RoPE table as long as the whole pack for per-token positions
     longest = int(cu_seqlens.diff().max())
     padded = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens} if context_size > 1 else {}

@@ -122,14 +122,13 @@ def load_ranks(folder: Path) -> list[RankRecord]:
 def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics: list[dict[str, Any]]) -> None:
     """Tokens/s and model FLOPs utilisation, from the tokens that the measured steps logged.
 
-    `mfu_*`: FLOPs of the model, those of recomputation and of selection left out, over seconds * the processes' peak.
+    `mfu_*`: FLOPs of the model on the tokens that the trainer computes (a shared prompt once), those of recomputation
+    and of selection left out, over seconds * the processes' peak.
     `mfu_step` counts the trainer's passes (old log-probabilities, update) against the whole step's time.
     """
     rows = [row for row in metrics if row["step"] in summary.steps]
-    tokens, pairs, positions, responses = (
-        sum(row[f"batch/{name}"] for row in rows) / len(rows)
-        for name in ("sequence_tokens", "attention_pairs", "tokens", "response_tokens")
-    )
+    names = ("packing/computed_tokens", "packing/attention_pairs", "batch/sequence_tokens", "batch/response_tokens")
+    tokens, pairs, sequences, responses = (sum(row[name] for row in rows) / len(rows) for name in names)
     hf = read_hf_config(config)
     hf.setdefault("vocab_size", vocab_size(build_tokenizer(config)))
     forward = forward_flops(resolve_hf_config(hf).to_dict(), tokens, pairs)
@@ -142,8 +141,8 @@ def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics
 
     generation = seconds.get("rollout")
     summary.rates = {
-        "tokens_per_second": positions / summary.step_seconds,
-        "tokens_per_second_per_process": positions / summary.step_seconds / len(ranks),
+        "tokens_per_second": sequences / summary.step_seconds,
+        "tokens_per_second_per_process": sequences / summary.step_seconds / len(ranks),
         "generated_tokens_per_second": responses / generation if generation else None,
         "model_flops_per_step": 4 * forward,
         "mfu_old_logprobs": mfu(forward, seconds.get("old_logprobs")),

@@ -101,9 +101,9 @@ def test_flops_by_hand() -> None:
 
 
 METRICS = {
-    "batch/sequence_tokens": 100,
-    "batch/attention_pairs": 1000,
-    "batch/tokens": 120,
+    "batch/sequence_tokens": 120,
+    "packing/computed_tokens": 100,
+    "packing/attention_pairs": 1000,
     "batch/response_tokens": 60,
 }
 
@@ -111,7 +111,7 @@ METRICS = {
 def profile(on_gpu: bool = False, peak: float | None = 1e12) -> dict[str, Any]:
     ranks = [RankRecord(r.rank, r.place, r.host, r.clock_offset, peak, r.steps) for r in two_ranks()]
     summary = summarise(ranks, on_gpu=on_gpu)
-    add_rates(summary, ranks, parse_config(raw()), [{"step": 6, "batch/tokens": 1e9}, {"step": 7, **METRICS}])
+    add_rates(summary, ranks, parse_config(raw()), [{"step": 6, "batch/sequence_tokens": 1e9}, {"step": 7, **METRICS}])
     facts = {"on_gpu": on_gpu, "peak_source": "a datasheet", "device": "x", "torch": "y", "processes": 2, "layout": "z"}
     return {"facts": facts, "summary": summary.to_json()}
 

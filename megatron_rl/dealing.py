@@ -1,0 +1,128 @@
+"""Which samples of a mini-batch are computed together: the micro-batches of every data-parallel rank.
+
+Every rank computes the same deal, so it needs no communication.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens to compute. Samples are known by their index in the step."""
+
+    lengths: dict[int, int]  # of each sample alone
+    groups: dict[int, int] = field(
+        default_factory=dict
+    )  # sample -> its group, of those that share what they begin with
+    prefixes: dict[int, int] = field(default_factory=dict)  # group -> tokens that its samples in a micro-batch share
+
+    def shared(self, chosen: list[int]) -> set[int]:
+        """The groups with several samples in a micro-batch of the `chosen`."""
+        groups = [self.groups[i] for i in chosen if i in self.groups]
+        return {group for group in set(groups) if groups.count(group) > 1}
+
+    def load(self, chosen: list[int]) -> int:
+        """Tokens of a micro-batch."""
+        total, seen = 0, set[int]()
+        for i in chosen:
+            total += self.lengths[i]
+            group = self.groups.get(i)
+            if group in seen:
+                total -= self.prefixes[group]
+            elif group is not None:
+                seen.add(group)
+        return total
+
+
+def deal(
+    work: Work, capacity: int, rank: int, ranks: int, *, count_multiple: int = 1, num_micro_batches: int | None = None
+) -> list[list[int]]:
+    """This data-parallel rank's micro-batches, as samples in ascending order.
+
+    Every rank gets the same number of them: a multiple of `count_multiple`, or `num_micro_batches`. None exceeds
+    `capacity` tokens, which each sample alone must not. Groups that share a prefix stay together as far as that
+    balances; where it does not, they are cut into 2, 4, ... parts, down to single samples, whichever gives the smallest
+    heaviest micro-batch.
+
+    Raises: ValueError when num_micro_batches are too few.
+    """
+    best: tuple[int, list[list[int]]] | None = None
+    lightest = 0  # over all splits, of the heaviest micro-batch: what a forced number would need
+    for items in _splits(work):
+        bins, heaviest = _fit(items, work, capacity, ranks, count_multiple, num_micro_batches)
+        lightest = min(lightest or heaviest, heaviest)
+        if heaviest <= capacity and (best is None or heaviest * len(bins) < best[0]):
+            best = heaviest * len(bins), bins
+    if best is None:
+        raise ValueError(
+            f"num_micro_batches={num_micro_batches} over {ranks} data-parallel ranks needs {lightest} tokens in one "
+            f"micro-batch; {capacity} are allowed (train.micro_batch_tokens); raise either"
+        )
+    return _share(best[1], work, rank, ranks)
+
+
+def _splits(work: Work) -> Iterator[list[list[int]]]:
+    """The samples as items that stay together: whole groups, then halves of them, ..., then single samples."""
+    groups: dict[int, list[int]] = {}
+    for i, group in work.groups.items():
+        groups.setdefault(group, []).append(i)
+    alone = [[i] for i in work.lengths if i not in work.groups]
+    parts, largest = 1, max(map(len, groups.values()), default=1)
+    while parts < largest:
+        yield alone + [part for samples in groups.values() for part in _cut(samples, min(parts, len(samples)))]
+        parts *= 2
+    yield [[i] for i in work.lengths]
+
+
+def _fit(
+    items: list[list[int]], work: Work, capacity: int, ranks: int, unit: int, forced: int | None
+) -> tuple[list[list[int]], int]:
+    """All ranks' micro-batches, as few as fit, and the tokens of the heaviest; more than `capacity` when none fits."""
+    loads = [work.load(item) for item in items]
+    count = forced or unit * max(1, -(-work.load(list(work.lengths)) // (capacity * ranks * unit)))
+    while True:
+        dealt = _longest_first(loads, count * ranks)
+        bins = [sorted(i for which in chosen for i in items[which]) for chosen in dealt]
+        heaviest = max(map(work.load, bins))
+        if heaviest <= capacity or forced or max(loads) > capacity:
+            return bins, heaviest
+        count += unit
+
+
+def _cut(samples: list[int], parts: int) -> list[list[int]]:
+    ends = [len(samples) * k // parts for k in range(parts + 1)]
+    return [samples[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _share(bins: list[list[int]], work: Work, rank: int, ranks: int) -> list[list[int]]:
+    """Heaviest first, one to each rank per round, the heaviest of a round to the rank with the least so far: equal
+    counts, balanced ranks, and micro-batches of one round that are alike, so that ranks keep pace."""
+    bins = sorted(bins, key=lambda chosen: (-work.load(chosen), chosen))
+    mine: list[list[int]] = []
+    totals = [0] * ranks
+    for start in range(0, len(bins), ranks):
+        order = sorted(range(ranks), key=lambda which: (totals[which], which))
+        for which, chosen in zip(order, bins[start : start + ranks], strict=True):
+            totals[which] += work.load(chosen)
+            if which == rank:
+                mine.append(chosen)
+    return mine
+
+
+def _longest_first(loads: list[int], count: int) -> list[list[int]]:
+    """Longest-processing-time partition into `count` bins: heaviest first, each to the emptiest bin, ties to the first.
+
+    No bin stays empty while another holds two items.
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, which) for which in range(count)]
+    for i in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
+        load, which = heapq.heappop(heap)
+        bins[which].append(i)
+        heapq.heappush(heap, (load + loads[i], which))
+    return bins

@@ -1,0 +1,185 @@
+"""Causal attention over packed sequences on a CPU: what Transformer Engine's does on CUDA.
+
+The rotary embedding is applied here as well, from one table for all layers: Megatron's own walks the sequences one by
+one, in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_rl.parallel.context import gather_tokens, local_tokens
+from megatron_rl.types import Inputs
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """A micro-batch's inputs as PackedAttention takes them: what all layers share is computed once."""
+
+    cos: Tensor | None = None  # [T, 1, d/2] float32, of the rotary angles of this rank's tokens
+    sin: Tensor | None = None
+    prefixes: Tensor | None = None  # see Inputs
+    rows: _Rows | None = None  # made by the first layer, which knows how many heads this rank has
+
+
+def packed_sequences(inputs: Inputs, inv_freq: Tensor, context_size: int) -> PackedSequences:
+    """`inv_freq`: `[d/2]`, the inverse frequencies of the rotary embedding."""
+    cu_seqlens = inputs.cu_seqlens * context_size
+    angles = torch.outer(inputs.position_ids.to(inv_freq.dtype), inv_freq)[:, None]
+    return PackedSequences("thd", cu_seqlens, cu_seqlens, cos=angles.cos(), sin=angles.sin(), prefixes=inputs.prefixes)
+
+
+class PackedAttention(MegatronModule):
+    """Rotary embedding, then causal self-attention inside each packed sequence, grouped queries included, through
+    torch's SDPA.
+
+    The packed tokens are padded to `[sequences, longest]`, so the cost is sequences * longest^2 rather than T^2. The
+    queries of a sequence with a prefix meet the prefix's keys before its own. Under context parallelism a rank's
+    queries meet the keys and values of all ranks, gathered in one collective a layer.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **options: Any
+    ) -> None:
+        """The signature that Megatron's layer specs call."""
+        super().__init__(config)
+        self.scale = options.get("softmax_scale")
+        self.context = options["pg_collection"].cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """This rank's query `[T, heads, d]`, key and value `[T, groups, d]`, before rotation -> `[T, 1, heads * d]`.
+
+        Raises: ValueError when not packed.
+        """
+        packed = packed_seq_params
+        if not isinstance(packed, PackedSequences):
+            raise ValueError("PackedAttention takes packed (thd) sequences only; pass `packed_sequences`")
+        tokens = query.shape[0]
+        query, key = (_Rotate.apply(x, packed.cos, packed.sin) for x in (query, key))
+        if self.context.size() > 1:
+            key, value = gather_tokens(torch.stack([key, value], dim=1), packed.cu_seqlens_q, self.context).unbind(1)
+        if packed.rows is None:
+            packed.rows = _rows(packed, query, key, self.context.rank(), self.context.size())
+        query, key, value = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
+        outs = []
+        for block in packed.rows.blocks:
+            q, k, v = (
+                x.index_select(0, rows.flatten()).view(*rows.shape, -1)
+                for x, rows in ((query, block.queries), (key, block.keys), (value, block.keys))
+            )
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, block.mask, is_causal=block.mask is None, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            outs.append(out.reshape(-1, out.shape[-1]))
+        out = torch.cat(outs) if len(outs) > 1 else outs[0]
+        return out.index_select(0, packed.rows.outputs).view(tokens, 1, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Sequences that one SDPA call computes, padded to the longest. Rows are those of [T * heads, d] and of
+    [T * groups, d]: head h of token t is row t * heads + h."""
+
+    queries: Tensor  # [S, heads, longest] int64
+    keys: Tensor  # [S, groups, longest key] int64
+    mask: Tensor | None  # [S, 1, longest, longest key], 0 or -inf; None: causal
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """All blocks of a micro-batch, and the way back from their flattened outputs."""
+
+    blocks: list[_Block]
+    outputs: Tensor  # [T * heads] int64
+
+
+def _rows(packed: PackedSequences, query: Tensor, key: Tensor, rank: int, size: int) -> _Rows:
+    heads, groups = query.shape[1], key.shape[1]
+    blocks, outputs, rows = [], torch.empty(query.shape[:2], dtype=torch.int64, device=query.device), 0
+    for queries, real, keys, seen in _tokens(packed, rank, size):
+        places = torch.arange(rows, rows + queries.numel() * heads, device=query.device).view(len(queries), heads, -1)
+        outputs[queries[real]] = places.transpose(1, 2)[real]
+        rows += places.numel()
+        mask = None if seen is None else query.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None]
+        blocks.append(_Block(_by_head(queries, heads), _by_head(keys, groups), mask))
+    return _Rows(blocks, outputs.flatten())
+
+
+def _tokens(packed: PackedSequences, rank: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Of each block: tokens that ask `[S, longest]`, which of them are real, tokens that they meet `[S, longest key]`,
+    and which of those each sees; None: those before it, which keeps the padding out of every real query's sight.
+
+    `rank`, `size`: in the context-parallel group."""
+    cu_seqlens, prefixes = packed.cu_seqlens_q.long(), packed.prefixes
+    starts, lengths = cu_seqlens[:-1] // size, cu_seqlens.diff() // size
+    if size > 1:
+        queries, real = _padded(starts, lengths)
+        keys, _ = _padded(starts * size, lengths * size)
+        positions = local_tokens(packed.cu_seqlens_q, rank, size)[queries] - cu_seqlens[:-1, None]
+        yield queries, real, keys, torch.arange(keys.shape[1], device=keys.device) <= positions[..., None]
+        return
+    has_prefix = torch.zeros_like(starts, dtype=torch.bool) if prefixes is None else prefixes >= 0
+    queries, real = _padded(starts[~has_prefix], lengths[~has_prefix])
+    yield queries, real, queries, None
+    if prefixes is not None:
+        queries, real = _padded(starts[has_prefix], lengths[has_prefix])
+        before = prefixes[has_prefix]
+        prefix, of_prefix = _padded(starts[before], lengths[before])
+        longest = queries.shape[1]
+        own = torch.ones(longest, longest, dtype=torch.bool, device=queries.device).tril()
+        seen = torch.cat([of_prefix[:, None].expand(-1, longest, -1), own.expand(len(queries), -1, -1)], dim=-1)
+        yield queries, real, torch.cat([prefix, queries], dim=1), seen
+
+
+def _padded(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed tokens `[S, longest]` (padding points at the sequence's first) and which are real."""
+    offsets = torch.arange(int(lengths.max()), device=starts.device)
+    real = offsets[None] < lengths[:, None]
+    return torch.where(real, starts[:, None] + offsets[None], starts[:, None]), real
+
+
+def _by_head(tokens: Tensor, heads: int) -> Tensor:
+    """`[S, longest]` tokens -> `[S, heads, longest]` rows."""
+    return tokens[:, None] * heads + torch.arange(heads, device=tokens.device)[:, None]
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotary embedding of x `[T, heads, d]`, whose dimension i is paired with i + d/2; cos, sin `[T, 1, d/2]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    out = x.new_empty(x.shape)
+    (a, b), (rotated_a, rotated_b) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(a, cos, out=rotated_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=rotated_b).addcmul_(a, sin)
+    return out
