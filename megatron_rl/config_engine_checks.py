@@ -12,19 +12,38 @@ if TYPE_CHECKING:
 
 def engine_faults(config: Config) -> list[str]:
     """One line per fault, with its remedy."""
-    rollout = config.rollout
+    rollout, faults = config.rollout, _replay_faults(config)
     if rollout.engine == "transformers":
         if rollout.max_staleness:
-            return [
+            faults.append(
                 f"rollout.max_staleness={rollout.max_staleness}: the embedded engine shares its process with the "
                 "trainer and cannot generate ahead; set it to 0, or rollout.engine to sglang or vllm"
-            ]
-        return []
-    faults = [*_url_faults(config), *_memory_faults(config), *_model_faults(config)]
+            )
+        return faults
+    faults += [*_url_faults(config), *_memory_faults(config), *_model_faults(config)]
     if rollout.max_staleness and config.loss.rollout_correction is None:
         faults.append(
             f"rollout.max_staleness={rollout.max_staleness} trains on responses of older weights, which needs the "
             "correction; set loss.rollout_correction={cap: 2}, or max_staleness=0"
+        )
+    return faults
+
+
+def _replay_faults(config: Config) -> list[str]:
+    from megatron_rl.config_checks import is_moe, read_hf_config
+
+    if not config.rollout.routing_replay:
+        return []
+    hf, faults = read_hf_config(config), []
+    if not is_moe(hf):
+        faults.append(
+            f"rollout.routing_replay=true: {hf.get('model_type')} has no experts to route to; set it to false"
+        )
+    if "moe" in (config.model.recompute_modules or ()) and config.parallel.pp > 1:
+        faults.append(
+            f"rollout.routing_replay=true with model.recompute_modules=[moe] and parallel.pp={config.parallel.pp}: "
+            "Megatron then runs a router again without saying for which of the micro-batches in the pipeline; set "
+            "model.recompute=full, or leave moe out"
         )
     return faults
 

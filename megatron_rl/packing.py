@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_rl.algorithms.aggregation import token_weights
 from megatron_rl.config import Config
 from megatron_rl.parallel.context import local_tokens
+from megatron_rl.routes import place_routes
 from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
 
@@ -309,6 +310,7 @@ def _micro_batch(
         token_ids_global=global_ids,
         loss_denominator=denominator,
         num_sequences=len(indices),
+        routes=place_routes([rollouts[i].routes for i in indices], boundaries, length),
     )
     return whole if layout.cp_size == 1 else _context_part(whole, layout)
 

@@ -25,6 +25,7 @@ from megatron_rl.config import Config, ModelConfig, OptimizerConfig
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
 from megatron_rl.parallel.groups import Groups, expert_tp
+from megatron_rl.policy.replay import replay_routes
 
 # with Megatron's defaults, batched exchanges, the gradients of interleaved stages are silently wrong over gloo
 _INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -186,6 +187,8 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -
     fused = fuses_output_layer(config, vocab)
     if fused and groups.is_last_stage:
         _hand_over_hidden(chunks[-1], groups)
+    if config.rollout.routing_replay:
+        replay_routes(chunks, hf, groups)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,

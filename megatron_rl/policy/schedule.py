@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rl.policy.build import Model
+from megatron_rl.policy.replay import RoutedSequences
 from megatron_rl.types import MicroBatch, MiniBatch
 
 # from (logits shard [T, V/TP], or hidden states [T, H] where the model hands them over; micro-batch) to Megatron's
@@ -59,17 +59,18 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction,
     )
 
 
-def _packed(micro_batch: MicroBatch, context_size: int) -> PackedSeqParams:
+def _packed(micro_batch: MicroBatch, context_size: int) -> RoutedSequences:
     """Boundaries of the whole sequences. Padding inside them counts as tokens, whose keys no real query can see."""
     cu_seqlens = micro_batch.cu_seqlens * context_size
     # the true longest sequence: Megatron takes a RoPE table as long as the whole pack for per-token positions
     longest = int(cu_seqlens.diff().max())
     padded = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens} if context_size > 1 else {}
-    return PackedSeqParams(
+    return RoutedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        routes=None if micro_batch.routes is None else micro_batch.routes.to(cu_seqlens.device),
         **padded,
     )
