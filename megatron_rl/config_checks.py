@@ -235,6 +235,11 @@ def is_moe(hf: dict[str, Any]) -> bool:
     return hf.get("model_type") == "qwen3_moe"
 
 
+def has_dense_layers(hf: dict[str, Any]) -> bool:
+    """Whether a layer has one MLP for all tokens, from the contents of a config.json."""
+    return not is_moe(hf) or bool(hf.get("mlp_only_layers")) or hf.get("decoder_sparse_step", 1) != 1
+
+
 def num_experts(hf: dict[str, Any]) -> int | None:
     """Experts of one layer; transformers 5 writes another key than the checkpoints on the hub have."""
     return hf.get("num_experts") or hf.get("num_local_experts")
@@ -292,7 +297,7 @@ def _model_faults(config: Config) -> list[str]:
             f"model num_key_value_heads={groups} of width {head_width(hf)} cannot be cut into parallel.tp={tp} equal "
             f"parts; choose tp from {[d for d in fits if groups % d == 0]}"
         )
-    if not is_moe(hf) or hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+    if has_dense_layers(hf):
         if hf["intermediate_size"] % tp:
             faults.append(f"model intermediate_size={hf['intermediate_size']} is not divisible by parallel.tp={tp}")
     if not hf.get("head_dim") and hf["hidden_size"] % heads:
@@ -317,8 +322,7 @@ def _model_faults(config: Config) -> list[str]:
             f"model.recompute_layers={recomputed} exceeds the {chunk_layers} layers of a model chunk (num_hidden_layers"
             f" / pp / vpp); lower it"
         )
-    dense = not is_moe(hf) or bool(hf.get("mlp_only_layers")) or hf.get("decoder_sparse_step", 1) != 1
-    for name, occurs in {"mlp": dense, "moe": is_moe(hf)}.items():
+    for name, occurs in {"mlp": has_dense_layers(hf), "moe": is_moe(hf)}.items():
         if name in (config.model.recompute_modules or ()) and not occurs:
             faults.append(f"model.recompute_modules: no layer of this {hf['model_type']} has a {name}; remove it")
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens

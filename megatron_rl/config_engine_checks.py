@@ -39,6 +39,11 @@ def _replay_faults(config: Config) -> list[str]:
         faults.append(
             f"rollout.routing_replay=true: {hf.get('model_type')} has no experts to route to; set it to false"
         )
+    if config.rollout.engine == "vllm":  # its Model Runner V2 alone reports experts, and does not start on a CPU
+        faults.append(
+            "rollout.routing_replay=true: what vLLM reports of its routing was never tried here; set rollout.engine to "
+            "sglang or transformers, or routing_replay=false"
+        )
     if "moe" in (config.model.recompute_modules or ()) and config.parallel.pp > 1:
         faults.append(
             f"rollout.routing_replay=true with model.recompute_modules=[moe] and parallel.pp={config.parallel.pp}: "
@@ -85,7 +90,7 @@ def _memory_faults(config: Config) -> list[str]:
 
 
 def _model_faults(config: Config) -> list[str]:
-    from megatron_rl.config_checks import head_width, read_hf_config
+    from megatron_rl.config_checks import has_dense_layers, head_width, is_moe, read_hf_config
 
     hf, tp, faults = read_hf_config(config), config.rollout.server.tp, []
     heads = hf.get("num_attention_heads")
@@ -95,6 +100,11 @@ def _model_faults(config: Config) -> list[str]:
         fits = [d for d in range(1, heads + 1) if heads % d == 0]
         faults.append(
             f"model num_attention_heads={heads} is not divisible by rollout.server.tp={tp}; choose from {fits}"
+        )
+    if config.rollout.engine == "sglang" and is_moe(hf) and has_dense_layers(hf):
+        faults.append(
+            "model mlp_only_layers or decoder_sparse_step makes some layers dense, and SGLang gives every layer of "
+            f"{hf['model_type']} experts; set rollout.engine to vllm or transformers"
         )
     width = head_width(hf)
     if config.rollout.engine == "vllm" and hf.get("model_type") == "qwen2" and width * heads != hf["hidden_size"]:

@@ -16,6 +16,8 @@ from megatron_rl.convert.hf import hub_views
 from megatron_rl.routes import place_routes, route_dtype, server_routes
 from megatron_rl.types import Rollout
 from tests.policy.tiny import HF, hf_model, make_advantages, make_batch, make_config, make_rollouts, policy_of, save
+from tests.tiny import HF as TINY_HF
+from tests.tiny import tiny_raw
 from tests.worlds import Worlds
 
 MOE: dict[str, Any] = {
@@ -56,12 +58,14 @@ def _routed() -> list[Rollout]:
     return [_with_routes(rollout, i) for i, rollout in enumerate(make_rollouts())]
 
 
-def _config(folder: Path, parallel: dict[str, Any], model: dict[str, Any], replay: bool = True) -> Any:
+def _config(
+    folder: Path, parallel: dict[str, Any], model: dict[str, Any], replay: bool = True, engine: str = "transformers"
+) -> Any:
     return make_config(
         folder,
         parallel=parallel | {"distributed_optimizer": False},
-        rollout={"samples_per_prompt": 4, "max_response_tokens": 16, "routing_replay": replay},
-        model={"path": str(folder)} | model,
+        rollout={"routing_replay": replay, "engine": engine},
+        model=model,
         optimizer={"lr": 0.0, "clip_grad": 0.0},
     )
 
@@ -177,9 +181,37 @@ def test_its_own_choice_replayed_changes_no_bit_and_another_does(worlds: Worlds,
         assert torch.equal(a, b)
 
 
+def _trained_on(raw: dict[str, Any]) -> list[bool]:
+    """Whether each step's rollouts came with routes."""
+    from unittest import mock
+
+    from megatron_rl import train
+    from tests.tiny import trained
+
+    seen: list[bool] = []
+
+    def pack(rollouts: list[Rollout], *args: Any, real: Any = train.pack, **options: Any) -> Any:
+        seen.append(all(rollout.routes is not None for rollout in rollouts))
+        return real(rollouts, *args, **options)
+
+    with mock.patch.object(train, "pack", pack), trained(raw):
+        return seen
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_a_run_asks_its_engine_for_routes_when_it_replays(worlds: Worlds, tmp_path: Path, replay: bool) -> None:
+    hf = TINY_HF | MOE | {"num_hidden_layers": 2}
+    raw = tiny_raw(tmp_path, model={"hf_config": hf}, parallel={"tp": 1}, rollout={"routing_replay": replay})
+    assert worlds.run(1, _trained_on, raw) == [[replay, replay]]
+
+
 def test_what_cannot_be_replayed_is_refused_at_load(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"routing_replay=true: qwen2 has no experts.*set it to false"):
         make_config(None, rollout={"routing_replay": True})
+    with pytest.raises(ConfigError, match=r"what vLLM reports of its routing was never tried"):
+        _config(folder, {}, {}, engine="vllm")
+    with pytest.raises(ConfigError, match=r"makes some layers dense, and SGLang gives every layer of qwen3_moe exp"):
+        _config(folder, {}, {}, engine="sglang")
     with pytest.raises(ConfigError, match=r"recompute_modules=\[moe\] and parallel.pp=2.*recompute=full"):
         _config(folder, {"pp": 2}, MOE_ONLY)
     assert parse_config(_config(folder, {}, MOE_ONLY).model_dump()).rollout.routing_replay
