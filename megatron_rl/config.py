@@ -52,7 +52,8 @@ class ModelConfig(Section):
     )
     fused_linear_stats: Literal["off", "on", "auto"] = Field(
         "off",
-        description="on: never hold the logits, and compute them twice; auto: on above 4 GiB of them a rank",
+        description="on: never hold the logits, and compute them twice; auto: on where the planner finds no room for "
+        "them in the device's memory",
     )
 
     @model_validator(mode="after")
