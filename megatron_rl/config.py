@@ -174,6 +174,9 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm; 0: off")
+    cpu_offload: bool = Field(
+        False, description="Adam's moments are kept, and its update is computed, on the host; a GPU keeps the weights"
+    )
 
 
 class WarmStartConfig(Section):

@@ -83,6 +83,7 @@ def check_consistency(config: Config) -> None:
         _loss_faults,
         _model_faults,
         _expert_faults,
+        _offload_faults,
         engine_faults,
         eval_faults,
     )
@@ -270,6 +271,28 @@ def _expert_faults(config: Config) -> list[str]:
         faults.append(f"model moe_intermediate_size={width} is not divisible by parallel.tp={parallel.tp}")
     if parallel.tp > 1 and not parallel.sp:
         faults.append("a mixture of experts trains under parallel.tp > 1 only with sp=true, as Megatron does it")
+    return faults
+
+
+def _offload_faults(config: Config) -> list[str]:
+    if not config.optimizer.cpu_offload:
+        return []
+    faults = []
+    if config.model.dtype == "float32":
+        faults.append(
+            "optimizer.cpu_offload=true: in float32 Megatron's distributed optimizer updates views of the weights, "
+            "which its optimizer on the host does not take; set model.dtype=bfloat16, or cpu_offload=false"
+        )
+    if not config.parallel.distributed_optimizer:
+        faults.append(
+            "optimizer.cpu_offload=true is for Megatron's distributed optimizer; set parallel.distributed_optimizer="
+            "true, or cpu_offload=false"
+        )
+    if config.rollout.server.share_memory:
+        faults.append(
+            "optimizer.cpu_offload=true with rollout.server.share_memory=true: the latter brings all of the "
+            "optimizer's state to the GPU after each generation; choose one"
+        )
     return faults
 
 

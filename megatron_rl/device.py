@@ -301,6 +301,14 @@ _REWRITES = [
         (r"tensor\.is_cuda:\n(\s+cpu_tensor)", r"True:\n\1"),  # moe_utils: split sizes become numpy
     ]
 ]
+# of its optimizer on the host, which asks each weight where it is: on a CPU all begin as if on a GPU
+_HOST_OPTIMIZER = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
+_HOST_OPTIMIZER_REWRITES = {
+    "for param in params if param.is_cuda": "for param in params",
+    "param.is_cuda": "not cpu_copy",
+    ".cpu().pin_memory()": ".cpu()",
+    '.to("cuda")': '.to("cpu")',
+}
 _NULL = '''
 class _cpu_null:
     """Stands for a stream or an event: every method does nothing."""
@@ -320,6 +328,9 @@ class _MegatronLoader(importlib.machinery.SourceFileLoader):
         source = data.decode()
         for pattern, replacement in _REWRITES:
             source = pattern.sub(replacement, source)
+        if self.name == _HOST_OPTIMIZER:
+            for text, replacement in _HOST_OPTIMIZER_REWRITES.items():
+                source = source.replace(text, replacement)
         if "_cpu_null" in source:
             source += _NULL  # appended, so that line numbers in tracebacks stay true
         if self.name == "megatron.core.transformer.moe.moe_utils" and "te_general_gemm" in source:

@@ -212,6 +212,9 @@ def _memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hard
         fused=on_gpu,
     )
     phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1, fuses=fuses)
+    if config.optimizer.cpu_offload:
+        for parts in phases.values():  # a GPU keeps the float32 weights; the host adds copies of them and the gradients
+            parts["optimizer"] *= 4 / 12 if on_gpu else 20 / 12
     if config.loss.ref_kl_coef > 0:
         for parts in phases.values():
             parts["reference weights"] = 2 * parts["weights"]  # the copy, and the current ones while it is in use

@@ -29,6 +29,7 @@ from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.plan.hardware import with_memory
 from megatron_rl.plan.memory import fuses_output_layer
 from megatron_rl.plan.shapes import layout_of, shape_of
+from megatron_rl.policy.host_optimizer import host_options, use_main_weights
 from megatron_rl.policy.replay import replay_routes
 
 # with Megatron's defaults, batched exchanges, the gradients of interleaved stages are silently wrong over gloo
@@ -144,6 +145,8 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
 
 
 def _recompute_options(model: ModelConfig) -> dict[str, Any]:
+    """Megatron's other way to save activations, cpu_offloading, is Transformer Engine's alone and excludes pipelines and
+    recomputation: nothing of it could be tried without a GPU, so there is no option for it."""
     options: dict[str, Any] = {}
     if model.recompute == "full":
         options = {"recompute_method": model.recompute_method or "uniform"}
@@ -291,9 +294,12 @@ def build_optimizer(
             bf16=config.model.dtype == "bfloat16",
             params_dtype=DTYPES[config.model.dtype],
             use_distributed_optimizer=config.parallel.distributed_optimizer,
+            **(host_options() if options.cpu_offload else {}),
         ),
         model.ddp,
     )
+    if options.cpu_offload:
+        use_main_weights(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
