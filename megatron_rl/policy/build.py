@@ -145,8 +145,8 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
 
 
 def _recompute_options(model: ModelConfig) -> dict[str, Any]:
-    """Megatron's other way to save activations, cpu_offloading, is Transformer Engine's alone and excludes pipelines and
-    recomputation: nothing of it could be tried without a GPU, so there is no option for it."""
+    """Megatron's other way to save activations, cpu_offloading, is Transformer Engine's alone and excludes pipelines
+    and recomputation: nothing of it could be tried without a GPU, so there is no option for it."""
     options: dict[str, Any] = {}
     if model.recompute == "full":
         options = {"recompute_method": model.recompute_method or "uniform"}
