@@ -52,7 +52,8 @@ class ModelConfig(Section):
     )
     fused_linear_stats: Literal["off", "on", "auto"] = Field(
         "off",
-        description="on: never hold the logits, and compute them twice; auto: on above 4 GiB of them a rank",
+        description="on: never hold the logits, and compute them twice; auto: on where the planner finds no room for "
+        "them in the device's memory",
     )
 
     @model_validator(mode="after")
@@ -173,6 +174,9 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm; 0: off")
+    cpu_offload: bool = Field(
+        False, description="Adam's moments are kept, and its update is computed, on the host; a GPU keeps the weights"
+    )
 
 
 class WarmStartConfig(Section):
@@ -196,7 +200,7 @@ class TrainConfig(Section):
     share_prompts: Literal["auto"] | bool = Field(
         "auto",
         description="compute a prompt once for the samples of its group that meet in a micro-batch, and no tokens that "
-        "predict nothing; exact; auto: where it can work, on a CPU with parallel.cp=1",
+        "predict nothing; exact; auto: where it can work, on a CPU with parallel.cp=1 and without rollout.routing_replay",
     )
     max_nonfinite_updates: NonNegativeInt = Field(
         3, description="updates in a row with a non-finite gradient that are skipped and counted before the run ends"

@@ -83,6 +83,7 @@ def check_consistency(config: Config) -> None:
         _loss_faults,
         _model_faults,
         _expert_faults,
+        _offload_faults,
         engine_faults,
         eval_faults,
     )
@@ -240,6 +241,11 @@ def is_moe(hf: dict[str, Any]) -> bool:
     return hf.get("model_type") == "qwen3_moe"
 
 
+def has_dense_layers(hf: dict[str, Any]) -> bool:
+    """Whether a layer has one MLP for all tokens, from the contents of a config.json."""
+    return not is_moe(hf) or bool(hf.get("mlp_only_layers")) or hf.get("decoder_sparse_step", 1) != 1
+
+
 def num_experts(hf: dict[str, Any]) -> int | None:
     """Experts of one layer; transformers 5 writes another key than the checkpoints on the hub have."""
     return hf.get("num_experts") or hf.get("num_local_experts")
@@ -273,6 +279,28 @@ def _expert_faults(config: Config) -> list[str]:
     return faults
 
 
+def _offload_faults(config: Config) -> list[str]:
+    if not config.optimizer.cpu_offload:
+        return []
+    faults = []
+    if config.model.dtype == "float32":
+        faults.append(
+            "optimizer.cpu_offload=true: in float32 Megatron's distributed optimizer updates views of the weights, "
+            "which its optimizer on the host does not take; set model.dtype=bfloat16, or cpu_offload=false"
+        )
+    if not config.parallel.distributed_optimizer:
+        faults.append(
+            "optimizer.cpu_offload=true is for Megatron's distributed optimizer; set parallel.distributed_optimizer="
+            "true, or cpu_offload=false"
+        )
+    if config.rollout.server.share_memory:
+        faults.append(
+            "optimizer.cpu_offload=true with rollout.server.share_memory=true: the latter brings all of the "
+            "optimizer's state to the GPU after each generation; choose one"
+        )
+    return faults
+
+
 def _model_faults(config: Config) -> list[str]:
     hf, tp, pp, faults = read_hf_config(config), config.parallel.tp, config.parallel.pp, []
     if hf.get("model_type") not in SUPPORTED_MODEL_TYPES:
@@ -297,7 +325,7 @@ def _model_faults(config: Config) -> list[str]:
             f"model num_key_value_heads={groups} of width {head_width(hf)} cannot be cut into parallel.tp={tp} equal "
             f"parts; choose tp from {[d for d in fits if groups % d == 0]}"
         )
-    if not is_moe(hf) or hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+    if has_dense_layers(hf):
         if hf["intermediate_size"] % tp:
             faults.append(f"model intermediate_size={hf['intermediate_size']} is not divisible by parallel.tp={tp}")
     if not hf.get("head_dim") and hf["hidden_size"] % heads:
@@ -322,8 +350,7 @@ def _model_faults(config: Config) -> list[str]:
             f"model.recompute_layers={recomputed} exceeds the {chunk_layers} layers of a model chunk (num_hidden_layers"
             f" / pp / vpp); lower it"
         )
-    dense = not is_moe(hf) or bool(hf.get("mlp_only_layers")) or hf.get("decoder_sparse_step", 1) != 1
-    for name, occurs in {"mlp": dense, "moe": is_moe(hf)}.items():
+    for name, occurs in {"mlp": has_dense_layers(hf), "moe": is_moe(hf)}.items():
         if name in (config.model.recompute_modules or ()) and not occurs:
             faults.append(f"model.recompute_modules: no layer of this {hf['model_type']} has a {name}; remove it")
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens

@@ -12,19 +12,48 @@ if TYPE_CHECKING:
 
 def engine_faults(config: Config) -> list[str]:
     """One line per fault, with its remedy."""
-    rollout = config.rollout
+    rollout, faults = config.rollout, _replay_faults(config)
     if rollout.engine == "transformers":
         if rollout.max_staleness:
-            return [
+            faults.append(
                 f"rollout.max_staleness={rollout.max_staleness}: the embedded engine shares its process with the "
                 "trainer and cannot generate ahead; set it to 0, or rollout.engine to sglang or vllm"
-            ]
-        return []
-    faults = [*_url_faults(config), *_memory_faults(config), *_model_faults(config)]
+            )
+        return faults
+    faults += [*_url_faults(config), *_memory_faults(config), *_model_faults(config)]
     if rollout.max_staleness and config.loss.rollout_correction is None:
         faults.append(
             f"rollout.max_staleness={rollout.max_staleness} trains on responses of older weights, which needs the "
             "correction; set loss.rollout_correction={cap: 2}, or max_staleness=0"
+        )
+    return faults
+
+
+def _replay_faults(config: Config) -> list[str]:
+    from megatron_rl.config_checks import is_moe, read_hf_config
+
+    if not config.rollout.routing_replay:
+        return []
+    hf, faults = read_hf_config(config), []
+    if not is_moe(hf):
+        faults.append(
+            f"rollout.routing_replay=true: {hf.get('model_type')} has no experts to route to; set it to false"
+        )
+    if config.rollout.engine == "vllm":  # its Model Runner V2 alone reports experts, and does not start on a CPU
+        faults.append(
+            "rollout.routing_replay=true: what vLLM reports of its routing was never tried here; set rollout.engine to "
+            "sglang or transformers, or routing_replay=false"
+        )
+    if config.train.share_prompts is True:
+        faults.append(
+            "rollout.routing_replay=true with train.share_prompts=true: an engine may take a prompt's token to other "
+            "experts in each sample; set share_prompts=auto"
+        )
+    if "moe" in (config.model.recompute_modules or ()) and config.parallel.pp > 1:
+        faults.append(
+            f"rollout.routing_replay=true with model.recompute_modules=[moe] and parallel.pp={config.parallel.pp}: "
+            "Megatron then runs a router again without saying for which of the micro-batches in the pipeline; set "
+            "model.recompute=full, or leave moe out"
         )
     return faults
 
@@ -66,7 +95,7 @@ def _memory_faults(config: Config) -> list[str]:
 
 
 def _model_faults(config: Config) -> list[str]:
-    from megatron_rl.config_checks import head_width, read_hf_config
+    from megatron_rl.config_checks import has_dense_layers, head_width, is_moe, read_hf_config
 
     hf, tp, faults = read_hf_config(config), config.rollout.server.tp, []
     heads = hf.get("num_attention_heads")
@@ -76,6 +105,11 @@ def _model_faults(config: Config) -> list[str]:
         fits = [d for d in range(1, heads + 1) if heads % d == 0]
         faults.append(
             f"model num_attention_heads={heads} is not divisible by rollout.server.tp={tp}; choose from {fits}"
+        )
+    if config.rollout.engine == "sglang" and is_moe(hf) and has_dense_layers(hf):
+        faults.append(
+            "model mlp_only_layers or decoder_sparse_step makes some layers dense, and SGLang gives every layer of "
+            f"{hf['model_type']} experts; set rollout.engine to vllm or transformers"
         )
     width = head_width(hf)
     if config.rollout.engine == "vllm" and hf.get("model_type") == "qwen2" and width * heads != hf["hidden_size"]:

@@ -72,5 +72,10 @@ class RolloutConfig(Section):
         description="steps by which the weights that began a response may be older than those it trains; above 0 the "
         "next steps' responses are generated during training",
     )
+    routing_replay: bool = Field(
+        False,
+        description="mixture of experts: the engine reports the experts that it routed each token to, and the policy's "
+        "forward passes take the same (R3); a response that a weight update interrupted has those of its last weights",
+    )
     server: ServerConfig = ServerConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from megatron_rl.errors import UserError
+from megatron_rl.plan.hardware import HARDWARE
 
 ON_GPU: bool = os.environ.get("MEGATRON_RL_DEVICE", "") != "cpu" and torch.cuda.is_available()
 BACKEND: str = "nccl" if ON_GPU else "gloo"
@@ -66,6 +67,14 @@ def local_gpus() -> int:
 def gpu_memory() -> tuple[str, int, int]:
     """(name, free bytes, all bytes) of this process's GPU; call it where ON_GPU."""
     return (torch.cuda.get_device_name(), *torch.cuda.mem_get_info())
+
+
+def memory_bytes() -> int:
+    """All memory that this rank may count on: its GPU's, or its share of the machine's among the ranks there."""
+    if ON_GPU:
+        return gpu_memory()[2]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def gpu_versions() -> dict[str, str]:
@@ -152,13 +161,6 @@ def save_memory_snapshot(path: Path) -> None:
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
-# FLOP/s of one GPU without sparsity, by a part of its name: bfloat16 on tensor cores, float32 off them. Source:
-# NVIDIA's datasheets of the SXM boards.
-_PEAK_FLOPS = {
-    "H200": (989.4e12, 67e12),
-    "H100": (989.4e12, 67e12),
-    "A100": (312e12, 19.5e12),
-}
 _GEMM_SIZE, _GEMM_REPEATS = 1024, 5
 
 
@@ -173,9 +175,11 @@ def peak_flops(dtype: torch.dtype) -> tuple[float | None, str]:
     A CPU is measured: the best of a few matrix products, with whatever else runs on its cores at that moment.
     """
     if ON_GPU:
-        for part, (bfloat16, float32) in _PEAK_FLOPS.items():
-            if part in name() and not any(board in name() for board in ("PCIe", "PCIE", "NVL")):
-                return (bfloat16 if dtype == torch.bfloat16 else float32), f"datasheet of {part} SXM"
+        for known in HARDWARE.values():
+            part = known.name.upper()
+            # the numbers are of the SXM boards
+            if known.flops and part in name() and not any(board in name() for board in ("PCIe", "PCIE", "NVL")):
+                return (known.flops if dtype == torch.bfloat16 else known.float32_flops), f"datasheet of {part}"
         return None, f"no peak known for {name()}"
     a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
     seconds = []
@@ -297,6 +301,14 @@ _REWRITES = [
         (r"tensor\.is_cuda:\n(\s+cpu_tensor)", r"True:\n\1"),  # moe_utils: split sizes become numpy
     ]
 ]
+# of its optimizer on the host, which asks each weight where it is: on a CPU all begin as if on a GPU
+_HOST_OPTIMIZER = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
+_HOST_OPTIMIZER_REWRITES = {
+    "for param in params if param.is_cuda": "for param in params",
+    "param.is_cuda": "not cpu_copy",
+    ".cpu().pin_memory()": ".cpu()",
+    '.to("cuda")': '.to("cpu")',
+}
 _NULL = '''
 class _cpu_null:
     """Stands for a stream or an event: every method does nothing."""
@@ -316,6 +328,9 @@ class _MegatronLoader(importlib.machinery.SourceFileLoader):
         source = data.decode()
         for pattern, replacement in _REWRITES:
             source = pattern.sub(replacement, source)
+        if self.name == _HOST_OPTIMIZER:
+            for text, replacement in _HOST_OPTIMIZER_REWRITES.items():
+                source = source.replace(text, replacement)
         if "_cpu_null" in source:
             source += _NULL  # appended, so that line numbers in tracebacks stay true
         if self.name == "megatron.core.transformer.moe.moe_utils" and "te_general_gemm" in source:

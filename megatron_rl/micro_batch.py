@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import token_weights
 from megatron_rl.dealing import Work
+from megatron_rl.routes import place_routes
 from megatron_rl.types import Inputs, MicroBatch, Rollout
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Samples:
     indices: Tensor  # the sample
     prompt_ids: Tensor
     sample_indices: Tensor
+    routes: dict[int, Tensor | None]  # of each sample; see routes.py
 
     @staticmethod
     def of(members: range, rollouts: list[Rollout], advantages: Tensor) -> Samples:
@@ -54,6 +56,7 @@ class Samples:
             counted - 1 - counted_before.repeat_interleave(lengths),
             advantages[members.start : members.stop].float().repeat_interleave(lengths),
             *owners.repeat_interleave(lengths, dim=0).unbind(1),
+            routes={i: rollouts[i].routes for i in members},
         )
 
     def work(self) -> Work:
@@ -80,7 +83,9 @@ def micro_batch(chosen: list[int], samples: Samples, length: int, layout: Layout
     if work is None:
         sequences = [(samples.starts[i], n, n - 1, 0) for i, n in ((i, samples.lengths[i]) for i in chosen)]
         widths = [layout.padded(tokens) for _, tokens, *_ in sequences]
-        return _micro_batch(sequences, _filled(widths, length), len(chosen), samples, layout)
+        whole = _micro_batch(sequences, _filled(widths, length), len(chosen), samples, layout)
+        starts = whole.cu_seqlens[: len(chosen)].tolist()
+        return whole.replace(routes=place_routes([samples.routes[i] for i in chosen], starts, length))
     skips = {i: samples.first_counted[i] - 1 for i in chosen if work.lengths[i]}
     counts = {i: work.lengths[i] - skip for i, skip in skips.items()}
     sequences = [(samples.starts[i] + skip, counts[i], counts[i], skip) for i, skip in skips.items()]

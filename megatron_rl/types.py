@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ class Rollout:
     spans: tuple[tuple[int, int], ...] = ()  # (weight_version, tokens), in order; empty: all by `weight_version`
     unfinished: str = ""  # "deadline" or "crash" when the verifier was ended over this response, which scores 0
     terms: tuple[float, ...] = ()  # values of reward.terms, in their order
+    routes: Tensor | None = None  # [L, mixture layers, top_k], the experts that the engine took; see routes.py
 
     @property
     def response_length(self) -> int:
@@ -98,6 +99,7 @@ class MicroBatch:
     ref_logprobs: Tensor | None = None  # float32, nats
     selected: Tensor | None = None  # bool, the tokens that Clip-Cov or KL-Cov picked
     surrogate_weights: Tensor | None = None  # float32, of the policy-gradient term, by the weighting losses
+    routes: Tensor | None = None  # [T, mixture layers, top_k] of token_ids, on the CPU; see routes.py
     inputs: Inputs | None = None  # where prompts are shared; None: the model computes these sequences
 
     def model_inputs(self) -> Inputs:
@@ -121,7 +123,7 @@ class MiniBatch:
     index: int  # within the step, from 0
     micro_batches: tuple[MicroBatch, ...]
 
-    def replace_each(self, name: str, values: list[Tensor]) -> MiniBatch:
+    def replace_each(self, name: str, values: Sequence[Tensor | None]) -> MiniBatch:
         """A copy in which micro-batch i has `name` set to `values[i]`."""
         if len(values) != len(self.micro_batches):
             raise ValueError(f"{name}: got {len(values)} tensors for {len(self.micro_batches)} micro-batches")
@@ -211,7 +213,8 @@ class LossOutputs:
 
 
 def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    moved = micro_batch.replace(**_tensors(micro_batch, device))
+    # routes of a whole step are large, and the forward passes need those of one micro-batch at a time
+    moved = micro_batch.replace(**_tensors(micro_batch, device) | {"routes": micro_batch.routes})
     if micro_batch.inputs is None:
         return moved
     return moved.replace(inputs=dataclasses.replace(micro_batch.inputs, **_tensors(micro_batch.inputs, device)))

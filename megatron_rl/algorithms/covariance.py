@@ -83,7 +83,8 @@ def select_tokens(
     stats: per micro-batch, under the weights that `loss.cov_logprobs` asks for; with sum_p2. reducer: over the
     data-parallel ranks.
     Returns the mini-batch (`selected` set for the two methods, untouched for other losses) and global metrics.
-    Identical decisions on every rank. Warns once about configurations in which a method cannot work.
+    Identical decisions on every rank. Warns once about configurations in which a method cannot work. The collectives
+    cannot hide behind the update: what they decide enters the loss of its first micro-batch.
     """
     advantages = mini_batch.cat("advantages")
     logprobs, ids = response_tokens(mini_batch, [s.logprobs for s in stats]), mini_batch.cat("token_ids_global")
@@ -99,32 +100,40 @@ def select_tokens(
         return mini_batch.replace_each("selected", nothing), metrics
     cov_loss: ClipCovLoss | KlCovLoss = loss  # type: ignore[assignment]
     _guard(mini_batch, cov_loss, count, updates_per_step)
-    counter = (seed, step, mini_batch.index)
+    how = (cov_loss, (seed, step, mini_batch.index))
     if cov_loss.cov_scope == "minibatch":
-        chosen = _choose(mini_batch, stats, cov_loss, counter, reducer)
+        chosen = _choose(mini_batch, stats, vocab if cov_loss.cov_estimator == "vocab" else cov, count, *how, reducer)
     else:
-        chosen = [
-            _choose(MiniBatch(mini_batch.index, (mb,)), [s], cov_loss, counter, LocalReducer())[0]
-            for s, mb in _pairs(stats, mini_batch)
-        ]
+        chosen = [_choose_within(mb, s, *how) for s, mb in _pairs(stats, mini_batch)]
     mini_batch = mini_batch.replace_each("selected", chosen)
     entropy = response_tokens(mini_batch, [s.entropy for s in stats])
     return mini_batch, metrics | _selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, reducer)
 
 
+def _choose_within(
+    micro_batch: MicroBatch, stats: TokenStats, loss: ClipCovLoss | KlCovLoss, counter: tuple[int, int, int]
+) -> Tensor:
+    """`selected [T]` bool of one micro-batch for itself: the authors' scope."""
+    part, alone = MiniBatch(counter[-1], (micro_batch,)), LocalReducer()
+    cov, count = covariance(response_tokens(part, [stats.logprobs]), part.cat("advantages"), alone)
+    if count == 0:
+        return torch.zeros_like(micro_batch.loss_mask)
+    if loss.cov_estimator == "vocab":
+        cov = response_tokens(part, [entropy_loss_per_step(stats, micro_batch.advantages)])
+    return _choose(part, [stats], cov, count, loss, counter, alone)[0]
+
+
 def _choose(
     part: MiniBatch,
     stats: list[TokenStats],
+    cov: Tensor,
+    count: int,
     loss: ClipCovLoss | KlCovLoss,
     counter: tuple[int, int, int],
     reducer: SupportsReduce,
 ) -> list[Tensor]:
-    """`selected [T]` bool per micro-batch: the top quota of the priority over the tokens of `part` on all ranks."""
-    cov, count = covariance(response_tokens(part, [s.logprobs for s in stats]), part.cat("advantages"), reducer)
-    if count == 0:
-        return [torch.zeros_like(mb.loss_mask) for mb in part.micro_batches]
-    if loss.cov_estimator == "vocab":
-        cov = response_tokens(part, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, part)])
+    """`selected [T]` bool per micro-batch: the top quota of the priority over the `count` tokens of `part` on all
+    ranks, of which this one's have the covariances `cov [n_local]`."""
     ids = part.cat("token_ids_global")
     candidates, priority = PRIORITIES[loss.type](part, stats, cov, loss, counter)
     _, winners = reducer.top_k(priority[candidates], ids[candidates], quota(loss.select_fraction, count))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 
@@ -13,7 +13,8 @@ class Hardware:
 
     name: str
     memory: float  # bytes that a process can use
-    flops: float  # dense bfloat16 multiply-adds count twice, per second; 0: no time is predicted
+    flops: float  # dense bfloat16 on tensor cores, multiply-adds count twice, per second; 0: no time is predicted
+    float32_flops: float  # the same of float32, off them
     bandwidth: float  # of its memory, bytes/s
     node_link: float  # to a GPU of the same node, bytes/s
     network: float  # to another node, bytes/s
@@ -21,15 +22,22 @@ class Hardware:
     gpus_per_node: int = 8
 
 
-# Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM, GB200 (per GPU); one 200 or 400 Gb/s network port
-# a GPU, as in the DGX systems. `memory` is what the driver reports, a little below the nominal size.
+# Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM, and of the GB200 NVL72 rack, per GPU; one 200 or
+# 400 Gb/s network port a GPU, as in the DGX systems. `memory` is what the driver reports, a little below the nominal
+# size.
 HARDWARE = {
-    "a100": Hardware("a100", 79.2 * GIB, 312e12, 2.04e12, 300e9, 25e9, 25e9),
-    "h100": Hardware("h100", 79.2 * GIB, 989e12, 3.35e12, 450e9, 50e9, 50e9),
-    "h200": Hardware("h200", 139.8 * GIB, 989e12, 4.8e12, 450e9, 50e9, 50e9),
-    "gb200": Hardware("gb200", 184.0 * GIB, 2500e12, 8.0e12, 900e9, 50e9, 300e9, gpus_per_node=4),
-    "cpu": Hardware("cpu", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gpus_per_node=1),  # memory alone: peak RSS
+    "a100": Hardware("a100", 79.2 * GIB, 312e12, 19.5e12, 2.04e12, 300e9, 25e9, 25e9),
+    "h100": Hardware("h100", 79.2 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, 50e9),
+    "h200": Hardware("h200", 139.8 * GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, 50e9),
+    "gb200": Hardware("gb200", 184.0 * GIB, 2500e12, 80e12, 8.0e12, 900e9, 50e9, 300e9, gpus_per_node=4),
+    "cpu": Hardware("cpu", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gpus_per_node=1),  # memory alone: peak RSS
 }
+
+
+def with_memory(memory: float, *, on_gpu: bool) -> Hardware:
+    """A device of which nothing is known but its bytes: enough for plan/memory.py."""
+    return replace(HARDWARE["h100" if on_gpu else "cpu"], name="unknown", memory=memory)
+
 
 # Driver context, cuBLAS and attention workspaces, NCCL's buffers, of one process on a GPU. Assumed: never measured
 # here.
@@ -45,5 +53,7 @@ CPU_PROCESS_BYTES = 445 * 2**20
 CPU_HEAP = 1.4
 # The weight stream gathers buckets of this size (parallel/weights.py).
 GATHER_BYTES = 512 * 2**20
+# Logits that the fused statistics hold at once (parallel/fused_linear.py).
+CHUNK_LOGITS = 2**26
 # Entries that the embedded engine samples from at once, in float64 (rollout/sampling.py).
 SAMPLING_ENTRIES = 2**23

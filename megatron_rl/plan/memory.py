@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_rl.config import Config
 from megatron_rl.plan.hardware import (
+    CHUNK_LOGITS,
     CPU_HEAP,
     CPU_PROCESS_BYTES,
     FILL,
@@ -104,6 +105,16 @@ def logits_bytes(shape: ModelShape, layout: Layout, passes: Passes) -> float:
     return passes.tokens / layout.cp * shape.vocab / layout.tp * passes.element_bytes
 
 
+def _logits(shape: ModelShape, layout: Layout, passes: Passes) -> Parts:
+    return {"logits": logits_bytes(shape, layout, passes)}
+
+
+def _fused_logits(shape: ModelShape, layout: Layout, passes: Passes) -> Parts:
+    """A chunk of logits, and the weight's gradient, which is summed over chunks in float32."""
+    chunk = min(logits_bytes(shape, layout, passes), CHUNK_LOGITS * passes.element_bytes)
+    return {"fused logits": chunk + 4.0 * shape.vocab / layout.tp * shape.hidden}
+
+
 def state_parts(held: RankParameters, layout: Layout, element_bytes: int) -> Parts:
     """Weights, float32 gradients, and Adam's state spread over the data-parallel ranks.
 
@@ -128,12 +139,15 @@ def stages(shape: ModelShape, layout: Layout, vocab_multiple: int) -> dict[int, 
     }
 
 
-def trainer_phases(shape: ModelShape, layout: Layout, passes: Passes, vocab_multiple: int) -> dict[str, Parts]:
-    """The trainer's parts in each phase, on the stage that is fullest in training. Generation lists what stays."""
+def trainer_phases(
+    shape: ModelShape, layout: Layout, passes: Passes, vocab_multiple: int, *, fuses: bool = False
+) -> dict[str, Parts]:
+    """The trainer's parts in each phase, on the stage that is fullest in training. Generation lists what stays.
+    `fuses`: logits exist in chunks alone."""
     candidates = []
     for stage, held in stages(shape, layout, vocab_multiple).items():
         state = state_parts(held, layout, passes.element_bytes)
-        logits = {"logits": logits_bytes(shape, layout, passes)} if stage == layout.pp - 1 else {}
+        logits = (_fused_logits if fuses else _logits)(shape, layout, passes) if stage == layout.pp - 1 else {}
         train = state | {"activations": training_activations(shape, layout, passes, stage)} | logits
         forward = layer_input(shape, layout, passes) + working_set(shape, layout, passes)
         phases = {
@@ -170,12 +184,25 @@ class Memory:
         return self.peak <= self.room and not self.faults
 
 
+def fuses_output_layer(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> bool:
+    """Whether the statistics compute the logits themselves, in chunks (model.fused_linear_stats): with `auto`, where a
+    phase that holds the logits would not fit. They cost a product more, so not where all fits."""
+    mode = config.model.fused_linear_stats
+    apart = _memory_of(config, shape, layout, hardware, fuses=False)
+    crowded = any("logits" in parts and apart.total(phase) > apart.room for phase, parts in apart.phases.items())
+    return mode == "on" or (mode == "auto" and crowded)
+
+
 def memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> Memory:
     """Of a run with this layout in place of the config's.
 
     Micro-batches count as full and responses as long as they may be. On a CPU the peak resident memory is predicted:
     the heap keeps what one phase freed while the next one fills other memory, so that there the phases add up.
     """
+    return _memory_of(config, shape, layout, hardware, fuses=fuses_output_layer(config, shape, layout, hardware))
+
+
+def _memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware, *, fuses: bool) -> Memory:
     on_gpu = hardware.flops > 0
     width = 2 if config.model.dtype == "bfloat16" else 4
     passes = Passes(
@@ -184,7 +211,10 @@ def memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardw
         element_bytes=width,
         fused=on_gpu,
     )
-    phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1)
+    phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1, fuses=fuses)
+    if config.optimizer.cpu_offload:
+        for parts in phases.values():  # a GPU keeps the float32 weights; the host adds copies of them and the gradients
+            parts["optimizer"] *= 4 / 12 if on_gpu else 20 / 12
     if config.loss.ref_kl_coef > 0:
         for parts in phases.values():
             parts["reference weights"] = 2 * parts["weights"]  # the copy, and the current ones while it is in use
@@ -197,7 +227,8 @@ def memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardw
     if not on_gpu:
         parts = {part: max(p.get(part, 0.0) for p in phases.values()) for parts in phases.values() for part in parts}
         parts["activations"] *= CPU_HEAP
-        return Memory({"whole run": parts | {"process": CPU_PROCESS_BYTES}}, math.inf)
+        room = FILL * hardware.memory if hardware.memory else math.inf
+        return Memory({"whole run": parts | {"process": CPU_PROCESS_BYTES}}, room)
     for parts in phases.values():
         parts["process"] = GPU_PROCESS_BYTES
     return Memory(phases, FILL * hardware.memory, faults)

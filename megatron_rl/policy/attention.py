@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_rl.parallel.context import gather_tokens, local_tokens
+from megatron_rl.policy.replay import RoutedSequences
 from megatron_rl.types import Inputs
 
 
 @dataclass
-class PackedSequences(PackedSeqParams):
+class PackedSequences(RoutedSequences):
     """A micro-batch's inputs as PackedAttention takes them: what all layers share is computed once."""
 
     cos: Tensor | None = None  # [T, 1, d/2] float32, of the rotary angles of this rank's tokens
@@ -31,11 +32,19 @@ class PackedSequences(PackedSeqParams):
     rows: _Rows | None = None  # made by the first layer, which knows how many heads this rank has
 
 
-def packed_sequences(inputs: Inputs, inv_freq: Tensor, context_size: int) -> PackedSequences:
-    """`inv_freq`: `[d/2]`, the inverse frequencies of the rotary embedding."""
+def packed_sequences(inputs: Inputs, inv_freq: Tensor, context_size: int, routes: Tensor | None) -> PackedSequences:
+    """`inv_freq`: `[d/2]`, the inverse frequencies of the rotary embedding; `routes`: see RoutedSequences."""
     cu_seqlens = inputs.cu_seqlens * context_size
     angles = torch.outer(inputs.position_ids.to(inv_freq.dtype), inv_freq)[:, None]
-    return PackedSequences("thd", cu_seqlens, cu_seqlens, cos=angles.cos(), sin=angles.sin(), prefixes=inputs.prefixes)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        routes=routes,
+        cos=angles.cos(),
+        sin=angles.sin(),
+        prefixes=inputs.prefixes,
+    )
 
 
 class PackedAttention(MegatronModule):

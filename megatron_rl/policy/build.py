@@ -25,6 +25,12 @@ from megatron_rl.config import Config, ModelConfig, OptimizerConfig
 from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
 from megatron_rl.parallel.groups import Groups, expert_tp
+from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.plan.hardware import with_memory
+from megatron_rl.plan.memory import fuses_output_layer
+from megatron_rl.plan.shapes import layout_of, shape_of
+from megatron_rl.policy.host_optimizer import host_options, use_main_weights
+from megatron_rl.policy.replay import replay_routes
 
 # with Megatron's defaults, batched exchanges, the gradients of interleaved stages are silently wrong over gloo
 _INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -140,6 +146,8 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
 
 
 def _recompute_options(model: ModelConfig) -> dict[str, Any]:
+    """Megatron's other way to save activations, cpu_offloading, is Transformer Engine's alone and excludes pipelines
+    and recomputation: nothing of it could be tried without a GPU, so there is no option for it."""
     options: dict[str, Any] = {}
     if model.recompute == "full":
         options = {"recompute_method": model.recompute_method or "uniform"}
@@ -184,9 +192,11 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -
     tconfig = transformer_config(hf, config)
     vocab = padded_vocab_size(hf.vocab_size, groups.tp_size)
     chunks = [_chunk(hf, tconfig, vocab, groups, chunk, config.parallel.vpp) for chunk in range(config.parallel.vpp)]
-    fused = fuses_output_layer(config, vocab)
+    fused = _fuses_output_layer(raw_hf_config, config, groups)
     if fused and groups.is_last_stage:
         _hand_over_hidden(chunks[-1], groups)
+    if config.rollout.routing_replay:
+        replay_routes(chunks, hf, groups)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
@@ -227,11 +237,11 @@ def _chunk(
     return gpt
 
 
-def fuses_output_layer(config: Config, padded_vocab: int) -> bool:
-    """Whether the statistics compute the logits themselves, in chunks (model.fused_linear_stats)."""
-    tokens = config.train.micro_batch_tokens // config.parallel.cp
-    size = tokens * padded_vocab // config.parallel.tp * DTYPES[config.model.dtype].itemsize
-    return {"off": False, "on": True, "auto": size > 4 * 2**30}[config.model.fused_linear_stats]
+def _fuses_output_layer(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -> bool:
+    """The planner's decision for the rank with the least memory: the same on every rank."""
+    least = -Reducer(groups.world, device.device()).max(torch.tensor([-device.memory_bytes()], device=device.device()))
+    hardware = with_memory(float(least), on_gpu=device.ON_GPU)
+    return fuses_output_layer(config, shape_of(raw_hf_config), layout_of(config), hardware)
 
 
 def _hand_over_hidden(gpt: GPTModel, groups: Groups) -> None:
@@ -288,9 +298,12 @@ def build_optimizer(
             bf16=config.model.dtype == "bfloat16",
             params_dtype=DTYPES[config.model.dtype],
             use_distributed_optimizer=config.parallel.distributed_optimizer,
+            **(host_options() if options.cpu_offload else {}),
         ),
         model.ddp,
     )
+    if options.cpu_offload:
+        use_main_weights(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -31,7 +31,6 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_all_rng_states
 
 from megatron_rl import device, launch
@@ -39,7 +38,9 @@ from megatron_rl.config import dump_config
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.groups import CheckpointException, Groups
 from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.policy.host_optimizer import refresh_host_weights
 from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.policy.torch_adam import begin_torch_adam, let_torch_adam_load, restore_step_0
 from megatron_rl.save_hf import fsync_tree, write_hf_extras
 
 _NAME = re.compile(r"step_\d{8}")
@@ -71,7 +72,7 @@ class CheckpointStore:
         self._background = AsyncCallsQueue()
         self._unfinished: _Save | None = None
         if not device.ON_GPU:
-            _let_torch_adam_load()
+            let_torch_adam_load()
 
     def newest(self) -> Path | None:
         """The finished checkpoint with the most steps."""
@@ -155,8 +156,9 @@ class CheckpointStore:
         Megatron would take them from the checkpoint, and the run would not be the one that its config.yaml tells."""
         optimizer, scheduler = self.policy.optimizer, self.policy.scheduler
         configured = [{name: group[name] for name in _HYPERPARAMETERS} for group in optimizer.param_groups]
-        _restore_step_0(state["optimizer"])
+        restore_step_0(state["optimizer"])
         optimizer.load_state_dict(state["optimizer"])
+        refresh_host_weights(optimizer)
         for group, values in zip(optimizer.param_groups, configured, strict=True):
             group.update(values)
         scheduler.step(increment=state["scheduler"]["num_steps"] - scheduler.num_steps)  # sets lr and weight_decay
@@ -168,7 +170,7 @@ class CheckpointStore:
             "singleton_local_shards": False,
             "dp_cp_group": self.groups.dp,
         }
-        _begin_torch_adam(self.policy.optimizer)
+        begin_torch_adam(self.policy.optimizer)
         model = self.policy.model.sharded_state_dict(metadata)
         gc.freeze()  # Megatron collects garbage in the next line: a second of walking through all that was imported
         optimizer = self.policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
@@ -352,49 +354,3 @@ def _reasons(error: BaseException) -> str:
     """What went wrong, without the tracebacks of all ranks that torch puts into its message."""
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause in causes}))
-
-
-def _begin_torch_adam(optimizer: Any) -> None:
-    """Give torch's Adam the state that its first update would begin with, if it has none yet: Megatron can neither save
-    an optimizer without it nor load into one. Its own way to get one is a step, which weight decay makes felt."""
-    if device.ON_GPU:
-        return
-    for adam in (chained.optimizer for chained in optimizer.chained_optimizers if not chained.optimizer.state):
-        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
-
-
-def _restore_step_0(optimizer: dict[str, Any]) -> None:
-    """The number of updates of an optimizer that is not distributed, which Megatron drops when it is 0."""
-    if {"state", "param_groups"} <= optimizer.keys():
-        optimizer["state"].setdefault("common_step", torch.tensor(0.0))
-    for value in optimizer.values():
-        if isinstance(value, dict):
-            _restore_step_0(value)
-
-
-def _let_torch_adam_load() -> None:
-    """Without Transformer Engine the distributed optimizer runs torch's AdamW, and 0.16.1 cannot load its state:
-    restoring expects a `step`, and then all parameters share one `step` tensor, which AdamW would count once per
-    parameter."""
-    if getattr(DistributedOptimizer, "_loads_torch_adam", False):
-        return
-    DistributedOptimizer._loads_torch_adam = True
-    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-    load_state_dict = DistributedOptimizer.load_state_dict
-
-    def with_step(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
-        group, index = self.model_param_group_index_map[parameter]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
-        kept = {"step": state["step"]} if "step" in state else {}
-        with torch.no_grad():
-            set_states(self, parameter, kept | tensors)
-
-    def with_own_steps(self: Any, state_dict: Any) -> None:
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
-    DistributedOptimizer.load_state_dict = with_own_steps

@@ -135,13 +135,15 @@ class MegatronPolicy:
         self._reference = [parameter.detach().clone() for _, parameter in self.parameters]
 
     def ref_logprobs(self, mini_batch: MiniBatch) -> list[Tensor]:
-        """Log-probabilities `[T]` of each micro-batch under the reference. Raises: RuntimeError when none was kept."""
+        """Log-probabilities `[T]` of each micro-batch under the reference, which is another model and routes by itself.
+        Raises: RuntimeError when none was kept."""
         if self._reference is None:
             raise RuntimeError("no reference policy: call keep_reference() first")
         current = [parameter.detach().clone() for _, parameter in self.parameters]
         try:
             self._set_parameters(self._reference)
-            return [stats.logprobs for stats in self.stats(mini_batch)]
+            unrouted = mini_batch.replace_each("routes", [None] * len(mini_batch.micro_batches))
+            return [stats.logprobs for stats in self.stats(unrouted)]
         finally:
             self._set_parameters(current)
 

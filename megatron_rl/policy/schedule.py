@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rl.policy.attention import packed_sequences
 from megatron_rl.policy.build import Model
+from megatron_rl.policy.replay import RoutedSequences
 from megatron_rl.types import Inputs, MicroBatch, MiniBatch
 
 # from (logits shard [T, V/TP], or hidden states [T, H] where the model hands them over; micro-batch) to Megatron's
@@ -38,7 +38,7 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction,
             inputs.token_ids[None],
             inputs.position_ids[None],
             None,
-            packed_seq_params=_packed(inputs, model),
+            packed_seq_params=_packed(inputs, micro_batch.routes, model),
             **options,
         )
 
@@ -62,20 +62,22 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction,
     )
 
 
-def _packed(inputs: Inputs, model: Model) -> PackedSeqParams:
+def _packed(inputs: Inputs, routes: Tensor | None, model: Model) -> RoutedSequences:
     """Boundaries of the whole sequences. Padding inside them counts as tokens, whose keys no real query can see."""
     context_size = model.config.context_parallel_size
+    routes = None if routes is None else routes.to(inputs.cu_seqlens.device)
     if model.inv_freq is not None:
-        return packed_sequences(inputs, model.inv_freq, context_size)
+        return packed_sequences(inputs, model.inv_freq, context_size, routes)
     cu_seqlens = inputs.cu_seqlens * context_size
     # the true longest sequence: Megatron takes a RoPE table as long as the whole pack for per-token positions
     longest = int(cu_seqlens.diff().max())
     padded = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens} if context_size > 1 else {}
-    return PackedSeqParams(
+    return RoutedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        routes=routes,
         **padded,
     )

@@ -25,9 +25,9 @@ from megatron_rl.launch import write_atomically
 from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.parallel.traffic import clock_offset, watch_collectives
+from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.policy.build import DTYPES, resolve_hf_config
 from megatron_rl.profiling.analysis import RankRecord, Summary, summarise
-from megatron_rl.profiling.flops import forward_flops
 from megatron_rl.profiling.page import write_page
 from megatron_rl.profiling.spans import Recorder, from_json, to_json
 
@@ -131,7 +131,7 @@ def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics
     tokens, pairs, sequences, responses = (sum(row[name] for row in rows) / len(rows) for name in names)
     hf = read_hf_config(config)
     hf.setdefault("vocab_size", vocab_size(build_tokenizer(config)))
-    forward = forward_flops(resolve_hf_config(hf).to_dict(), tokens, pairs)
+    forward = tokens * sum(forward_flops(shape_of(resolve_hf_config(hf).to_dict()), pairs / tokens))
     peaks = [rank.peak_flops for rank in ranks]
     summary.peak_flops = peak = None if None in peaks else sum(p for p in peaks if p is not None)
     seconds = {name: cost.seconds for name, cost in summary.phases.items()}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.rollout.dialect import Completion
 from megatron_rl.rollout.engine import EngineError, Request
+from megatron_rl.routes import server_routes
 from megatron_rl.types import Rollout
 
 
@@ -26,7 +28,8 @@ def rest(request: Request, done: Completion) -> Request:
 
 
 def joined(done: Completion, part: Completion, weight_version: int) -> Completion:
-    """`part` after `done`; `weight_version` is that of the part when the server does not tell."""
+    """`part` after `done`; `weight_version` is that of the part when the server does not tell. The last part has the
+    routes of the whole: its server fed all tokens before it anew."""
     spans = part.spans if part.spans is not None else ((weight_version, len(part.token_ids)),)
     merged = list(done.spans or ())
     for version, count in spans:
@@ -36,11 +39,17 @@ def joined(done: Completion, part: Completion, weight_version: int) -> Completio
             merged[-1] = (version, merged[-1][1] + count)
         else:
             merged.append((version, count))
-    return Completion(done.token_ids + part.token_ids, done.logprobs + part.logprobs, part.finish_reason, tuple(merged))
+    return Completion(
+        done.token_ids + part.token_ids,
+        done.logprobs + part.logprobs,
+        part.finish_reason,
+        tuple(merged),
+        part.routes,
+    )
 
 
-def as_rollout(request: Request, done: Completion) -> Rollout:
-    """Raises: EngineError when the answer cannot be that of the request."""
+def as_rollout(request: Request, done: Completion, hf: Any) -> Rollout:
+    """`hf`: the policy's transformers config. Raises: EngineError when the answer cannot be that of the request."""
     sampled, name = torch.tensor(done.logprobs), f"prompt {request.prompt_id}, sample {request.sample_index}"
     limit, counted = request.sampling.max_response_tokens, sum(count for _, count in done.spans or ())
     if not 0 < len(done.token_ids) <= limit or {len(done.logprobs), counted} != {len(done.token_ids)}:
@@ -60,6 +69,12 @@ def as_rollout(request: Request, done: Completion) -> Rollout:
             f"{done.token_ids[-1]}, which is none of the stop tokens {list(request.sampling.stop_token_ids)}"
         )
     prompt = len(request.token_ids)
+    routes = None
+    if request.with_routes:
+        try:
+            routes = server_routes(done.routes, prompt + len(done.token_ids), hf)
+        except ValueError as error:
+            raise EngineError(f"generate: {name}: the answer of experts {error}") from error
     return Rollout(
         prompt_id=request.prompt_id,
         sample_index=request.sample_index,
@@ -69,6 +84,7 @@ def as_rollout(request: Request, done: Completion) -> Rollout:
         finish_reason="stop" if stopped else "length",  # servers differ on a stop token at the limit
         weight_version=min(version for version, _ in done.spans or ()),
         spans=done.spans or (),
+        routes=routes,
     )
 
 

@@ -182,13 +182,17 @@ class Collector:
         before = self.cursor.state()
         prompts = self.cursor.take(self._config.train.prompts_per_step, exclude=exclude)
         sampling = sampling_params(self._config, self._tokenizer, step)
-        pending = self._request(prompts, self._config.rollout.samples_per_prompt, sampling)
+        rollout = self._config.rollout
+        pending = self._request(prompts, rollout.samples_per_prompt, sampling, with_routes=rollout.routing_replay)
         return dataclasses.replace(pending, cursor_before=before)
 
-    def _request(self, prompts: Sequence[Prompt], samples: int, sampling: SamplingParams) -> _Pending:
+    def _request(
+        self, prompts: Sequence[Prompt], samples: int, sampling: SamplingParams, *, with_routes: bool = False
+    ) -> _Pending:
         """This rank asks for an equal, contiguous part of the (prompt, sample) pairs, so most groups stay whole and
         share one prefill."""
-        requests = [Request(p.prompt_id, i, p.token_ids, sampling) for p in prompts for i in range(samples)]
+        pairs = [(prompt, i) for prompt in prompts for i in range(samples)]
+        requests = [Request(p.prompt_id, i, p.token_ids, sampling, with_routes) for p, i in pairs]
         return _Pending(list(prompts), requests, self._part(requests))
 
     def _part(self, requests: list[Request]) -> list[Request]:

@@ -20,6 +20,8 @@ class Completion:
     logprobs: list[float]  # nats, of those tokens at the request's temperature, before any top-p or top-k cut
     finish_reason: str  # "stop", "length", or "abort" when the server ended it early: the tokens so far are valid
     spans: tuple[tuple[int, int], ...] | None  # (weight_version, tokens), in order; None: the server does not tell
+    # experts of every token but the last, prompt included: [tokens - 1, layers, top_k], flattened; None: not told
+    routes: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class LaunchSpec:
     memory_fraction: float  # of the GPU's memory, weights and key-value cache together
     colocated: bool  # the trainer shares the GPUs: the server must be able to give its memory back
     extra_args: tuple[str, ...]  # appended to the server's command line
+    with_routes: bool = False  # it must be able to tell the experts of each token
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 when the trainer spans several machines
 
 

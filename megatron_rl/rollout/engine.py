@@ -51,6 +51,7 @@ class Request:
     sample_index: int
     token_ids: tuple[int, ...]  # the prompt
     sampling: SamplingParams
+    with_routes: bool = False  # of a mixture of experts: the rollout tells the experts that each token was routed to
 
 
 @runtime_checkable

@@ -161,6 +161,7 @@ class Fleet:
             memory_fraction=server.memory_fraction,
             colocated=server.share_memory,
             extra_args=server.extra_args,
+            with_routes=config.rollout.routing_replay,
             host="0.0.0.0" if spans_nodes else "127.0.0.1",
         )
         argv, env = self.dialect.command(spec)

@@ -170,7 +170,7 @@ class ServerEngine:
             finally:
                 target.in_flight -= 1
                 await self._announce()
-        return as_rollout(request, done)
+        return as_rollout(request, done, self._hf_config)
 
     async def _acquire(self) -> _Target:
         """The living server with the fewest of this rank's requests, once it has room and no update is going on."""

@@ -43,6 +43,7 @@ class SGLang:
         argv += ["--host", spec.host, "--port", str(spec.port), "--tp-size", str(spec.tp)]
         argv += ["--context-length", str(longest), "--max-running-requests", str(spec.max_concurrency)]
         argv += ["--skip-server-warmup", "--log-level", "warning"]
+        argv += ["--enable-return-routed-experts"] if spec.with_routes else []
         env = {
             "HF_HUB_OFFLINE": "1",
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the reserved positions are never computed
@@ -92,7 +93,9 @@ class SGLang:
             spans = [(_version(meta["weight_version"]), len(rows))]
         # JSON has no NaN
         logprobs = [math.nan if row[0] is None else row[0] for row in rows]
-        return Completion([row[1] for row in rows], logprobs, reason["type"], tuple(spans))
+        routes = meta.get("routed_experts")  # int32; SGLang keeps them with the key-value entries
+        routes = torch.frombuffer(bytearray(base64.b64decode(routes)), dtype=torch.int32) if routes else None
+        return Completion([row[1] for row in rows], logprobs, reason["type"], tuple(spans), routes)
 
     async def abort(self, server: Server, rid: str) -> None:
         """See `Dialect`."""
@@ -204,6 +207,7 @@ def generate_body(request: Request, rid: str) -> dict[str, Any]:
         "rid": _whole(rid),
         "input_ids": list(request.token_ids),
         "return_logprob": True,
+        "return_routed_experts": request.with_routes,
         "sampling_params": {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from megatron_rl.convert.hf import hub_views
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, SamplingParams
+from megatron_rl.rollout.recorder import RouteRecorder
 from megatron_rl.rollout.sampling import sample_tokens, uniforms
 from megatron_rl.types import Rollout
 
@@ -38,6 +39,7 @@ class TransformersEngine:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         model.tie_weights()  # without initialisation transformers leaves them apart
         self.model = model.eval().requires_grad_(False)
+        self._routes = RouteRecorder(self.model)
         self.weight_version = -1
         self._device = torch.device(device)
         self._batch_size = batch_size
@@ -140,6 +142,8 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _decode(self, requests: list[Request], sampling: SamplingParams) -> list[Rollout]:
+        wanted = any(request.with_routes for request in requests)
+        self._routes.begin(wanted, len(requests), sampling.max_response_tokens)
         logits, cache, mask = self._prefill(requests, sampling.max_response_tokens)
         width, count = mask.shape[1] - sampling.max_response_tokens, len(requests)
         prompt_ids = self._int64([[r.prompt_id] for r in requests])
@@ -188,6 +192,7 @@ class TransformersEngine:
                 past_key_values=cache,
                 use_cache=True,
             )
+            self._routes.fed(rows, step)
             logits, positions = output.logits[:, -1], positions + 1
         return self._collect(requests, tokens_out, logprobs_out, lengths, stopped)
 
@@ -206,6 +211,7 @@ class TransformersEngine:
             use_cache=True,
             logits_to_keep=1,
         )
+        self._routes.prompts([prompts[r.token_ids] for r in requests])
         logits, cache = output.logits[:, -1], output.past_key_values
         if len(prompts) != len(requests):
             expand = self._int64([prompts[r.token_ids] for r in requests])
@@ -237,6 +243,7 @@ class TransformersEngine:
                     finish_reason="stop" if stop else "length",
                     weight_version=self.weight_version,
                     spans=((self.weight_version, length),),
+                    routes=self._routes.of(row, len(prompt), length) if request.with_routes else None,
                 )
             )
         return rollouts

@@ -130,6 +130,14 @@ def test_search_proposes_layouts_that_load_and_fit(tmp_path: Path) -> None:
     assert seconds == sorted(seconds)
 
 
+def test_adam_on_the_host_leaves_the_float32_weights_on_the_gpu() -> None:
+    raw = copy.deepcopy(RAW_32B)
+    raw["rollout"]["server"]["share_memory"] = False
+    before = plan_of(parse_config(raw), *ARGUMENTS).memory.phases["training"]
+    after = plan_of(parse_config(raw | {"optimizer": {"cpu_offload": True}}), *ARGUMENTS).memory.phases["training"]
+    assert before["optimizer"] - after["optimizer"] == pytest.approx(8 * before["weights"] / 2 / 4)  # of dp 4
+
+
 def test_what_does_not_fit_gets_a_change_that_does() -> None:
     config = parse_config(copy.deepcopy(RAW_32B))
     assert plan_of(config, *ARGUMENTS).memory.total("training") > 79 * GIB

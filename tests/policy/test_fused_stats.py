@@ -67,16 +67,54 @@ def test_fused_equals_apart(worlds: Worlds, folders: list[Path], layout: str) ->
                 assert (apart[3], fused[3]) == (-(-HF["vocab_size"] // parallel.get("tp", 1)), HF["hidden_size"])
 
 
-def test_auto_goes_by_the_size_of_the_logits() -> None:
-    """20,000 tokens x 152,064 columns in bfloat16 are 5.7 GiB, and 2.8 GiB at TP 2 or CP 2."""
-    from megatron_rl.policy.build import fuses_output_layer
+def test_auto_goes_by_the_planners_memory() -> None:
+    """The state of the model is far below its logits; between the two sums of bytes lies where fusing makes it fit."""
+    from megatron_rl.plan.hardware import FILL, HARDWARE, with_memory
+    from megatron_rl.plan.memory import fuses_output_layer, memory_of
+    from megatron_rl.plan.shapes import layout_of, shape_of
 
-    def fuses(mode: str, **parallel: int) -> bool:
+    def config(mode: str, **parallel: int) -> Any:
         raw = make_config(None).model_dump()
         raw["model"] |= {"fused_linear_stats": mode, "dtype": "bfloat16"}
+        raw["model"]["hf_config"] |= {"vocab_size": 152_064}
         raw["parallel"] |= parallel
-        raw["train"] |= {"micro_batch_tokens": 20_000}
-        return fuses_output_layer(parse_config(raw), 152_064)
+        raw["rollout"] |= {"engine": "sglang", "weight_sync": {"mode": "disaggregated"}, "max_response_tokens": 20_000}
+        raw["rollout"]["server"] |= {"kv_tokens": 40_000}
+        raw["train"] |= {"micro_batch_tokens": 30_000}
+        raw["model"]["hf_config"]["max_position_embeddings"] = 30_000
+        return parse_config(raw)
 
-    assert fuses("auto") and fuses("on", tp=2)
-    assert not fuses("auto", tp=2) and not fuses("auto", cp=2) and not fuses("off")
+    def decides(given: Any, memory: float, on_gpu: bool) -> bool:
+        shape = shape_of(given.model.hf_config)
+        return fuses_output_layer(given, shape, layout_of(given), with_memory(memory, on_gpu=on_gpu))
+
+    for on_gpu in (True, False):
+        shape, hardware = shape_of(config("on").model.hf_config), HARDWARE["h100" if on_gpu else "cpu"]
+        apart, fused = (
+            memory_of(given, shape, layout_of(given), hardware).peak for given in (config("off"), config("on"))
+        )
+        assert fused < 0.9 * apart
+        for memory, wanted in ((apart * 1.01, False), (apart * 0.99, True), (fused * 0.5, True)):
+            assert decides(config("auto"), memory / FILL, on_gpu) == wanted
+        assert decides(config("on"), 1e15, on_gpu) and not decides(config("off"), 1.0, on_gpu)
+        assert not decides(config("auto", cp=2), apart * 0.99 / FILL, on_gpu)
+
+
+def _decided(raw: dict[str, Any]) -> bool:
+    """With memory that only the second rank is short of."""
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from megatron_rl import device
+
+    with (
+        mock.patch.object(device, "memory_bytes", lambda: 2**40 if dist.get_rank() == 0 else 2**20),
+        policy_of(parse_config(raw)) as policy,
+    ):
+        return policy.model.hands_over_hidden
+
+
+def test_all_ranks_decide_alike(worlds: Worlds) -> None:
+    raw = make_config(None, model={"fused_linear_stats": "auto"}, parallel={"tp": 2}).model_dump()
+    assert worlds.run(2, _decided, raw) == [True, True]

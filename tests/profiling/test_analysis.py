@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import parse_config
+from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.profiling.analysis import RankRecord, summarise
-from megatron_rl.profiling.flops import forward_flops
 from megatron_rl.profiling.page import median_step, timeline_figure
 from megatron_rl.profiling.record import add_rates
 from megatron_rl.profiling.spans import Collective, Span, StepRecord
@@ -93,11 +93,11 @@ def test_flops_by_hand() -> None:
     hf = {"model_type": "qwen2", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
     hf |= {"num_key_value_heads": 1, "intermediate_size": 8, "vocab_size": 16}
     weights = 4 * 8 + 4 * 4 + 3 * 4 * 8 + 16 * 4
-    assert forward_flops(hf, 3, 6) == 2 * weights * 3 + 4 * 2 * 2 * 6
+    assert 3 * sum(forward_flops(shape_of(hf), 6 / 3)) == 2 * weights * 3 + 4 * 2 * 2 * 6
     moe = {**hf, "model_type": "qwen3_moe", "head_dim": 2, "num_experts": 4, "num_experts_per_tok": 2}
     moe |= {"moe_intermediate_size": 6}
     weights += 2 * 3 * 4 * 6 + 4 * 4 - 3 * 4 * 8
-    assert forward_flops(moe, 3, 6) == 2 * weights * 3 + 4 * 2 * 2 * 6
+    assert 3 * sum(forward_flops(shape_of(moe), 6 / 3)) == 2 * weights * 3 + 4 * 2 * 2 * 6
 
 
 METRICS = {

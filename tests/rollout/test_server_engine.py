@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_rl.config import parse_config
 from megatron_rl.rollout.dialect import Completion
@@ -20,6 +21,14 @@ from tests.rollout.servers_case import HF, lone_place
 from tests.tiny import tiny_raw
 
 STOP, LIMIT = 9, 6
+MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+}
 SAMPLING = SamplingParams(1.0, 1.0, 0, LIMIT, (STOP,), seed=1)
 
 
@@ -47,7 +56,7 @@ class Fake:
         return answer
 
     async def hf_config(self, server: Any) -> dict[str, Any]:
-        return HF | {"vocab_size": 10}
+        return self.hf
 
     async def weight_version(self, server: Any) -> int:
         return self.version
@@ -70,9 +79,10 @@ def whole(request: Request, _: int) -> Completion:
 def engine_of(tmp_path: Any) -> Iterator[Callable[..., ServerEngine]]:
     engines = []
 
-    def build(script: dict[str, Any], **server: Any) -> ServerEngine:
+    def build(script: dict[str, Any], moe: bool = False, **server: Any) -> ServerEngine:
         from transformers import AutoConfig
 
+        hf = HF | {"vocab_size": 10} | (MOE if moe else {})
         raw = tiny_raw(tmp_path, model={"hf_config": HF}, rollout={"engine": "sglang", "server": server})
         urls = list(script)
         fleet: Any = SimpleNamespace(
@@ -80,7 +90,8 @@ def engine_of(tmp_path: Any) -> Iterator[Callable[..., ServerEngine]]:
         )
         channel: Any = SimpleNamespace(open=lambda servers: None, send=lambda stream, version: None, close=lambda: None)
         fake: Any = Fake(script)
-        engine = ServerEngine(fake, Loop(), fleet, channel, AutoConfig.for_model(**HF, vocab_size=10))
+        fake.hf = hf
+        engine = ServerEngine(fake, Loop(), fleet, channel, AutoConfig.for_model(**hf))
         engine.update_weights([], 3)
         engines.append(engine)
         return engine
@@ -135,6 +146,27 @@ def test_a_response_that_a_pause_cut_goes_on_from_its_tokens(engine_of: Any) -> 
     (rollout,) = engine_of({"http://a": cut}).generate(requests(1))
     assert rollout.token_ids.tolist() == [4, 5, 1, 2, 3, STOP] and rollout.spans == ((3, 2), (4, 2))
     assert rollout.rollout_logprobs.tolist() == [0, 0, -1, -2, -3, -4] and rollout.weight_version == 3
+
+
+def test_routes_are_those_of_the_last_part_or_the_answer_is_refused(engine_of: Any) -> None:
+    """It fed the earlier part's tokens anew. Then 6 tokens with 2 layers and 2 experts a token, the last unrouted."""
+
+    def cut(request: Request, count: int) -> Completion:
+        if count == 1:
+            return Completion([1, 2], [-1.0, -2.0], "abort", None, torch.tensor([3, 2] * 6, dtype=torch.int32))
+        assert request.with_routes
+        last = torch.tensor([0, 1, 1, 2] * 5, dtype=torch.int32)
+        return Completion([3, STOP], [-3.0, -4.0], "stop", None, last if request.prompt_id else last[:-1])
+
+    for prompt_id in (1, 0):
+        engine = engine_of({"http://a": cut}, moe=True)
+        wanted = Request(prompt_id, 0, (4, 5), SAMPLING, with_routes=True)
+        if prompt_id:
+            (rollout,) = engine.generate([wanted])
+            assert rollout.routes.tolist() == [[[0, 1], [1, 2]]] * 5 + [[[255, 255]] * 2]
+        else:
+            with pytest.raises(EngineError, match="answer of experts has 19, expected 20: 5 tokens"):
+                engine.generate([wanted])
 
 
 def test_a_busy_and_a_failing_server_are_asked_again(engine_of: Any) -> None:

@@ -77,7 +77,7 @@ def test_sglang_understands_every_request(tmp_path: Path) -> None:
         recorder,
         DIALECT.health,
         lambda s: DIALECT.generate(s, Request(0, 0, (1, 2), GREEDY), "r", seconds=1),
-        lambda s: DIALECT.generate(s, Request(0, 0, (1, 2), SAMPLED), "r", seconds=1),
+        lambda s: DIALECT.generate(s, Request(0, 0, (1, 2), SAMPLED, with_routes=True), "r", seconds=1),
         lambda s: DIALECT.abort(s, "r"),
         *(DIALECT.abort_all, DIALECT.pause, DIALECT.resume, DIALECT.flush, DIALECT.sleep, DIALECT.wake),
         *(DIALECT.weight_version, DIALECT.num_workers, DIALECT.begin_update),
@@ -165,6 +165,8 @@ def test_the_command_leaves_room_for_what_the_server_reserves(tmp_path: Path) ->
     assert int(option["--context-length"]) > 64 and int(option["--max-total-tokens"]) > 64
     assert len(env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
     assert argv[-2:] == ["--log-level", "info"]  # argparse takes the last
+    flag = "--enable-return-routed-experts"
+    assert flag not in argv and flag in DIALECT.command(spec(tmp_path, with_routes=True))[0]
 
 
 def test_a_server_on_gpus_sees_its_own_among_those_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

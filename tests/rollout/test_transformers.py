@@ -256,3 +256,34 @@ def test_experts_come_one_by_one():
         logprobs = (model(rollout.token_ids[None]).logits[0, :-1] / SAMPLING.temperature).log_softmax(-1)
     expected = logprobs.gather(1, rollout.token_ids[1:, None])[:, 0][rollout.loss_mask[1:]]
     torch.testing.assert_close(rollout.rollout_logprobs[rollout.loss_mask], expected, atol=1e-5, rtol=0)
+
+
+def test_routes_are_those_of_a_plain_forward():
+    """Of prompts of many lengths, shared by samples, of rows that leave the batch early; the last token was not fed."""
+    moe = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+    }
+    model, seen = make_model(**moe), []
+    engine = TransformersEngine(HF | moe, dtype=torch.float32, device=torch.device("cpu"), batch_size=20)
+    engine.update_weights(hub_views(dict(model.named_parameters())).items(), 7)
+    requests = [replace(request, with_routes=request.prompt_id != 3) for request in make_requests()]
+    rollouts = engine.generate(requests)
+    assert len({len(rollout.token_ids) for rollout in rollouts}) > 5
+    for layer in (0, 2):
+        model.model.layers[layer].mlp.gate.register_forward_hook(lambda gate, inputs, output: seen.append(output[2]))
+    for request, rollout in zip(requests, rollouts, strict=True):
+        if not request.with_routes:
+            assert rollout.routes is None
+            continue
+        seen.clear()
+        with torch.no_grad():
+            model(rollout.token_ids[None])
+        assert rollout.routes.dtype == torch.uint8 and bool((rollout.routes[-1] == 255).all())
+        assert torch.equal(rollout.routes[:-1].long(), torch.stack(seen, dim=1)[:-1])
+    assert all(r.routes is None for r in engine.generate([replace(r, with_routes=False) for r in requests[:3]]))

@@ -1,0 +1,57 @@
+"""What checkpoints need where torch's AdamW takes the place of Transformer Engine's Adam: on a CPU, and on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_rl import device
+
+
+def begin_torch_adam(optimizer: Any) -> None:
+    """Give torch's Adam the state that its first update would begin with, if it has none yet: Megatron can neither save
+    an optimizer without it nor load into one. Its own way to get one is a step, which weight decay makes felt."""
+    for adam in (chained.optimizer for chained in optimizer.chained_optimizers if not chained.optimizer.state):
+        if device.ON_GPU and not isinstance(adam, HybridDeviceOptimizer):
+            continue
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+def restore_step_0(optimizer: dict[str, Any]) -> None:
+    """The number of updates of an optimizer that is not distributed, which Megatron drops when it is 0."""
+    if {"state", "param_groups"} <= optimizer.keys():
+        optimizer["state"].setdefault("common_step", torch.tensor(0.0))
+    for value in optimizer.values():
+        if isinstance(value, dict):
+            restore_step_0(value)
+
+
+def let_torch_adam_load() -> None:
+    """Without Transformer Engine the distributed optimizer runs torch's AdamW, and 0.16.1 cannot load its state:
+    restoring expects a `step`, and then all parameters share one `step` tensor, which AdamW would count once per
+    parameter."""
+    if getattr(DistributedOptimizer, "_loads_torch_adam", False):
+        return
+    DistributedOptimizer._loads_torch_adam = True
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load_state_dict = DistributedOptimizer.load_state_dict
+
+    def with_step(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        group, index = self.model_param_group_index_map[parameter]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        kept = {"step": state["step"]} if "step" in state else {}
+        with torch.no_grad():
+            set_states(self, parameter, kept | tensors)
+
+    def with_own_steps(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+    DistributedOptimizer.load_state_dict = with_own_steps
