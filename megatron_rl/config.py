@@ -200,7 +200,7 @@ class TrainConfig(Section):
     share_prompts: Literal["auto"] | bool = Field(
         "auto",
         description="compute a prompt once for the samples of its group that meet in a micro-batch, and no tokens that "
-        "predict nothing; exact; auto: where it can work, on a CPU with parallel.cp=1 and without rollout.routing_replay",
+        "predict nothing; exact; auto: where it works, on a CPU with parallel.cp=1 and without rollout.routing_replay",
     )
     max_nonfinite_updates: NonNegativeInt = Field(
         3, description="updates in a row with a non-finite gradient that are skipped and counted before the run ends"

@@ -24,6 +24,7 @@ class Samples:
     starts: dict[int, int]  # sample -> where it begins
     lengths: dict[int, int]
     first_counted: dict[int, int]  # position of the first token that counts; the length where none does
+    routes: dict[int, Tensor | None]  # see routes.py
     token_ids: Tensor
     loss_mask: Tensor
     rollout_logprobs: Tensor
@@ -32,7 +33,6 @@ class Samples:
     indices: Tensor  # the sample
     prompt_ids: Tensor
     sample_indices: Tensor
-    routes: dict[int, Tensor | None]  # of each sample; see routes.py
 
     @staticmethod
     def of(members: range, rollouts: list[Rollout], advantages: Tensor) -> Samples:
@@ -50,13 +50,13 @@ class Samples:
             dict(zip(members, starts.tolist(), strict=True)),
             dict(zip(members, sizes, strict=True)),
             dict(zip(members, (torch.minimum(first, ends) - starts).tolist(), strict=True)),
+            {i: rollouts[i].routes for i in members},
             torch.cat([rollout.token_ids for rollout in chosen]),
             loss_mask,
             torch.cat([rollout.rollout_logprobs for rollout in chosen]),
             counted - 1 - counted_before.repeat_interleave(lengths),
             advantages[members.start : members.stop].float().repeat_interleave(lengths),
             *owners.repeat_interleave(lengths, dim=0).unbind(1),
-            routes={i: rollouts[i].routes for i in members},
         )
 
     def work(self) -> Work:

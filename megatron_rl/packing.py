@@ -189,7 +189,7 @@ def shares_prompts(config: Config) -> bool:
     first token from the prompt's last output. A sample's last token, which predicts nothing, is left out. A GPU has no
     such path here: it would need an attention kernel that takes a shared prefix (a block mask, or two calls merged by
     their log-sum-exp), which Transformer Engine's packed one does not. Under context parallelism the two chunks of a
-    rank would have to see a prefix that other ranks hold. Nor with rollout.routing_replay: an engine may take a prompt's
+    rank would have to see a prefix that other ranks hold. With rollout.routing_replay, an engine may take a prompt's
     token to other experts in each sample.
     Raises: ConfigError when it is on and cannot work on this machine.
     Source: prefix grouping, arXiv 2506.05433.
