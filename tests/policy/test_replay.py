@@ -67,6 +67,7 @@ def _config(
         rollout={"routing_replay": replay, "engine": engine},
         model=model,
         optimizer={"lr": 0.0, "clip_grad": 0.0},
+        train={"share_prompts": "auto" if replay else False},  # the same sequences with and without
     )
 
 
