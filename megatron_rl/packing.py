@@ -183,7 +183,7 @@ def pack_supervised(
 
 
 def shares_prompts(config: Config) -> bool:
-    """Whether the samples of a group compute their prompt once (train.share_prompts), where sequences are whole.
+    """Whether the samples of a group compute their prompt once (train.share_prompts).
 
     Exact: a sample's tokens attend to the prompt's keys and go on from its positions, and each sample predicts its
     first token from the prompt's last output. A sample's last token, which predicts nothing, is left out. A GPU has no
@@ -197,7 +197,7 @@ def shares_prompts(config: Config) -> bool:
         raise ConfigError(
             "train.share_prompts=true: on a GPU Transformer Engine's attention has no shared prefix; set auto or false"
         )
-    return config.train.share_prompts is not False and not device.ON_GPU
+    return config.train.share_prompts is not False and not device.ON_GPU and config.parallel.cp == 1
 
 
 def computed(batch: TrainBatch) -> Tensor:
