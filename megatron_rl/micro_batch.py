@@ -163,7 +163,7 @@ def _inputs(counts: dict[int, int], position_ids: Tensor, samples: Samples, leng
         position_ids=position[which] + offset,
         cu_seqlens=cu_seqlens,
         real=real,
-        prefixes=prefixes if at else None,
+        prefixes=prefixes if any(prefix >= 0 for *_, prefix in sequences) else None,
         rows=row,
     )
 

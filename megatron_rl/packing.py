@@ -183,7 +183,7 @@ def pack_supervised(
 
 
 def shares_prompts(config: Config) -> bool:
-    """Whether the samples of a group compute their prompt once (train.share_prompts), where sequences are whole.
+    """Whether the samples of a group compute their prompt once (train.share_prompts).
 
     Exact: a sample's tokens attend to the prompt's keys and go on from its positions, and each sample predicts its
     first token from the prompt's last output. A sample's last token, which predicts nothing, is left out. A GPU has no
@@ -198,7 +198,8 @@ def shares_prompts(config: Config) -> bool:
         raise ConfigError(
             "train.share_prompts=true: on a GPU Transformer Engine's attention has no shared prefix; set auto or false"
         )
-    return config.train.share_prompts is not False and not (device.ON_GPU or config.rollout.routing_replay)
+    able = not device.ON_GPU and config.parallel.cp == 1 and not config.rollout.routing_replay
+    return able and config.train.share_prompts is not False
 
 
 def computed(batch: TrainBatch) -> Tensor:

@@ -94,6 +94,8 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
     start_step, notes = restore(run, store)
     timers = Timers(device.synchronize, spans)
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
+        if config.train.share_prompts == "auto":
+            notes.append(f"train.share_prompts=auto: {'on' if shares_prompts(config) else 'off'}")
         for note in notes:
             logger.message(note)
         if start_step >= config.train.num_steps:

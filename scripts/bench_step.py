@@ -3,6 +3,9 @@ same order, sampling, updates and verifier, by turns: python scripts/bench_step.
 
 TRL lives in an environment of its own: python -m venv trl && trl/bin/pip install trl==1.16.0 torch==2.13.0 (the build
 of torch that this project runs on, so that both compute with the same kernels).
+
+--before CHECKOUT... measures earlier versions of this project as well, by turns, each with its own quickstart:
+git worktree add /tmp/before COMMIT; python scripts/bench_step.py --layouts "ours dp2" --before /tmp/before
 """
 
 from __future__ import annotations
@@ -22,15 +25,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "quickstart.yaml"
+CONFIG = Path("configs") / "quickstart.yaml"
 LAYOUTS = {  # of two cores: what is measured, with its processes and threads each
     "ours dp2": (2, 1),
+    "ours dp2 bare": (2, 1),
     "ours tp2": (2, 1),
     "ours 1x2": (1, 2),
     "trl 1x2": (1, 2),
     "trl dp2": (2, 1),
 }
-OVERRIDES = {"ours dp2": ["parallel.tp=1", "parallel.world_size=2"], "ours tp2": [], "ours 1x2": ["parallel.tp=1"]}
+_DP2 = ["parallel.tp=1", "parallel.world_size=2"]
+OVERRIDES = {
+    "ours dp2": _DP2,
+    # without what TRL does not do: realised entropy change, entropy ledger, values of the logged samples' tokens
+    "ours dp2 bare": [*_DP2, "train.entropy_probe=false", "logging.ledger_every=0", "logging.samples_per_step=0"],
+    "ours tp2": [],
+    "ours 1x2": ["parallel.tp=1"],
+}
 
 
 def main() -> None:
@@ -40,6 +51,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a run")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--rounds", type=int, default=2, help="runs of every layout, by turns")
+    parser.add_argument(
+        "--before", type=Path, nargs="+", default=[], help="checkouts of earlier versions of this project"
+    )
     parser.add_argument("--model", type=Path, help="folder of the quickstart's warmed model; made when not given")
     parser.add_argument("--trl-worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -51,17 +65,24 @@ def main() -> None:
         sys.exit(f"--trl: got {options.trl}, expected the Python interpreter of an environment with TRL.\n{__doc__}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = options.model or warmed_model(folder)
+        model = options.model.resolve() if options.model else warmed_model(folder)
         task = write_task(folder, model, options.warmup + options.steps)
-        rows: dict[str, list[dict[str, float]]] = {layout: [] for layout in options.layouts}
-        for turn in range(options.rounds):
-            for layout in options.layouts:
-                print(f"round {turn + 1}, {layout}: load {os.getloadavg()[0]:.1f} at its start", flush=True)
-                run = run_ours if layout.startswith("ours") else run_trl
-                rows[layout] += run(folder / f"{turn} {layout}", layout, task, options)[options.warmup :]
-            show(
-                rows, task["samples"]
-            )  # after every round, so that an interrupted run has shown the rounds it finished
+        roots = [ROOT, *(path.resolve() for path in options.before)]
+        turns = [(layout, root) for layout in options.layouts for root in (roots if layout in OVERRIDES else [ROOT])]
+        names = {turn: turn[0] if turn[1] == ROOT else f"{turn[0]} of {turn[1].name}" for turn in turns}
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in names.values()}
+        for number in range(options.rounds):
+            for (layout, root), name in names.items():
+                print(f"round {number + 1}, {name}: load {os.getloadavg()[0]:.1f} at its start", flush=True)
+                out = folder / f"{number} {name}"
+                ours = layout in OVERRIDES
+                found = (
+                    run_ours(out, layout, task, root)
+                    if ours
+                    else run_trl(out, layout, task, os.path.abspath(options.trl))
+                )
+                rows[name] += found[options.warmup :]
+            show(rows, task["samples"])  # after every round: an interrupted run has shown the rounds it finished
 
 
 def show(rows: dict[str, list[dict[str, float]]], samples: int) -> None:
@@ -81,7 +102,7 @@ def show(rows: dict[str, list[dict[str, float]]], samples: int) -> None:
 def warmed_model(folder: Path) -> Path:
     """The quickstart's model after its warm start and one RL step."""
     overrides = ["train.num_steps=1", "train.save_hf=true"]
-    train_ours(folder / "warm", overrides, threads=1)
+    train_ours(folder / "warm", overrides, threads=1, root=ROOT)
     return folder / "warm" / "hf"
 
 
@@ -91,7 +112,7 @@ def write_task(folder: Path, model: Path, steps: int) -> dict[str, Any]:
     from megatron_rl.config import load_config
     from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts
 
-    config = load_config(CONFIG)
+    config = load_config(ROOT / CONFIG)
     tokenizer = build_tokenizer(config)
     cursor = PromptCursor(load_prompts(config, tokenizer).train, config.seed)
     prompts = [prompt for _ in range(steps) for prompt in cursor.take(config.train.prompts_per_step)]
@@ -112,10 +133,10 @@ def write_task(folder: Path, model: Path, steps: int) -> dict[str, Any]:
     return task
 
 
-def run_ours(out: Path, layout: str, task: dict[str, Any], options: argparse.Namespace) -> list[dict[str, float]]:
-    """Seconds of each step by phase."""
+def run_ours(out: Path, layout: str, task: dict[str, Any], root: Path) -> list[dict[str, float]]:
+    """Seconds of each step by phase, with the code of the checkout `root`."""
     overrides = [f"model.path={task['model']}", "model.hf_config=null", "warm_start=null", *OVERRIDES[layout]]
-    train_ours(out, [*overrides, f"train.num_steps={task['steps']}"], threads=LAYOUTS[layout][1])
+    train_ours(out, [*overrides, f"train.num_steps={task['steps']}"], threads=LAYOUTS[layout][1], root=root)
     rows = []
     for line in (out / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
@@ -125,28 +146,32 @@ def run_ours(out: Path, layout: str, task: dict[str, Any], options: argparse.Nam
     return rows
 
 
-def train_ours(out: Path, overrides: list[str], threads: int) -> None:
+def train_ours(out: Path, overrides: list[str], threads: int, root: Path) -> None:
     """One run of the quickstart without evaluation or checkpoints."""
     quiet = ["train.eval_every=0", "train.save_final=false", "logging.tensorboard=false", f"logging.run_dir={out}"]
-    command = [sys.executable, "-m", "megatron_rl", "train", str(CONFIG), *quiet, *overrides]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    call(command, out, {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)})
+    command = [sys.executable, "-m", "megatron_rl", "train", str(root / CONFIG), *quiet, *overrides]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    call(command, out, {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}, root)
 
 
-def run_trl(out: Path, layout: str, task: dict[str, Any], options: argparse.Namespace) -> list[dict[str, float]]:
+def run_trl(out: Path, layout: str, task: dict[str, Any], python: str) -> list[dict[str, float]]:
     """Seconds of each step by phase; every `updates` optimizer updates are one step."""
     processes, threads = LAYOUTS[layout]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     out.mkdir()
-    command = [options.trl, *launcher, str(Path(__file__).resolve()), "--trl-worker", str(out)]
-    call(command, out, {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    command = [python, *launcher, str(Path(__file__).resolve()), "--trl-worker", str(out)]
+    call(
+        command, out, {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}, ROOT
+    )
     rows: list[dict[str, float]] = json.loads((out / "steps.json").read_text())
     return rows
 
 
-def call(command: list[str], out: Path, env: dict[str, str]) -> None:
-    """Run to the end, and stop everything with the end of the output when it fails."""
-    done = subprocess.run(command, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def call(command: list[str], out: Path, env: dict[str, str], root: Path) -> None:
+    """Run to the end in `root`, and stop everything with the end of the output when it fails."""
+    done = subprocess.run(
+        command, cwd=root, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if done.returncode:
         sys.exit(f"{out.name} failed with code {done.returncode}:\n{done.stdout[-4000:]}")
 

@@ -211,6 +211,10 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
         {"parallel": {"cp": 2}, "loss": {"type": "kl_cov", "cov_scope": "microbatch"}},
         "parallel.cp=2 spreads each sequence over several; set cov_scope=minibatch",
     ),
+    (
+        {"parallel": {"cp": 2}, "train__share_prompts": True},
+        "cannot see a shared prompt; set share_prompts=auto or cp=1",
+    ),
     ({"model__recompute": "full", "model__recompute_layers": 5}, "exceeds the 4 layers of a model chunk"),
     (
         {"model__recompute": "selective", "model__recompute_modules": ["moe"]},

@@ -17,6 +17,9 @@ from torch.distributed import ProcessGroup
 # torch 2.13 renamed it; the old name warns
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+_FEW = 1 << 14  # values a rank that are rather gathered than counted by bins
+_FIRST_BYTES = 1 << 12  # of an object, in the collective that tells the sizes
+
 
 class Reducer:
     """Collectives over one group (None: this process alone), in the form the algorithms ask for them."""
@@ -70,13 +73,20 @@ class Reducer:
     def quantiles(self, values: Tensor, fractions: list[float]) -> list[float]:
         """Exact lower quantiles over all ranks' `values [n_local]` (float32): the element of rank floor(q * (n - 1)).
 
-        Radix selection: four 256-bin histograms, so four small collectives whatever n is. NaN for an empty set.
+        Radix selection: four 256-bin histograms, so four small collectives whatever n is; fewer values are gathered and
+        sorted. NaN for an empty set.
         """
         keys = _ordered_bits(values.float())
-        total = int(self.sum(torch.tensor([keys.numel()], dtype=torch.int64, device=keys.device)))
+        counts = self._gather(torch.tensor([keys.numel()], dtype=torch.int64, device=keys.device))[:, 0].tolist()
+        total, most = sum(counts), max(counts)
         if total == 0:
             return [float("nan")] * len(fractions)
-        return self._order_statistics(keys, [int(q * (total - 1)) for q in fractions])
+        ranks = [int(q * (total - 1)) for q in fractions]
+        if most > _FEW:
+            return self._order_statistics(keys, ranks)
+        rows = self._gather(torch.nn.functional.pad(keys, (0, most - keys.numel())))
+        ordered = torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)]).sort().values
+        return [_from_ordered_bits(key) for key in ordered[ranks].tolist()]
 
     def kth_largest(self, values: Tensor, k: int) -> float:
         """The k-th largest of all ranks' `values [n_local]` (float32), exact; 1 <= k <= their number."""
@@ -102,23 +112,32 @@ class Reducer:
         return bool(self.max(torch.tensor([int(flag)], dtype=torch.int64, device=self.device)))
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, on every rank."""
+        """Every rank's picklable value, in rank order, on every rank.
+
+        The first collective brings the sizes and what fits behind them, a second one the rest of larger values.
+        """
         if self.size == 1:
             return [value]
-        payload = torch.frombuffer(bytearray(_dumps(value)), dtype=torch.uint8).to(self.device)
-        sizes = (
-            self._gather(torch.tensor([payload.numel()], dtype=torch.int64, device=self.device)).reshape(-1).tolist()
-        )
-        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
-        padded[: payload.numel()] = payload
-        rows, rank = self._gather(padded).cpu().numpy(), dist.get_rank(self.group)
-        return [value if i == rank else pickle.loads(rows[i, :size].data) for i, size in enumerate(sizes)]
+        data = _dumps(value)
+        payload = torch.frombuffer(bytearray(len(data).to_bytes(8, "little") + data), dtype=torch.uint8).to(self.device)
+        rows = self._gather(_padded(payload[:_FIRST_BYTES], _FIRST_BYTES)).cpu()
+        sizes = [8 + int.from_bytes(bytes(row[:8].tolist()), "little") for row in rows]
+        if (rest := max(sizes) - _FIRST_BYTES) > 0:
+            rows = torch.cat([rows, self._gather(_padded(payload[_FIRST_BYTES:], rest)).cpu()], dim=1)
+        rank, rows = dist.get_rank(self.group), rows.numpy()
+        return [value if i == rank else pickle.loads(rows[i, 8:size].data) for i, size in enumerate(sizes)]
 
     def _gather(self, values: Tensor) -> Tensor:
         """`[ranks, *values.shape]`."""
+        if self.size == 1:
+            return values[None]
         flat = torch.empty((self.size * values.numel(),), dtype=values.dtype, device=values.device)
         all_gather_flat(flat, values.contiguous().reshape(-1), group=self.group)
         return flat.view(self.size, *values.shape)
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, length - values.numel()))
 
 
 class _Pickler(pickle.Pickler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.parallel import reduce
 from megatron_rl.parallel.reduce import Reducer
 from tests.worlds import Worlds
 
@@ -113,13 +115,16 @@ def test_top_k_without_elements_and_with_nan(worlds: Worlds, split: tuple[int, .
         torch.testing.assert_close(best, values[order], equal_nan=True)
 
 
-def _quantiles(values: list[Tensor], split: tuple[int, ...]) -> list[list[float]]:
+def _quantiles(values: list[Tensor], split: tuple[int, ...], few: int) -> list[list[float]]:
     reducer, rank = world()
-    return [reducer.quantiles(share(of_all, split, rank), FRACTIONS) for of_all in values]
+    with mock.patch.object(reduce, "_FEW", few):
+        return [reducer.quantiles(share(of_all, split, rank), FRACTIONS) for of_all in values]
 
 
 @WORLD
-def test_quantiles_are_elements_of_the_set(worlds: Worlds, split: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("few", [40, 3])
+def test_quantiles_are_elements_of_the_set(worlds: Worlds, split: tuple[int, ...], few: int) -> None:
+    """Gathered, or counted by bins."""
     generator = torch.Generator().manual_seed(2)
     signed = torch.randn(40, generator=generator) * 10 ** (6 * torch.randn(40, generator=generator))
     infinite = signed.clone()
@@ -129,7 +134,7 @@ def test_quantiles_are_elements_of_the_set(worlds: Worlds, split: tuple[int, ...
     equal = torch.full((40,), -2.5)
     tiny = torch.tensor([2e-45, -2e-45] * 20) * torch.arange(40)  # subnormal
     sets = [signed, infinite, zeros, equal, tiny, signed.double()]
-    results = same_on_all(worlds.run(len(split), _quantiles, sets, split))
+    results = same_on_all(worlds.run(len(split), _quantiles, sets, split, few))
     for values, got in zip(sets, results, strict=True):
         # -0.0 sorts before 0.0: numpy's sort keeps their order, so the key looks at the sign bit too
         rising = sorted(values.float().tolist(), key=lambda x: (x, math.copysign(1.0, x)))
@@ -160,9 +165,14 @@ def test_quantiles_of_nothing_are_nan(worlds: Worlds, size: int) -> None:
     assert all(math.isnan(x) for rank in worlds.run(size, _empty_quantiles) for x in rank)
 
 
+# what a rollout holds, and what travels as torch itself would send it
+TENSORS = [torch.arange(6.0).view(2, 3).t(), torch.tensor(True), torch.zeros(2, 0), torch.ones(3, dtype=torch.bfloat16)]
+
+
 def _objects() -> tuple[list[Any], list[bool]]:
     reducer, rank = world()
-    value = {"rank": rank, "text": "ä" * (10**rank), "tensor": torch.arange(rank), "none": None}
+    tensors = [torch.arange(rank), TENSORS[0].double() + rank, *TENSORS]
+    value = {"rank": rank, "text": "ä" * (40**rank), "tensors": tensors, "none": None}
     flags = [reducer.any(flag) for flag in (False, rank == dist.get_world_size() - 1, True)]
     return reducer.gather_objects(value), flags
 
@@ -171,8 +181,11 @@ def _objects() -> tuple[list[Any], list[bool]]:
 def test_objects_of_any_size_arrive_in_rank_order(worlds: Worlds, size: int) -> None:
     for gathered, flags in worlds.run(size, _objects):
         assert [one["rank"] for one in gathered] == list(range(size))
-        assert [len(one["text"]) for one in gathered] == [10**rank for rank in range(size)]
-        assert [one["tensor"].tolist() for one in gathered] == [list(range(rank)) for rank in range(size)]
+        assert [len(one["text"]) for one in gathered] == [40**rank for rank in range(size)]
+        for rank, one in enumerate(gathered):
+            expected = [torch.arange(rank), TENSORS[0].double() + rank, *TENSORS]
+            for tensor, want in zip(one["tensors"], expected, strict=True):
+                assert tensor.dtype == want.dtype and tensor.shape == want.shape and torch.equal(tensor, want)
         assert flags == [False, True, True]
 
 
