@@ -85,9 +85,7 @@ class MicroBatch:
     ref_logprobs: Tensor | None = None  # float32, nats
     selected: Tensor | None = None  # bool, the tokens that Clip-Cov or KL-Cov picked
     surrogate_weights: Tensor | None = None  # float32, of the policy-gradient term, by the weighting losses
-    routes: Tensor | None = (
-        None  # [T, mixture layers, top_k], of token_ids, on the CPU; see routes.py. None: it chooses
-    )
+    routes: Tensor | None = None  # [T, mixture layers, top_k], on the CPU; see routes.py. None: the router chooses
 
     @property
     def num_tokens(self) -> int:
