@@ -49,19 +49,19 @@ def server_routes(flat: Tensor | None, length: int, hf: Any) -> Tensor:
     """A server's answer for a sequence of `length` tokens, `[(length - 1) * hidden layers * top_k]`, as a rollout's
     routes `[length, mixture layers, top_k]`. Raises: ValueError when it cannot be that."""
     if flat is None:
-        raise ValueError("came without them; start the server with --enable-return-routed-experts")
+        raise ValueError("are missing; start the server with --enable-return-routed-experts")
     layers, top_k, experts = hf.num_hidden_layers, hf.num_experts_per_tok, hf.num_experts
     wanted = (length - 1) * layers * top_k
     if flat.numel() != wanted:
         raise ValueError(
-            f"has {flat.numel()}, expected {wanted}: {length - 1} tokens * {layers} layers * {top_k} experts"
+            f"are {flat.numel()} numbers, expected {wanted}: {length - 1} tokens * {layers} layers * {top_k} experts"
         )
     chosen = flat.view(length - 1, layers, top_k)[:, moe_layers(hf)]
     ordered = chosen.sort(dim=-1).values
     if chosen.numel() and not 0 <= int(ordered[..., 0].min()) <= int(ordered[..., -1].max()) < experts:
-        raise ValueError(f"names experts {int(chosen.min())} to {int(chosen.max())}, the model has 0 to {experts - 1}")
+        raise ValueError(f"are {int(chosen.min())} to {int(chosen.max())}, the model has 0 to {experts - 1}")
     if bool((ordered[..., 1:] == ordered[..., :-1]).any()):  # as of a token whose routes were lost: zeros
-        raise ValueError("names an expert twice for one token: the server did not keep all of them")
+        raise ValueError("name one twice for one token: the server did not keep all of them")
     dtype = route_dtype(experts)
     last = torch.full((1, *chosen.shape[1:]), unrouted(dtype), dtype=dtype)
     return torch.cat([chosen.to(dtype), last])

@@ -74,7 +74,7 @@ def as_rollout(request: Request, done: Completion, hf: Any) -> Rollout:
         try:
             routes = server_routes(done.routes, prompt + len(done.token_ids), hf)
         except ValueError as error:
-            raise EngineError(f"generate: {name}: the answer of experts {error}") from error
+            raise EngineError(f"generate: {name}: its routed experts {error}") from error
     return Rollout(
         prompt_id=request.prompt_id,
         sample_index=request.sample_index,

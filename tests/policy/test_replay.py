@@ -248,8 +248,8 @@ def test_a_servers_answer_is_checked_before_it_is_believed() -> None:
     assert got[:, 2].tolist() == [[0, 5], [1, 4], [255, 255]]
     faults = {
         "start the server with --enable-return-routed-experts": None,
-        "has 8, expected 16: 2 tokens": answer[0].flatten(),
-        "names experts 0 to 6, the model has 0 to 5": (answer + (answer == 5).int()).flatten(),
+        "are 8 numbers, expected 16: 2 tokens": answer[0].flatten(),
+        "are 0 to 6, the model has 0 to 5": (answer + (answer == 5).int()).flatten(),
         "twice for one token": torch.zeros(16, dtype=torch.int32),
     }
     for message, flat in faults.items():

@@ -48,7 +48,9 @@ def python_of(engine: str) -> Path:
 
 
 @contextlib.contextmanager
-def serving(engine: str, folder: Path, *, tp: int = 1, tied: bool = True, **hf: Any) -> Iterator[Any]:
+def serving(
+    engine: str, folder: Path, *, tp: int = 1, tied: bool = True, with_routes: bool = False, **hf: Any
+) -> Iterator[Any]:
     """A server of the tiny model's architecture, started as a run starts it: (process, url)."""
     from transformers import AutoConfig
 
@@ -59,7 +61,8 @@ def serving(engine: str, folder: Path, *, tp: int = 1, tied: bool = True, **hf: 
     python = python_of(engine)
     tokenizer = build_tokenizer(parse_config(tiny_raw(folder)))
     config = AutoConfig.for_model(**(HF | {"tie_word_embeddings": tied, "vocab_size": vocab_size(tokenizer)} | hf))
-    config.architectures, config.dtype = ["Qwen2ForCausalLM"], "float32"
+    names = {"qwen2": "Qwen2ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+    config.architectures, config.dtype = [names[config.model_type]], "float32"
     config.save_pretrained(folder / "served")
     tokenizer.save_pretrained(folder / "served")
     port = free_port()
@@ -76,6 +79,7 @@ def serving(engine: str, folder: Path, *, tp: int = 1, tied: bool = True, **hf: 
         memory_fraction=0.5,
         colocated=False,
         extra_args=(),
+        with_routes=with_routes,
     )
     process = EngineProcess(*DIALECTS[engine]().command(spec), folder / f"{engine}.log")
     try:

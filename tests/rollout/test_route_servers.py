@@ -3,14 +3,20 @@ run trains on them."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.config import parse_config
-from tests.rollout.servers_case import HF, python_of
+from megatron_rl.rollout.engine import Request, SamplingParams
+from megatron_rl.rollout.sglang import SGLang
+from megatron_rl.routes import server_routes
+from tests.rollout.servers_case import HF, python_of, serving
+from tests.rollout.test_sglang_server import Served, load
 from tests.tiny import tiny_raw
 from tests.worlds import Worlds
 
@@ -23,15 +29,12 @@ MOE: dict[str, Any] = HF | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
-    "tie_word_embeddings": False,
 }
 
 
 def _steps(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """Per step of a run that starts its own server: (token, layer) pairs whose reported experts, as a set, are not
     transformers', all pairs, and the largest difference of log-probabilities."""
-    from transformers import AutoModelForCausalLM
-
     from megatron_rl import device, train
     from megatron_rl.convert.hf import hub_views
     from megatron_rl.logs import RunLogger
@@ -79,3 +82,37 @@ def test_a_run_replays_what_its_server_reports(worlds: Worlds, tmp_path: Path) -
     for step in (first, second):  # near a tie rounding may decide
         assert step["total"] > 500 and step["other"] <= 0.002 * step["total"]
         assert step["mismatch"] < 1e-4
+
+
+def test_a_response_that_an_update_interrupted_has_the_routes_of_its_last_weights(tmp_path: Path) -> None:
+    """SGLang feeds all of its tokens anew, prompt included."""
+    dialect, prompt = SGLang(), (5, 9, 2, 11, 7)
+    with serving("sglang", tmp_path, with_routes=True, tied=False, **MOE) as (process, url):
+        config, models = AutoConfig.from_pretrained(tmp_path / "served"), []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            models.append(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+        served = Served(process, url, tmp_path, models)
+        wanted = Request(0, 0, prompt, SamplingParams(0.0, 1.0, 0, 390, (), seed=0), with_routes=True)
+
+        async def interrupted(server: Any) -> Any:
+            await load(served, server, 0)
+            running = asyncio.create_task(dialect.generate(server, wanted, "r", seconds=60))
+            await asyncio.sleep(0.3)
+            await load(served, server, 1)
+            return await running
+
+        answer = served.run(interrupted)
+    (old, before), (new, after) = answer.spans
+    assert (old, new) == (0, 1) and before > 0 and after > 0
+    routes = server_routes(answer.routes, len(prompt) + 390, config)[:-1].sort(-1).values
+    shares = []
+    for model in models:
+        seen: list[torch.Tensor] = []
+        for layer in model.model.layers:
+            layer.mlp.gate.register_forward_hook(lambda gate, inputs, output, seen=seen: seen.append(output[2]))
+        with torch.no_grad():
+            model(torch.tensor([[*prompt, *answer.token_ids]]))
+        expected = torch.stack(seen, dim=1)[:-1].sort(-1).values
+        shares.append(float((routes == expected).all(-1).float().mean()))
+    assert shares[1] > 0.998 and shares[0] < 0.5, shares

@@ -165,7 +165,7 @@ def test_routes_are_those_of_the_last_part_or_the_answer_is_refused(engine_of: A
             (rollout,) = engine.generate([wanted])
             assert rollout.routes.tolist() == [[[0, 1], [1, 2]]] * 5 + [[[255, 255]] * 2]
         else:
-            with pytest.raises(EngineError, match="answer of experts has 19, expected 20: 5 tokens"):
+            with pytest.raises(EngineError, match="its routed experts are 19 numbers, expected 20: 5 tokens"):
                 engine.generate([wanted])
 
 
