@@ -24,7 +24,7 @@ VERIFIERS = (
     Verifier("math", {}),
     Verifier("math", {"strict": True}),
     Verifier("exact", {}),
-    Verifier("regex", {"pattern": r"\\boxed\{(.*?)\}"}),
+    Verifier("regex", {"pattern": r"\\boxed\{([^{}]*)\}"}),
     Verifier("format", {"pattern": r"\A[^$]*\$[^$]+\$"}),
     CLOCK,
 )

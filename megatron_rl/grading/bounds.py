@@ -1,7 +1,6 @@
 """How much work an answer may ask of the parser and of sympy. Both compute whatever a text says, and neither stops.
 
-An answer beyond the bounds is refused before the work begins, unless the gold answer is as large: what such a text could
-only earn by a computation of minutes is not an answer.
+An answer beyond the bounds is refused before the work begins, unless the gold answer is as large.
 """
 
 from __future__ import annotations
@@ -19,6 +18,13 @@ _MAX_PARSED = 400  # characters
 _MAX_DEPTH = 8  # of braces and brackets; the parser's time grows exponentially with it
 _MAX_COLONS = 2  # the parser takes minutes over long ratios
 _MAX_BARS = 8  # it pairs bars in every way
+_MAX_OPERATORS = 4  # their reach is open to many readings
+_OPERATOR = re.compile(r"\\(?:i+nt|oint|sum|prod|lim)(?![a-z])")
+
+# the parser itself computes binomials and what is rounded down or up
+_CHOOSE = re.compile(r"\\[dt]?binom\s*(?=\{)")
+_LARGE = re.compile(r"!|\d{5,}|\\infty|\^\s*\{?\s*\d{2,}|\d\s*\}?\s*\^\s*\{?\s*\d|\\[dt]?binom")
+_ROUNDS = re.compile(r"\\l(?:floor|ceil)(?![a-z])")
 
 _MAX_NODES = 300
 _MAX_DIGITS = 20_000.0  # of the numbers together; 2013^{4025} is a gold answer
@@ -26,10 +32,12 @@ _MAX_TERMS = 500.0  # once multiplied out
 _MAX_EXPONENT = 10_000.0
 _MAX_ROOTED = 1_000.0  # digits under a root or in a logarithm, of which sympy seeks the prime factors
 _MAX_ANGLE = 30.0  # digits of an angle
-_MAX_MULTIPLE = 2.0  # digits of n in sin(n x) and (x + n)!, which sympy writes out
+_MAX_MULTIPLE = 2.0  # digits of n in sin(n x) and (x + n)!, which sympy writes out, and in sinh(n)
 _MAX_SUMMED = 200.0  # terms of a sum or product with numbers as limits
 _UNDONE = ("Integral", "Limit", "Derivative")  # an operation left to the reader; sympy may try for ever
 _WRITTEN_OUT = ("factorial", "factorial2", "gamma", "binomial", "RisingFactorial", "FallingFactorial", "subfactorial")
+
+_HYPERBOLIC = ("sinh", "cosh", "tanh", "coth", "sech", "csch")
 
 
 def readable(found: str, gold: str) -> bool:
@@ -37,10 +45,22 @@ def readable(found: str, gold: str) -> bool:
     return (
         len(found) <= max(_MAX_PARSED, 4 * len(gold))
         and not _EXPLOSIVE.search(found)
+        and not _chooses_among_many(found)
+        and not (_ROUNDS.search(found) and _OPERATOR.search(found) and not _OPERATOR.search(gold))
         and found.count(":") <= max(_MAX_COLONS, gold.count(":"))
         and found.count("|") <= max(_MAX_BARS, gold.count("|"))
+        and len(_OPERATOR.findall(found)) <= max(_MAX_OPERATORS, len(_OPERATOR.findall(gold)))
         and latex.depth(found) <= max(_MAX_DEPTH, latex.depth(gold))
     )
+
+
+def _chooses_among_many(text: str) -> bool:
+    for match in _CHOOSE.finditer(text):
+        upper = latex.matching_brace(text, match.end())
+        lower = latex.matching_brace(text, upper + 1) if text[upper + 1 : upper + 2] == "{" else upper
+        if upper < 0 or lower < 0 or _LARGE.search(text, match.end(), lower):
+            return True
+    return False
 
 
 def workable(found: Any, gold: Any) -> bool:
@@ -76,6 +96,8 @@ def _measure(expression: Any) -> _Size:
         return _all(entries)
     if expression.is_Number:
         return 1, _digits(expression), 1.0
+    if expression.is_NumberSymbol:
+        return 1, 0.5, 1.0
     name, arguments = type(expression).__name__, expression.args
     if name in _UNDONE:
         raise _TooMuch
@@ -83,13 +105,15 @@ def _measure(expression: Any) -> _Size:
         return _summed(expression)
     if isinstance(expression, sympy.Pow):
         return _power(*arguments)
+    if isinstance(expression, sympy.exp):
+        return _power(sympy.E, *arguments)
     nodes, digits, terms = _all(arguments)
     if isinstance(expression, sympy.Mul):
         terms = math.prod(_measure(argument)[2] for argument in arguments)
     elif name in _WRITTEN_OUT:
         digits, terms = _factorial(expression, digits), 1.0
     elif isinstance(expression, sympy.Function):
-        limit = _MAX_MULTIPLE if expression.free_symbols else _MAX_ANGLE
+        limit = _MAX_MULTIPLE if expression.free_symbols or name in _HYPERBOLIC else _MAX_ANGLE
         if isinstance(expression, sympy.log):
             limit = _MAX_ROOTED
         if digits > limit and not isinstance(expression, sympy.floor | sympy.ceiling | sympy.Abs):

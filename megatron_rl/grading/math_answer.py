@@ -1,19 +1,18 @@
 """The `math` verifier: the last \\boxed answer of a response against the gold answer.
 
 Three readings, the cheap ones first: the texts agree in one spelling; both are numbers, or lists and brackets of
-comparable items; math-verify parses both and sympy finds them equal. math-verify's own time limits work in no thread
-and are off: a hostile expression may run for ever, so call this in a worker with a deadline (grading/pool.py).
+comparable items; math-verify parses both and sympy finds them equal, within the bounds of grading/bounds.py. sympy may
+still run for ever, and math-verify's own time limits work in no thread and are off, so call this in a worker with a
+deadline (grading/pool.py).
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
-from megatron_rl.grading import bounds, latex
+from megatron_rl.grading import bounds, latex, symbolic
 from megatron_rl.grading.latex import Number, Parts, Unit
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(?=\{)|(?P<bare>[^\s{}\\$]+))")
@@ -307,7 +306,7 @@ def _equal_symbolic(found: str, gold: str, strict: bool) -> bool:
         return False
     found, gold = _in_radians(found, gold)
     found, gold = (latex.split_unit(text)[0] for text in (found, gold))
-    a, b = _parsed(found), _parsed(gold)
+    a, b = symbolic.parsed(found), symbolic.parsed(gold)
     if a is None or b is None:
         return False
     if a == b:
@@ -318,7 +317,7 @@ def _equal_symbolic(found: str, gold: str, strict: bool) -> bool:
         rounded = _rounded(found, b, gold) if latex.number(found) else _rounded_gold(a, gold)
         if rounded:
             return True
-    return _verify(a, b)
+    return symbolic.same(a, b)
 
 
 def _in_radians(found: str, gold: str) -> tuple[str, str]:
@@ -332,7 +331,7 @@ def _in_radians(found: str, gold: str) -> tuple[str, str]:
 
 def _rounded(found: str, gold_parsed: Any, gold: str) -> bool:
     """Whether the number `found` rounds the exact value of an expression."""
-    value, number = _numeric(gold_parsed), latex.number(found)
+    value, number = symbolic.constant(gold_parsed), latex.number(found)
     if value is None or number is None or number.percent:
         return False
     return close(number, Number(value, "fraction", Fraction(0), 0, False, True), Fraction(1), strict=False)
@@ -341,35 +340,7 @@ def _rounded(found: str, gold_parsed: Any, gold: str) -> bool:
 def _rounded_gold(found_parsed: Any, gold: str) -> bool:
     """Whether the gold decimal rounds the exact value of the expression that was found."""
     number = latex.number(gold)
-    value = _numeric(found_parsed) if number else None
+    value = symbolic.constant(found_parsed) if number else None
     if value is None or number is None or number.percent:
         return False
     return close(Number(value, "fraction", Fraction(0), 0, False, True), number, Fraction(1), strict=False)
-
-
-def _numeric(parsed: Any) -> Fraction | None:
-    """The value of a real constant to 30 digits."""
-    try:
-        value = parsed.evalf(30)
-        return Fraction(str(value)) if value.is_Float or value.is_Rational else None
-    except Exception:
-        return None  # not a constant: sets, matrices, symbols
-
-
-@lru_cache(maxsize=1024)  # the samples of one prompt share their gold
-def _parsed(text: str) -> Any:
-    """sympy's reading of a cleaned answer, or None."""
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    normalization = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
-    target = LatexExtractionConfig(normalization_config=normalization, boxed_match_priority=0)
-    found = parse(f"\\boxed{{{text}}}", [target], fallback_mode="no_fallback", parsing_timeout=None)
-    return found[0] if found else None
-
-
-def _verify(found: Any, gold: Any) -> bool:
-    from math_verify import verify
-
-    return bool(verify(gold, found, allow_set_relation_comp=True, timeout_seconds=None))
