@@ -34,7 +34,7 @@ _MAX_ROOTED = 1_000.0  # digits under a root or in a logarithm, of which sympy s
 _MAX_ANGLE = 30.0  # digits of an angle
 _MAX_MULTIPLE = 2.0  # digits of n in sin(n x) and (x + n)!, which sympy writes out, and in sinh(n)
 _MAX_SUMMED = 200.0  # terms of a sum or product with numbers as limits
-_UNDONE = ("Integral", "Limit", "Derivative")  # an operation left to the reader; sympy may try for ever
+_UNDONE = ("Limit", "Derivative")  # left to the reader; sympy may try for ever, as with integrals but of polynomials
 _WRITTEN_OUT = ("factorial", "factorial2", "gamma", "binomial", "RisingFactorial", "FallingFactorial", "subfactorial")
 
 _HYPERBOLIC = ("sinh", "cosh", "tanh", "coth", "sech", "csch")
@@ -100,6 +100,8 @@ def _measure(expression: Any) -> _Size:
         return 1, 0.5, 1.0
     name, arguments = type(expression).__name__, expression.args
     if name in _UNDONE:
+        raise _TooMuch
+    if name == "Integral" and not expression.function.is_polynomial(*expression.variables):
         raise _TooMuch
     if name in ("Sum", "Product"):
         return _summed(expression)

@@ -40,9 +40,13 @@ def math(response: str, answer: str, *, strict: bool = False) -> float:
     The answer is the content of the last \\boxed; without a box, what follows the last "####" or "answer is", or else
     the last formula or number of the last line. A gold of several parts also accepts one box for each at the end.
 
-    `strict`: as PRIME's verifier, only a \\boxed counts, an integer must be written as an integer, a fraction reduced,
-    and a rounded decimal is not the exact value.
+    `strict`: only a \\boxed counts, an integer must be written as one, a fraction reduced, and a rounded decimal is not
+    the exact value. The rules on integers and fractions are those of PRIME's grader, whose verdict as a whole is laxer
+    than either mode of this one: without a box it takes what follows "answer is"; 2.0 is 2; and what these rules refuse
+    it still accepts within 1e-4, relative, with 3.14 for pi too, and where numbers differ by a factor of 100. Only the
+    order is its own: the items of a list must come as in the gold.
     Raises: ImportError without math-verify.
+    Source of the comparison: reward_score/prime_math of verl, which adapts PRIME's.
     """
     if not strict and response.strip() == answer.strip():
         return 1.0  # some golds are sentences
@@ -177,7 +181,8 @@ def _same_side(found: str, gold: str) -> tuple[str, str]:
     found_name, found_value = _named(found)
     gold_name, gold_value = _named(gold)
     if found_name and not gold_name and "=" not in gold:
-        return found_value.rpartition("=")[2].strip() or found_value, gold
+        last = found_value.rpartition("=")[2].strip()
+        return last if last and last.count("{") == last.count("}") else found_value, gold
     if gold_name and not found_name and "=" not in found and _is_name(gold_name):
         return found, gold_value
     if found_name and gold_name and _compact(found_name).casefold() == _compact(gold_name).casefold():
@@ -191,6 +196,8 @@ def _named(text: str) -> tuple[str, str]:
     match = _MEMBER.fullmatch(text) or _ASSIGNED.fullmatch(text)
     if match is None or re.search(r"\\(?:le|ge|ne)(?![a-z])", match["name"]):
         return "", text
+    if match["name"].count("{") != match["name"].count("}"):
+        return "", text  # the = of a sum's limits
     return match["name"], match["value"].strip()
 
 
@@ -313,6 +320,7 @@ def _equal_symbolic(found: str, gold: str, strict: bool) -> bool:
         return True
     if not bounds.workable(a, b):
         return False
+    a, b = symbolic.with_imaginary_unit(a), symbolic.with_imaginary_unit(b)
     if not strict:
         rounded = _rounded(found, b, gold) if latex.number(found) else _rounded_gold(a, gold)
         if rounded:

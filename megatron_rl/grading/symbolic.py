@@ -24,6 +24,19 @@ def parsed(text: str) -> Any:
     return found[0] if found else None
 
 
+def with_imaginary_unit(expression: Any) -> Any:
+    """With i as the square root of -1, which the parser leaves a symbol, unless a sum or the like runs over it."""
+    import sympy
+
+    free = [symbol for symbol in getattr(expression, "free_symbols", ()) if symbol.name == "i"]
+    if not free or (isinstance(expression, sympy.Basic) and expression.has(sympy.Sum, sympy.Product)):
+        return expression
+    try:
+        return expression.xreplace(dict.fromkeys(free, sympy.I))
+    except Exception:
+        return expression  # an order of complex numbers, or what else has none
+
+
 def constant(expression: Any) -> Fraction | None:
     """The value of a real constant to 30 digits; None for sets, matrices and expressions with symbols."""
     try:
