@@ -115,6 +115,6 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=100_000, help="outputs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the outputs (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="grading processes (default: %(default)s)")
-    parser.add_argument("--deadline", type=float, default=2.0, help="seconds for an answer (default: %(default)s)")
+    parser.add_argument("--deadline", type=float, default=10.0, help="seconds for an answer (default: %(default)s)")
     given = parser.parse_args()
     sys.exit(main(given.count, given.seed, given.workers, given.deadline))

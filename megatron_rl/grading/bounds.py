@@ -23,14 +23,14 @@ _OPERATOR = re.compile(r"\\(?:i+nt|oint|sum|prod|lim)(?![a-z])")
 
 # the parser itself computes binomials and what is rounded down or up
 _CHOOSE = re.compile(r"\\[dt]?binom\s*(?=\{)")
-_LARGE = re.compile(r"!|\d{5,}|\\infty|\^\s*\{?\s*\d{2,}|\d\s*\}?\s*\^\s*\{?\s*\d|\\[dt]?binom")
+_LARGE = re.compile(r"!|\d[eE]\d|\d{5,}|\\infty|\^\s*\{?\s*\d{2,}|\d\s*\}?\s*\^\s*\{?\s*\d|\\[dt]?binom")
 _ROUNDS = re.compile(r"\\l(?:floor|ceil)(?![a-z])")
 
 _MAX_NODES = 300
 _MAX_DIGITS = 20_000.0  # of the numbers together; 2013^{4025} is a gold answer
 _MAX_TERMS = 500.0  # once multiplied out
 _MAX_EXPONENT = 10_000.0
-_MAX_ROOTED = 1_000.0  # digits under a root or in a logarithm, of which sympy seeks the prime factors
+_MAX_ROOTED = 2_000.0  # digits under a root or in a logarithm, of which sympy seeks the prime factors
 _MAX_ANGLE = 30.0  # digits of an angle
 _MAX_MULTIPLE = 2.0  # digits of n in sin(n x) and (x + n)!, which sympy writes out, and in sinh(n)
 _MAX_SUMMED = 200.0  # terms of a sum or product with numbers as limits
@@ -101,7 +101,7 @@ def _measure(expression: Any) -> _Size:
     name, arguments = type(expression).__name__, expression.args
     if name in _UNDONE:
         raise _TooMuch
-    if name == "Integral" and not expression.function.is_polynomial(*expression.variables):
+    if name == "Integral" and not _elementary(expression):
         raise _TooMuch
     if name in ("Sum", "Product"):
         return _summed(expression)
@@ -110,7 +110,9 @@ def _measure(expression: Any) -> _Size:
     if isinstance(expression, sympy.exp):
         return _power(sympy.E, *arguments)
     nodes, digits, terms = _all(arguments)
-    if isinstance(expression, sympy.Mul):
+    if isinstance(expression, sympy.Add) and _rational(expression):
+        terms = 1.0
+    elif isinstance(expression, sympy.Mul):
         terms = math.prod(_measure(argument)[2] for argument in arguments)
     elif name in _WRITTEN_OUT:
         digits, terms = _factorial(expression, digits), 1.0
@@ -128,6 +130,23 @@ def _all(arguments: Any) -> _Size:
     sizes = [_measure(argument) for argument in arguments]
     # denominators multiply, so digits add up in sums too
     return _checked(1 + sum(size[0] for size in sizes), sum(s[1] for s in sizes), max(1.0, sum(s[2] for s in sizes)))
+
+
+def _elementary(integral: Any) -> bool:
+    """Whether it is of a polynomial between numbers or letters: others are summed up point by point, or never."""
+    import sympy
+
+    ends = [end for limits in integral.limits for end in limits[1:]]
+    plain = all(end.is_Number and _digits(end) < _MAX_MULTIPLE or end.is_Symbol and end.name != "i" for end in ends)
+    return plain and integral.function.is_polynomial(*integral.variables) and not integral.function.has(sympy.Function)
+
+
+def _rational(expression: Any) -> bool:
+    """Whether it is one number, however it is written."""
+    import sympy
+
+    whole = all(number.is_Integer for power in expression.atoms(sympy.Pow) for number in power.exp.atoms(sympy.Number))
+    return whole and not expression.has(sympy.Symbol, sympy.NumberSymbol, sympy.Function, sympy.I)
 
 
 def _checked(nodes: int, digits: float, terms: float) -> _Size:
