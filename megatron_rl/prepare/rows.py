@@ -120,8 +120,8 @@ def _from_hub(name: str, preset: Preset, download: bool) -> Iterator[Mapping[str
     except Exception as error:  # datasets and the hub raise dozens of types, from sockets to pyarrow
         raise PrepareError(
             f"{name}: cannot load {preset.hub} from the hub ({type(error).__name__}: {error}). Without a network, "
-            f"{give}, fetched elsewhere ({', '.join(_SUFFIXES)}), or copy the folder of HF_HOME from a machine that has "
-            "loaded it and set HF_HUB_OFFLINE=1"
+            f"{give} fetched elsewhere ({', '.join(_SUFFIXES)}), or copy HF_HOME from a machine that "
+            "has loaded it and set HF_HUB_OFFLINE=1"
         ) from error
 
 
