@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import Future
 from itertools import islice
 
@@ -46,7 +46,9 @@ class Tally:
         self.count, self.done = count, 0
         self.began = self.told = time.monotonic()
         self.outcomes: Counter[tuple[str, str]] = Counter()
-        self.seconds: Counter[str] = Counter()  # of CPU; of an answer that was not graded, its deadline
+        self.seconds: defaultdict[str, float] = defaultdict(
+            float
+        )  # of CPU; of an answer that was not graded, its deadline
         self.longest: dict[str, tuple[float, str]] = {}
 
     def add(self, kind: str, response: str, outcome: str, seconds: float) -> None:

@@ -173,10 +173,14 @@ def _largest(expression: Any, digits: float) -> float:
 
 
 def _power(base: Any, exponent: Any) -> _Size:
+    import sympy
+
     nodes, digits, terms = _measure(base)
     up_nodes, up_digits, up_terms = _measure(exponent)
     nodes += up_nodes + 1
     if exponent.free_symbols:
+        if any(power.exp.has(sympy.Pow) for power in exponent.atoms(sympy.Pow)):
+            raise _TooMuch  # a tower of four
         return _checked(nodes, digits * max(1.0, up_digits) + up_digits, terms * up_terms)
     if exponent.is_Rational and exponent.q > 1 and digits > _MAX_ROOTED:
         raise _TooMuch

@@ -32,7 +32,6 @@ class Preset:
 
     source: str  # value of `source` in the rows, by which metrics and tables group them
     hub: str = ""  # Hugging Face dataset; empty: local files only
-    elsewhere: str = ""  # why the hub will not do, and where the file is
     config: str | None = None
     split: str = "train"
     problem: tuple[str, ...] = ("problem", "question", "prompt")
@@ -41,6 +40,7 @@ class Preset:
     suffix: str = _SUFFIX
     system: str | None = None
     evaluation: bool = False
+    elsewhere: str = ""  # why the hub will not do, and where the file is
 
 
 _AROUND_DAPO = (
