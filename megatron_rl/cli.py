@@ -5,6 +5,7 @@ What is slow to import (torch, Megatron) is imported where it is needed: `--help
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -88,14 +89,18 @@ def report(
         Path | None,
         typer.Option(help="the page to write; by default report.html in the run's folder, or beside several"),
     ] = None,
-    live: Annotated[bool, typer.Option("--live", help="Rewrite the page while the runs go on, until Ctrl-C.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Wait for the runs, and rewrite the page while they go on, until Ctrl-C.")
+    ] = False,
 ) -> None:
     """Write one self-contained HTML page on one or more runs."""
     from megatron_rl.report import build_report, keep_current
 
-    print(build_report(run_dirs, out, REPORT_SECONDS if live else 0), flush=True)
+    say = functools.partial(print, flush=True)
     if live:
-        keep_current(run_dirs, out, REPORT_SECONDS)
+        keep_current(run_dirs, out, REPORT_SECONDS, say)
+    else:
+        say(build_report(run_dirs, out))
 
 
 def run_training(config: Config) -> int:

@@ -27,8 +27,8 @@ class MathOptions(Section):
 
     strict: bool = Field(
         False,
-        description="as PRIME's verifier: only a \\boxed counts, an integer must be written as an integer, a fraction "
-        "reduced, a rounded decimal is wrong",
+        description="only a \\boxed counts, an integer must be written as an integer, a fraction reduced, a rounded "
+        "decimal is wrong; how that compares with PRIME's verifier is told at grading/math_answer.py:math",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 GOLDS = (
     "42", "-3", r"\frac{1}{2}", "0.25", r"2\sqrt{5}", r"\left( 3, \frac{\pi}{2} \right)", r"(2,\infty)", "1,2,3",
@@ -20,17 +20,30 @@ _TOKENS = (
     "\u202e", "é", "数", "🙂", "answer is", "####",
 )  # fmt: skip
 
+_LEAVES = (
+    "0", "1", "-2", "7", "12", "99", "1000", "9999", "123456789", "0.1", "1.5e300", "10^{9999}", "2^{1000}", "100!",
+    "1000!", "x", "y", "n", "k", "e", "i", "\\pi", "\\infty", "\\frac{1}{3}", "\\sqrt{2}", "50\\%", "30^\\circ",
+)  # fmt: skip
+_FORMS = (
+    "@+@", "@-@", "@@", "@ \\cdot @", "(@)(@)", "\\frac{@}{@}", "@/@", "(@)^{@}", "@^{@}", "@^2", "(@)^{99}",
+    "\\sqrt{@}", "\\sqrt[@]{@}", "(@)!", "@!", "@!!", "\\binom{@}{@}", "\\sin(@)", "\\tan @", "\\arctan{@}",
+    "\\cos^2 @", "\\log_{@}{@}", "\\ln(@)", "e^{@}", "|@|", "\\lfloor @ \\rfloor", "\\sum_{k=1}^{@} @",
+    "\\prod_{k=0}^{@} @", "\\int_{0}^{@} @ dx", "\\lim_{x\\to @} @", "\\frac{d}{dx} @", "(@, @)", "[@, @)",
+    "\\{@, @\\}", "@, @, @", "(@) \\cup (@)", "x = @", "@ < x < @", "x \\ge @", "@ = @",
+    "\\begin{pmatrix} @ & @ \\\\ @ & @ \\end{pmatrix}", "\\begin{pmatrix} @ \\\\ @ \\end{pmatrix}^{@}", "\\gcd(@, @)",
+    "@ \\bmod @", "@:@", "@ \\pm @", "\\overline{@}", "f(@)", "\\max(@, @)", "\\{x | @ < x\\}",
+    "\\mathbb{R} \\setminus @",
+)  # fmt: skip
 
-def malformed(count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """`count` pairs (response, gold)."""
+
+def malformed(count: int, seed: int) -> Iterator[tuple[str, str, str]]:
+    """`count` triples (kind, response, gold); the kinds are the keys of KINDS."""
     draw = random.Random(seed)
     for _ in range(count):
-        gold = draw.choice(GOLDS)
-        text = draw.choice((_soup, _mutated, _nested, _repeated, _characters))(draw, gold)
-        yield (
-            draw.choice(("\\boxed{%s}", "\\boxed{%s", "So $%s$", "the answer is %s.", "%s", "%s}")).replace("%s", text),
-            gold,
-        )
+        gold, kind = draw.choice(GOLDS), draw.choice(tuple(KINDS))
+        text = KINDS[kind](draw, gold)
+        frame = draw.choice(("\\boxed{%s}", "\\boxed{%s", "So $%s$", "the answer is %s.", "%s", "%s}"))
+        yield kind, frame.replace("%s", text), gold
 
 
 def _soup(draw: random.Random, gold: str) -> str:
@@ -59,3 +72,32 @@ def _repeated(draw: random.Random, gold: str) -> str:
 
 def _characters(draw: random.Random, gold: str) -> str:
     return "".join(chr(draw.randint(0, draw.choice((127, 0x2FFF, 0x10FFFF)))) for _ in range(draw.randint(0, 60)))
+
+
+def _expression(draw: random.Random, gold: str) -> str:
+    """Well formed, so that it reaches sympy, and made of what is dear to compute."""
+    return _formula(draw, gold, draw.randint(1, 3))
+
+
+def _formula(draw: random.Random, gold: str, depth: int) -> str:
+    if depth == 0:
+        return draw.choice(_LEAVES) if draw.random() < 0.9 else gold
+    first, *others = draw.choice(_FORMS).split("@")
+    return first + "".join(_formula(draw, gold, depth - 1) + piece for piece in others)
+
+
+def _long(draw: random.Random, gold: str) -> str:
+    """Thousands of characters of working, of which some look like answers."""
+    pieces = (*_TOKENS, "Let $x=1$. ", "<think>", "</think>", "\\boxed{1} ", "so the answer is ", f"${gold}$ ", "word ")
+    return "".join(draw.choice(pieces) for _ in range(draw.choice((200, 2000, 6000))))
+
+
+KINDS: dict[str, Callable[[random.Random, str], str]] = {
+    "soup": _soup,
+    "mutated": _mutated,
+    "nested": _nested,
+    "repeated": _repeated,
+    "characters": _characters,
+    "expression": _expression,
+    "long": _long,
+}

@@ -40,12 +40,20 @@ class Preset:
     suffix: str = _SUFFIX
     system: str | None = None
     evaluation: bool = False
+    elsewhere: str = ""  # why the hub will not do, and where the file is
 
 
 _AROUND_DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\n",
     '\n\nRemember to put your answer on its own line after "Answer:".',
+)
+
+
+# The paper scores OMNI-MATH by rules, so on the part whose answers rules can grade.
+_OMNI_MATH = (
+    "KbsdJames/Omni-MATH on the hub has 4,428 problems and no split of the 2,821 whose answers rules can grade, which "
+    "are the paper's; they are omni_math_rule.jsonl of github.com/KbsdJames/omni-math-rule"
 )
 
 
@@ -71,6 +79,6 @@ PRESETS: dict[str, Preset] = {
     "math500": _evaluation("math", "HuggingFaceH4/MATH-500"),
     "olympiadbench": _evaluation("olympiad_bench", "Hothan/OlympiadBench", "train", "OE_TO_maths_en_COMP"),
     "minerva": _evaluation("minerva", "math-ai/minervamath"),
-    "omni_math": _evaluation("omni-math", "KbsdJames/Omni-MATH", system=_ACTIONS),
+    "omni_math": Preset("omni-math", elsewhere=_OMNI_MATH, system=_ACTIONS, evaluation=True),
     "gsm8k_test": Preset("gsm8k", "openai/gsm8k", "main", "test", evaluation=True),
 }

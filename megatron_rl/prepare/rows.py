@@ -106,21 +106,23 @@ def _from_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _from_hub(name: str, preset: Preset, download: bool) -> Iterator[Mapping[str, Any]]:
+    give = f"give a file, as {name}=problems.jsonl"
     if not preset.hub:
-        raise PrepareError(f"{name}: give a file, as {name}=problems.jsonl")
+        raise PrepareError(f"{name}: {give}{'; ' if preset.elsewhere else ''}{preset.elsewhere}")
     if not download:
-        raise PrepareError(
-            f"{name}: give a file, as {name}=problems.jsonl, or --download to fetch {preset.hub} from the Hugging Face "
-            "hub"
-        )
+        raise PrepareError(f"{name}: {give}, or --download to fetch {preset.hub} from the Hugging Face hub")
     try:
         import datasets
     except ImportError as error:
-        raise PrepareError(f"{name}: --download needs datasets; pip install 'megatron-rl[data]'") from error
+        raise PrepareError(f"{name}: --download needs datasets (pip install 'megatron-rl[data]'); or {give}") from error
     try:
         yield from datasets.load_dataset(preset.hub, preset.config, split=preset.split)
     except Exception as error:  # datasets and the hub raise dozens of types, from sockets to pyarrow
-        raise PrepareError(f"{name}: cannot load {preset.hub} from the hub: {error}") from error
+        raise PrepareError(
+            f"{name}: cannot load {preset.hub} from the hub ({type(error).__name__}: {error}). Without a network, "
+            f"{give} fetched elsewhere ({', '.join(_SUFFIXES)}), or copy HF_HOME from a machine that "
+            "has loaded it and set HF_HUB_OFFLINE=1"
+        ) from error
 
 
 def _row(record: Mapping[str, Any], preset: Preset, where: str, number: str) -> Row:

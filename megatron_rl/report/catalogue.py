@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_rl.report.benchmarks import benchmarks
 from megatron_rl.report.figures import FIRST_ORDER, LAW, LAW_RESIDUALS, PHASE_TIMES, PREDICTED, Custom, Line
 from megatron_rl.report.runs import Run
-from megatron_rl.report.spending import LEDGER, benchmarks
+from megatron_rl.report.spending import LEDGER
 
 Section = tuple[str, list[Line | Custom]]
 

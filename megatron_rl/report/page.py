@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_rl.logs import format_duration
 from megatron_rl.report.catalogue import sections
 from megatron_rl.report.figures import Figure, build, colour
 from megatron_rl.report.panels import config_differences, samples_section, shadow_section, table_html
-from megatron_rl.report.runs import ENDS, Run, load_runs, summary_of
+from megatron_rl.report.runs import ENDS, NotYet, Run, evaluation_tables, load_runs, summary_of
 
 ASSETS = Path(__file__).parent / "assets"
 # Map figures would load from these; the report has none, and nothing in it may name a CDN.
@@ -47,25 +48,56 @@ def build_report(run_dirs: Sequence[Path], out: Path | None = None, reload_secon
     Raises: UserError when a folder is not a run or has no complete step yet.
     """
     runs = load_runs(run_dirs)
-    if out is None:
-        out = (runs[0].path if len(runs) == 1 else runs[0].path.resolve().parent) / "report.html"
+    out = out or _default_page(run_dirs)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, render(runs, reload_seconds))  # a page that reloads itself never meets half a file
     return out
 
 
-def keep_current(run_dirs: Sequence[Path], out: Path | None, seconds: int) -> None:
-    """Rewrite the page every `seconds` when a run's metrics grew, until Ctrl-C; then once more without reloading."""
-    seen = 0
+def keep_current(run_dirs: Sequence[Path], out: Path | None, seconds: int, say: Callable[[str], None] = print) -> None:
+    """Write the page, and again every `seconds` when a run grew, until Ctrl-C; then once more without reloading.
+
+    Runs that have not begun are waited for: `say` tells what is missing, and so does the page where its folder exists.
+    Raises: UserError when a folder holds something else than a run.
+    """
+    seen, said = None, ""
     try:
         while True:
+            files = [
+                file for path in map(Path, run_dirs) for file in (path / "metrics.jsonl", *evaluation_tables(path))
+            ]
+            state = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+            if state != seen or len(state) < len(files):
+                text = _refresh(run_dirs, out, seconds)
+                if text != said:
+                    say(text)
+                seen, said = state, text
             time.sleep(seconds)
-            size = sum((Path(path) / "metrics.jsonl").stat().st_size for path in run_dirs)
-            if size != seen:
-                build_report(run_dirs, out, seconds)
-                seen = size
     except KeyboardInterrupt:
-        build_report(run_dirs, out)
+        with contextlib.suppress(NotYet):
+            build_report(run_dirs, out)
+
+
+def _refresh(run_dirs: Sequence[Path], out: Path | None, seconds: int) -> str:
+    """Write the page or its stand-in; returns the page's path, or what is waited for."""
+    try:
+        return str(build_report(run_dirs, out, seconds))
+    except NotYet as missing:
+        page, text = out or _default_page(run_dirs), f"waiting for {missing}"
+    if page.parent.is_dir():  # a run's folder is the run's to make
+        body = f"<header><h1>Entropy Mechanism report</h1><p>{escape(text)}</p></header>{_reload(seconds)}"
+        write_atomically(page, document("waiting", [body], {}))
+        text += f"\n{page}"
+    return text
+
+
+def _default_page(run_dirs: Sequence[Path]) -> Path:
+    first = Path(run_dirs[0])
+    return (first if len(run_dirs) == 1 else first.resolve().parent) / "report.html"
+
+
+def _reload(seconds: int) -> str:
+    return f"<script>const RELOAD_SECONDS = {seconds};</script>"
 
 
 def render(runs: Sequence[Run], reload_seconds: int = 0) -> str:
@@ -80,7 +112,7 @@ def render(runs: Sequence[Run], reload_seconds: int = 0) -> str:
         )
     body += [shadow_section(runs), samples_section(runs), _configs(runs)]
     if reload_seconds:
-        body.append(f"<script>const RELOAD_SECONDS = {reload_seconds};</script>")
+        body.append(_reload(reload_seconds))
     return document(", ".join(run.label for run in runs), body, plots)
 
 

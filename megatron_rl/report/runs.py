@@ -1,4 +1,5 @@
-"""Reading run folders: config.yaml and metrics.jsonl; where present ledger.jsonl, samples.jsonl shadow/*.json."""
+"""Reading run folders: config.yaml and metrics.jsonl; where present ledger.jsonl, samples.jsonl, shadow/*.json and
+eval/*/table.json."""
 
 from __future__ import annotations
 
@@ -17,6 +18,18 @@ from megatron_rl.law import fit_law
 ENDS = 10  # steps averaged at the start and the end of a run
 
 
+class NotYet(UserError):
+    """A run has no complete step so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Of one model on several sets."""
+
+    name: str
+    accuracy: dict[str, tuple[float, float, float]]  # by the set's title: value and ends of its interval, fractions
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One run as its folder tells it."""
@@ -32,6 +45,7 @@ class Run:
     ledger: tuple[dict[str, Any], ...] = ()  # rows of ledger.jsonl
     samples: tuple[dict[str, Any], ...] = ()  # rows of samples.jsonl
     shadow: dict[str, Any] = field(default_factory=dict)  # the newest replay of shadow/
+    evaluations: tuple[Evaluation, ...] = ()  # by `megatron-rl eval`, oldest first; those in training are metrics
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric where it was logged and finite; two empty lists when it never was."""
@@ -54,7 +68,7 @@ class Run:
 
 
 def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
-    """Read every folder, in the order given. Raises: UserError when one is not a run or has no complete step."""
+    """Read every folder, in the order given. Raises: UserError when one is not a run, NotYet when it may become one."""
     if not run_dirs:
         raise UserError("no run folders were given; name at least one folder that `megatron-rl train` wrote")
     runs = [_load_run(Path(path)) for path in run_dirs]
@@ -102,10 +116,10 @@ def _load_run(path: Path) -> Run:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         what = "no such folder" if not path.is_dir() else "no metrics.jsonl in it"
-        raise UserError(f"{path}: {what}; expected a run folder that `megatron-rl train` wrote (logging.run_dir)")
+        raise NotYet(f"{path}: {what}; expected a run folder that `megatron-rl train` wrote (logging.run_dir)")
     rows, notes = read_rows(metrics)
     if not rows:
-        raise UserError(f"{metrics}: no complete line yet; wait for the run's first step to end")
+        raise NotYet(f"{metrics}: no complete line yet; wait for the run's first step to end")
     unnumbered = [number for number, row in enumerate(rows, start=1) if not isinstance(row.get("step"), int)]
     if unnumbered:
         raise UserError(
@@ -125,7 +139,9 @@ def _load_run(path: Path) -> Run:
     ordered = tuple(by_step[step] for step in sorted(by_step))
     ledger, samples = (_optional_rows(path / file, notes) for file in ("ledger.jsonl", "samples.jsonl"))
     shadow = _newest_shadow(path / "shadow", notes)
-    return Run(path, name, kind, label, config_text, ordered, tuple(notes), config, ledger, samples, shadow)
+    evaluations = _evaluations(path, notes)
+    texts = (name, kind, label, config_text)
+    return Run(path, *texts, ordered, tuple(notes), config, ledger, samples, shadow, evaluations)
 
 
 def _optional_rows(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
@@ -146,6 +162,26 @@ def _newest_shadow(folder: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"shadow/{files[-1].name} is not JSON and was skipped: {error}")
         return {}
     return found
+
+
+def evaluation_tables(run: Path) -> list[Path]:
+    """What `megatron-rl eval` wrote into a run's folder, oldest first; step_N folders are of the run itself."""
+    found = [path for path in (run / "eval").glob("*/table.json") if not path.parent.name.startswith("step_")]
+    return sorted(found, key=lambda path: (path.stat().st_mtime, path))
+
+
+def _evaluations(run: Path, notes: list[str]) -> tuple[Evaluation, ...]:
+    found = []
+    for path in evaluation_tables(run):
+        try:
+            sets = json.loads(path.read_text(encoding="utf-8"))["sets"].values()
+            triples = {one["title"]: one["estimates"][f"avg@{one['samples']}"] for one in sets}
+            accuracy = {title: (at["value"], at["low"], at["high"]) for title, at in triples.items()}
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            notes.append(f"eval/{path.parent.name}/table.json is no table of an evaluation and was skipped: {error!r}")
+            continue
+        found.append(Evaluation(path.parent.name, accuracy))
+    return tuple(found)
 
 
 def _load_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:

@@ -1,43 +1,15 @@
-"""Figures of accuracy by benchmark, and of the ledger: who spent the entropy."""
+"""Figures of the ledger: who spent the entropy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_rl.report.figures import Built, Custom, Trace, colour
+from megatron_rl.report.figures import Built, Custom, colour
 from megatron_rl.report.runs import Run
 
 TOP_TOKENS = 12
 Groups = dict[str, float]
-
-
-def benchmarks(runs: Sequence[Run]) -> list[Custom]:
-    """A figure for each evaluation set that a run logged as eval/SET/accuracy."""
-    parts = {tuple(name.split("/")) for run in runs for name in run.metrics()}
-    names = ["/".join(part) for part in parts if len(part) == 3 and part[0] == "eval" and part[2] == "accuracy"]
-    return [_benchmark(name) for name in sorted(names)]
-
-
-def _benchmark(metric: str) -> Custom:
-    def built(runs: Sequence[Run]) -> Built:
-        traces: list[Trace] = []
-        for index, run in enumerate(runs):
-            steps, values = run.series(metric)
-            if not steps:
-                continue
-            low, high = (dict(zip(*run.series(f"{metric}_{end}"), strict=True)) for end in ("low", "high"))
-            up = [high.get(step, value) - value for step, value in zip(steps, values, strict=True)]
-            down = [value - low.get(step, value) for step, value in zip(steps, values, strict=True)]
-            bars = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 3}
-            line = {"color": colour(index), "width": 2}
-            base = {"type": "scatter", "mode": "lines+markers", "meta": index, "name": run.label, "line": line}
-            traces.append({**base, "x": steps, "y": values, "error_y": bars, "hovertemplate": "%{y:.4g}"})
-        axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "fraction"}}}
-        return traces, {**axes, "hovermode": "x unified"}, []
-
-    why = "Held-out accuracy with its 95% interval: runs whose bars overlap are not told apart by this set."
-    return Custom(f"Accuracy on {metric.split('/')[1]}", why, metric, built)
 
 
 def _by_token(row: dict[str, Any], spent: int) -> Groups:

@@ -20,7 +20,7 @@ from megatron_rl.config_checks import ConfigError
 from megatron_rl.data import DataError
 from megatron_rl.eval.protocol import PAPER_SETS, PUBLISHED, prompts
 from megatron_rl.eval.store import EvalError
-from tests.eval.case import byte_tokenizer, resolved, run_knowing, write_config, write_model, write_set
+from tests.eval.case import any_text, byte_tokenizer, resolved, run_knowing, write_config, write_model, write_set
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SETS = [*PAPER_SETS, "gsm8k"]
@@ -238,6 +238,28 @@ def test_a_killed_evaluation_resumes_to_the_same_numbers(home: Path, tmp_path: P
     assert (broken / "table.json").read_text() == (whole / "table.json").read_text()
     scores = [row["score"] for row in rows_of(whole, "amc")]
     assert 0 < sum(scores) < 40 and len({row["response"] for row in rows_of(whole, "amc")}) > 30
+
+
+def test_held_out_problems_of_a_file_are_evaluated_with_the_embedded_engine(home: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "train.jsonl", 4, "t")
+    held_out = write_set(tmp_path / "held_out.jsonl", 3, "h")
+    config = write_config(
+        tmp_path,
+        model={"path": str(home / "model")},
+        data={"train_path": str(tmp_path / "train.jsonl"), "eval_path": str(held_out)},
+        reward={"function": "tests.eval.case:any_text"},
+        train={"eval_samples": 4, "eval_temperature": 1.0},
+    )
+    output, _ = (process := start(config, "--out", str(tmp_path / "out"))).communicate(timeout=200)
+    assert process.returncode == 0, output
+    rows = rows_of(tmp_path / "out", "held_out")
+    problems = (tmp_path / "out" / "sets" / "held_out" / "problems.jsonl").read_text().splitlines()
+    assert len(rows) == 12 and ["What is 2 + 2?" in line for line in problems] == [False, False, True]
+    assert [row["score"] for row in rows] == [any_text(row["response"], "") for row in rows]
+    result = json.loads((tmp_path / "out" / "table.json").read_text())["sets"]["held_out"]
+    assert (result["problems"], result["samples"], result["temperature"]) == (3, 4, 1.0)
+    assert result["estimates"]["avg@4"]["value"] == pytest.approx(sum(row["score"] for row in rows) / 12)
+    assert "| held-out | 3 | 4 | 1 |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_without_a_model_the_command_asks_for_one(tmp_path: Path) -> None:

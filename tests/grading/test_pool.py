@@ -59,14 +59,29 @@ def test_what_a_response_does_costs_that_response_alone():
     assert "KeyError: 'no verdict'" in errors["raise"] and "MemoryError" in errors["memory"]
 
 
-def test_the_hostile_power_tower_and_malformed_outputs_cost_themselves():
-    with pool(Verifier("math", {}), Verifier("math", {"strict": True}), deadline_seconds=5.0, workers=2) as grading:
-        begun = [grading.submit(*pair) for pair in malformed(300, seed=5)]
-        begun.append(grading.submit(r"\boxed{9^{9^{9}}}", "1"))
+# each would keep the parser or sympy busy for minutes or for ever
+HOSTILE = (
+    r"9^{9^{9}}",
+    r"(x+1)^{99}" * 20,
+    r"{9^9}^{{9^9}^{9^9}}",
+    r"\sin(100! \cdot l \cdot o \cdot g)",
+    r"10^{9999}\sin 9i",
+    r"\frac{\sqrt{2}}{\log_{(123456789)^{99}}{9999^{\sqrt{2}}}}",
+    r"102\int_0^1 e^{x^2}(x+1)^{99}",
+    r"\binom{1000!}{1000}",
+    r"\lfloor \sum_{k=1}^{123456789} k \rfloor",
+    r"\arctan{\sin(e^{123456789})}",
+)
+
+
+def test_hostile_expressions_are_refused_and_malformed_outputs_cost_themselves():
+    with pool(Verifier("math", {}), Verifier("math", {"strict": True}), deadline_seconds=60.0, workers=2) as grading:
+        begun = [grading.submit(response, gold) for _, response, gold in malformed(300, seed=5)]
+        begun += [grading.submit(f"\\boxed{{{text}}}", "-3") for text in HOSTILE]
         begun.append(grading.submit(r"\boxed{7}", "7"))
-        got = [future.result(200) for future in begun]
-    assert not [verdict.error for verdict in got if verdict.error]
-    assert [verdict.values for verdict in got[-2:]] == [(0.0, 0.0), (1.0, 1.0)]
+        got = [future.result(400) for future in begun]
+    assert not [verdict for verdict in got if verdict.error or verdict.unfinished]
+    assert {verdict.values for verdict in got[-1 - len(HOSTILE) : -1]} == {(0.0, 0.0)} and got[-1].values == (1.0, 1.0)
 
 
 def test_no_process_is_left_when_the_pool_closes_or_its_process_is_killed():

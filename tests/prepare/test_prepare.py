@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,23 @@ def test_what_cannot_be_read_is_told(tmp_path):
     ]:
         with pytest.raises(PrepareError, match=message):
             read_source(source, download=False)
+
+
+def test_a_download_without_a_network_names_the_way_without_one(monkeypatch):
+    def load_dataset(path, name, *, split):
+        raise ConnectionError(f"Couldn't reach '{path}' ({name}, {split}) on the Hub")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(PrepareError) as refused:
+        read_source("gsm8k", download=True)
+    for part in (
+        "ConnectionError: Couldn't reach 'openai/gsm8k' (main, train)",
+        "give a file, as gsm8k=",
+        "HF_HUB_OFFLINE",
+    ):
+        assert part in str(refused.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PrepareError, match=r"needs datasets .*; or give a file, as gsm8k=problems\.jsonl"):
+        read_source("gsm8k", download=True)
+    with pytest.raises(PrepareError, match=r"no split of the 2,821 .* omni_math_rule\.jsonl"):
+        read_source("omni_math", download=True)

@@ -16,11 +16,12 @@ from megatron_rl.errors import UserError
 from megatron_rl.law import fit_law, fit_line
 from megatron_rl.report import build_report, summarise
 from megatron_rl.report import page as page_module
+from megatron_rl.report.benchmarks import benchmarks
 from megatron_rl.report.catalogue import sections
 from megatron_rl.report.figures import build, smooth
 from megatron_rl.report.panels import config_differences
 from megatron_rl.report.runs import load_runs
-from megatron_rl.report.spending import LEDGER, benchmarks
+from megatron_rl.report.spending import LEDGER
 from tests.browser import CHROMIUM, settled
 from tests.test_packing import make_config
 
@@ -31,7 +32,7 @@ LOGGED = (
     "mismatch/abs_max mismatch/kl staleness/mean staleness/max "
     "time/rollout time/reward time/old_logprobs time/select time/update time/sync time/probe "
     "time/total throughput/tokens_per_second entropy/first_order_change law/ceiling law/ceiling_low law/ceiling_high "
-    "law/surprise law/alarm eval/math_500/accuracy"
+    "law/surprise law/alarm eval/math500/accuracy"
 ).split()
 A, B = 0.2, 0.6
 
@@ -47,7 +48,7 @@ def write_run(path: Path, loss: str = "kl_cov", steps: int = 30, drop: tuple[str
             row |= {"entropy/predicted_change": -0.01 * step, "entropy/realised_change": -0.02 * step + 0.1}
             if step % 10 == 0:
                 row["eval/accuracy"] = step / 100
-            row |= {"eval/math_500/accuracy_low": 0.4, "eval/math_500/accuracy_high": 0.9}
+            row |= {"eval/math500/accuracy_low": 0.4, "eval/math500/accuracy_high": 0.9}
             file.write(json.dumps({name: value for name, value in row.items() if name not in drop}) + "\n")
     return path
 
@@ -130,7 +131,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert not re.search(r"//cdn\.|jsdelivr|unpkg|cdnjs", text)
     assert "default-src 'none'" in text
     expected = [spec.title for _, specs in sections(load_runs(runs)) for spec in specs]
-    assert [title for title in page.headings if title != "Options that differ"] == expected and len(expected) == 33
+    assert [title for title in page.headings if title != "Options that differ"] == expected and len(expected) == 34
     figures = figures_of(text)
     assert sorted(figures) == sorted(i for i in page.ids if i.startswith("figure-"))
     for figure in figures.values():
@@ -151,11 +152,35 @@ def test_the_ledgers_shares_by_hand(tmp_path: Path) -> None:
     assert token.traces[0]["x"] == ["so", "\\n"] and token.traces[0]["y"] == [0.6, 0.3]
 
 
-def test_benchmarks_have_intervals(tmp_path: Path) -> None:
-    runs = load_runs([write_run(tmp_path / "a")])
-    (spec,) = benchmarks(runs)
-    bars = build(spec, runs).traces[0]["error_y"]
+def add_evaluation(run: Path, name: str, title: str, value: float) -> None:
+    """What `megatron-rl eval` leaves of a set."""
+    triple = {"value": value, "low": value - 0.1, "high": value + 0.05}
+    table = {"sets": {"x": {"title": title, "samples": 4, "estimates": {"avg@4": triple, "pass@4": {"value": 1}}}}}
+    (run / "eval" / name).mkdir(parents=True)
+    (run / "eval" / name / "table.json").write_text(json.dumps(table))
+
+
+def test_benchmarks_have_intervals_in_training_and_from_evaluations(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a")
+    add_evaluation(path, "a-step_20", "MATH-500", 0.25)
+    add_evaluation(path, "other", "AMC", 0.75)
+    add_evaluation(path, "step_000010", "AMC", 0.5)  # the run's own, which is a metric too
+    (path / "eval" / "broken").mkdir()
+    (path / "eval" / "broken" / "table.json").write_text('{"sets": []}')
+    runs = load_runs([path])
+    course, together = (build(spec, runs) for spec in benchmarks(runs))
+    bars = course.traces[0]["error_y"]
+    assert course.title == "Accuracy on MATH-500"
     assert bars["array"][0] == pytest.approx(0.4) and bars["arrayminus"][0] == pytest.approx(0.1)
+    assert together.table == [
+        ["evaluation", "MATH-500", "AMC"],
+        ["in training, step 29", "0.529 [0.400, 0.900]", "–"],
+        ["a-step_20", "0.250 [0.150, 0.300]", "–"],
+        ["other", "–", "0.750 [0.650, 0.800]"],
+    ]
+    assert [trace["x"] for trace in together.traces] == [["MATH-500"], ["MATH-500"], ["AMC"]]
+    assert together.traces[2]["error_y"]["arrayminus"] == [pytest.approx(0.1)]
+    assert "eval/broken/table.json is no table of an evaluation" in runs[0].notes[0]
 
 
 def test_config_differences_are_the_options_that_differ(tmp_path: Path) -> None:
@@ -194,6 +219,33 @@ def test_a_live_page_is_rewritten_until_it_is_stopped(tmp_path: Path, monkeypatc
     page_module.keep_current([run], None, 7)
     assert len(seen) == 3 and len(set(seen)) == 3 and all("const RELOAD_SECONDS = 7" in text for text in seen)
     assert "const RELOAD_SECONDS = " not in (run / "report.html").read_text()
+
+
+def test_a_live_page_waits_for_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, said, seen = tmp_path / "late", [], []
+
+    def sleep(_: float) -> None:
+        page = run / "report.html"
+        seen.append(page.read_text() if page.is_file() else "")
+        if len(seen) == 1:
+            run.mkdir()
+        elif len(seen) == 2:
+            (run / "metrics.jsonl").write_text("")
+        elif len(seen) == 3:
+            (run / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
+        else:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(page_module.time, "sleep", sleep)
+    page_module.keep_current([run], None, 7, said.append)
+    assert [text.split(": ")[-1].split(";")[0].split(" in it")[0] for text in said[:3]] == [
+        "no such folder",
+        "no metrics.jsonl",
+        "no complete line yet",
+    ]
+    assert said[3] == str(run / "report.html") and seen[0] == ""
+    assert all("const RELOAD_SECONDS = 7" in text for text in seen[1:])
+    assert "no metrics.jsonl in it" in seen[1] and "no complete line yet" in seen[2] and "Mean reward" in seen[3]
 
 
 def test_markup_in_a_run_is_escaped(tmp_path: Path) -> None:

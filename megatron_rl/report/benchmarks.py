@@ -1,0 +1,108 @@
+"""Figures of accuracy by benchmark: in the course of training, and of the evaluations in the runs' folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rl.eval.protocol import PRESETS
+from megatron_rl.report.figures import Built, Custom, Trace, colour
+from megatron_rl.report.runs import Evaluation, Run
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
+
+
+def benchmarks(runs: Sequence[Run]) -> list[Custom]:
+    """A figure for each evaluation set that a run logged as eval/SET/accuracy, and one with all side by side."""
+    return [*(_course(name) for name in _logged(runs)), BY_BENCHMARK]
+
+
+def _logged(runs: Sequence[Run]) -> list[str]:
+    parts = {tuple(name.split("/")) for run in runs for name in run.metrics()}
+    return sorted("/".join(part) for part in parts if len(part) == 3 and part[0] == "eval" and part[2] == "accuracy")
+
+
+def _course(metric: str) -> Custom:
+    def built(runs: Sequence[Run]) -> Built:
+        traces: list[Trace] = []
+        for index, run in enumerate(runs):
+            steps, values = run.series(metric)
+            if not steps:
+                continue
+            low, high = (dict(zip(*run.series(f"{metric}_{end}"), strict=True)) for end in ("low", "high"))
+            ends = [(low.get(step, value), high.get(step, value)) for step, value in zip(steps, values, strict=True)]
+            line = {"color": colour(index), "width": 2}
+            base = {"type": "scatter", "mode": "lines+markers", "meta": index, "name": run.label, "line": line}
+            traces.append(
+                {**base, "x": steps, "y": values, "error_y": _bars(values, ends), "hovertemplate": "%{y:.4g}"}
+            )
+        axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "fraction"}}}
+        return traces, {**axes, "hovermode": "x unified"}, []
+
+    why = "Held-out accuracy with its interval: runs whose bars overlap are not told apart by this set."
+    return Custom(f"Accuracy on {_title(metric.split('/')[1])}", why, metric, built)
+
+
+def _side_by_side(runs: Sequence[Run]) -> Built:
+    found = [(i, evaluation) for i, run in enumerate(runs) for evaluation in (*_last_logged(run), *run.evaluations)]
+    if not found:
+        return None
+    several = len(runs) > 1
+    titles = list(dict.fromkeys(title for _, evaluation in found for title in evaluation.accuracy))
+    traces: list[Trace] = []
+    rows = [["evaluation", *titles]]
+    for number, (index, evaluation) in enumerate(found):
+        name = f"{runs[index].label}: {evaluation.name}" if several else evaluation.name
+        here = [title for title in titles if title in evaluation.accuracy]
+        values = [evaluation.accuracy[title][0] for title in here]
+        bars = _bars(values, [evaluation.accuracy[title][1:] for title in here])
+        marker = {"color": colour(index), "size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)]}
+        base = {"type": "scatter", "mode": "markers", "meta": index, "name": name, "marker": marker}
+        traces.append({**base, "x": here, "y": values, "error_y": bars, "hovertemplate": "%{y:.4g}"})
+        rows.append([name, *(_cell(evaluation, title) for title in titles)])
+    layout = {
+        "xaxis": {"title": {"text": "benchmark"}, "type": "category"},
+        "yaxis": {"title": {"text": "fraction"}, "rangemode": "tozero"},
+        "hovermode": "x unified",
+        "scattermode": "group",
+    }
+    return traces, layout, rows
+
+
+BY_BENCHMARK = Custom(
+    "Accuracy by benchmark",
+    "The last evaluation in training, and those that megatron-rl eval left in the run's folder, with their intervals: "
+    "what overlaps is not told apart.",
+    "an evaluation (eval.sets in training, or megatron-rl eval)",
+    _side_by_side,
+)
+
+
+def _last_logged(run: Run) -> list[Evaluation]:
+    """The newest evaluation in training that has all that were logged with it, as one more evaluation."""
+    metrics = _logged([run])
+    if not metrics:
+        return []
+    step = max(run.series(metric)[0][-1] for metric in metrics)
+    accuracy = {}
+    for metric in metrics:
+        at_step = [dict(zip(*run.series(metric + end), strict=True)).get(step) for end in ("", "_low", "_high")]
+        value, low, high = at_step
+        if value is not None:
+            known = (value, value if low is None else low, value if high is None else high)
+            accuracy[_title(metric.split("/")[1])] = known
+    return [Evaluation(f"in training, step {step}", accuracy)]
+
+
+def _bars(values: Sequence[float], ends: Sequence[tuple[float, float]]) -> Trace:
+    up = [high - value for value, (_, high) in zip(values, ends, strict=True)]
+    down = [value - low for value, (low, _) in zip(values, ends, strict=True)]
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 3}
+
+
+def _cell(evaluation: Evaluation, title: str) -> str:
+    found = evaluation.accuracy.get(title)
+    return "–" if found is None else "{:.3f} [{:.3f}, {:.3f}]".format(*found)
+
+
+def _title(name: str) -> str:
+    return PRESETS[name].title if name in PRESETS else name
