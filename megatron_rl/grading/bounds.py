@@ -93,7 +93,7 @@ def _measure(expression: Any) -> _Size:
 
     if not isinstance(expression, sympy.Basic):
         entries = list(expression) if isinstance(expression, sympy.MatrixBase) else []
-        return _all(entries)
+        return _together([_measure(entry) for entry in entries])
     if expression.is_Number:
         return 1, _digits(expression), 1.0
     if expression.is_NumberSymbol:
@@ -109,11 +109,12 @@ def _measure(expression: Any) -> _Size:
         return _power(*arguments)
     if isinstance(expression, sympy.exp):
         return _power(sympy.E, *arguments)
-    nodes, digits, terms = _all(arguments)
+    sizes = [_measure(argument) for argument in arguments]
+    nodes, digits, terms = _together(sizes)
     if isinstance(expression, sympy.Add) and _rational(expression):
         terms = 1.0
     elif isinstance(expression, sympy.Mul):
-        terms = math.prod(_measure(argument)[2] for argument in arguments)
+        terms = math.prod(size[2] for size in sizes)
     elif name in _WRITTEN_OUT:
         digits, terms = _factorial(expression, digits), 1.0
     elif isinstance(expression, sympy.Function):
@@ -126,8 +127,7 @@ def _measure(expression: Any) -> _Size:
     return _checked(nodes, digits, terms)
 
 
-def _all(arguments: Any) -> _Size:
-    sizes = [_measure(argument) for argument in arguments]
+def _together(sizes: list[_Size]) -> _Size:
     # denominators multiply, so digits add up in sums too
     return _checked(1 + sum(size[0] for size in sizes), sum(s[1] for s in sizes), max(1.0, sum(s[2] for s in sizes)))
 
