@@ -66,7 +66,7 @@ def _ways(config: Any, folder: Path) -> dict[str, bool]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["one", "dp2", pytest.param("tp2", marks=pytest.mark.slow)])
 def test_every_way_gives_the_same_bits(worlds: Worlds, tmp_path: Path, layout: str) -> None:
     size, parallel = LAYOUTS[layout]
     config = config_of(save(hf_model(tie_word_embeddings=True), tmp_path / "model"), parallel, "bfloat16")

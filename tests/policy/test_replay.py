@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cp2": ({"cp": 2}, {}),
     "cp2_tp2_sp_ep2": ({"cp": 2, "tp": 2, "sp": True, "ep": 2}, FULL),
 }
-SLOW = ("cp2_tp2_sp_ep2",)
+SLOW = ("pp2", "cp2", "cp2_tp2_sp_ep2")
 
 
 def _with_routes(rollout: Rollout, seed: int) -> Rollout:
