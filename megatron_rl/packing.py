@@ -117,7 +117,7 @@ def pack(
         equal_lengths=equal_lengths,
         count_multiple=count_multiple,
         num_micro_batches=num_micro_batches,
-        share_prompts=cp_size == 1 and shares_prompts(config),
+        share_prompts=shares_prompts(config),
         aggregation=config.loss.aggregation,
         constant_length=config.rollout.max_response_tokens,
         stride=config.data.max_prompt_tokens + config.rollout.max_response_tokens,

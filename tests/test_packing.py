@@ -144,6 +144,11 @@ def test_a_shared_prompt_by_hand() -> None:
     assert [part.token_ids.tolist() for part in parts] == [[11, 12, 13, 14, 16], [11, 12, 13, 15, 16]]
     assert [part.rows.tolist() for part in parts] == [[2, 3, 4]] * 2  # type: ignore
     assert [part.prefixes for part in parts] == [None, None]
+    # prompts that differ share what they begin with
+    other = [make_rollout(7, s, [11, 12 + s, 13], [14]) for s in (0, 1)]
+    (mb,) = micro_batches(pack(other, torch.zeros(2), config, **options))
+    inputs = mb.model_inputs()
+    assert inputs.token_ids.tolist() == [11, 12, 13, 13, 13] and inputs.cu_seqlens.tolist() == [0, 1, 3, 5]
     # one token each: the prompt alone predicts them, and no sequence has a prefix
     short = [make_rollout(7, s, [11, 12, 13], [14 + s]) for s in (0, 1)]
     (mb,) = micro_batches(pack(short, torch.zeros(2), config, **options))

@@ -124,8 +124,8 @@ class Reducer:
         sizes = [8 + int.from_bytes(bytes(row[:8].tolist()), "little") for row in rows]
         if (rest := max(sizes) - _FIRST_BYTES) > 0:
             rows = torch.cat([rows, self._gather(_padded(payload[_FIRST_BYTES:], rest)).cpu()], dim=1)
-        rank, received = dist.get_rank(self.group), rows.numpy()
-        return [value if i == rank else pickle.loads(received[i, 8:size].data) for i, size in enumerate(sizes)]
+        rank, parts = dist.get_rank(self.group), rows.numpy()
+        return [value if i == rank else pickle.loads(parts[i, 8:size].data) for i, size in enumerate(sizes)]
 
     def _gather(self, values: Tensor) -> Tensor:
         """`[ranks, *values.shape]`."""
