@@ -68,7 +68,8 @@ def main() -> None:
         model = options.model.resolve() if options.model else warmed_model(folder)
         task = write_task(folder, model, options.warmup + options.steps)
         roots = [ROOT, *(path.resolve() for path in options.before)]
-        turns = [(layout, root) for layout in options.layouts for root in (roots if layout in OVERRIDES else [ROOT])]
+        compared = ("ours dp2", "ours tp2", "ours 1x2")  # earlier versions know not all of the other one's options
+        turns = [(layout, root) for layout in options.layouts for root in (roots if layout in compared else [ROOT])]
         names = {turn: turn[0] if turn[1] == ROOT else f"{turn[0]} of {turn[1].name}" for turn in turns}
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in names.values()}
         for number in range(options.rounds):
