@@ -35,7 +35,10 @@ def main() -> None:
         launch.run_worker(lambda: work(json.loads(options.worker)), Path(json.loads(options.worker)["run_dir"]))
         return
     print(f"float32, trainer tp={options.tp}, {options.engine} tp=1, load {os.getloadavg()[0]:.1f} at the start")
-    print(f"{'way':14} {'bucket':>8} {'MB':>5} {'seconds':>8} {'MB/s':>6} {'wire':>6} {'/plain':>7} {'extra MB':>9}")
+    print(
+        f"{'way':14} {'bucket':>8} {'MB':>5} {'seconds':>8} {'MB/s':>6} "
+        f"{'wire':>6} {'/plain':>7} {'/fresh':>7} {'extra MB':>9}"
+    )
     for mode in options.modes.split(","):
         for bucket in options.buckets.split(",") if mode != "disk" else ["0"]:
             with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +58,9 @@ def measured(options: argparse.Namespace, mode: str, bucket: int, folder: Path) 
 
 
 def show(row: dict[str, Any]) -> None:
-    wire = f"{row['wire']:6.2f} {row['wire'] / row['plain']:7.2f}" if row["wire"] else f"{'':14}"
+    wire = f"{'':22}"
+    if row["wire"]:
+        wire = f"{row['wire']:6.2f} {row['wire'] / row['plain']:7.2f} {row['wire'] / row['fresh']:7.2f}"
     bucket = f"{row['bucket']} MiB" if row["bucket"] else ""
     print(
         f"{row['way']:14} {bucket:>8} {row['mb']:5.0f} {row['seconds']:8.2f} {row['mb'] / row['seconds']:6.0f} {wire} "
@@ -106,7 +111,7 @@ def measure(run: Any, setting: dict[str, Any], mode: str, bucket: int) -> dict[s
     from megatron_rl.rollout import weight_sync
 
     nbytes = sum(tensor.nbytes for _, tensor in run.policy.hf_weights())
-    wire: list[float] = []
+    wire = [0.0]
     broadcast = weight_sync.broadcast_bucket
 
     def timed(*arguments: Any) -> None:
@@ -128,13 +133,15 @@ def measure(run: Any, setting: dict[str, Any], mode: str, bucket: int) -> dict[s
             seconds = median_seconds(update, setting["repeats"])
     finally:
         setattr(weight_sync, "broadcast_bucket", broadcast)  # noqa: B010
-    plain = median_seconds(lambda: plain_broadcast(run), 3)
-    row = {"plain": plain, "way": mode, "bucket": bucket, "mb": nbytes / 1e6, "seconds": seconds}
+    plain = median_seconds(lambda: plain_broadcast(run, fresh=False), 5)
+    fresh = median_seconds(lambda: plain_broadcast(run, fresh=True), 5)
+    row = {"plain": plain, "fresh": fresh, "way": mode, "bucket": bucket, "mb": nbytes / 1e6, "seconds": seconds}
     return row | {"wire": statistics.median(wire), "extra_mb": peak[0] / 1e6}
 
 
-def plain_broadcast(run: Any) -> None:
-    """The policy's bytes from rank 0 to the others, as one tensor: what the wire alone costs."""
+def plain_broadcast(run: Any, *, fresh: bool) -> None:
+    """The policy's bytes from rank 0 to the others, as one tensor: what the wire alone costs, into memory that is there
+    or, as in a server, into memory that is asked for when the bytes come."""
     import torch
 
     from megatron_rl.parallel.engine_group import broadcast_bucket
@@ -142,7 +149,8 @@ def plain_broadcast(run: Any) -> None:
     if not hasattr(run, "plain"):
         nbytes = sum(tensor.nbytes for _, tensor in run.policy.hf_weights())
         run.plain = torch.zeros(nbytes, dtype=torch.uint8)
-    broadcast_bucket(run.plain, run.groups.world)
+    received = torch.empty_like(run.plain) if fresh and run.groups.rank else run.plain
+    broadcast_bucket(received, run.groups.world)
 
 
 def median_seconds(action: Callable[[], None], repeats: int) -> float:
