@@ -73,7 +73,7 @@ def work(setting: dict[str, Any]) -> None:
     """One rank: build the policy, and update the server a few times."""
     from megatron_rl import train
     from megatron_rl.config import parse_config
-    from megatron_rl.parallel.groups import init_groups
+    from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
 
     config = parse_config(raw_config(setting, setting["mode"], setting["bucket"] or 512))
     groups = init_groups(config.parallel, config.seed)
@@ -83,6 +83,8 @@ def work(setting: dict[str, Any]) -> None:
     run.engine.close()
     if groups.rank == 0:
         (Path(setting["run_dir"]) / "row.json").write_text(json.dumps(row))
+    barrier(groups)
+    destroy_groups()
 
 
 def raw_config(setting: dict[str, Any], mode: str, bucket: int) -> dict[str, Any]:
