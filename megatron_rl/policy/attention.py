@@ -32,7 +32,9 @@ class PackedSequences(RoutedSequences):
     rows: _Rows | None = None  # made by the first layer, which knows how many heads this rank has
 
 
-def packed_sequences(inputs: Inputs, inv_freq: Tensor, context_size: int, routes: Tensor | None) -> PackedSequences:
+def packed_sequences(
+    inputs: Inputs, inv_freq: Tensor, context_size: int, routes: Tensor | None = None
+) -> PackedSequences:
     """`inv_freq`: `[d/2]`, the inverse frequencies of the rotary embedding; `routes`: see RoutedSequences."""
     cu_seqlens = inputs.cu_seqlens * context_size
     angles = torch.outer(inputs.position_ids.to(inv_freq.dtype), inv_freq)[:, None]
