@@ -211,7 +211,7 @@ def packed(run: Run, rollouts: list[Rollout], step: int) -> TrainBatch:
 def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
     require_model(config)  # before anything slow
-    shares_prompts(config)
+    shares_prompts(config)  # raises where this machine cannot, which a check on another one did not know
     grader = build_grader(config.reward)
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)

@@ -42,7 +42,7 @@ def constant(expression: Any) -> Fraction | None:
     try:
         value = expression.evalf(30)
         return Fraction(str(value)) if value.is_Float or value.is_Rational else None
-    except Exception:
+    except Exception:  # sympy raises whatever its functions do, and an answer can hold any of them
         return None
 
 
@@ -78,7 +78,7 @@ def _value(expression: Any) -> Any:
         points = {symbol: _point(symbol.name) for symbol in expression.free_symbols}
         value = expression.evalf(15, subs=points)
         return value if value.is_number and value.is_finite and not value.has(sympy.Function) else None
-    except Exception:
+    except Exception:  # as above; without a value verify decides, so that nothing is refused or accepted by it
         return None
 
 

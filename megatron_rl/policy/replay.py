@@ -65,7 +65,7 @@ def _set_routes(which: int, tp_part: int) -> Callable[..., None]:
     sequence parallelism."""
 
     def hook(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        routes = getattr(kwargs["packed_seq_params"], "routes", None)
+        routes = kwargs["packed_seq_params"].routes  # packing without the field must not pass for a free choice
         if routes is not None:
             count = len(kwargs["hidden_states"])
             routes = routes[tp_part * count : (tp_part + 1) * count, which]
