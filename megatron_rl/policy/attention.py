@@ -188,9 +188,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # two rounded products and a sum, no fused multiply-add: bit for bit what transformers computes
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     out = x.new_empty(x.shape)
     (a, b), (rotated_a, rotated_b) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(a, cos, out=rotated_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=rotated_b).addcmul_(a, sin)
+    torch.mul(a, cos, out=rotated_a).sub_(b * sin)
+    torch.mul(b, cos, out=rotated_b).add_(a * sin)
     return out
