@@ -225,4 +225,14 @@ def leave_layout() -> None:
                 dist.destroy_process_group(group)
         group = None
         # models and optimizers refer to their groups in cycles, and a group ends its threads when it is freed
+        _part_from_graphs()
         gc.collect()
+
+
+def _part_from_graphs() -> None:
+    """Megatron's DDP hangs hooks that refer to it on the graph, where the collector cannot follow: a graph that is kept
+    (a MoE dispatcher keeps its last probabilities) keeps the model, hence all its groups."""
+    ddp = sys.modules.get("megatron.core.distributed.distributed_data_parallel")
+    if ddp is not None:
+        for model in [x for x in gc.get_objects() if type(x) is ddp.DistributedDataParallel]:
+            model.__dict__.clear()

@@ -31,6 +31,7 @@ from megatron_rl.plan.memory import fuses_output_layer
 from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.policy.host_optimizer import host_options, use_main_weights
 from megatron_rl.policy.replay import replay_routes
+from megatron_rl.policy.torch_adam import fuse_torch_adam
 
 # with Megatron's defaults, batched exchanges, the gradients of interleaved stages are silently wrong over gloo
 _INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -302,6 +303,7 @@ def build_optimizer(
         ),
         model.ddp,
     )
+    fuse_torch_adam(optimizer)
     if options.cpu_offload:
         use_main_weights(optimizer)
     scheduler = OptimizerParamScheduler(
