@@ -1,5 +1,6 @@
-"""A whole RL step against TRL's GRPOTrainer on a CPU: the quickstart's model from one folder, the same prompts in the
-same order, sampling, updates and verifier, by turns: python scripts/bench_step.py --trl /path/to/python.
+"""A whole RL step against TRL's GRPOTrainer on a CPU: the quickstart's model from one folder (or a wider one, see
+--width), the same prompts in the same order, sampling, updates and verifier, by turns:
+python scripts/bench_step.py --trl /path/to/python.
 
 TRL lives in an environment of its own: python -m venv trl && trl/bin/pip install trl==1.16.0 torch==2.13.0 (the build
 of torch that this project runs on, so that both compute with the same kernels).
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Path("configs") / "quickstart.yaml"
 LAYOUTS = {  # of two cores: what is measured, with its processes and threads each
     "ours dp2": (2, 1),
+    "ours dp2 sharded": (2, 1),
     "ours dp2 bare": (2, 1),
     "ours tp2": (2, 1),
     "ours 1x2": (1, 2),
@@ -35,10 +37,20 @@ LAYOUTS = {  # of two cores: what is measured, with its processes and threads ea
     "trl dp2": (2, 1),
 }
 _DP2 = ["parallel.tp=1", "parallel.world_size=2"]
+# gradients are added up by all-reduce and every process updates all weights, as TRL's do
+_ALL_REDUCE = "parallel.distributed_optimizer=false"
+# without what TRL does not do: realised entropy change, entropy ledger, values of the logged samples' tokens
+_BARE = ["train.entropy_probe=false", "logging.ledger_every=0", "logging.samples_per_step=0"]
 OVERRIDES = {
-    "ours dp2": _DP2,
-    # without what TRL does not do: realised entropy change, entropy ledger, values of the logged samples' tokens
-    "ours dp2 bare": [*_DP2, "train.entropy_probe=false", "logging.ledger_every=0", "logging.samples_per_step=0"],
+    "ours dp2": [*_DP2, _ALL_REDUCE],
+    "ours dp2 sharded": _DP2,
+    "ours dp2 bare": [
+        *_DP2,
+        _ALL_REDUCE,
+        "train.entropy_probe=false",
+        "logging.ledger_every=0",
+        "logging.samples_per_step=0",
+    ],
     "ours tp2": [],
     "ours 1x2": ["parallel.tp=1"],
 }
@@ -54,7 +66,8 @@ def main() -> None:
     parser.add_argument(
         "--before", type=Path, nargs="+", default=[], help="checkouts of earlier versions of this project"
     )
-    parser.add_argument("--model", type=Path, help="folder of the quickstart's warmed model; made when not given")
+    parser.add_argument("--width", type=int, default=1, help="times the quickstart's hidden and intermediate size")
+    parser.add_argument("--model", type=Path, help="folder of such a model, warmed; made when not given")
     parser.add_argument("--trl-worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.trl_worker:
@@ -65,10 +78,15 @@ def main() -> None:
         sys.exit(f"--trl: got {options.trl}, expected the Python interpreter of an environment with TRL.\n{__doc__}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = options.model.resolve() if options.model else warmed_model(folder)
+        model = options.model.resolve() if options.model else warmed_model(folder, options.width)
         task = write_task(folder, model, options.warmup + options.steps)
         roots = [ROOT, *(path.resolve() for path in options.before)]
-        compared = ("ours dp2", "ours tp2", "ours 1x2")  # earlier versions know not all of the other one's options
+        compared = (
+            "ours dp2",
+            "ours dp2 sharded",
+            "ours tp2",
+            "ours 1x2",
+        )  # earlier versions know not all of the other one's options
         turns = [(layout, root) for layout in options.layouts for root in (roots if layout in compared else [ROOT])]
         names = {turn: turn[0] if turn[1] == ROOT else f"{turn[0]} of {turn[1].name}" for turn in turns}
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in names.values()}
@@ -100,9 +118,11 @@ def show(rows: dict[str, list[dict[str, float]]], samples: int) -> None:
         )
 
 
-def warmed_model(folder: Path) -> Path:
-    """The quickstart's model after its warm start and one RL step."""
-    overrides = ["train.num_steps=1", "train.save_hf=true"]
+def warmed_model(folder: Path, width: int) -> Path:
+    """The quickstart's model, as many times as wide with as many heads, after its warm start and one RL step."""
+    sizes = {"hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 4, "num_key_value_heads": 2}
+    overrides = [f"model.hf_config.{name}={size * width}" for name, size in sizes.items()] if width > 1 else []
+    overrides += ["train.num_steps=1", "train.save_hf=true"]
     train_ours(folder / "warm", overrides, threads=1, root=ROOT)
     return folder / "warm" / "hf"
 

@@ -94,7 +94,7 @@ def _outcome(config: Any, rollouts: list[Rollout]) -> dict[str, Any]:
         main_grads = [(name, parameter.main_grad) for name, parameter in policy.parameters]
         grads = {name: grad.clone() for name, grad in weight_stream(main_grads, policy.hf_config, policy.groups)}
         policy.keep_reference()
-        return {"logprobs": logprobs, "grads": grads, "reference": policy.ref_logprobs(batch)}
+        return {"logprobs": logprobs, "grads": grads, "reference": policy.ref_logprobs([batch])[0]}
 
 
 def _outcomes(jobs: list[tuple[Any, list[Rollout]]]) -> list[dict[str, Any]]:

@@ -343,7 +343,7 @@ def _reference_policy(configs: list[Config]) -> list[dict[str, Any]]:
             batch = make_batch(config, policy.groups)
             mini_batch = batch.mini_batches[3]
             try:
-                policy.ref_logprobs(mini_batch)
+                policy.ref_logprobs([mini_batch])[0]
             except RuntimeError as error:
                 message = str(error)
             policy.keep_reference()
@@ -351,10 +351,10 @@ def _reference_policy(configs: list[Config]) -> list[dict[str, Any]]:
             for other in batch.mini_batches[:2]:
                 _update(policy, other)
             moved, before = [s.logprobs for s in policy.stats(mini_batch)], weights_of(policy)
-            reference = policy.ref_logprobs(mini_batch)
+            reference = policy.ref_logprobs([mini_batch])[0]
             after = weights_of(policy)
             _update(policy, batch.mini_batches[2])
-            again, last = policy.ref_logprobs(mini_batch), weights_of(policy)
+            again, last = policy.ref_logprobs([mini_batch])[0], weights_of(policy)
         with policy_of(config) as policy:
             for other in batch.mini_batches[:3]:
                 _update(policy, other)
