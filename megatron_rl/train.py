@@ -8,7 +8,6 @@ between ranks is which micro-batches they compute.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +93,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
     store = CheckpointStore(config.run_dir / "checkpoints", run.policy, groups, run.tokenizer)
     start_step, notes = restore(run, store)
     timers = Timers(device.synchronize, spans)
-    with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger, kept():
+    with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
         if config.train.share_prompts == "auto":
             notes.append(f"train.share_prompts=auto: {'on' if shares_prompts(config) else 'off'}")
         for note in notes:
@@ -132,17 +131,6 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
     run.engine.close()
 
 
-@contextlib.contextmanager
-def kept() -> Iterator[None]:
-    """What is there by now stays for the whole run: the garbage collector, which would go through all of it again and
-    again within the steps, is told to leave it."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str, float]:
     """Generate, grade, pack, select, update. Returns the step's metrics, the same on every rank."""
     config, policy = run.config, run.policy
@@ -154,7 +142,9 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
     with timers("pack"):
         batch = packed(run, collected.rollouts, step)
     with timers("old_logprobs"):
-        old_stats = policy.stats_of(batch.mini_batches, with_sum_p2=True)
+        # each as its update will compute it: before the weights move, old and current log-probabilities are the same
+        # bits, and KL-Cov's |difference| has no gradient then instead of the sign of a rounding error
+        old_stats = [policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]
         batch = batch.with_old_logprobs(old_stats)
         if config.loss.ref_kl_coef > 0:
             batch = batch.with_ref_logprobs(policy.ref_logprobs(batch.mini_batches))

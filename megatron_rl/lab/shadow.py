@@ -60,7 +60,7 @@ def replay(
     with train.generating(run, Timers(device.synchronize)):
         collected = run.collector.collect(step)
     batch = train.packed(run, collected.rollouts, step)
-    old_stats = run.policy.stats_of(batch.mini_batches, with_sum_p2=True)
+    old_stats = [run.policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]
     batch = batch.with_old_logprobs(old_stats)
     where = Where(config.seed, step, config.minibatches_per_step, mean_entropy(batch, old_stats, run.data_parallel))
     own, _, _ = train.adapt(config.loss, state["control"], where.entropy)

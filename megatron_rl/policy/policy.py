@@ -17,7 +17,6 @@ from megatron_rl.config import Config
 from megatron_rl.convert.hf import Source, folder_source, random_source
 from megatron_rl.convert.mapping import global_name, load_weights
 from megatron_rl.errors import UserError
-from megatron_rl.joining import joined, parted, runs_within
 from megatron_rl.parallel.fused_linear import linear_stats
 from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
 from megatron_rl.parallel.reduce import Reducer
@@ -116,18 +115,6 @@ class MegatronPolicy:
             for stats, micro_batch in zip(outputs, mini_batch.micro_batches, strict=True)
         ]
 
-    def stats_of(self, mini_batches: Sequence[MiniBatch], *, with_sum_p2: bool = False) -> list[list[TokenStats]]:
-        """`stats` of each mini-batch. Small micro-batches share a forward pass, as far as train.micro_batch_tokens
-        allows and ranks need not make as many passes as others (pipeline stages, dealt-out experts)."""
-        if self.groups.pp_size > 1 or self.groups.ep_size > 1:
-            return [self.stats(mini_batch, with_sum_p2=with_sum_p2) for mini_batch in mini_batches]
-        budget = self.config.train.micro_batch_tokens // self.groups.cp_size
-        runs = runs_within([mb for mini_batch in mini_batches for mb in mini_batch.micro_batches], budget)
-        passes = MiniBatch(0, tuple(joined(run) for run in runs))
-        found = zip(self.stats(passes, with_sum_p2=with_sum_p2), runs, strict=True)
-        single = (part for stats, run in found for part in parted(stats, run))
-        return [[next(single) for _ in mini_batch.micro_batches] for mini_batch in mini_batches]
-
     def offload(self) -> None:
         """Free the gradients' memory and move the optimizer's to the host, until `reload`; the weights stay."""
         for ddp in self.model.ddp:
@@ -156,7 +143,7 @@ class MegatronPolicy:
         try:
             self._set_parameters(self._reference)
             unrouted = [m.replace_each("routes", [None] * len(m.micro_batches)) for m in mini_batches]
-            return [[stats.logprobs for stats in of_mini_batch] for of_mini_batch in self.stats_of(unrouted)]
+            return [[stats.logprobs for stats in self.stats(mini_batch)] for mini_batch in unrouted]
         finally:
             self._set_parameters(current)
 
