@@ -58,6 +58,9 @@ class SGLang:
             argv += ["--max-total-tokens", str(max(spec.kv_tokens, longest)), "--mem-fraction-static", "0.8"]
             cores = device.cpu_cores()
             env |= {
+                # glibc keeps freed memory for the next weight bucket, whose fresh pages cost as much as its way here
+                "MALLOC_MMAP_MAX_": "0",
+                "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
                 "OMP_NUM_THREADS": "1",
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "PYTHONPATH": str(_SHIMS),
