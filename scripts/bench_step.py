@@ -44,13 +44,7 @@ _BARE = ["train.entropy_probe=false", "logging.ledger_every=0", "logging.samples
 OVERRIDES = {
     "ours dp2": [*_DP2, _ALL_REDUCE],
     "ours dp2 sharded": _DP2,
-    "ours dp2 bare": [
-        *_DP2,
-        _ALL_REDUCE,
-        "train.entropy_probe=false",
-        "logging.ledger_every=0",
-        "logging.samples_per_step=0",
-    ],
+    "ours dp2 bare": [*_DP2, _ALL_REDUCE, *_BARE],
     "ours tp2": [],
     "ours 1x2": ["parallel.tp=1"],
 }
@@ -81,12 +75,8 @@ def main() -> None:
         model = options.model.resolve() if options.model else warmed_model(folder, options.width)
         task = write_task(folder, model, options.warmup + options.steps)
         roots = [ROOT, *(path.resolve() for path in options.before)]
-        compared = (
-            "ours dp2",
-            "ours dp2 sharded",
-            "ours tp2",
-            "ours 1x2",
-        )  # earlier versions know not all of the other one's options
+        # earlier versions know not all of the other one's options
+        compared = [layout for layout in OVERRIDES if layout != "ours dp2 bare"]
         turns = [(layout, root) for layout in options.layouts for root in (roots if layout in compared else [ROOT])]
         names = {turn: turn[0] if turn[1] == ROOT else f"{turn[0]} of {turn[1].name}" for turn in turns}
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in names.values()}
@@ -120,8 +110,13 @@ def show(rows: dict[str, list[dict[str, float]]], samples: int) -> None:
 
 def warmed_model(folder: Path, width: int) -> Path:
     """The quickstart's model, as many times as wide with as many heads, after its warm start and one RL step."""
-    sizes = {"hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 4, "num_key_value_heads": 2}
-    overrides = [f"model.hf_config.{name}={size * width}" for name, size in sizes.items()] if width > 1 else []
+    sys.path.insert(0, str(ROOT))
+    from megatron_rl.config import load_config
+
+    hf = load_config(ROOT / CONFIG).model.hf_config
+    assert hf is not None
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    overrides = [f"model.hf_config.{name}={hf[name] * width}" for name in names]
     overrides += ["train.num_steps=1", "train.save_hf=true"]
     train_ours(folder / "warm", overrides, threads=1, root=ROOT)
     return folder / "warm" / "hf"

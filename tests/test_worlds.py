@@ -79,3 +79,28 @@ def test_workers_die_with_the_process_that_started_them() -> None:
     while _is_running(status):
         assert time.monotonic() < deadline, "the worker outlives its parent"
         time.sleep(0.05)
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def _threads_with_a_trained_mixture(folder: Path) -> int:
+    from megatron_rl.algorithms.losses import LOSSES
+    from tests.policy.tiny import make_batch, make_config, policy_of
+
+    config = make_config(folder)
+    with policy_of(config) as policy:
+        policy.update(make_batch(config, policy.groups).mini_batches[0], LOSSES[config.loss.type], config.loss)
+    return _threads()
+
+
+def test_a_policy_that_keeps_a_graph_gives_its_threads_back(worlds: Worlds, tmp_path: Path) -> None:
+    from tests.policy.tiny import hf_model, save
+
+    moe = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    folder = save(hf_model(**moe, norm_topk_prob=True), tmp_path / "moe")
+    (before,) = worlds.run(1, _threads)
+    (during,) = worlds.run(1, _threads_with_a_trained_mixture, folder)
+    (after,) = worlds.run(1, _threads)
+    assert during > before + 20 and after <= before + 10, (before, during, after)

@@ -343,7 +343,7 @@ def _reference_policy(configs: list[Config]) -> list[dict[str, Any]]:
             batch = make_batch(config, policy.groups)
             mini_batch = batch.mini_batches[3]
             try:
-                policy.ref_logprobs([mini_batch])[0]
+                policy.ref_logprobs([mini_batch])
             except RuntimeError as error:
                 message = str(error)
             policy.keep_reference()
