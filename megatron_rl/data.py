@@ -350,7 +350,9 @@ class PromptCursor:
 
         Raises: DataError when fewer than `count` prompts are left to choose from; the cursor then stays.
         """
-        available = sum(prompt.prompt_id not in exclude for prompt in self._prompts)
+        available = len(self._prompts)
+        if exclude:
+            available = sum(prompt.prompt_id not in exclude for prompt in self._prompts)
         if count > available:
             raise DataError(
                 f"{count} prompts are wanted, but of the data set's {len(self._prompts)} only {available} have not "

@@ -237,6 +237,21 @@ def vocab_pad_multiple() -> int:
     return 128 if ON_GPU else 1
 
 
+def row_multiple() -> int:
+    """Packing rounds the tokens of a rank's micro-batch up to a multiple of it, see kernels/linear_cpu.py."""
+    from megatron_rl.kernels import linear_cpu
+
+    return 1 if ON_GPU else linear_cpu.ROWS
+
+
+def fast_linear_layers(model: torch.nn.Module) -> None:
+    """On a CPU, let a model that only infers take the matrix products of kernels/linear_cpu.py."""
+    if not ON_GPU:
+        from megatron_rl.kernels import linear_cpu
+
+        linear_cpu.use_in(model)
+
+
 def transformer_config_options() -> dict[str, Any]:
     """Options of Megatron's TransformerConfig that depend on the device."""
     if ON_GPU:
@@ -299,6 +314,10 @@ _REWRITES = [
         (r"torch\.cuda\.(current_stream|default_stream)\(\)", "_cpu_null()"),
         (r"torch\.cuda\.stream\(", "_cpu_null("),
         (r"tensor\.is_cuda:\n(\s+cpu_tensor)", r"True:\n\1"),  # moe_utils: split sizes become numpy
+        # tensor_parallel/layers.py: the products of a linear layer, see kernels/linear_cpu.py
+        (r"torch\.matmul\((total_input), weight\.t\(\)\)", r"_linear_cpu.linear(\1, weight)"),
+        (r"grad_output\.matmul\(weight\)", "_linear_cpu.input_gradient(grad_output, weight)"),
+        (r"grad_output\.t\(\)\.matmul\(total_input\)", "_linear_cpu.weight_gradient(grad_output, total_input)"),
     ]
 ]
 # of its optimizer on the host, which asks each weight where it is: on a CPU all begin as if on a GPU
@@ -333,6 +352,8 @@ class _MegatronLoader(importlib.machinery.SourceFileLoader):
                 source = source.replace(text, replacement)
         if "_cpu_null" in source:
             source += _NULL  # appended, so that line numbers in tracebacks stay true
+        if "_linear_cpu" in source:
+            source += "\nfrom megatron_rl.kernels import linear_cpu as _linear_cpu\n"
         if self.name == "megatron.core.transformer.moe.moe_utils" and "te_general_gemm" in source:
             source += "\nte_general_gemm = None\n"  # 0.16.1 reads a name that is bound only when TE imports
         return super().source_to_code(source.encode(), path, **options)

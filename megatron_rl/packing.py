@@ -32,6 +32,7 @@ class Layout:
     cp_rank: int
     cp_size: int
     pad_multiple: int
+    row_multiple: int
     equal_lengths: bool
     count_multiple: int
     num_micro_batches: int | None
@@ -74,7 +75,11 @@ class Layout:
 
     def padded(self, length: int) -> int:
         """Tokens that a sequence of `length` takes up."""
-        return -(-length // self.sequence_multiple) * self.sequence_multiple
+        return _round_up(length, self.sequence_multiple)
+
+    def filled(self, total: int) -> int:
+        """Tokens of a micro-batch whose sequences take up `total`."""
+        return min(_round_up(max(1, total), self.pad_multiple * self.row_multiple), self.capacity)
 
 
 def pack(
@@ -88,6 +93,7 @@ def pack(
     cp_rank: int = 0,
     cp_size: int = 1,
     pad_multiple: int = 1,
+    row_multiple: int = 1,
     equal_lengths: bool = False,
     count_multiple: int = 1,
     num_micro_batches: int | None = None,
@@ -100,7 +106,8 @@ def pack(
     `train.micro_batch_tokens` (padding included), and every rank gets the same number of them per mini-batch, the
     smallest that longest-processing-time balancing fits. With `train.share_prompts` they hold predictions alone, and
     what the model computes for them is `MicroBatch.inputs`. `pad_multiple`: micro-batch lengths, over all
-    context-parallel ranks, are multiples of it (sequence and context parallelism). `equal_lengths`: one length for all
+    context-parallel ranks, are multiples of it (sequence and context parallelism), and of `row_multiple` times as much
+    where the budget allows (`device.row_multiple`). `equal_lengths`: one length for all
     micro-batches of a mini-batch on this rank (pipeline parallelism). The count per mini-batch is a multiple of
     `count_multiple` (virtual pipeline stages), or forced by `num_micro_batches`.
 
@@ -114,6 +121,7 @@ def pack(
         cp_rank=cp_rank,
         cp_size=cp_size,
         pad_multiple=pad_multiple,
+        row_multiple=row_multiple,
         equal_lengths=equal_lengths,
         count_multiple=count_multiple,
         num_micro_batches=num_micro_batches,
@@ -149,6 +157,7 @@ def pack_supervised(
     cp_rank: int = 0,
     cp_size: int = 1,
     pad_multiple: int = 1,
+    row_multiple: int = 1,
     equal_lengths: bool = False,
     count_multiple: int = 1,
     num_micro_batches: int | None = None,
@@ -168,6 +177,7 @@ def pack_supervised(
         cp_rank=cp_rank,
         cp_size=cp_size,
         pad_multiple=pad_multiple,
+        row_multiple=row_multiple,
         equal_lengths=equal_lengths,
         count_multiple=count_multiple,
         num_micro_batches=num_micro_batches,
@@ -254,9 +264,8 @@ def _pack_minibatch(
     longest = max(totals)
     micro_batches = []
     for chosen, total in zip(bins, totals, strict=True):
-        wanted = max(1, longest if layout.equal_lengths else total)
-        padded = -(-wanted // layout.pad_multiple) * layout.pad_multiple
-        whole = micro_batch(chosen, samples, padded, layout, work if layout.share_prompts else None)
+        length = layout.filled(longest if layout.equal_lengths else total)
+        whole = micro_batch(chosen, samples, length, layout, work if layout.share_prompts else None)
         micro_batches.append(whole if layout.cp_size == 1 else _context_part(whole, layout))
     return MiniBatch(index, tuple(micro_batches))
 
@@ -331,6 +340,10 @@ def _check_rollouts(rollouts: list[Rollout], layout: Layout, *, may_be_masked: b
             )
     if faults:
         raise ValueError("rollouts cannot be packed: " + _listed(faults))
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _name(rollout: Rollout) -> str:

@@ -94,7 +94,8 @@ def check_failures(rollouts: Sequence[Rollout], config: Config) -> None:
 
 def shape_rewards(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
     """`reward = weight * score + terms + length reward + overlong penalty`, for whole groups of rollouts."""
-    reward, lengths = config.reward, _length_rewards(rollouts)
+    reward = config.reward
+    lengths = _length_rewards(rollouts) if reward.length_weight else [0.0] * len(rollouts)
     return [
         rollout.replace(
             reward=reward.weight * rollout.score

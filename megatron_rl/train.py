@@ -20,6 +20,7 @@ from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.control import ControlState, adapt
 from megatron_rl.algorithms.ledger import ledger
 from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.algorithms.prediction import predicted_change
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
 from megatron_rl.config_checks import read_hf_config, require_model
@@ -144,17 +145,19 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
     with timers("old_logprobs"):
         # each as its update will compute it: before the weights move, old and current log-probabilities are the same
         # bits, and KL-Cov's |difference| has no gradient then instead of the sign of a rounding error
-        old_stats = [policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]
-        batch = batch.with_old_logprobs(old_stats)
         if config.loss.ref_kl_coef > 0:
             batch = batch.with_ref_logprobs(policy.ref_logprobs(batch.mini_batches))
+        first, *others = batch.minibatches()
+        of_others = [policy.stats(mini_batch, with_sum_p2=True) for mini_batch in others]
+        old_stats = [policy.stats(first, with_sum_p2=True, before_update=True), *of_others]
+        batch = batch.with_old_logprobs(old_stats)
     with timers("metrics"):
         add_batch_metrics(metrics, batch, old_stats, run.data_parallel)
     loss, run.control, controls = adapt(config.loss, run.control, mean_entropy(batch, old_stats, run.data_parallel))
     metrics.set(controls)
     with timers("probe"):
         tangent = EntropyTangent(policy, batch.mini_batches[0]) if config.train.entropy_tangent else None
-    predicted_change, trained_on = 0.0, []
+    trained_on = []
     for mini_batch, stats in zip(batch.minibatches(), old_stats, strict=True):
         with timers("select"):
             if needs_current_stats(loss, mini_batch.index):
@@ -167,11 +170,9 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
                 seed=config.seed,
                 step=step,
                 updates_per_step=config.minibatches_per_step,
-                context=policy.context,
             )
-        predicted_change += marked.pop("entropy/predicted_change", 0.0)  # absent when overlong filtering masked it all
         metrics.add_means(marked)
-        trained_on.append(mini_batch)
+        trained_on.append((mini_batch, stats))
         with timers("update"):
             result = policy.update(mini_batch, LOSSES[loss.type], loss, timers.spans)
         metrics.add(result.sums)
@@ -179,7 +180,9 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
             {"optimizer/grad_norm": result.grad_norm, "optimizer/skipped_fraction": float(result.skipped)}
         )
         metrics.set({"optimizer/lr": result.learning_rate})
-    metrics.set({"entropy/predicted_change": predicted_change})  # nats per unit of logit step, over the step's updates
+    with timers("metrics"):
+        change = predicted_change(trained_on, loss, run.data_parallel, policy.context)
+        metrics.set({"entropy/predicted_change": change})  # nats per unit of logit step, over the step's updates
     run.weight_version = step + 1
     with timers("probe"):
         after = policy.stats(batch.mini_batches[0]) if config.train.entropy_probe else None
@@ -191,7 +194,9 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
         if config.logging.ledger_every and step % config.logging.ledger_every == 0:
             logger.log_ledger(step, ledger(batch, old_stats, after, run.data_parallel), run.tokenizer)
         metrics.set(batch_totals(run, batch, collected.rollouts))
-        logger.log_samples(step, samples_for_log(run, collected, trained_on, old_stats))
+        logger.log_samples(
+            step, samples_for_log(run, collected, [mini_batch for mini_batch, _ in trained_on], old_stats)
+        )
         return metrics.reduce(run.data_parallel.sum, run.data_parallel.max)
 
 

@@ -28,7 +28,7 @@ TOP_FRACTIONS = {"cov/top_0.02pct_mean": 0.0002, "cov/top_0.2pct_mean": 0.002, "
 
 
 class SupportsReduce(Protocol):
-    """The two global operations that selection needs; parallel/reduce.py has the real one."""
+    """The global operations that selection needs; parallel/reduce.py has the real one."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
@@ -36,6 +36,10 @@ class SupportsReduce(Protocol):
 
     def top_k(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest values of all ranks and their ids."""
+        ...
+
+    def top_k_and_sum(self, values: Tensor, ids: Tensor, k: int, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`top_k`, and the element-wise sum of `sums` over ranks, in one go."""
         ...
 
 
@@ -50,6 +54,10 @@ class LocalReducer:
         """torch's own top-k, as the authors call it."""
         best = values.topk(min(k, values.numel()))
         return best.values, ids[best.indices]
+
+    def top_k_and_sum(self, values: Tensor, ids: Tensor, k: int, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both by themselves."""
+        return *self.top_k(values, ids, k), sums
 
 
 def covariance(logprobs: Tensor, advantages: Tensor, reducer: SupportsReduce) -> tuple[Tensor, int]:
@@ -181,8 +189,9 @@ def _covariance_metrics(
 ) -> dict[str, float]:
     if count == 0:
         return {}
-    mean, square, vocab_mean = (reducer.sum(torch.stack([cov.sum(), (cov**2).sum(), vocab.sum()])) / count).tolist()
-    top = reducer.top_k(cov, ids, quota(max(TOP_FRACTIONS.values()), count))[0]
+    sums = torch.stack([cov.sum(), (cov**2).sum(), vocab.sum()])
+    top, _, sums = reducer.top_k_and_sum(cov, ids, quota(max(TOP_FRACTIONS.values()), count), sums)
+    mean, square, vocab_mean = (sums / count).tolist()
     tops = {name: float(top[: quota(fraction, count)].mean()) for name, fraction in TOP_FRACTIONS.items()}
     std = math.sqrt(max(0.0, square - mean * mean))
     return {"cov/mean": mean, "cov/std": std, "cov/vocab_mean": vocab_mean, **tops}

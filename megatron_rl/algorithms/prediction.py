@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,18 +37,22 @@ def effective_advantages(
 
 
 def predicted_change(
-    mini_batch: MiniBatch,
-    stats: list[TokenStats],
+    updates: Sequence[tuple[MiniBatch, list[TokenStats]]],
     loss: LossBase,
     reducer: SupportsReduce,
     context: SupportsSum | None = None,
 ) -> float:
-    """Mean over the response tokens of all ranks of each token's own entropy change, in nats per unit of logit step:
-    Theorem 1 per state (entropy.py), exact over the vocabulary, with `effective_advantages`. NaN without tokens."""
-    sums = torch.zeros(2, dtype=torch.float64, device=stats[0].entropy.device)
-    for micro_batch, stat in zip(mini_batch.micro_batches, stats, strict=True):
-        lost = entropy_loss_per_step(stat, effective_advantages(micro_batch, stat, loss, context))
-        lost = lost[micro_batch.loss_mask]
-        sums += torch.stack([-lost.sum(), torch.full_like(lost.sum(), lost.numel())])
-    total, count = reducer.sum(sums).tolist()
-    return total / count if count else float("nan")
+    """Of the entropy by several updates, each with the statistics of the weights at which it is made, in nats per unit
+    of logit step: the sum of the mean over each update's response tokens, of all ranks, of the token's own entropy
+    change. That is Theorem 1 per state (entropy.py), exact over the vocabulary, with `effective_advantages`. An update
+    without tokens changes nothing."""
+    rows = []
+    for mini_batch, stats in updates:
+        sums = torch.zeros(2, dtype=torch.float64, device=stats[0].entropy.device)
+        for micro_batch, stat in zip(mini_batch.micro_batches, stats, strict=True):
+            lost = entropy_loss_per_step(stat, effective_advantages(micro_batch, stat, loss, context))
+            lost = lost[micro_batch.loss_mask]
+            sums += torch.stack([-lost.sum(), torch.full_like(lost.sum(), lost.numel())])
+        rows.append(sums)
+    totals, counts = reducer.sum(torch.stack(rows)).unbind(1)
+    return float((totals / counts.clamp_min(1)).sum())

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.covariance import SupportsReduce, covariance, response_tokens, select_tokens
-from megatron_rl.algorithms.prediction import predicted_change
-from megatron_rl.types import MiniBatch, SupportsSum, TokenStats
+from megatron_rl.types import MiniBatch, TokenStats
 
 if TYPE_CHECKING:
     from megatron_rl.config_loss import ForkingLoss, GaussianCovLoss, LossBase, SteerLoss
@@ -47,15 +46,12 @@ def mark_tokens(
     seed: int,
     step: int,
     updates_per_step: int,
-    context: SupportsSum | None = None,
 ) -> tuple[MiniBatch, dict[str, float]]:
     """What the loss needs to know of the whole mini-batch: the tokens that it selects (`select_tokens`) or how much
-    each one weighs, and global metrics. Arguments and guarantees are those of `select_tokens`;
-    `context`: see `loss_inputs`.
+    each one weighs, and global metrics. Arguments and guarantees are those of `select_tokens`.
 
-    Besides those of `select_tokens`: `entropy/predicted_change` of this update (prediction.py), and for a weighting
-    loss `weight/min` and `weight/effective_fraction` = (sum w)^2 / (N sum w^2), which is 1 for equal weights and
-    keep_fraction for 80/20.
+    Besides those of `select_tokens`, for a weighting loss: `weight/min` and `weight/effective_fraction` =
+    (sum w)^2 / (N sum w^2), which is 1 for equal weights and keep_fraction for 80/20.
     """
     mini_batch, metrics = select_tokens(
         mini_batch, stats, loss, reducer, seed=seed, step=step, updates_per_step=updates_per_step
@@ -71,8 +67,6 @@ def mark_tokens(
     elif kind in WEIGHTINGS:  # without covariance metrics there is no token on any rank
         nothing = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
         mini_batch = mini_batch.replace_each("surrogate_weights", nothing)
-    if metrics:
-        metrics["entropy/predicted_change"] = predicted_change(mini_batch, stats, loss, reducer, context)
     return mini_batch, metrics
 
 

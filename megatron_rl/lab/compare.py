@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.control import adapt
 from megatron_rl.algorithms.losses import LOSSES
-from megatron_rl.algorithms.prediction import effective_advantages
+from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config_loss import LossBase
 from megatron_rl.parallel.reduce import Reducer
@@ -75,12 +75,13 @@ def compare(
             seed=where.seed,
             step=where.step,
             updates_per_step=where.updates_per_step,
-            context=policy.context,
         )
         vectors.append(gradient(policy, marked, LOSSES[loss.type], loss))  # type: ignore[attr-defined]
         sets.append(_restrained(marked, stats, loss, policy.context))
         kept = {name: value for name, value in metrics.items() if name.startswith(("weight/", "select/"))}
-        rows.append({"predicted_change": metrics.get("entropy/predicted_change"), **kept})
+        # without metrics there is no token on any rank
+        change = predicted_change([(marked, stats)], loss, ranks, policy.context) if metrics else None
+        rows.append({"predicted_change": change, **kept})
     together, count = _intersections(torch.stack(sets), ranks)
     gram = [[inner(policy, a, b) for b in vectors] for a in vectors]
     for i, row in enumerate(rows):

@@ -76,7 +76,6 @@ def replay(
             seed=where.seed,
             step=step,
             updates_per_step=where.updates_per_step,
-            context=run.policy.context,
         )
         run.policy.update(marked, LOSSES[own.type], own)
     run.collector.close()

@@ -132,6 +132,7 @@ def packing_options(groups: Groups, parallel: ParallelConfig) -> dict[str, Any]:
         "cp_rank": groups.cp_rank,
         "cp_size": groups.cp_size,
         "pad_multiple": parallel.token_multiple,
+        "row_multiple": device.row_multiple(),
         "equal_lengths": groups.pp_size > 1,  # pipeline stages exchange activations of one shape
         "count_multiple": parallel.micro_batch_multiple,
     }

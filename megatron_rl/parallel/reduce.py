@@ -53,22 +53,28 @@ class Reducer:
         all-gather
         decides.
         """
+        best, winners, _ = self.top_k_and_sum(values, ids, k, values.new_zeros(0, dtype=torch.float64))
+        return best, winners
+
+    def top_k_and_sum(self, values: Tensor, ids: Tensor, k: int, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`top_k`, and the `sum` of `sums [n]` float64, in one collective."""
         count = min(k, values.numel())
         local_values, local_ids = _best(values.double(), ids, count)
         if self.size == 1:
-            return local_values, local_ids
+            return local_values, local_ids, sums.clone()
         # the quota bounds what a rank can contribute; -inf with id -1 marks an empty slot
-        packed = torch.zeros(2, k, dtype=torch.int64, device=values.device)
-        padded = torch.full((k,), -torch.inf, dtype=torch.float64, device=values.device)
+        padded = values.new_full((k,), -torch.inf, dtype=torch.float64)
         padded[:count] = local_values
-        packed[0] = padded.view(torch.int64)
-        packed[1] = -1
-        packed[1, :count] = local_ids
-        gathered = self._gather(packed)
-        all_values, all_ids = gathered[:, 0].reshape(-1).contiguous().view(torch.float64), gathered[:, 1].reshape(-1)
+        slots = ids.new_full((k,), -1, dtype=torch.int64)
+        slots[:count] = local_ids
+        # bits travel as integers: an id may not fit a float
+        gathered = self._gather(torch.cat([padded.view(torch.int64), slots, sums.view(torch.int64)]))
+        all_values, all_ids, all_sums = gathered.split([k, k, len(sums)], dim=1)
+        all_values, all_ids = all_values.contiguous().view(torch.float64).flatten(), all_ids.flatten()
         real = all_ids >= 0
         all_values, all_ids = all_values[real], all_ids[real]
-        return _best(all_values, all_ids, min(k, all_values.numel()))
+        best = _best(all_values, all_ids, min(k, all_values.numel()))
+        return *best, all_sums.contiguous().view(torch.float64).sum(0)
 
     def quantiles(self, values: Tensor, fractions: list[float]) -> list[float]:
         """Exact lower quantiles over all ranks' `values [n_local]` (float32): the element of rank floor(q * (n - 1)).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -51,6 +52,9 @@ class Model:
     vocab_start: int  # first global column of this rank's logits shard
     inv_freq: torch.Tensor | None  # [d/2], of RoPE, where core attention applies it (attention.py); None: Megatron does
     hands_over_hidden: bool  # the last stage returns hidden states, and the output layer belongs to the statistics
+    # where attention finds the sequences of a micro-batch, by its tokens and for as long as these live: it goes through
+    # the model at least twice
+    packed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     @property
     def output_weight(self) -> torch.Tensor:

@@ -62,6 +62,7 @@ class MegatronPolicy:
         self.reset_optimizer()
         self._reference: list[Tensor] | None = None
         self.skipped_in_a_row = 0
+        self._ahead: tuple[Tensor, Tensor] | None = None  # a micro-batch's tokens, and its forward pass with the graph
 
     @property
     def parameters(self) -> list[tuple[str, Tensor]]:
@@ -101,13 +102,24 @@ class MegatronPolicy:
         """Stream the full (hf_name, tensor) pairs to every rank."""
         return weight_stream(self.parameters, self.hf_config, self.groups)
 
-    def stats(self, mini_batch: MiniBatch, *, with_sum_p2: bool = False) -> list[TokenStats]:
-        """Forward only: statistics of each micro-batch's tokens under the current weights, on every pipeline stage."""
+    def stats(
+        self, mini_batch: MiniBatch, *, with_sum_p2: bool = False, before_update: bool = False
+    ) -> list[TokenStats]:
+        """Forward only: statistics of each micro-batch's tokens under the current weights, on every pipeline stage.
+
+        `before_update`: what the policy does next is to update on this mini-batch. If that is one micro-batch on one
+        stage, its update then begins with this pass instead of the same one again.
+        """
+        keep = before_update and self.groups.pp_size == 1 and len(mini_batch.micro_batches) == 1
+        self._ahead = None
 
         def collect(output: Tensor, micro_batch: MicroBatch) -> TokenStats:
-            return self._token_stats(output, micro_batch, with_sum_p2)
+            if keep:
+                self._ahead = micro_batch.token_ids, output
+            with torch.no_grad():
+                return self._token_stats(output, micro_batch, with_sum_p2)
 
-        with torch.no_grad():
+        with torch.set_grad_enabled(keep):
             outputs: list[TokenStats | None] = run_schedule(self.model, mini_batch, collect, forward_only=True)
         outputs = outputs or [None] * len(mini_batch.micro_batches)
         return [
@@ -176,8 +188,10 @@ class MegatronPolicy:
             count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=output.device)
             return outputs.loss_sum, count, outputs.metrics
 
+        ahead, self._ahead = self._ahead, None
+        output = ahead[1] if ahead and ahead[0] is mini_batch.micro_batches[0].token_ids else None
         self.clear_gradients()
-        collected = run_schedule(self.model, mini_batch, on_output, forward_only=False)
+        collected = run_schedule(self.model, mini_batch, on_output, forward_only=False, output=output)
         sums = _add_up(collected)
         if self.groups.pp_size > 1:
             sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]

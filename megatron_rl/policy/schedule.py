@@ -18,23 +18,36 @@ from megatron_rl.types import Inputs, MicroBatch, MiniBatch
 # triple (loss sum, count, what to collect) or, forward only, to any value
 OutputFunction = Callable[[Tensor, MicroBatch], Any]
 
+_PACKED_KEPT = 8  # attention masks of long sequences would fill the memory
 
-def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction, *, forward_only: bool) -> list[Any]:
+
+def run_schedule(
+    model: Model,
+    mini_batch: MiniBatch,
+    on_output: OutputFunction,
+    *,
+    forward_only: bool,
+    output: Tensor | None = None,
+) -> list[Any]:
     """Run all micro-batches through Megatron's schedule (1F1B when pipelined).
 
     With forward_only, `on_output` returns any value and the result lists them; otherwise it returns (loss sum, int
     count, metrics) and the result lists the metrics. Only the last pipeline stage gets a non-empty list. Gradients end
-    in Megatron's main_grad
-    buffers, divided once by the count over all micro-batches and data-parallel ranks.
+    in Megatron's main_grad buffers, divided once by the count over all micro-batches and data-parallel ranks.
+
+    `output`: what `on_output` got in a forward pass of the mini-batch's only micro-batch, with its graph: not computed
+    again.
     """
 
     def step(iterator: Any, ddp: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         micro_batch: MicroBatch = next(iterator)
+        if output is not None:
+            return output, lambda output, non_loss_data=False: on_output(output, micro_batch)
         inputs = micro_batch.model_inputs()
         options = (
             {"fp32_output": False} if model.config.bf16 else {}
         )  # the statistics upcast row blocks, never all logits
-        output = ddp(
+        computed = ddp(
             inputs.token_ids[None],
             inputs.position_ids[None],
             None,
@@ -46,7 +59,7 @@ def run_schedule(model: Model, mini_batch: MiniBatch, on_output: OutputFunction,
             output = output.view(-1, output.shape[-1])
             return on_output(output if inputs.rows is None else output.index_select(0, inputs.rows), micro_batch)
 
-        return output, loss_function
+        return computed, loss_function
 
     micro_batches = mini_batch.micro_batches
     return get_forward_backward_func()(
@@ -67,7 +80,13 @@ def _packed(inputs: Inputs, routes: Tensor | None, model: Model) -> RoutedSequen
     context_size = model.config.context_parallel_size
     routes = None if routes is None else routes.to(inputs.cu_seqlens.device)
     if model.inv_freq is not None:
-        return packed_sequences(inputs, model.inv_freq, context_size, routes)
+        known = model.packed.get(inputs.token_ids) if routes is None else None
+        if known is not None:
+            return known
+        packed = packed_sequences(inputs, model.inv_freq, context_size, routes)
+        if routes is None and len(model.packed) < _PACKED_KEPT:
+            model.packed[inputs.token_ids] = packed
+        return packed
     cu_seqlens = inputs.cu_seqlens * context_size
     # the true longest sequence: Megatron takes a RoPE table as long as the whole pack for per-token positions
     longest = int(cu_seqlens.diff().max())

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from megatron_rl.convert.hf import hub_views
+from megatron_rl.device import fast_linear_layers, row_multiple
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, SamplingParams
 from megatron_rl.rollout.recorder import RouteRecorder
 from megatron_rl.rollout.sampling import sample_tokens, uniforms
@@ -26,6 +27,7 @@ from megatron_rl.types import Rollout
 _COMPACT_SHARE = 1 / 8
 # random numbers are hashed for this many positions at once, to keep small kernels out of the token loop
 _UNIFORMS_BLOCK = 64
+_GROUPED = "grouped_sdpa"  # attention, by the name that transformers knows it by
 
 
 class TransformersEngine:
@@ -36,9 +38,12 @@ class TransformersEngine:
         config = transformers.AutoConfig.for_model(**hf_config)
         # no random initialisation: every parameter must be streamed before use, and the global RNG stays untouched
         with no_init_weights(), torch.device(device):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=_attention(device)
+            )
         model.tie_weights()  # without initialisation transformers leaves them apart
         self.model = model.eval().requires_grad_(False)
+        fast_linear_layers(self.model)
         self._routes = RouteRecorder(self.model)
         self.weight_version = -1
         self._device = torch.device(device)
@@ -157,6 +162,7 @@ class TransformersEngine:
         lengths = torch.zeros(count, dtype=torch.int64, device=self._device)
         stopped = torch.zeros(count, dtype=torch.bool, device=self._device)
         padded = not bool(mask.all())
+        multiple = row_multiple()
         for step in range(sampling.max_response_tokens):
             if self._abort.is_set():
                 raise EngineAborted(f"generate: aborted with {count} responses unfinished")
@@ -175,8 +181,9 @@ class TransformersEngine:
             num_alive = int(alive.sum())
             if num_alive == 0 or step + 1 == sampling.max_response_tokens:
                 break
-            if num_alive <= (1 - _COMPACT_SHARE) * len(rows):
-                keep = alive.nonzero()[:, 0]
+            kept = -(-num_alive // multiple) * multiple
+            if kept <= (1 - _COMPACT_SHARE) * len(rows):
+                keep = alive.argsort(descending=True, stable=True)[:kept]
                 cache.batch_select_indices(keep)
                 rows, tokens, positions, mask, alive = (
                     rows[keep],
@@ -187,7 +194,7 @@ class TransformersEngine:
                 )
             output = self.model(
                 input_ids=tokens[:, None],
-                attention_mask=mask[:, : width + step + 1] if padded else None,
+                attention_mask=mask[:, None, None, : width + step + 1] if padded else None,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -222,34 +229,65 @@ class TransformersEngine:
     def _collect(
         self, requests: list[Request], tokens: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor
     ) -> list[Rollout]:
-        tokens, logprobs = tokens.cpu(), logprobs.cpu()
+        tokens, logprobs, lengths = tokens.cpu(), logprobs.cpu(), lengths.cpu()
+        sampled = torch.arange(tokens.shape[1]) < lengths[:, None]
+        wrong = (sampled & ~logprobs.isfinite()).any(1).nonzero().flatten().tolist()
+        if wrong:
+            request = requests[wrong[0]]
+            raise EngineError(
+                f"generate: prompt {request.prompt_id}, sample {request.sample_index}: a sampled token's "
+                f"log-probability is not finite under weight version {self.weight_version}; the weights have diverged"
+            )
+        # all rollouts' tensors behind one another: a few operations for the batch instead of several for each
+        counts = lengths.tolist()
+        sizes = [len(request.token_ids) + count for request, count in zip(requests, counts, strict=True)]
+        parts = torch.tensor([(len(request.token_ids), count) for request, count in zip(requests, counts, strict=True)])
+        loss_mask = torch.tensor([False, True]).repeat(len(requests)).repeat_interleave(parts.flatten())
+        token_ids = torch.empty(len(loss_mask), dtype=torch.int64)
+        token_ids[~loss_mask] = torch.tensor([token for request in requests for token in request.token_ids])
+        token_ids[loss_mask] = tokens[sampled]
+        rollout_logprobs = torch.zeros(len(loss_mask)).masked_scatter_(loss_mask, logprobs[sampled])
+        fields = zip(*(values.split(sizes) for values in (token_ids, rollout_logprobs, loss_mask)), strict=True)
         rollouts = []
-        for row, (request, length, stop) in enumerate(zip(requests, lengths.tolist(), stopped.tolist(), strict=True)):
-            prompt = torch.tensor(request.token_ids, dtype=torch.int64)
-            sampled = logprobs[row, :length]
-            if not bool(sampled.isfinite().all()):
-                raise EngineError(
-                    f"generate: prompt {request.prompt_id}, sample {request.sample_index}: a sampled token's "
-                    f"log-probability is not finite under weight version {self.weight_version}; the weights have "
-                    "diverged"
-                )
+        for row, (request, of_row, stop) in enumerate(zip(requests, fields, stopped.tolist(), strict=True)):
+            (ids, logprobs, mask), length = of_row, counts[row]
             rollouts.append(
                 Rollout(
                     prompt_id=request.prompt_id,
                     sample_index=request.sample_index,
-                    token_ids=torch.cat([prompt, tokens[row, :length]]),
-                    rollout_logprobs=torch.cat([torch.zeros(len(prompt)), sampled]),
-                    loss_mask=torch.arange(len(prompt) + length) >= len(prompt),
+                    token_ids=ids,
+                    rollout_logprobs=logprobs,
+                    loss_mask=mask,
                     finish_reason="stop" if stop else "length",
                     weight_version=self.weight_version,
                     spans=((self.weight_version, length),),
-                    routes=self._routes.of(row, len(prompt), length) if request.with_routes else None,
+                    routes=self._routes.of(row, len(request.token_ids), length) if request.with_routes else None,
                 )
             )
         return rollouts
 
     def _int64(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _attention(device: torch.device) -> str:
+    """transformers' own SDPA copies keys and values for every query head where there is a mask, which a GPU's kernels
+    need and a CPU's does not."""
+    if device.type != "cpu":
+        return "sdpa"
+    transformers.AttentionInterface.register(_GROUPED, _grouped_attention)
+    transformers.AttentionMaskInterface.register(_GROUPED, transformers.masking_utils.sdpa_mask)
+    return _GROUPED
+
+
+def _grouped_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """query `[B, heads, q, d]`, key and value `[B, groups, k, d]`, mask bool `[B, 1, q, k]` -> `[B, q, heads, d]`."""
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None and query.shape[2] > 1, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
 
 
 def _sort_key(request: Request) -> tuple[Any, ...]:

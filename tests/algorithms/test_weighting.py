@@ -144,10 +144,14 @@ def test_predicted_change_is_the_mean_over_all_tokens() -> None:
     pairs = list(zip(batch[0].micro_batches, batch[1], strict=True))
     loss = PpoClipLoss(eps_low=1, eps_high=100)
     exact = torch.cat([entropy_loss_per_step(s, effective_advantages(m, s, loss))[m.loss_mask] for m, s in pairs])
-    assert predicted_change(*batch, loss, ALONE) == pytest.approx(-float(exact.mean()))
-    on_policy = [m.replace(old_logprobs=s.logprobs) for m, s in pairs]
-    _, metrics = mark_tokens(MiniBatch(0, tuple(on_policy)), batch[1], loss, ALONE, seed=1, step=0, updates_per_step=1)
-    assert metrics["entropy/predicted_change"] == pytest.approx(-metrics["cov/vocab_mean"], rel=1e-6)
+    assert predicted_change([batch], loss, ALONE) == pytest.approx(-float(exact.mean()))
+    on_policy = MiniBatch(0, tuple(m.replace(old_logprobs=s.logprobs) for m, s in pairs))
+    _, metrics = mark_tokens(on_policy, batch[1], loss, ALONE, seed=1, step=0, updates_per_step=1)
+    change = predicted_change([(on_policy, batch[1])], loss, ALONE)
+    assert change == pytest.approx(-metrics["cov/vocab_mean"], rel=1e-6)
+    nothing = MiniBatch(2, tuple(m.replace(loss_mask=torch.zeros_like(m.loss_mask)) for m, _ in pairs))
+    updates = [batch, (nothing, batch[1]), (on_policy, batch[1])]
+    assert predicted_change(updates, loss, ALONE) == pytest.approx(change - float(exact.mean()))
 
 
 def ratio(view: dict[str, np.ndarray]) -> np.ndarray:

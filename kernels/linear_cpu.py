@@ -1,0 +1,61 @@
+"""The three matrix products of a linear layer in float32 on a CPU, by oneDNN.
+
+torch multiplies float32 matrices with MKL, which keeps to AVX2 on AMD's processors; oneDNN takes AVX-512 wherever it
+is: more than twice as fast on Zen 5. It builds a kernel for each new shape, which costs as much as a small product
+itself (0.3 ms) and is kept, so packing rounds the number of rows up to a multiple of ROWS (`device.row_multiple`), and
+what has another number of rows (a mixture's experts) stays with MKL. So do the other types, for which torch itself
+takes oneDNN.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+ROWS = 16
+# inductor's own operator: torch offers oneDNN's float32 product by no other name without copies of both inputs
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T`: `[..., K]`, `[N, K]` -> `[..., N]`. Not differentiable, as the other two."""
+    return _product(x, weight) if _suits(x) else torch.matmul(x, weight.t())
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """`grad @ weight`: `[..., N]`, `[N, K]` -> `[..., K]`."""
+    return _product(grad, weight.t()) if _suits(grad) else torch.matmul(grad, weight)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad.T @ x`: `[T, N]`, `[T, K]` -> `[N, K]`."""
+    if not _suits(grad):
+        return torch.matmul(grad.t(), x)
+    if grad.shape[1] <= x.shape[1]:
+        return _product(grad.t(), x.t())
+    # oneDNN copies its first operand when it is transposed: the smaller one, then
+    return _product(x.t(), grad.t()).t().contiguous()
+
+
+def use_in(model: torch.nn.Module) -> None:
+    """Let the linear layers of a model that only infers take the same products."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+
+
+def _forward(module: torch.nn.Linear, x: Tensor) -> Tensor:
+    product = linear(x, module.weight)
+    return product if module.bias is None else product.add_(module.bias)
+
+
+def _suits(x: Tensor) -> bool:
+    return _HAS_ONEDNN and x.dtype == torch.float32 and x.numel() // max(1, x.shape[-1]) % ROWS == 0 < x.numel()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.T`."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return product
