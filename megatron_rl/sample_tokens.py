@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_rl.algorithms.covariance import covariance, response_tokens
+from megatron_rl.algorithms.covariance import covariances, response_tokens
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.types import MiniBatch, TokenStats
 
@@ -27,11 +27,12 @@ def token_values(
     Collective; the same on every rank. A sample without counted tokens is left out.
     """
     mine: list[tuple[Key, tuple[float, ...]]] = []
-    for mini_batch, of_it in zip(mini_batches, stats, strict=True):
-        logprobs, entropy = (
-            response_tokens(mini_batch, values) for values in ([s.logprobs for s in of_it], [s.entropy for s in of_it])
-        )
-        cov, _ = covariance(logprobs, mini_batch.cat("advantages"), ranks)
+    both = list(zip(mini_batches, stats, strict=True))
+    logprobs_of = [response_tokens(mini_batch, [s.logprobs for s in of_it]) for mini_batch, of_it in both]
+    pairs = [(logprobs, m.cat("advantages")) for logprobs, m in zip(logprobs_of, mini_batches, strict=True)]
+    centred = covariances(pairs, ranks)
+    for (mini_batch, of_it), logprobs, (cov, _) in zip(both, logprobs_of, centred, strict=True):
+        entropy = response_tokens(mini_batch, [s.entropy for s in of_it])
         columns = [mini_batch.cat(name) for name in ("position_ids", "labels")]
         picked = [torch.zeros_like(m.loss_mask) if m.selected is None else m.selected for m in mini_batch.micro_batches]
         columns += [logprobs, entropy, cov, response_tokens(mini_batch, picked)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -63,12 +63,18 @@ class LocalReducer:
 def covariance(logprobs: Tensor, advantages: Tensor, reducer: SupportsReduce) -> tuple[Tensor, int]:
     """Centered products `[n_local]` float64 (nats * advantage units) and the global token count N (0 without
     tokens)."""
-    logp, adv = logprobs.double(), advantages.double()
-    totals = reducer.sum(torch.stack([torch.full_like(logp.sum(), logp.numel()), logp.sum(), adv.sum()]))
-    count = int(totals[0])
-    if count == 0:
-        return logp, 0
-    return (logp - totals[1] / count) * (adv - totals[2] / count), count
+    return covariances([(logprobs, advantages)], reducer)[0]
+
+
+def covariances(pairs: Sequence[tuple[Tensor, Tensor]], reducer: SupportsReduce) -> list[tuple[Tensor, int]]:
+    """`covariance` of several sets of tokens, each centred by itself, in one collective."""
+    doubles = [(logprobs.double(), advantages.double()) for logprobs, advantages in pairs]
+    sums = [torch.stack([torch.full_like(logp.sum(), logp.numel()), logp.sum(), adv.sum()]) for logp, adv in doubles]
+    centred = []
+    for (logp, adv), (size, logp_sum, adv_sum) in zip(doubles, reducer.sum(torch.stack(sums)), strict=True):
+        count = int(size)
+        centred.append(((logp - logp_sum / count) * (adv - adv_sum / count) if count else logp, count))
+    return centred
 
 
 def quota(select_fraction: float, count: int) -> int:

@@ -61,7 +61,7 @@ def ledger(
     # the quantile is an element of the float32 values, so they are compared in that precision
     group = torch.searchsorted(torch.tensor(edges, dtype=torch.float32, device=cov.device), cov.float())
     bucket = torch.frexp((positions + 1).double()).exponent.long() - 1  # floor(log2), exactly
-    by_token, by_position, by_group = (_sums(keys, values, ranks) for keys in (labels, bucket, group))
+    by_token, by_position, by_group = _sums([labels, bucket, group], values, ranks)
     order = sorted(by_token, key=lambda i: (-abs(by_token[i][1]), i))
     empty = [0.0] * len(COLUMNS)
     return {
@@ -92,16 +92,20 @@ def _values(batch: TrainBatch, before: Sequence[Sequence[TokenStats]], after: Se
     return torch.cat(parts)
 
 
-def _sums(keys: Tensor, values: Tensor, ranks: SupportsLedger) -> dict[int, list[float]]:
-    """Sums of the rows of `values [n_local, columns]` by key, over all ranks."""
-    unique, index = keys.unique(return_inverse=True)
-    mine = torch.zeros(len(unique), values.shape[1], dtype=values.dtype, device=values.device)
-    mine.index_add_(0, index, values)
-    total: dict[int, list[float]] = {}
-    for ids, sums in ranks.gather_objects((unique.tolist(), mine.tolist())):
-        for i, row in zip(ids, sums, strict=True):
-            total[i] = _add([total[i], row]) if i in total else row
-    return total
+def _sums(groupings: Sequence[Tensor], values: Tensor, ranks: SupportsLedger) -> list[dict[int, list[float]]]:
+    """For each of the `groupings` (keys `[n_local]`), sums of the rows of `values [n_local, columns]` by key, over all
+    ranks."""
+    mine = []
+    for keys in groupings:
+        unique, index = keys.unique(return_inverse=True)
+        sums = torch.zeros(len(unique), values.shape[1], dtype=values.dtype, device=values.device)
+        mine.append((unique.tolist(), sums.index_add_(0, index, values).tolist()))
+    totals: list[dict[int, list[float]]] = [{} for _ in groupings]
+    for parts in ranks.gather_objects(mine):
+        for total, (ids, rows) in zip(totals, parts, strict=True):
+            for i, row in zip(ids, rows, strict=True):
+                total[i] = _add([total[i], row]) if i in total else row
+    return totals
 
 
 def _add(rows: Any) -> list[float]:

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _FEW = 1 << 14  # values a rank that are rather gathered than counted by bins
+_FIRST_VALUES = 1 << 11  # of those, in the collective that tells how many there are
 _FIRST_BYTES = 1 << 12  # of an object, in the collective that tells the sizes
 
 
@@ -83,14 +84,18 @@ class Reducer:
         sorted. NaN for an empty set.
         """
         keys = _ordered_bits(values.float())
-        counts = self._gather(torch.tensor([keys.numel()], dtype=torch.int64, device=keys.device))[:, 0].tolist()
+        # the first collective brings how many there are, and all of them when they are few
+        head = torch.nn.functional.pad(keys[:_FIRST_VALUES], (1, max(0, _FIRST_VALUES - keys.numel())))
+        head[0] = keys.numel()
+        rows = self._gather(head)
+        counts = rows[:, 0].tolist()
         total, most = sum(counts), max(counts)
         if total == 0:
             return [float("nan")] * len(fractions)
         ranks = [int(q * (total - 1)) for q in fractions]
         if most > _FEW:
             return self._order_statistics(keys, ranks)
-        rows = self._gather(torch.nn.functional.pad(keys, (0, most - keys.numel())))
+        rows = rows[:, 1:] if most <= _FIRST_VALUES else self._gather(_padded(keys, most))
         ordered = torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)]).sort().values
         return [_from_ordered_bits(key) for key in ordered[ranks].tolist()]
 

@@ -26,8 +26,8 @@ from megatron_rl.types import Inputs
 class PackedSequences(RoutedSequences):
     """A micro-batch's inputs as PackedAttention takes them: what all layers share is computed once."""
 
-    cos: Tensor | None = None  # [T, 1, d/2] float32, of the rotary angles of this rank's tokens
-    sin: Tensor | None = None
+    cos: Tensor | None = None  # [T, 1, d] float32, of the rotary angles of this rank's tokens, twice
+    sin: Tensor | None = None  # likewise, the first time negative
     prefixes: Tensor | None = None  # see Inputs
     rows: _Rows | None = None  # made by the first layer, which knows how many heads this rank has
 
@@ -38,13 +38,14 @@ def packed_sequences(
     """`inv_freq`: `[d/2]`, the inverse frequencies of the rotary embedding; `routes`: see RoutedSequences."""
     cu_seqlens = inputs.cu_seqlens * context_size
     angles = torch.outer(inputs.position_ids.to(inv_freq.dtype), inv_freq)[:, None]
+    cos, sin = angles.cos(), angles.sin()
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         routes=routes,
-        cos=angles.cos(),
-        sin=angles.sin(),
+        cos=torch.cat([cos, cos], dim=-1),
+        sin=torch.cat([-sin, sin], dim=-1),
         prefixes=inputs.prefixes,
     )
 
@@ -173,7 +174,8 @@ def _by_head(tokens: Tensor, heads: int) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The rotary embedding of x `[T, heads, d]`, whose dimension i is paired with i + d/2; cos, sin `[T, 1, d/2]`."""
+    """The rotary embedding of x `[T, heads, d]`, whose dimension i is paired with i + d/2; cos, sin `[T, 1, d]`, see
+    PackedSequences."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -190,8 +192,4 @@ class _Rotate(torch.autograd.Function):
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # two rounded products and a sum, no fused multiply-add: bit for bit what transformers computes
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    out = x.new_empty(x.shape)
-    (a, b), (rotated_a, rotated_b) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(a, cos, out=rotated_a).sub_(b * sin)
-    torch.mul(b, cos, out=rotated_b).add_(a * sin)
-    return out
+    return torch.mul(x, cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))

@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.data import PromptCursor
 from megatron_rl.errors import UserError
@@ -41,6 +43,23 @@ class _Answers:
 
     rollouts: list[Rollout]  # graded; those that servers lost are missing
     problem: str  # why no more can come
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as one tensor of each kind for all rollouts instead of three for each."""
+        rollouts = self.rollouts
+        whole = [torch.cat([getattr(r, name) for r in rollouts]) if rollouts else None for name in _PER_TOKEN]
+        rest = [tuple(getattr(r, name) for name in _PER_ROLLOUT) for r in rollouts]
+        return _answers, (whole, [len(r.token_ids) for r in rollouts], rest, self.problem)
+
+
+_PER_TOKEN = ("token_ids", "rollout_logprobs", "loss_mask")
+_PER_ROLLOUT = tuple(field.name for field in dataclasses.fields(Rollout) if field.name not in _PER_TOKEN)
+
+
+def _answers(whole: list[Any], sizes: list[int], rest: list[tuple[Any, ...]], problem: str) -> _Answers:
+    fields = zip(*(values.split(sizes) for values in whole), strict=True) if sizes else ()
+    named = [dict(zip(_PER_TOKEN + _PER_ROLLOUT, (*a, *b), strict=True)) for a, b in zip(fields, rest, strict=True)]
+    return _Answers([Rollout(**values) for values in named], problem)
 
 
 @dataclass(slots=True)
