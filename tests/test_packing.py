@@ -337,6 +337,26 @@ def test_budget_counts_padding() -> None:
     assert [len(mb.token_ids) for mb in micro_batches(padded)] == [16, 16]
 
 
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_lengths_are_rounded_up_to_rows_where_the_budget_allows(share_prompts: bool) -> None:
+    config = make_config(budget=100, share_prompts=share_prompts)
+    rollouts = make_rollouts(config, one_prompt=True)
+    options = {"step": 0, "dp_rank": 0, "dp_size": 1, "pad_multiple": 2}
+    plain = pack(rollouts, torch.zeros(len(rollouts)), config, **options)
+    rounded = pack(rollouts, torch.zeros(len(rollouts)), config, **options, row_multiple=32)
+    pairs = [
+        (a, b)
+        for before, after in zip(plain.minibatches(), rounded.minibatches(), strict=True)
+        for a, b in zip(before.micro_batches, after.micro_batches, strict=True)
+    ]
+    lengths = [(len(a.model_inputs().token_ids), len(b.model_inputs().token_ids)) for a, b in pairs]
+    assert all(after == min(100, -(-before // 64) * 64) for before, after in lengths)
+    assert {after for _, after in lengths} == {64, 100}, "rounded up, and cut at the budget"
+    for a, b in pairs:  # nothing but padding is added
+        assert torch.equal(a.model_inputs().real.sum(), b.model_inputs().real.sum())
+        assert torch.equal(a.token_ids_global[a.loss_mask], b.token_ids_global[b.loss_mask])
+
+
 def test_errors_name_what_is_wrong() -> None:
     config = make_config(prompts=1, per_minibatch=1, samples=2, budget=30)
     good = [make_rollout(4, s, [1, 2], [3]) for s in range(2)]

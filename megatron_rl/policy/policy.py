@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_rl import device
@@ -210,9 +209,10 @@ class MegatronPolicy:
         if not math.isfinite(grad_norm) or (grad_norm == 0 and self._is_empty(mini_batch)):
             return grad_norm, True
         if self.config.optimizer.clip_grad > 0:
-            # get_parameters refuses a chain of two optimizers, which dealt-out experts and the rest are
+            # as Megatron's own function, which copies every gradient a second time on a CPU
             parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.optimizer.clip_grad, total_norm=grad_norm)
+            total = torch.tensor(grad_norm, dtype=torch.float64, device=device.device())
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip_grad, total)
         if not self.optimizer.step_with_ready_grads():
             raise RuntimeError("Megatron's optimizer refused a finite gradient")
         return grad_norm, False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms import covariance as module
-from megatron_rl.algorithms.covariance import covariance, quota, select_tokens
+from megatron_rl.algorithms.covariance import covariance, covariances, quota, select_tokens
 from megatron_rl.algorithms.entropy import entropy_loss_per_step
 from megatron_rl.algorithms.hashing import hash_uniform
 from megatron_rl.config_loss import ClipCovLoss, KlCovLoss, LossBase, PpoClipLoss
@@ -34,6 +34,11 @@ def test_covariance_by_hand() -> None:
     # mean logp = -2, mean A = 0.5; deviations (1, 0, -1, 0) and (0.5, 0.5, -1.5, 0.5)
     cov, count = covariance(torch.tensor([-1.0, -2.0, -3.0, -2.0]), torch.tensor([1.0, 1.0, -1.0, 1.0]), ALONE)
     assert cov.tolist() == [0.5, 0.0, 1.5, 0.0] and cov.dtype == torch.float64 and count == 4
+    # several sets are centred each by itself; one without tokens stays empty
+    sets = [torch.tensor([-1.0, -2.0, -3.0, -2.0]), torch.zeros(0), torch.tensor([-5.0, -7.0])]
+    advantages = [torch.tensor([1.0, 1.0, -1.0, 1.0]), torch.zeros(0), torch.tensor([2.0, 0.0])]
+    found = covariances(list(zip(sets, advantages, strict=True)), ALONE)
+    assert [(c.tolist(), n) for c, n in found] == [([0.5, 0.0, 1.5, 0.0], 4), ([], 0), ([1.0, 1.0], 2)]
 
 
 @pytest.mark.parametrize(

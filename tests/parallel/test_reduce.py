@@ -115,16 +115,35 @@ def test_top_k_without_elements_and_with_nan(worlds: Worlds, split: tuple[int, .
         torch.testing.assert_close(best, values[order], equal_nan=True)
 
 
-def _quantiles(values: list[Tensor], split: tuple[int, ...], few: int) -> list[list[float]]:
+def _top_k_and_sum(values: Tensor, ids: Tensor, split: tuple[int, ...]) -> tuple[Any, Tensor]:
     reducer, rank = world()
-    with mock.patch.object(reduce, "_FEW", few):
+    mine = share(values, split, rank), share(ids, split, rank)
+    # an id beyond float64's integers, and a sum that only rank order gives to the last bit
+    sums = torch.tensor([rank + 1.0, 1e16 * (-1) ** rank, 3.0**-rank], dtype=torch.float64)
+    best, winners, total = reducer.top_k_and_sum(*mine, 5, sums)
+    assert torch.equal(total, reducer.sum(sums))
+    return reducer.top_k(*mine, 5), [best, winners]
+
+
+@WORLD
+def test_a_sum_travels_with_the_top_k(worlds: Worlds, split: tuple[int, ...]) -> None:
+    values = torch.randn(40, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    ids = torch.arange(40) + (1 << 60)
+    for alone, together in worlds.run(len(split), _top_k_and_sum, values, ids, split):
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+        assert together[1].tolist() == (values.topk(5).indices + (1 << 60)).tolist()
+
+
+def _quantiles(values: list[Tensor], split: tuple[int, ...], few: int, first: int) -> list[list[float]]:
+    reducer, rank = world()
+    with mock.patch.multiple(reduce, _FEW=few, _FIRST_VALUES=first):
         return [reducer.quantiles(share(of_all, split, rank), FRACTIONS) for of_all in values]
 
 
 @WORLD
-@pytest.mark.parametrize("few", [40, 3])
-def test_quantiles_are_elements_of_the_set(worlds: Worlds, split: tuple[int, ...], few: int) -> None:
-    """Gathered, or counted by bins."""
+@pytest.mark.parametrize(("few", "first"), [(40, 40), (40, 5), (3, 2)])
+def test_quantiles_are_elements_of_the_set(worlds: Worlds, split: tuple[int, ...], few: int, first: int) -> None:
+    """Gathered in one go or two, or counted by bins."""
     generator = torch.Generator().manual_seed(2)
     signed = torch.randn(40, generator=generator) * 10 ** (6 * torch.randn(40, generator=generator))
     infinite = signed.clone()
@@ -134,7 +153,7 @@ def test_quantiles_are_elements_of_the_set(worlds: Worlds, split: tuple[int, ...
     equal = torch.full((40,), -2.5)
     tiny = torch.tensor([2e-45, -2e-45] * 20) * torch.arange(40)  # subnormal
     sets = [signed, infinite, zeros, equal, tiny, signed.double()]
-    results = same_on_all(worlds.run(len(split), _quantiles, sets, split, few))
+    results = same_on_all(worlds.run(len(split), _quantiles, sets, split, few, first))
     for values, got in zip(sets, results, strict=True):
         # -0.0 sorts before 0.0: numpy's sort keeps their order, so the key looks at the sign bit too
         rising = sorted(values.float().tolist(), key=lambda x: (x, math.copysign(1.0, x)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -383,3 +384,55 @@ def test_reference_logprobs_stay_and_leave_the_weights_alone(worlds: Worlds, fol
             assert "keep_reference" in found["message"]
             assert found["moved"] > 1e-3
             assert all(found["same"]) and found["restored"] and found["undisturbed"]
+
+
+def _begun_by_stats(configs: list[Config]) -> list[dict[str, Any]]:
+    from megatron_rl.policy import policy as module
+
+    found = []
+    for config in configs:
+        for ahead in (False, True):
+            with policy_of(config) as policy:
+                batch = make_batch(config, policy.groups)
+                first, second = batch.mini_batches[:2]
+                assert len(first.micro_batches) == 1
+                with mock.patch.object(module, "run_schedule", wraps=module.run_schedule) as schedule:
+                    stats = [policy.stats(first, before_update=ahead, with_sum_p2=True)[0]]
+                    # the update sees the same tokens with more known about them
+                    first = first.replace_each("old_logprobs", [stats[0].logprobs])
+                    results = [_update(policy, first), _update(policy, first)]
+                    # of another mini-batch than the next update's: nothing to begin with
+                    stats += policy.stats(second, before_update=ahead)
+                    results.append(_update(policy, batch.mini_batches[2]))
+                    stats += policy.stats(second)
+                begun = [call.kwargs.get("output") is not None for call in schedule.call_args_list]
+                found.append(
+                    {
+                        "begun": begun,
+                        "stats": [s.logprobs for s in stats],
+                        "graph": any(s.logprobs.requires_grad for s in stats),
+                        "norms": [r.grad_norm for r in results],
+                        "weights": weights_of(policy),
+                    }
+                )
+    return found
+
+
+def test_an_update_begins_with_the_pass_of_its_statistics(worlds: Worlds, folders: dict[str, Path]) -> None:
+    """Once, on one pipeline stage, and the bits are those of a pass of its own."""
+    one = {"train": {"micro_batch_tokens": 4096}}
+    layouts: list[dict[str, Any]] = [
+        {"parallel": {"tp": 2}},
+        {"parallel": {"world_size": 2}},
+        {"parallel": {"world_size": 2}, "model": {"recompute": "full"}},
+        {"parallel": {"tp": 2, "sp": True}, "model": {"fused_linear_stats": "on"}},
+        {"parallel": {"pp": 2}},
+    ]
+    configs = [_config(folders["qwen2"], {**changes, **one}) for changes in layouts]
+    for rank in worlds.run(2, _begun_by_stats, configs):
+        for layout, plain, ahead in zip(layouts, rank[::2], rank[1::2], strict=True):
+            staged = "pp" in layout["parallel"]
+            assert ahead["begun"] == [False, not staged, *[False] * 4] and not any(plain["begun"])
+            assert ahead["norms"] == plain["norms"] and same_bits(ahead["weights"], plain["weights"])
+            assert all(torch.equal(a, b) for a, b in zip(ahead["stats"], plain["stats"], strict=True))
+            assert not ahead["graph"]

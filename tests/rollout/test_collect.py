@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import pickle
 from dataclasses import dataclass, field
 from threading import Barrier, Thread
 
@@ -10,7 +12,7 @@ from megatron_rl.config import parse_config
 from megatron_rl.data import DataError, PromptCursor
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import InProcess
-from megatron_rl.rollout.collect import CollectError, Collector, rollout_metrics, sampling_params
+from megatron_rl.rollout.collect import CollectError, Collector, _Answers, rollout_metrics, sampling_params
 from megatron_rl.rollout.engine import EngineError, Place, ServersLost
 from megatron_rl.types import Prompt, Rollout
 
@@ -120,6 +122,32 @@ def run(config, cursor, reward_fn=odd_prompts_learn, world_size=1, step=0):
 
 def ids(result):
     return [(r.prompt_id, r.sample_index) for r in result.rollouts]
+
+
+def test_answers_travel_whole():
+    rollouts = [
+        Rollout(
+            prompt_id=4,
+            sample_index=index,
+            token_ids=torch.arange(length),
+            rollout_logprobs=-torch.arange(length).float(),
+            loss_mask=torch.arange(length) > 1,
+            finish_reason="stop",
+            weight_version=3,
+            **more,
+        )
+        for index, length, more in [
+            (0, 3, {"score": 1.0, "reward": 0.5, "error": "no", "unfinished": "crash", "terms": (2.0,)}),
+            (1, 5, {"score": 0.0, "reward": 0.0, "spans": ((3, 2),), "routes": torch.arange(20).view(5, 2, 2)}),
+        ]
+    ]
+    for sent in (rollouts, []):
+        answers = pickle.loads(pickle.dumps(_Answers(sent, "lost")))
+        assert answers.problem == "lost" and len(answers.rollouts) == len(sent)
+        for got, want in zip(answers.rollouts, sent, strict=True):
+            for name in (f.name for f in dataclasses.fields(Rollout)):
+                a, b = getattr(got, name), getattr(want, name)
+                assert type(a) is type(b) and (torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b), name
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

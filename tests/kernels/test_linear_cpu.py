@@ -1,0 +1,68 @@
+"""The CPU's matrix products: right whoever computes them, and computed by oneDNN where they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.kernels import linear_cpu
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "linear": lambda x, w, g: (linear_cpu.linear(x, w), x @ w.t()),
+    "input gradient": lambda x, w, g: (linear_cpu.input_gradient(g, w), g @ w),
+    "weight gradient": lambda x, w, g: (linear_cpu.weight_gradient(g, x), g.t() @ x),
+}
+
+
+def _operands(rows: int, wide: int, narrow: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    shapes = [(rows, narrow), (wide, narrow), (rows, wide)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize(("wide", "narrow"), [(40, 12), (12, 40)])
+@pytest.mark.parametrize(
+    ("rows", "dtype", "by_onednn"),
+    [
+        (32, torch.float32, True),
+        (7, torch.float32, False),
+        (0, torch.float32, False),
+        (32, torch.bfloat16, False),
+        (32, torch.float64, False),
+    ],
+)
+def test_products(name: str, wide: int, narrow: int, rows: int, dtype: torch.dtype, by_onednn: bool) -> None:
+    operands = _operands(rows, wide, narrow, dtype)
+    with mock.patch.object(linear_cpu, "_product", wraps=linear_cpu._product) as product:
+        got, same_type = PRODUCTS[name](*operands)
+    assert product.called == (by_onednn and linear_cpu._HAS_ONEDNN)
+    assert got.dtype == dtype and got.is_contiguous() and got.shape == same_type.shape
+    exact = PRODUCTS[name](*(x.double() for x in operands))[1]
+    error = {torch.float32: 2e-5, torch.bfloat16: 0.2, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=error)
+
+
+def test_more_dimensions_and_strided_operands() -> None:
+    x, weight, grad = _operands(32, 40, 12, torch.float32)
+    wide = torch.cat([x, x], dim=1)[:, :12]  # rows that are not behind one another
+    assert torch.equal(linear_cpu.linear(wide.view(4, 8, 12), weight), linear_cpu.linear(x, weight).view(4, 8, 40))
+    assert torch.equal(
+        linear_cpu.input_gradient(grad.view(32, 1, 40), weight)[:, 0], linear_cpu.input_gradient(grad, weight)
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_that_infers(bias: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(12, 40, bias=bias), torch.nn.SiLU(), torch.nn.Linear(40, 12, bias=bias))
+    model.requires_grad_(False)
+    x = _operands(32, 40, 12, torch.float32)[0]
+    expected = model(x)
+    linear_cpu.use_in(model)
+    with mock.patch.object(linear_cpu, "_product", wraps=linear_cpu._product) as product:
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
+    assert product.call_count == 2 * linear_cpu._HAS_ONEDNN
