@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from megatron_rl.convert.hf import hub_views
 from megatron_rl.device import fast_linear_layers, row_multiple
+from megatron_rl.rollout.cache import roomy_cache
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, SamplingParams
 from megatron_rl.rollout.recorder import RouteRecorder
 from megatron_rl.rollout.sampling import sample_tokens, uniforms
@@ -27,6 +28,8 @@ from megatron_rl.types import Rollout
 _COMPACT_SHARE = 1 / 8
 # random numbers are hashed for this many positions at once, to keep small kernels out of the token loop
 _UNIFORMS_BLOCK = 64
+# tokens of a response up to which copying the cache for each of them costs less than keeping room for more
+_SHORT = 64
 _GROUPED = "grouped_sdpa"  # attention, by the name that transformers knows it by
 
 
@@ -203,7 +206,7 @@ class TransformersEngine:
             logits, positions = output.logits[:, -1], positions + 1
         return self._collect(requests, tokens_out, logprobs_out, lengths, stopped)
 
-    def _prefill(self, requests: list[Request], room: int) -> tuple[Tensor, transformers.DynamicCache, Tensor]:
+    def _prefill(self, requests: list[Request], room: int) -> tuple[Tensor, transformers.Cache, Tensor]:
         """One forward over the distinct prompts, left-padded; then logits [B, V], cache and mask [B, width + room]."""
         prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(r.token_ids for r in requests))}
         width = max(map(len, prompts))
@@ -215,6 +218,7 @@ class TransformersEngine:
             input_ids=token_ids,
             attention_mask=mask[:, :width] if bool(pads.any()) else None,
             position_ids=(columns[:width] - pads).clamp(min=0),
+            past_key_values=roomy_cache() if room > _SHORT else None,
             use_cache=True,
             logits_to_keep=1,
         )
