@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.covariance import covariance_metrics
 from megatron_rl.algorithms.kl import masked_sum_count, mismatch_metrics
+from megatron_rl.algorithms.prediction import predicted_change
 from megatron_rl.config_loss import LossBase
 from megatron_rl.metrics import Metrics
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.rollout.collect import CollectResult
 from megatron_rl.sample_tokens import token_values
-from megatron_rl.types import MiniBatch, TokenStats, TrainBatch
+from megatron_rl.types import MiniBatch, SupportsSum, TokenStats, TrainBatch
 
 
 def needs_current_stats(loss: LossBase, index: int) -> bool:
@@ -51,6 +53,18 @@ def mean_entropy(batch: TrainBatch, stats: list[list[TokenStats]], data_parallel
             total += masked_sum_count(stat.entropy, micro_batch.loss_mask)
     entropy, count = data_parallel.sum(total).tolist()
     return entropy / count if count else float("nan")
+
+
+def update_metrics(
+    updates: Sequence[tuple[MiniBatch, list[TokenStats]]],
+    loss: LossBase,
+    data_parallel: Reducer,
+    context: SupportsSum | None,
+) -> dict[str, float]:
+    """Of a step's updates as the loss saw them, with the statistics of their selection: the spread of the covariance,
+    and `entropy/predicted_change`, nats per unit of logit step."""
+    change = predicted_change(updates, loss, data_parallel, context)
+    return covariance_metrics(updates, data_parallel) | {"entropy/predicted_change": change}
 
 
 def entropy_change(mini_batch: MiniBatch, before: list[TokenStats], after: list[TokenStats]) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.control import ControlState, adapt
 from megatron_rl.algorithms.ledger import ledger
 from megatron_rl.algorithms.losses import LOSSES
-from megatron_rl.algorithms.prediction import predicted_change
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
 from megatron_rl.config_checks import read_hf_config, require_model
@@ -52,6 +51,7 @@ from megatron_rl.step_metrics import (
     mean_entropy,
     needs_current_stats,
     samples_for_log,
+    update_metrics,
 )
 from megatron_rl.types import Prompt, Rollout, TrainBatch
 from megatron_rl.warm_start import warm_start
@@ -180,9 +180,6 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
             {"optimizer/grad_norm": result.grad_norm, "optimizer/skipped_fraction": float(result.skipped)}
         )
         metrics.set({"optimizer/lr": result.learning_rate})
-    with timers("metrics"):
-        change = predicted_change(trained_on, loss, run.data_parallel, policy.context)
-        metrics.set({"entropy/predicted_change": change})  # nats per unit of logit step, over the step's updates
     run.weight_version = step + 1
     with timers("probe"):
         after = policy.stats(batch.mini_batches[0]) if config.train.entropy_probe else None
@@ -191,6 +188,7 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
     if after is not None:
         metrics.add(entropy_change(batch.mini_batches[0], old_stats[0], after))
     with timers("metrics"):
+        metrics.set(update_metrics(trained_on, loss, run.data_parallel, policy.context))
         if config.logging.ledger_every and step % config.logging.ledger_every == 0:
             logger.log_ledger(step, ledger(batch, old_stats, after, run.data_parallel), run.tokenizer)
         metrics.set(batch_totals(run, batch, collected.rollouts))

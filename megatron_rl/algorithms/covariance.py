@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megatron_rl.config_loss import ClipCovLoss, KlCovLoss, LossBase
 
 TOP_FRACTIONS = {"cov/top_0.02pct_mean": 0.0002, "cov/top_0.2pct_mean": 0.002, "cov/top_2pct_mean": 0.02}
+Ranked = tuple[Tensor, Tensor, int]  # values [n_local], their ids, and how many of the largest are wanted
 
 
 class SupportsReduce(Protocol):
@@ -38,8 +39,8 @@ class SupportsReduce(Protocol):
         """The k largest values of all ranks and their ids."""
         ...
 
-    def top_k_and_sum(self, values: Tensor, ids: Tensor, k: int, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`top_k`, and the element-wise sum of `sums` over ranks, in one go."""
+    def top_ks_and_sum(self, sets: Sequence[Ranked], sums: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """`top_k` of each set, and the element-wise sum of `sums` over ranks, in one go."""
         ...
 
 
@@ -55,9 +56,9 @@ class LocalReducer:
         best = values.topk(min(k, values.numel()))
         return best.values, ids[best.indices]
 
-    def top_k_and_sum(self, values: Tensor, ids: Tensor, k: int, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both by themselves."""
-        return *self.top_k(values, ids, k), sums
+    def top_ks_and_sum(self, sets: Sequence[Ranked], sums: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """All by themselves."""
+        return [self.top_k(*one) for one in sets], sums
 
 
 def covariance(logprobs: Tensor, advantages: Tensor, reducer: SupportsReduce) -> tuple[Tensor, int]:
@@ -92,36 +93,33 @@ def select_tokens(
     step: int,
     updates_per_step: int,
 ) -> tuple[MiniBatch, dict[str, float]]:
-    """Mark the tokens that Clip-Cov or KL-Cov picks in this optimiser mini-batch, and measure the covariance.
+    """Mark the tokens that Clip-Cov or KL-Cov picks in this optimiser mini-batch.
 
     stats: per micro-batch, under the weights that `loss.cov_logprobs` asks for; with sum_p2. reducer: over the
     data-parallel ranks.
-    Returns the mini-batch (`selected` set for the two methods, untouched for other losses) and global metrics.
+    Returns the mini-batch with `selected` and global metrics; for other losses the mini-batch untouched and none.
     Identical decisions on every rank. Warns once about configurations in which a method cannot work. The collectives
     cannot hide behind the update: what they decide enters the loss of its first micro-batch.
     """
-    advantages = mini_batch.cat("advantages")
-    logprobs, ids = response_tokens(mini_batch, [s.logprobs for s in stats]), mini_batch.cat("token_ids_global")
-    cov, count = covariance(logprobs, advantages, reducer)
-    vocab = response_tokens(
-        mini_batch, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, mini_batch)]
-    )
-    metrics = _covariance_metrics(cov, vocab, ids, count, reducer)
     if loss.type not in PRIORITIES:  # type: ignore[attr-defined]
-        return mini_batch, metrics
+        return mini_batch, {}
+    logprobs = response_tokens(mini_batch, [s.logprobs for s in stats])
+    cov, count = covariance(logprobs, mini_batch.cat("advantages"), reducer)
     if count == 0:  # overlong filtering can mask a whole mini-batch
         nothing = [torch.zeros_like(mb.loss_mask) for mb in mini_batch.micro_batches]
-        return mini_batch.replace_each("selected", nothing), metrics
+        return mini_batch.replace_each("selected", nothing), {}
     cov_loss: ClipCovLoss | KlCovLoss = loss  # type: ignore[assignment]
     _guard(mini_batch, cov_loss, count, updates_per_step)
     how = (cov_loss, (seed, step, mini_batch.index))
     if cov_loss.cov_scope == "minibatch":
-        chosen = _choose(mini_batch, stats, vocab if cov_loss.cov_estimator == "vocab" else cov, count, *how, reducer)
+        if cov_loss.cov_estimator == "vocab":
+            cov = _spent(mini_batch, stats)
+        chosen = _choose(mini_batch, stats, cov, count, *how, reducer)
     else:
         chosen = [_choose_within(mb, s, *how) for s, mb in _pairs(stats, mini_batch)]
     mini_batch = mini_batch.replace_each("selected", chosen)
     entropy = response_tokens(mini_batch, [s.entropy for s in stats])
-    return mini_batch, metrics | _selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, reducer)
+    return mini_batch, _selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, reducer)
 
 
 def _choose_within(
@@ -133,7 +131,7 @@ def _choose_within(
     if count == 0:
         return torch.zeros_like(micro_batch.loss_mask)
     if loss.cov_estimator == "vocab":
-        cov = response_tokens(part, [entropy_loss_per_step(stats, micro_batch.advantages)])
+        cov = _spent(part, [stats])
     return _choose(part, [stats], cov, count, loss, counter, alone)[0]
 
 
@@ -190,17 +188,33 @@ def _already_clipped(micro_batch: MicroBatch, logprobs: Tensor, loss: ClipCovLos
     return -advantages * ratio.clamp(1 - loss.eps_low, 1 + loss.eps_high) > -advantages * ratio
 
 
-def _covariance_metrics(
-    cov: Tensor, vocab: Tensor, ids: Tensor, count: int, reducer: SupportsReduce
+def covariance_metrics(
+    updates: Sequence[tuple[MiniBatch, list[TokenStats]]], reducer: SupportsReduce
 ) -> dict[str, float]:
-    if count == 0:
-        return {}
-    sums = torch.stack([cov.sum(), (cov**2).sum(), vocab.sum()])
-    top, _, sums = reducer.top_k_and_sum(cov, ids, quota(max(TOP_FRACTIONS.values()), count), sums)
-    mean, square, vocab_mean = (sums / count).tolist()
-    tops = {name: float(top[: quota(fraction, count)].mean()) for name, fraction in TOP_FRACTIONS.items()}
-    std = math.sqrt(max(0.0, square - mean * mean))
-    return {"cov/mean": mean, "cov/std": std, "cov/vocab_mean": vocab_mean, **tops}
+    """How the covariance spreads over the tokens of an update, with the statistics of its selection: its mean, standard
+    deviation and the means of its largest values, and the mean of its exact counterpart over the vocabulary
+    (entropy.py). Each is a mean over the updates that have tokens; empty when none has. Two collectives."""
+    pairs = [(response_tokens(m, [s.logprobs for s in stats]), m.cat("advantages")) for m, stats in updates]
+    centred = covariances(pairs, reducer)
+    sums = [
+        torch.stack([cov.sum(), (cov**2).sum(), _spent(*update).sum()])
+        for (cov, _), update in zip(centred, updates, strict=True)
+    ]
+    most = max(TOP_FRACTIONS.values())
+    sets = [(c, m.cat("token_ids_global"), quota(most, n)) for (c, n), (m, _) in zip(centred, updates, strict=True)]
+    tops, totals = reducer.top_ks_and_sum(sets, torch.stack(sums))
+    rows = []
+    for (top, _), total, (_, count) in zip(tops, totals, centred, strict=True):
+        if count:
+            mean, square, vocab_mean = (total / count).tolist()
+            row = {"cov/mean": mean, "cov/std": math.sqrt(max(0.0, square - mean * mean)), "cov/vocab_mean": vocab_mean}
+            row |= {name: float(top[: quota(fraction, count)].mean()) for name, fraction in TOP_FRACTIONS.items()}
+            rows.append(row)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+
+
+def _spent(mini_batch: MiniBatch, stats: list[TokenStats]) -> Tensor:
+    return response_tokens(mini_batch, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, mini_batch)])
 
 
 def _selection_metrics(

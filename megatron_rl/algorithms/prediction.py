@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,25 +12,28 @@ from torch import Tensor
 from megatron_rl.algorithms.covariance import SupportsReduce
 from megatron_rl.algorithms.entropy import entropy_loss_per_step
 from megatron_rl.algorithms.losses import LOSSES, loss_inputs
-from megatron_rl.types import MicroBatch, MiniBatch, SupportsSum, TokenStats
+from megatron_rl.types import LossInputs, MicroBatch, MiniBatch, SupportsSum, TokenStats
 
 if TYPE_CHECKING:
     from megatron_rl.config_loss import LossBase
 
 
-def effective_advantages(
-    micro_batch: MicroBatch, stats: TokenStats, loss: LossBase, context: SupportsSum | None = None
-) -> Tensor:
+Seen = tuple[MicroBatch, TokenStats]  # a micro-batch, with the statistics of the weights that update on it
+
+
+def effective_advantages(seen: Sequence[Seen], loss: LossBase, context: SupportsSum | None = None) -> Tensor:
     """The advantage with which plain policy gradient would push each token as the loss does: `-d loss / d logprob`,
-    `[T]` float32, 0 outside `loss_mask`.
+    float32, 0 outside `loss_mask`; `[T]` of the micro-batches one behind the other.
 
     On-policy it is A for GRPO. Clipping, selection, weights, KL-Cov's penalty, importance weights and the reference KL
     are in it; an entropy bonus, which does not act through the sampled token, is not. The aggregation's weights count
-    as 1. `stats`: of the weights at which the update is made; `context`: see `loss_inputs`.
+    as 1. `context`: see `loss_inputs`.
     """
-    logprobs = stats.logprobs.detach().clone().requires_grad_()
-    inputs = loss_inputs(micro_batch, TokenStats(logprobs, stats.entropy.detach()), context)
-    inputs = dataclasses.replace(inputs, token_weights=micro_batch.loss_mask.float())
+    inputs = _joined([loss_inputs(micro_batch, stats, context) for micro_batch, stats in seen])
+    logprobs = inputs.logprobs.detach().clone().requires_grad_()
+    inputs = dataclasses.replace(
+        inputs, logprobs=logprobs, entropy=inputs.entropy.detach(), token_weights=inputs.loss_mask.float()
+    )
     with torch.enable_grad():
         loss_sum = LOSSES[loss.type](inputs, loss).loss_sum  # type: ignore[attr-defined]
         return -torch.autograd.grad(loss_sum, logprobs)[0]
@@ -46,13 +49,28 @@ def predicted_change(
     of logit step: the sum of the mean over each update's response tokens, of all ranks, of the token's own entropy
     change. That is Theorem 1 per state (entropy.py), exact over the vocabulary, with `effective_advantages`. An update
     without tokens changes nothing."""
-    rows = []
-    for mini_batch, stats in updates:
-        sums = torch.zeros(2, dtype=torch.float64, device=stats[0].entropy.device)
-        for micro_batch, stat in zip(mini_batch.micro_batches, stats, strict=True):
-            lost = entropy_loss_per_step(stat, effective_advantages(micro_batch, stat, loss, context))
-            lost = lost[micro_batch.loss_mask]
-            sums += torch.stack([-lost.sum(), torch.full_like(lost.sum(), lost.numel())])
-        rows.append(sums)
-    totals, counts = reducer.sum(torch.stack(rows)).unbind(1)
+    of_updates = [list(zip(mini_batch.micro_batches, stats, strict=True)) for mini_batch, stats in updates]
+    seen = [pair for pairs in of_updates for pair in pairs]
+    names = [field.name for field in dataclasses.fields(TokenStats)]
+    stats = TokenStats(*(torch.cat([getattr(of_it, name) for _, of_it in seen]) for name in names))
+    lost = entropy_loss_per_step(stats, effective_advantages(seen, loss, context))
+    mask = torch.cat([micro_batch.loss_mask for micro_batch, _ in seen])
+    sizes = [sum(len(micro_batch.loss_mask) for micro_batch, _ in pairs) for pairs in of_updates]
+    lost = torch.where(mask, lost, 0.0)
+    sums = [
+        torch.stack([-a.sum(), b.double().sum()]) for a, b in zip(lost.split(sizes), mask.split(sizes), strict=True)
+    ]
+    totals, counts = reducer.sum(torch.stack(sums)).unbind(1)
     return float((totals / counts.clamp_min(1)).sum())
+
+
+def _joined(parts: Sequence[LossInputs]) -> LossInputs:
+    """Several micro-batches as one: each loss is a sum over tokens or whole sequences."""
+    ends = torch.tensor([0, *(len(part.loss_mask) for part in parts[:-1])]).cumsum(0).tolist()
+    bounds = [part.cu_seqlens[start > 0 :] + start for part, start in zip(parts, ends, strict=True)]
+    fields: dict[str, Any] = {"cu_seqlens": torch.cat(bounds), "context": parts[0].context}
+    for field in dataclasses.fields(LossInputs):
+        if field.name not in fields:
+            values = [getattr(part, field.name) for part in parts]
+            fields[field.name] = None if values[0] is None else torch.cat(values)
+    return LossInputs(**fields)

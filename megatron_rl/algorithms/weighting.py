@@ -57,16 +57,18 @@ def mark_tokens(
         mini_batch, stats, loss, reducer, seed=seed, step=step, updates_per_step=updates_per_step
     )
     kind: str = loss.type  # type: ignore[attr-defined]
-    if kind in WEIGHTINGS and metrics:
-        weights = WEIGHTINGS[kind](mini_batch, stats, loss, reducer)
-        sums = torch.stack([torch.full_like(weights.sum(), weights.numel()), weights.sum(), (weights**2).sum()])
-        count, total, squares = reducer.sum(sums).tolist()
-        smallest = -float(reducer.max(torch.cat([-weights, weights.new_tensor([-math.inf])]).max()))
-        metrics |= {"weight/min": smallest, "weight/effective_fraction": total**2 / (count * squares)}
-        mini_batch = mini_batch.replace_each("surrogate_weights", _uncat(mini_batch, weights.float()))
-    elif kind in WEIGHTINGS:  # without covariance metrics there is no token on any rank
+    if kind not in WEIGHTINGS:
+        return mini_batch, metrics
+    mine = torch.tensor([sum(micro_batch.num_tokens for micro_batch in mini_batch.micro_batches)])
+    if not int(reducer.sum(mine.to(stats[0].logprobs.device))):  # no token on any rank
         nothing = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
-        mini_batch = mini_batch.replace_each("surrogate_weights", nothing)
+        return mini_batch.replace_each("surrogate_weights", nothing), metrics
+    weights = WEIGHTINGS[kind](mini_batch, stats, loss, reducer)
+    sums = torch.stack([torch.full_like(weights.sum(), weights.numel()), weights.sum(), (weights**2).sum()])
+    count, total, squares = reducer.sum(sums).tolist()
+    smallest = -float(reducer.max(torch.cat([-weights, weights.new_tensor([-math.inf])]).max()))
+    metrics |= {"weight/min": smallest, "weight/effective_fraction": total**2 / (count * squares)}
+    mini_batch = mini_batch.replace_each("surrogate_weights", _uncat(mini_batch, weights.float()))
     return mini_batch, metrics
 
 

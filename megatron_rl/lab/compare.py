@@ -79,13 +79,13 @@ def compare(
         vectors.append(gradient(policy, marked, LOSSES[loss.type], loss))  # type: ignore[attr-defined]
         sets.append(_restrained(marked, stats, loss, policy.context))
         kept = {name: value for name, value in metrics.items() if name.startswith(("weight/", "select/"))}
-        # without metrics there is no token on any rank
-        change = predicted_change([(marked, stats)], loss, ranks, policy.context) if metrics else None
+        change: float | None = predicted_change([(marked, stats)], loss, ranks, policy.context)
         rows.append({"predicted_change": change, **kept})
     together, count = _intersections(torch.stack(sets), ranks)
     gram = [[inner(policy, a, b) for b in vectors] for a in vectors]
     for i, row in enumerate(rows):
         norm = gram[i][i] ** 0.5
+        row["predicted_change"] = row["predicted_change"] if count else None
         row |= {"restrained": together[i][i], "restrained_fraction": together[i][i] / count if count else 0.0}
         row |= {"grad_norm": norm, "entropy_slope": -_ratio(inner(policy, vectors[i], uphill), norm)}
     pairs = range(len(rows))
@@ -105,7 +105,7 @@ def _restrained(mini_batch: MiniBatch, stats: list[TokenStats], loss: LossBase, 
         assert micro_batch.old_logprobs is not None
         log_ratio = torch.where(micro_batch.loss_mask, stat.logprobs - micro_batch.old_logprobs, 0.0)
         plain = micro_batch.advantages * log_ratio.exp()
-        pushed = effective_advantages(micro_batch, stat, loss, context) * plain.sign()
+        pushed = effective_advantages([(micro_batch, stat)], loss, context) * plain.sign()
         held = (plain != 0) & (pushed < RESTRAINED * plain.abs())
         if micro_batch.selected is not None:
             held |= micro_batch.selected

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,28 +55,30 @@ class Reducer:
         all-gather
         decides.
         """
-        best, winners, _ = self.top_k_and_sum(values, ids, k, values.new_zeros(0, dtype=torch.float64))
-        return best, winners
+        (best,), _ = self.top_ks_and_sum([(values, ids, k)], values.new_zeros(0, dtype=torch.float64))
+        return best
 
-    def top_k_and_sum(self, values: Tensor, ids: Tensor, k: int, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`top_k`, and the `sum` of `sums [n]` float64, in one collective."""
-        count = min(k, values.numel())
-        local_values, local_ids = _best(values.double(), ids, count)
+    def top_ks_and_sum(
+        self, sets: Sequence[tuple[Tensor, Tensor, int]], sums: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """`top_k` of several (values, ids, k), and the `sum` of `sums` (float64, any shape), in one collective."""
+        local = [_best(values.double(), ids, min(k, values.numel())) for values, ids, k in sets]
         if self.size == 1:
-            return local_values, local_ids, sums.clone()
+            return local, sums.clone()
         # the quota bounds what a rank can contribute; -inf with id -1 marks an empty slot
-        padded = values.new_full((k,), -torch.inf, dtype=torch.float64)
-        padded[:count] = local_values
-        slots = ids.new_full((k,), -1, dtype=torch.int64)
-        slots[:count] = local_ids
+        slots = [
+            part
+            for (values, ids), (*_, k) in zip(local, sets, strict=True)
+            for part in (_slots(values, k, -torch.inf).view(torch.int64), _slots(ids, k, -1))
+        ]
         # bits travel as integers: an id may not fit a float
-        gathered = self._gather(torch.cat([padded.view(torch.int64), slots, sums.view(torch.int64)]))
-        all_values, all_ids, all_sums = gathered.split([k, k, len(sums)], dim=1)
-        all_values, all_ids = all_values.contiguous().view(torch.float64).flatten(), all_ids.flatten()
-        real = all_ids >= 0
-        all_values, all_ids = all_values[real], all_ids[real]
-        best = _best(all_values, all_ids, min(k, all_values.numel()))
-        return *best, all_sums.contiguous().view(torch.float64).sum(0)
+        parts = [*slots, sums.contiguous().view(-1).view(torch.int64)]
+        gathered = self._gather(torch.cat(parts)).split([len(part) for part in parts], dim=1)
+        best = []
+        for values, ids, (*_, k) in zip(gathered[:-1:2], gathered[1:-1:2], sets, strict=True):
+            values, ids, real = _doubles(values).flatten(), ids.flatten(), ids.flatten() >= 0
+            best.append(_best(values[real], ids[real], min(k, int(real.sum()))))
+        return best, _doubles(gathered[-1]).sum(0).view(sums.shape)
 
     def quantiles(self, values: Tensor, fractions: list[float]) -> list[float]:
         """Exact lower quantiles over all ranks' `values [n_local]` (float32): the element of rank floor(q * (n - 1)).
@@ -145,6 +148,16 @@ class Reducer:
         flat = torch.empty((self.size * values.numel(),), dtype=values.dtype, device=values.device)
         all_gather_flat(flat, values.contiguous().reshape(-1), group=self.group)
         return flat.view(self.size, *values.shape)
+
+
+def _slots(values: Tensor, count: int, empty: float) -> Tensor:
+    slots = values.new_full((count,), empty)
+    slots[: len(values)] = values
+    return slots
+
+
+def _doubles(bits: Tensor) -> Tensor:
+    return bits.contiguous().view(torch.float64)
 
 
 def _padded(values: Tensor, length: int) -> Tensor:

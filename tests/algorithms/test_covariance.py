@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms import covariance as module
-from megatron_rl.algorithms.covariance import covariance, covariances, quota, select_tokens
+from megatron_rl.algorithms.covariance import covariance, covariance_metrics, covariances, quota, select_tokens
 from megatron_rl.algorithms.entropy import entropy_loss_per_step
 from megatron_rl.algorithms.hashing import hash_uniform
 from megatron_rl.config_loss import ClipCovLoss, KlCovLoss, LossBase, PpoClipLoss
@@ -140,6 +140,7 @@ def test_metrics_against_numpy(bins: list[list[int]]) -> None:
     view = numpy_view(batch)
     n = len(view["cov"])
     _, ids, metrics = select(batch, KlCovLoss(select_fraction=0.1))
+    metrics |= covariance_metrics([batch], ALONE)
     falling = np.sort(view["cov"])[::-1]
     chosen = np.isin(view["token_ids_global"], list(ids))
     k = math.floor(0.1 * n)
@@ -162,12 +163,20 @@ def test_metrics_against_numpy(bins: list[list[int]]) -> None:
     assert metrics == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_covariance_metrics_are_means_over_the_updates_with_tokens() -> None:
+    batches = [build([[0, 1], [2]]), build([[], []]), build([[3, 4, 5, 6, 7]])]
+    each = [covariance_metrics([batch], ALONE) for batch in batches]
+    assert each[1] == {} == covariance_metrics([batches[1]], ALONE)
+    expected = {name: (each[0][name] + each[2][name]) / 2 for name in each[0]}
+    assert covariance_metrics(batches, ALONE) == pytest.approx(expected, rel=1e-14)
+
+
 def test_top_fractions_of_many_tokens() -> None:
     generator = torch.Generator().manual_seed(2)
     n = 20_000
     batch = by_hand(torch.randn(n, generator=generator).tolist(), torch.randn(n, generator=generator).tolist())
     falling = np.sort(numpy_view(batch)["cov"])[::-1]
-    metrics = select_tokens(*batch, PpoClipLoss(), ALONE, seed=1, step=0, updates_per_step=1)[1]
+    metrics = covariance_metrics([batch], ALONE)
     for name, k in (("0.02", 4), ("0.2", 40), ("2", 400)):
         assert metrics[f"cov/top_{name}pct_mean"] == pytest.approx(falling[:k].mean(), rel=1e-12)
 
@@ -183,10 +192,10 @@ def test_the_vocab_estimator_ranks_by_the_exact_entropy_loss() -> None:
     assert select(batch, loss)[1] != select(batch, KlCovLoss(select_fraction=0.1))[1]
 
 
-def test_other_losses_are_measured_and_left_alone() -> None:
+def test_other_losses_are_left_alone() -> None:
     batch = build([[0, 1], [2]])
     mini_batch, metrics = select_tokens(*batch, PpoClipLoss(), ALONE, seed=1, step=0, updates_per_step=1)
-    assert mini_batch is batch[0] and metrics["cov/std"] > 0 and "select/count" not in metrics
+    assert mini_batch is batch[0] and metrics == {}
 
 
 @pytest.mark.parametrize("scope", ["minibatch", "microbatch"])
@@ -217,6 +226,7 @@ def test_log_probabilities_that_are_not_finite_reach_the_update(loss: ClipCovLos
     stats[0].logprobs[3] = math.nan
     _, ids, metrics = select((mini_batch, stats), loss)
     assert len(ids) <= metrics["select/count"] <= quota(loss.select_fraction, sum(LENGTHS) - 16)
+    assert math.isnan(covariance_metrics([(mini_batch, stats)], ALONE)["cov/mean"])
 
 
 # ---- the authors' code, written again from its description: a micro-batch as [sequences, longest], and a response mask

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rl.algorithms.covariance import covariance_metrics
 from megatron_rl.algorithms.entropy import entropy_loss_per_step
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
 from megatron_rl.algorithms.weighting import WEIGHTINGS, mark_tokens
@@ -122,7 +123,9 @@ def test_effective_advantages(loss: Any) -> None:
     batch = build(FOUR)
     mini_batch, _ = mark_tokens(*batch, loss, ALONE, seed=1, step=0, updates_per_step=8)
     pairs = list(zip(mini_batch.micro_batches, batch[1], strict=True))
-    got = torch.cat([effective_advantages(m, s, loss)[m.loss_mask] for m, s in pairs]).numpy()
+    got = torch.cat([effective_advantages([pair], loss)[pair[0].loss_mask] for pair in pairs]).numpy()
+    together = effective_advantages(pairs, loss)[torch.cat([m.loss_mask for m, _ in pairs])]
+    np.testing.assert_array_equal(together.numpy(), got)
     view = numpy_view(batch)
     expected = ratio(view) * view["advantages"]
     if loss.type == "steer":
@@ -143,10 +146,10 @@ def test_predicted_change_is_the_mean_over_all_tokens() -> None:
     batch = build(FOUR)
     pairs = list(zip(batch[0].micro_batches, batch[1], strict=True))
     loss = PpoClipLoss(eps_low=1, eps_high=100)
-    exact = torch.cat([entropy_loss_per_step(s, effective_advantages(m, s, loss))[m.loss_mask] for m, s in pairs])
+    exact = torch.cat([entropy_loss_per_step(s, effective_advantages([(m, s)], loss))[m.loss_mask] for m, s in pairs])
     assert predicted_change([batch], loss, ALONE) == pytest.approx(-float(exact.mean()))
     on_policy = MiniBatch(0, tuple(m.replace(old_logprobs=s.logprobs) for m, s in pairs))
-    _, metrics = mark_tokens(on_policy, batch[1], loss, ALONE, seed=1, step=0, updates_per_step=1)
+    metrics = covariance_metrics([(on_policy, batch[1])], ALONE)
     change = predicted_change([(on_policy, batch[1])], loss, ALONE)
     assert change == pytest.approx(-metrics["cov/vocab_mean"], rel=1e-6)
     nothing = MiniBatch(2, tuple(m.replace(loss_mask=torch.zeros_like(m.loss_mask)) for m, _ in pairs))

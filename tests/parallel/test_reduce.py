@@ -115,23 +115,27 @@ def test_top_k_without_elements_and_with_nan(worlds: Worlds, split: tuple[int, .
         torch.testing.assert_close(best, values[order], equal_nan=True)
 
 
-def _top_k_and_sum(values: Tensor, ids: Tensor, split: tuple[int, ...]) -> tuple[Any, Tensor]:
+def _top_ks_and_sum(values: Tensor, ids: Tensor, split: tuple[int, ...]) -> tuple[Any, Any]:
     reducer, rank = world()
     mine = share(values, split, rank), share(ids, split, rank)
-    # an id beyond float64's integers, and a sum that only rank order gives to the last bit
-    sums = torch.tensor([rank + 1.0, 1e16 * (-1) ** rank, 3.0**-rank], dtype=torch.float64)
-    best, winners, total = reducer.top_k_and_sum(*mine, 5, sums)
+    sets = [(*mine, 5), (mine[0][:0], mine[1][:0], 3), (-mine[0], mine[1], 40), (*mine, 0)]
+    # a sum that only rank order gives to the last bit
+    sums = torch.tensor([[rank + 1.0, 1e16 * (-1) ** rank], [3.0**-rank, 0.1]], dtype=torch.float64)
+    found, total = reducer.top_ks_and_sum(sets, sums)
     assert torch.equal(total, reducer.sum(sums))
-    return reducer.top_k(*mine, 5), [best, winners]
+    return [reducer.top_k(*one) for one in sets], found
 
 
 @WORLD
-def test_a_sum_travels_with_the_top_k(worlds: Worlds, split: tuple[int, ...]) -> None:
+def test_several_top_ks_and_a_sum_travel_together(worlds: Worlds, split: tuple[int, ...]) -> None:
     values = torch.randn(40, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    ids = torch.arange(40) + (1 << 60)
-    for alone, together in worlds.run(len(split), _top_k_and_sum, values, ids, split):
-        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-        assert together[1].tolist() == (values.topk(5).indices + (1 << 60)).tolist()
+    ids = torch.arange(40) + (1 << 60)  # beyond float64's integers
+    for alone, together in worlds.run(len(split), _top_ks_and_sum, values, ids, split):
+        for one, other in zip(alone, together, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert [len(winners) for _, winners in together] == [5, 0, 40, 0]
+        assert together[0][1].tolist() == (values.topk(5).indices + (1 << 60)).tolist()
+        assert together[2][1].tolist() == (values.argsort() + (1 << 60)).tolist()
 
 
 def _quantiles(values: list[Tensor], split: tuple[int, ...], few: int, first: int) -> list[list[float]]:
