@@ -17,7 +17,7 @@ import torch
 
 from megatron_rl import device, launch
 from megatron_rl.algorithms.advantages import ADVANTAGES
-from megatron_rl.algorithms.control import ControlState, adapt
+from megatron_rl.algorithms.control import ControlState, adapt, follows_entropy
 from megatron_rl.algorithms.ledger import ledger
 from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.algorithms.weighting import mark_tokens
@@ -151,9 +151,8 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
         of_others = [policy.stats(mini_batch, with_sum_p2=True) for mini_batch in others]
         old_stats = [policy.stats(first, with_sum_p2=True, before_update=True), *of_others]
         batch = batch.with_old_logprobs(old_stats)
-    with timers("metrics"):
-        add_batch_metrics(metrics, batch, old_stats, run.data_parallel)
-    loss, run.control, controls = adapt(config.loss, run.control, mean_entropy(batch, old_stats, run.data_parallel))
+    entropy = mean_entropy(batch, old_stats, run.data_parallel) if follows_entropy(config.loss) else math.nan
+    loss, run.control, controls = adapt(config.loss, run.control, entropy)
     metrics.set(controls)
     with timers("probe"):
         tangent = EntropyTangent(policy, batch.mini_batches[0]) if config.train.entropy_tangent else None
@@ -188,13 +187,12 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
     if after is not None:
         metrics.add(entropy_change(batch.mini_batches[0], old_stats[0], after))
     with timers("metrics"):
+        add_batch_metrics(metrics, batch, old_stats, run.data_parallel)
         metrics.set(update_metrics(trained_on, loss, run.data_parallel, policy.context))
         if config.logging.ledger_every and step % config.logging.ledger_every == 0:
             logger.log_ledger(step, ledger(batch, old_stats, after, run.data_parallel), run.tokenizer)
         metrics.set(batch_totals(run, batch, collected.rollouts))
-        logger.log_samples(
-            step, samples_for_log(run, collected, [mini_batch for mini_batch, _ in trained_on], old_stats)
-        )
+        logger.log_samples(step, samples_for_log(run, collected, [m for m, _ in trained_on], old_stats))
         return metrics.reduce(run.data_parallel.sum, run.data_parallel.max)
 
 

@@ -17,6 +17,11 @@ Loss = TypeVar("Loss", bound="LossBase")
 ControlState = dict[str, float]  # option of the loss: where its next step begins; empty before the first step
 
 
+def follows_entropy(loss: LossBase) -> bool:
+    """Whether `adapt` looks at the entropy."""
+    return loss.adaptive_entropy is not None or getattr(loss, "entropy_band", None) is not None
+
+
 def adapt(loss: Loss, state: ControlState, entropy: float) -> tuple[Loss, ControlState, dict[str, float]]:
     """(the loss of this step, the state of the next one, metrics `control/*`).
 

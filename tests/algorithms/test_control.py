@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.algorithms.control import adapt
+from megatron_rl.algorithms.control import adapt, follows_entropy
 from megatron_rl.config_loss import ClipCovLoss, KlCovLoss, LossBase, PpoClipLoss
 
 
@@ -54,6 +54,7 @@ def test_a_state_of_other_options_or_bounds_is_taken_over_as_far_as_it_fits() ->
     assert in_force.kl_coef == 2.0 and state == {"kl_coef": 2.0} and in_force.entropy_coef == 0
     plain = PpoClipLoss()
     assert adapt(plain, {"entropy_coef": 1.0}, 0.1) == (plain, {}, {}) and adapt(plain, {}, 0.1)[0] is plain
+    assert follows_entropy(loss) and not follows_entropy(plain)
 
 
 @pytest.mark.parametrize("start", [0.9, 0.05])
