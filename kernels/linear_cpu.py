@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 ROWS = 16
+# oneDNN adds up a row in one go, MKL in parts: of long rows its sums are off by up to three times as much, which alone
+# moves a real model's logits by 1e-4
+LONGEST_SUM = 512
 # inductor's own operator: torch offers oneDNN's float32 product by no other name without copies of both inputs
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T`: `[..., K]`, `[N, K]` -> `[..., N]`. Not differentiable, as the other two."""
-    return _product(x, weight) if _suits(x) else torch.matmul(x, weight.t())
+    suits = _suits(x) and x.shape[-1] <= LONGEST_SUM
+    return _product(x, weight) if suits else torch.matmul(x, weight.t())
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:

@@ -47,6 +47,14 @@ def test_products(name: str, wide: int, narrow: int, rows: int, dtype: torch.dty
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=error)
 
 
+def test_long_sums_of_the_forward_pass_are_not_onednns() -> None:
+    with mock.patch.object(linear_cpu, "_product", wraps=linear_cpu._product) as product:
+        for width, calls in ((linear_cpu.LONGEST_SUM + 1, 0), (linear_cpu.LONGEST_SUM, 1)):
+            x, weight, _ = _operands(32, 40, width, torch.float32)
+            torch.testing.assert_close(linear_cpu.linear(x, weight), x @ weight.t(), rtol=0, atol=2e-4)
+            assert product.call_count == calls * linear_cpu._HAS_ONEDNN
+
+
 def test_more_dimensions_and_strided_operands() -> None:
     x, weight, grad = _operands(32, 40, 12, torch.float32)
     wide = torch.cat([x, x], dim=1)[:, :12]  # rows that are not behind one another
