@@ -230,7 +230,8 @@ def train_trl(out: Path) -> None:
     trainer.train()
     if trainer.accelerator.is_main_process:
         (out / "steps.json").write_text(json.dumps(clock.rows))
-    trainer.accelerator.end_training()  # gloo's threads, alive at the interpreter's end, now and then abort the process
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)  # gloo's threads, alive at the interpreter's end, now and then abort a process that has done its work
 
 
 def trl_options(task: dict[str, Any], out: Path) -> dict[str, Any]:
