@@ -318,6 +318,8 @@ _REWRITES = [
         (r"torch\.matmul\((total_input), weight\.t\(\)\)", r"_linear_cpu.linear(\1, weight)"),
         (r"grad_output\.matmul\(weight\)", "_linear_cpu.input_gradient(grad_output, weight)"),
         (r"grad_output\.t\(\)\.matmul\(total_input\)", "_linear_cpu.weight_gradient(grad_output, total_input)"),
+        # transformer/mlp.py: build.py takes silu alone, and no clamp or offset
+        (r"= glu\((intermediate_parallel)\)", r"= _swiglu_cpu.swiglu(\1)"),
     ]
 ]
 # of its optimizer on the host, which asks each weight where it is: on a CPU all begin as if on a GPU
@@ -352,8 +354,9 @@ class _MegatronLoader(importlib.machinery.SourceFileLoader):
                 source = source.replace(text, replacement)
         if "_cpu_null" in source:
             source += _NULL  # appended, so that line numbers in tracebacks stay true
-        if "_linear_cpu" in source:
-            source += "\nfrom megatron_rl.kernels import linear_cpu as _linear_cpu\n"
+        for kernels in ("linear_cpu", "swiglu_cpu"):
+            if f"_{kernels}" in source:
+                source += f"\nfrom megatron_rl.kernels import {kernels} as _{kernels}\n"
         if self.name == "megatron.core.transformer.moe.moe_utils" and "te_general_gemm" in source:
             source += "\nte_general_gemm = None\n"  # 0.16.1 reads a name that is bound only when TE imports
         return super().source_to_code(source.encode(), path, **options)
