@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--trl", help="the Python interpreter of an environment with TRL")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a run")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument(
+        "--warmup", type=int, default=12, help="steps before them (oneDNN builds kernels for new shapes)"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="runs of every layout, by turns")
     parser.add_argument(
         "--before", type=Path, nargs="+", default=[], help="checkouts of earlier versions of this project"
