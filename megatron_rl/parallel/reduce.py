@@ -52,8 +52,7 @@ class Reducer:
 
         ids: `[n_local]` int64, unique over all ranks. Returns (values, ids), at most k of each (fewer when fewer
         exist), sorted by falling value then rising id, identical on every rank. Each rank offers its local best k; one
-        all-gather
-        decides.
+        all-gather decides.
         """
         (best,), _ = self.top_ks_and_sum([(values, ids, k)], values.new_zeros(0, dtype=torch.float64))
         return best

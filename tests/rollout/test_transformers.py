@@ -76,9 +76,10 @@ def test_rollouts_are_complete_and_in_request_order(rollouts):
     assert reasons == {"stop", "length"}  # else the fixture proves little
 
 
-@pytest.mark.parametrize("temperature", [0.8, 0.0])
-def test_logprobs_equal_a_plain_forward(model, temperature):
-    requests = make_requests(sampling=replace(SAMPLING, temperature=temperature))
+# responses of up to 100 tokens have the other cache, from which finished rows leave several times
+@pytest.mark.parametrize(("temperature", "longest"), [(0.8, 12), (0.0, 12), (0.8, 100)])
+def test_logprobs_equal_a_plain_forward(model, temperature, longest):
+    requests = make_requests(sampling=replace(SAMPLING, temperature=temperature, max_response_tokens=longest))
     for rollout in make_engine(model).generate(requests):
         with torch.no_grad():
             logits = model(rollout.token_ids[None]).logits[0, :-1]
@@ -87,6 +88,15 @@ def test_logprobs_equal_a_plain_forward(model, temperature):
         torch.testing.assert_close(rollout.rollout_logprobs[1:][mask], expected[mask], atol=1e-5, rtol=1e-5)
         if temperature == 0:
             assert torch.equal(rollout.token_ids[1:][mask], logits.argmax(-1)[mask])
+
+
+def test_the_cache_of_long_responses_changes_no_sample(model, rollouts):
+    long = make_engine(model).generate(make_requests(sampling=replace(SAMPLING, max_response_tokens=100)))
+    assert max(len(rollout.token_ids) for rollout in long) > 40
+    for got, short in zip(long, rollouts, strict=True):
+        size = len(short.token_ids)
+        assert torch.equal(got.token_ids[:size], short.token_ids)
+        torch.testing.assert_close(got.rollout_logprobs[:size], short.rollout_logprobs, atol=1e-5, rtol=1e-5)
 
 
 def same(a, b):
