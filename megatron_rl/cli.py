@@ -6,7 +6,6 @@ What is slow to import (torch, Megatron) is imported where it is needed: `--help
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import Annotated
 import typer
 
 from megatron_rl.config import Config, dump_config, load_config
-from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.commands import app as convert_app
-from megatron_rl.errors import UserError
+from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.eval.commands import evaluate
 from megatron_rl.lab.commands import shadow
 from megatron_rl.plan.command import plan
@@ -111,31 +109,18 @@ def run_training(config: Config) -> int:
     """
     from megatron_rl import launch
 
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        path = config.run_dir / "config.yaml"
-        return launch.run_world(
-            [sys.executable, "-m", "megatron_rl", "train", str(path)],
-            config.parallel.processes,
-            config.run_dir,
-            config.train.grace_seconds,
-            prepare=lambda: launch.write_atomically(path, dump_config(config)),
-        )
-    launch.run_worker(lambda: _train_rank(config), config.run_dir)
-    return 0
+    path = config.run_dir / "config.yaml"
 
+    def work() -> None:
+        from megatron_rl import train  # torch and Megatron: seconds
 
-def check_world(config: Config) -> None:
-    """Raises: ConfigError when this world is not the config's."""
-    world = int(os.environ["WORLD_SIZE"])
-    if world != config.parallel.processes:
-        raise ConfigError(
-            f"this world has {world} processes (WORLD_SIZE), the config asks for {config.parallel.processes} "
-            f"(parallel.world_size, or tp * pp * cp); start that many, or set parallel.world_size={world}"
-        )
+        train.main(config)
 
-
-def _train_rank(config: Config) -> None:
-    check_world(config)
-    from megatron_rl import train  # torch and Megatron: seconds
-
-    train.main(config)
+    return launch.in_world(
+        work,
+        ["train", str(path)],
+        config.run_dir,
+        processes=config.parallel.processes,
+        grace_seconds=config.train.grace_seconds,
+        prepare=lambda: launch.write_atomically(path, dump_config(config)),
+    )

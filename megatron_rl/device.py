@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from megatron_rl.errors import UserError
-from megatron_rl.plan.hardware import HARDWARE
 
 ON_GPU: bool = os.environ.get("MEGATRON_RL_DEVICE", "") != "cpu" and torch.cuda.is_available()
 BACKEND: str = "nccl" if ON_GPU else "gloo"
@@ -169,18 +168,9 @@ def name() -> str:
     return torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads a process"
 
 
-def peak_flops(dtype: torch.dtype) -> tuple[float | None, str]:
-    """FLOP/s that this process's device can reach, and where the number comes from; None for an unknown GPU.
-
-    A CPU is measured: the best of a few matrix products, with whatever else runs on its cores at that moment.
-    """
-    if ON_GPU:
-        for known in HARDWARE.values():
-            part = known.name.upper()
-            # the numbers are of the SXM boards
-            if known.flops and part in name() and not any(board in name() for board in ("PCIe", "PCIE", "NVL")):
-                return (known.flops if dtype == torch.bfloat16 else known.float32_flops), f"datasheet of {part}"
-        return None, f"no peak known for {name()}"
+def measured_flops(dtype: torch.dtype) -> tuple[float, str]:
+    """Return the FLOP/s that a CPU process reaches, the best of a few matrix products beside whatever else runs on its
+    cores at that moment, and a text that says so."""
     a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
     seconds = []
     for _ in range(_GEMM_REPEATS):

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from megatron_rl.errors import UserError
+from megatron_rl.errors import ConfigError, UserError
 
 _SUPERVISOR = "MEGATRON_RL_SUPERVISOR_PID"
 _POLL_SECONDS = 0.05
@@ -153,6 +153,42 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ supervisor side
+
+
+def in_world(
+    work: Callable[[], None],
+    command: Sequence[str],
+    run_dir: Path,
+    *,
+    processes: int,
+    grace_seconds: float = 1.0,
+    prepare: Callable[[], None] = lambda: None,
+) -> int:
+    """Do `work` as one rank of a world of `processes`, or, outside a world, start them with `megatron-rl COMMAND`.
+
+    `prepare` runs in the parent alone, see `run_world`. `work` imports torch and Megatron itself: the parent needs
+    neither. Returns the exit code.
+    Raises: UserError when another run holds the folder; in a rank, every failure is written down and ends the process.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        arguments = [sys.executable, "-m", "megatron_rl", *command]
+        return run_world(arguments, processes, run_dir, grace_seconds, prepare)
+
+    def checked() -> None:
+        _check_world(processes)
+        work()
+
+    run_worker(checked, run_dir)
+    return 0
+
+
+def _check_world(processes: int) -> None:
+    world = int(os.environ["WORLD_SIZE"])
+    if world != processes:
+        raise ConfigError(
+            f"this world has {world} processes (WORLD_SIZE), the config asks for {processes} "
+            f"(parallel.world_size, or tp * pp * cp); start that many, or set parallel.world_size={world}"
+        )
 
 
 def run_world(

@@ -22,30 +22,16 @@ from megatron_rl.algorithms.ledger import ledger
 from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
-from megatron_rl.config_checks import read_hf_config, require_model
+from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.eval.benchmarks import Benchmark, load_benchmarks
 from megatron_rl.eval.during_training import evaluate_sets
 from megatron_rl.eval.evaluator import Evaluator
-from megatron_rl.law import LawMonitor
-from megatron_rl.logs import RunLogger
 from megatron_rl.metrics import Metrics, Timers
-from megatron_rl.packing import computed, pack, packing_metrics, shares_prompts
-from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups, packing_options
-from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.policy.checkpoint import CheckpointStore
-from megatron_rl.policy.gradients import EntropyTangent
-from megatron_rl.policy.policy import MegatronPolicy
-from megatron_rl.profiling.spans import OFF, Spans
-from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
-from megatron_rl.reward import build_grader
-from megatron_rl.rollout.build import write_model_dir
-from megatron_rl.rollout.collect import Collector
-from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost, build_engine
-from megatron_rl.rollout.probe import probe_engine
-from megatron_rl.save_hf import save_hf
-from megatron_rl.step_metrics import (
+from megatron_rl.metrics.entropy_law import LawMonitor
+from megatron_rl.metrics.spans import OFF, Spans
+from megatron_rl.metrics.step import (
     add_batch_metrics,
     entropy_change,
     mean_entropy,
@@ -53,6 +39,23 @@ from megatron_rl.step_metrics import (
     samples_for_log,
     update_metrics,
 )
+from megatron_rl.metrics.write import RunLogger
+from megatron_rl.models.facts import read_hf_config, require_model
+from megatron_rl.models.hardware import with_memory
+from megatron_rl.packing import computed, pack, packing_metrics, shares_prompts
+from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups, packing_options
+from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.plan.memory import fuses_output_layer
+from megatron_rl.plan.shapes import layout_of, shape_of
+from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.policy.gradients import EntropyTangent
+from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
+from megatron_rl.reward import build_grader
+from megatron_rl.rollout.build import build_engine, write_model_dir
+from megatron_rl.rollout.collect import Collector
+from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost
+from megatron_rl.rollout.probe import probe_engine
 from megatron_rl.types import Prompt, Rollout, TrainBatch
 from megatron_rl.warm_start import warm_start
 
@@ -213,17 +216,18 @@ def packed(run: Run, rollouts: list[Rollout], step: int) -> TrainBatch:
 
 def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     """Build the data, the policy (warm-started when asked) and the engine."""
-    require_model(config)  # before anything slow
+    require_model(config.model)  # before anything slow
     shares_prompts(config)  # raises where this machine cannot, which a check on another one did not know
     grader = build_grader(config.reward)
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
     benchmarks = load_benchmarks(config, tokenizer) if config.train.eval_every and config.eval.sets else []
-    raw_hf_config = read_hf_config(config)
+    raw_hf_config = read_hf_config(config.model)
     raw_hf_config.setdefault("vocab_size", vocab_size(tokenizer))
     total_updates = config.train.num_steps * config.minibatches_per_step
-    policy = MegatronPolicy(raw_hf_config, config, groups, total_updates=total_updates)
     world = Reducer(groups.world, device.device())
+    fuse = _fuses_output_layer(raw_hf_config, config, world)
+    policy = MegatronPolicy(raw_hf_config, config, groups, total_updates=total_updates, fuse_output_layer=fuse)
     place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
     model_dir = config.run_dir / "engine_model"
     if config.rollout.engine != "transformers":
@@ -253,6 +257,13 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
         data_digest=data_digest(problems.train),
     )
     return run
+
+
+def _fuses_output_layer(raw_hf_config: dict[str, Any], config: Config, world: Reducer) -> bool:
+    """Ask the planner, for the rank with the least memory; the same answer on every rank."""
+    least = -world.max(torch.tensor([-device.memory_bytes()], device=device.device()))
+    hardware = with_memory(float(least), on_gpu=device.ON_GPU)
+    return fuses_output_layer(config, shape_of(raw_hf_config), layout_of(config), hardware)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,14 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Problems:
+    """All prompts of a run. A `prompt_id` is the problem's row; evaluation rows count on after the training rows."""
+
+    train: list[Prompt]
+    eval: list[Prompt]
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled response to one prompt, with what the verifier and the reward shaping made of it."""
 
@@ -48,7 +56,7 @@ class Rollout:
     spans: tuple[tuple[int, int], ...] = ()  # (weight_version, tokens), in order; empty: all by `weight_version`
     unfinished: str = ""  # "deadline" or "crash" when the verifier was ended over this response, which scores 0
     terms: tuple[float, ...] = ()  # values of reward.terms, in their order
-    routes: Tensor | None = None  # [L, mixture layers, top_k], the experts that the engine took; see routes.py
+    routes: Tensor | None = None  # [L, mixture layers, top_k], the experts that the engine took; see models/expert_routes.py
 
     @property
     def response_length(self) -> int:
@@ -58,6 +66,15 @@ class Rollout:
     def replace(self, **changes: object) -> Rollout:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectResult:
+    """A step's rollouts, the same on every rank."""
+
+    rollouts: list[Rollout]  # samples_per_prompt per prompt, in the order of the draw, then by sample_index
+    prompts_by_id: dict[int, Prompt]  # of those rollouts
+    metrics: dict[str, float]  # over everything sampled in the step, dropped groups included
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +116,7 @@ class MicroBatch:
     ref_logprobs: Tensor | None = None  # float32, nats
     selected: Tensor | None = None  # bool, the tokens that Clip-Cov or KL-Cov picked
     surrogate_weights: Tensor | None = None  # float32, of the policy-gradient term, by the weighting losses
-    routes: Tensor | None = None  # [T, mixture layers, top_k] of token_ids, on the CPU; see routes.py
+    routes: Tensor | None = None  # [T, mixture layers, top_k] of token_ids, on the CPU; see models/expert_routes.py
     inputs: Inputs | None = None  # where prompts are shared; None: the model computes these sequences
 
     def model_inputs(self) -> Inputs:

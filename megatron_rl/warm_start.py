@@ -16,14 +16,14 @@ import torch
 from megatron_rl import __version__, device
 from megatron_rl.algorithms.losses import sft
 from megatron_rl.config import Config, WarmStartConfig
-from megatron_rl.config_checks import hf_folder
 from megatron_rl.convert.hf import folder_source
+from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.data import countdown_solutions
+from megatron_rl.models.facts import hf_folder
 from megatron_rl.packing import pack_supervised
 from megatron_rl.parallel.groups import barrier, packing_options
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.policy import MegatronPolicy
-from megatron_rl.save_hf import save_hf
 from megatron_rl.types import Prompt
 
 

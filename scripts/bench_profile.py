@@ -64,9 +64,9 @@ def work(folder: Path) -> None:
     """One rank: train, and time each step from outside of the recorder."""
     from megatron_rl import train
     from megatron_rl.config import load_config
+    from megatron_rl.metrics.spans import Recorder
     from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
     from megatron_rl.parallel.traffic import watch_collectives
-    from megatron_rl.profiling.spans import Recorder
 
     config = load_config(folder / "given.yaml")
     count = config.train.num_steps

@@ -110,7 +110,7 @@ def raw_config(setting: dict[str, Any], mode: str, bucket: int) -> dict[str, Any
 
 def measure(run: Any, setting: dict[str, Any], mode: str, bucket: int) -> dict[str, Any]:
     """Median seconds of a whole update (gather, copy, wire, load, handshake), and the memory that it takes here."""
-    from megatron_rl.rollout import weight_sync
+    from megatron_rl.rollout.servers import weight_sync
 
     nbytes = sum(tensor.nbytes for _, tensor in run.policy.hf_weights())
     wire = [0.0]

@@ -14,7 +14,8 @@ from collections import Counter, defaultdict
 from concurrent.futures import Future
 from itertools import islice
 
-from megatron_rl.grading.fuzz import malformed
+from malformed_outputs import malformed
+
 from megatron_rl.grading.pool import GradingPool
 from megatron_rl.grading.verdict import Verdict, Verifier
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_rl.config import load_config
-from megatron_rl.plan.hardware import HARDWARE
+from megatron_rl.models.hardware import HARDWARE
 from megatron_rl.plan.measured import COLUMNS, predicted_bytes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import plot_curves
 
-from megatron_rl.law import fit_line, validate_law
+from megatron_rl.metrics.entropy_law import fit_line, validate_law
 from megatron_rl.report.runs import Run, load_runs, summary_of
 
 ROOT = Path(__file__).resolve().parent.parent

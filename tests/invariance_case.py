@@ -153,7 +153,7 @@ def _own_weights(model: str) -> dict[str, Tensor]:
 def _hf_model(raw: dict[str, Any]) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    from megatron_rl.policy.build import resolve_hf_config
+    from megatron_rl.models.architecture import resolve_hf_config
 
     torch.manual_seed(3)
     return AutoModelForCausalLM.from_config(resolve_hf_config(raw), dtype=torch.float32).eval()
@@ -246,9 +246,10 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
     from megatron_rl.metrics import Timers
     from megatron_rl.parallel.reduce import Reducer
     from megatron_rl.policy.policy import MegatronPolicy
-    from megatron_rl.rollout.collect import CollectResult
+    from megatron_rl.types import CollectResult
 
-    policy = MegatronPolicy(MODELS[case.model], config, groups, total_updates=2)
+    fuse = config.model.fused_linear_stats == "on"
+    policy = MegatronPolicy(MODELS[case.model], config, groups, total_updates=2, fuse_output_layer=fuse)
     policy.load(initial_weights(case.model).__getitem__)
     policy.reset_optimizer()
     if config.loss.ref_kl_coef > 0:
@@ -285,7 +286,8 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
 @contextlib.contextmanager
 def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
     """Put the forced packing into the step, and record what passes by."""
-    from megatron_rl import dealing, train
+    from megatron_rl import train
+    from megatron_rl.packing import balance
     from megatron_rl.parallel.reduce import Reducer
 
     real_mark, real_update = train.mark_tokens, run.policy.update
@@ -328,17 +330,17 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
         return result
 
     pack = functools.partial(train.pack, num_micro_batches=case.num_micro_batches)
-    deal = _dealt_at_random if case.reordered else dealing._longest_first
+    deal = _dealt_at_random if case.reordered else balance._longest_first
     with (
         mock.patch.multiple(train, pack=pack, mark_tokens=mark),
-        mock.patch.object(dealing, "_longest_first", deal),
+        mock.patch.object(balance, "_longest_first", deal),
         mock.patch.object(run.policy, "update", update),
     ):
         yield
 
 
 def _dealt_at_random(lengths: list[int], count: int) -> list[list[int]]:
-    """Other neighbours in each bin, in another order, than `dealing._longest_first` gives."""
+    """Other neighbours in each bin, in another order, than `balance._longest_first` gives."""
     order = list(range(len(lengths)))
     random.Random(5).shuffle(order)
     return [order[which::count] for which in range(count)]

@@ -15,9 +15,9 @@ import yaml
 
 from megatron_rl import cli
 from megatron_rl.config import Config, load_config, parse_config
-from megatron_rl.config_checks import ConfigError
+from megatron_rl.errors import ConfigError
 from megatron_rl.plan.check import batch_plan, count_parameters, plan_rows
-from tests.test_config import BASE, raw
+from tests.config.test_config import BASE, raw
 
 ROOT = Path(__file__).resolve().parent.parent
 

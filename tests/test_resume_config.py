@@ -10,8 +10,7 @@ import pytest
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_rl.config import Config, dump_config, parse_config
-from megatron_rl.config_checks import ConfigError
-from megatron_rl.errors import UserError
+from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.resume import check_drift, checkpoint_to_resume
 from tests.tiny import HF, tiny_raw
 

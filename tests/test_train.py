@@ -14,7 +14,7 @@ import torch
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.config import parse_config
-from megatron_rl.config_loss import LossBase
+from megatron_rl.config.loss import LossBase
 from tests.tiny import HF, measured, rows_of, tiny_raw, train_each, trained
 from tests.worlds import Worlds
 

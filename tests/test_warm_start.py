@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.config import Config, ModelConfig
-from megatron_rl.config_loss import PpoClipLoss
+from megatron_rl.config.loss import PpoClipLoss
 from megatron_rl.convert.to_megatron import hf_to_megatron
 from megatron_rl.data import build_tokenizer, load_prompts
 from megatron_rl.errors import UserError
@@ -164,7 +164,7 @@ def test_the_cache_key_follows_the_files_of_the_model_not_its_name(
 
 def _warm_in_small_files(configs: list[Config]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Each rank has a config of its own. Twice; the second call must not train at all."""
-    from megatron_rl import save_hf
+    from megatron_rl.convert import save_hf
 
     config = configs[int(os.environ["RANK"])]
     with mock.patch.object(save_hf.save_hf, "__kwdefaults__", {"shard_bytes": 20_000}):
@@ -205,7 +205,7 @@ def test_a_cache_that_cannot_be_written_is_named_on_every_rank(worlds: Worlds, t
 
 
 def _interrupted(config: Config, cache: Path) -> dict[str, Any]:
-    from megatron_rl import save_hf
+    from megatron_rl.convert import save_hf
 
     write = save_hf.write_file
 

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from megatron_rl.config_loss import AdaptiveEntropy, EntropyBand, LossBase
+    from megatron_rl.config.loss import AdaptiveEntropy, EntropyBand, LossBase
 
 Loss = TypeVar("Loss", bound="LossBase")
 

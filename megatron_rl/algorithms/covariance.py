@@ -22,7 +22,7 @@ from megatron_rl.algorithms.hashing import hash_uniform
 from megatron_rl.types import MicroBatch, MiniBatch, TokenStats
 
 if TYPE_CHECKING:
-    from megatron_rl.config_loss import ClipCovLoss, KlCovLoss, LossBase
+    from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase
 
 TOP_FRACTIONS = {"cov/top_0.02pct_mean": 0.0002, "cov/top_0.2pct_mean": 0.002, "cov/top_2pct_mean": 0.02}
 Ranked = tuple[Tensor, Tensor, int]  # values [n_local], their ids, and how many of the largest are wanted

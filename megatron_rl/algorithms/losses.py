@@ -33,7 +33,7 @@ from megatron_rl.algorithms.mismatch import rollout_weights
 from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, SupportsSum, TokenStats
 
 if TYPE_CHECKING:
-    from megatron_rl.config_loss import (
+    from megatron_rl.config.loss import (
         CispoLoss,
         ClipCovLoss,
         EntropyAdvantageLoss,

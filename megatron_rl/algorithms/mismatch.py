@@ -18,7 +18,7 @@ from megatron_rl.algorithms.kl import k3, masked_sum_count, safe_exp
 from megatron_rl.types import LossInputs
 
 if TYPE_CHECKING:
-    from megatron_rl.config_loss import RolloutCorrection
+    from megatron_rl.config.loss import RolloutCorrection
 
 
 def rollout_weights(inputs: LossInputs, correction: RolloutCorrection) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from megatron_rl.algorithms.losses import LOSSES, loss_inputs
 from megatron_rl.types import LossInputs, MicroBatch, MiniBatch, SupportsSum, TokenStats
 
 if TYPE_CHECKING:
-    from megatron_rl.config_loss import LossBase
+    from megatron_rl.config.loss import LossBase
 
 
 Seen = tuple[MicroBatch, TokenStats]  # a micro-batch, with the statistics of the weights that update on it

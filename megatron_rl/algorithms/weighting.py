@@ -18,7 +18,7 @@ from megatron_rl.algorithms.covariance import SupportsReduce, covariance, respon
 from megatron_rl.types import MiniBatch, TokenStats
 
 if TYPE_CHECKING:
-    from megatron_rl.config_loss import ForkingLoss, GaussianCovLoss, LossBase, SteerLoss
+    from megatron_rl.config.loss import ForkingLoss, GaussianCovLoss, LossBase, SteerLoss
 
 
 class SupportsStatistics(SupportsReduce, Protocol):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_rl.jsonl import read_rows
 from megatron_rl.launch import Failure, in_order, read_failures, write_atomically
+from megatron_rl.metrics.jsonl import read_rows
 
 _TAIL_LINES = 40
 _OF_A_RANK = "[rank "  # begins the lines that slurm/rank.sh passes on; the others are torchrun's and Slurm's

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.config import Config, dump_config, load_config
-from megatron_rl.config_checks import ConfigError
+from megatron_rl.errors import ConfigError
 from megatron_rl.launch import write_atomically
 
 # of an unversioned checkout: what a run needs

@@ -2,75 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_rl.config_engine_checks import engine_faults
-from megatron_rl.config_eval import eval_faults
-from megatron_rl.errors import UserError
+from megatron_rl.config.engine_checks import engine_faults
+from megatron_rl.config.evaluation import set_path
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.facts import (
+    SUPPORTED_MODEL_TYPES,
+    has_dense_layers,
+    head_width,
+    is_moe,
+    num_experts,
+    read_hf_config,
+)
 
 if TYPE_CHECKING:
-    from megatron_rl.config import Config
-    from megatron_rl.config_loss import LossBase
+    from megatron_rl.config.sections import Config
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
-
-
-class ConfigError(ValueError, UserError):
-    """The config cannot work. Raised before any process starts."""
-
-
-def hf_folder(path: str | Path) -> Path:
-    """Where a model's config.json and tokenizer are: the folder itself, or `hf/` inside a Megatron checkpoint."""
-    folder = Path(path)
-    return folder / "hf" if (folder / "metadata.json").is_file() else folder
-
-
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """A model's config.json. Raises: ConfigError when it cannot be read."""
-    path = hf_folder(folder) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"model.path: cannot read {path} ({error}); give a folder with a Hugging Face config.json and safetensors, "
-            "or a Megatron checkpoint with its sub-folder hf"
-        ) from error
-
-
-def read_hf_config(config: Config) -> dict[str, Any]:
-    """The policy's Hugging Face config as a dict: that of model.path; model.hf_config without a path, or where the
-    path is not on this machine (then `require_model` refuses to train).
-
-    Raises: ConfigError when model.path has no readable config.json, or one that disagrees with model.hf_config.
-    """
-    path, stated = config.model.path, config.model.hf_config
-    if path is None:
-        return dict(stated or {})
-    if stated is not None and not Path(path).exists():
-        return dict(stated)
-    found = read_config_json(Path(path))
-    if stated is not None:
-        shared = [key for key in stated if key in found]  # a config.json leaves out what is the default
-        differ = [f"{key}: {stated[key]!r}, there {found[key]!r}" for key in shared if stated[key] != found[key]]
-        if differ:
-            raise ConfigError(
-                f"model.hf_config states another architecture than {hf_folder(path) / 'config.json'} ("
-                + "; ".join(differ)
-                + "); correct model.path, or model.hf_config"
-            )
-    return found
-
-
-def require_model(config: Config) -> None:
-    """Raises: ConfigError when the weights that the config names are not on this machine."""
-    path = config.model.path
-    if path is not None and not Path(path).exists():
-        raise ConfigError(
-            f"model.path={path}: no such folder here; download the model into it, name another, or set the environment "
-            "variable MEGATRON_RL_MODELS where the config uses it"
-        )
+if TYPE_CHECKING:
+    from megatron_rl.config.loss import LossBase
+    from megatron_rl.config.sections import Config
 
 
 def check_consistency(config: Config) -> None:
@@ -229,30 +181,8 @@ def _band_faults(loss: LossBase) -> list[str]:
     return []
 
 
-def head_width(hf: dict[str, Any]) -> int:
-    """Width of one attention head, from the contents of a config.json."""
-    return hf.get("head_dim") or (
-        128 if hf.get("model_type") == "qwen3" else hf["hidden_size"] // hf["num_attention_heads"]
-    )
-
-
-def is_moe(hf: dict[str, Any]) -> bool:
-    """Whether the contents of a config.json describe a mixture of experts."""
-    return hf.get("model_type") == "qwen3_moe"
-
-
-def has_dense_layers(hf: dict[str, Any]) -> bool:
-    """Whether a layer has one MLP for all tokens, from the contents of a config.json."""
-    return not is_moe(hf) or bool(hf.get("mlp_only_layers")) or hf.get("decoder_sparse_step", 1) != 1
-
-
-def num_experts(hf: dict[str, Any]) -> int | None:
-    """Experts of one layer; transformers 5 writes another key than the checkpoints on the hub have."""
-    return hf.get("num_experts") or hf.get("num_local_experts")
-
-
 def _expert_faults(config: Config) -> list[str]:
-    hf, parallel = read_hf_config(config), config.parallel
+    hf, parallel = read_hf_config(config.model), config.parallel
     if not is_moe(hf):
         kind = hf.get("model_type")
         return [f"parallel.ep={parallel.ep}: {kind} has no experts; set ep=1"] if parallel.ep > 1 else []
@@ -302,7 +232,7 @@ def _offload_faults(config: Config) -> list[str]:
 
 
 def _model_faults(config: Config) -> list[str]:
-    hf, tp, pp, faults = read_hf_config(config), config.parallel.tp, config.parallel.pp, []
+    hf, tp, pp, faults = read_hf_config(config.model), config.parallel.tp, config.parallel.pp, []
     if hf.get("model_type") not in SUPPORTED_MODEL_TYPES:
         known = ", ".join(SUPPORTED_MODEL_TYPES)
         return [f"model: model_type {hf.get('model_type')!r} is not supported; supported: {known}"]
@@ -359,5 +289,18 @@ def _model_faults(config: Config) -> list[str]:
         faults.append(
             f"the longest sequence (max_prompt_tokens + max_response_tokens = {longest}) exceeds the model's "
             f"max_position_embeddings={positions}; shorten one of them"
+        )
+    return faults
+
+
+def eval_faults(config: Config) -> list[str]:
+    """One line per fault in what training will evaluate; `megatron-rl eval` looks for its files itself."""
+    if not config.train.eval_every:
+        return []
+    paths = [set_path(config.eval, name) for name in config.eval.sets]
+    faults = [path for path in paths if isinstance(path, str)]
+    if config.eval.sets and config.data.type == "countdown":
+        faults.append(
+            "eval.sets need a tokenizer for text, and data.type=countdown brings one for its own characters; empty it"
         )
     return faults

@@ -1,4 +1,4 @@
-"""What must agree in `rollout`: the engine, its servers, the way of the weights. Checked by config_checks.py."""
+"""What must agree in `rollout`: the engine, its servers, the way of the weights. Checked by checks.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import urllib.parse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_rl.config import Config
+    from megatron_rl.config.sections import Config
 
 
 def engine_faults(config: Config) -> list[str]:
@@ -30,11 +30,11 @@ def engine_faults(config: Config) -> list[str]:
 
 
 def _replay_faults(config: Config) -> list[str]:
-    from megatron_rl.config_checks import is_moe, read_hf_config
+    from megatron_rl.models.facts import is_moe, read_hf_config
 
     if not config.rollout.routing_replay:
         return []
-    hf, faults = read_hf_config(config), []
+    hf, faults = read_hf_config(config.model), []
     if not is_moe(hf):
         faults.append(
             f"rollout.routing_replay=true: {hf.get('model_type')} has no experts to route to; set it to false"
@@ -95,9 +95,9 @@ def _memory_faults(config: Config) -> list[str]:
 
 
 def _model_faults(config: Config) -> list[str]:
-    from megatron_rl.config_checks import has_dense_layers, head_width, is_moe, read_hf_config
+    from megatron_rl.models.facts import has_dense_layers, head_width, is_moe, read_hf_config
 
-    hf, tp, faults = read_hf_config(config), config.rollout.server.tp, []
+    hf, tp, faults = read_hf_config(config.model), config.rollout.server.tp, []
     heads = hf.get("num_attention_heads")
     if not isinstance(heads, int) or not isinstance(hf.get("hidden_size"), int):
         return []  # refused elsewhere

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from megatron_rl.config_base import NonNegativeInt, PositiveInt, Section
-from megatron_rl.eval.protocol import HELD_OUT, PRESETS
+from megatron_rl.config.benchmarks import HELD_OUT, PRESETS
+from megatron_rl.config.section import NonNegativeInt, PositiveInt, Section
 
 if TYPE_CHECKING:
-    from megatron_rl.config import Config
+    pass
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
@@ -77,16 +77,3 @@ def set_path(eval_config: EvalConfig, name: str) -> Path | str:
         f"eval.folder={folder} holds none of {', '.join(names)} for the set {name}; put its problems there as JSON "
         f"lines with `problem` and `answer`, set eval.options.{name}.path, or take it out of eval.sets"
     )
-
-
-def eval_faults(config: Config) -> list[str]:
-    """One line per fault in what training will evaluate; `megatron-rl eval` looks for its files itself."""
-    if not config.train.eval_every:
-        return []
-    paths = [set_path(config.eval, name) for name in config.eval.sets]
-    faults = [path for path in paths if isinstance(path, str)]
-    if config.eval.sets and config.data.type == "countdown":
-        faults.append(
-            "eval.sets need a tokenizer for text, and data.type=countdown brings one for its own characters; empty it"
-        )
-    return faults

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rl.config_base import Fraction, Section
+from megatron_rl.config.section import Fraction, Section
 
 
 class RolloutCorrection(Section):

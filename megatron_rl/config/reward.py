@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_rl.config_base import Fraction, NonNegativeInt, Section
+from megatron_rl.config.section import Fraction, NonNegativeInt, Section
 
 
 def _compiles(pattern: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_rl.config_base import Fraction, NonNegativeInt, PositiveInt, Section
+from megatron_rl.config.section import Fraction, NonNegativeInt, PositiveInt, Section
 
 Seconds = Annotated[float, Field(gt=0)]
 

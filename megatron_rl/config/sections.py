@@ -6,22 +6,17 @@ starts. The resolved copy is saved with the run. All config objects are frozen.
 
 from __future__ import annotations
 
-import difflib
 import math
-import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from megatron_rl.config_base import NonNegativeInt, PositiveInt, Section
-from megatron_rl.config_checks import ConfigError, check_consistency
-from megatron_rl.config_env import UnsetVariable, expand
-from megatron_rl.config_eval import EvalConfig
-from megatron_rl.config_loss import LossConfig, PpoClipLoss
-from megatron_rl.config_reward import RewardConfig
-from megatron_rl.config_rollout import RolloutConfig
+from megatron_rl.config.evaluation import EvalConfig
+from megatron_rl.config.loss import LossConfig, PpoClipLoss
+from megatron_rl.config.reward import RewardConfig
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.config.section import NonNegativeInt, PositiveInt, Section
 
 
 class ModelConfig(Section):
@@ -272,89 +267,3 @@ class Config(Section):
     def minibatches_per_step(self) -> int:
         """Optimizer updates in one RL step."""
         return self.train.prompts_per_step // self.train.prompts_per_minibatch
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read YAML, apply `a.b=c` overrides, replace ${MEGATRON_RL_NAME}, validate types, ranges and consistency.
-
-    Raises: ConfigError, with one line per fault: where, what was got, what was expected.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config file")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping of options at the top, got {type(raw).__name__}")
-    for override in overrides:
-        _apply_override(raw, override)
-    try:
-        raw = expand(raw)
-    except UnsetVariable as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return parse_config(raw)
-
-
-def parse_config(raw: dict[str, Any]) -> Config:
-    """Validate a nested dict. Raises: ConfigError."""
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        lines = [_explain(item) for item in error.errors(include_url=False)]
-        raise ConfigError("the config is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from error
-    check_consistency(config)
-    return config
-
-
-def dump_config(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not all(key.split(".")):
-        raise ConfigError(f"override {override!r}: expected a.b=c, for example loss.select_fraction=0.1")
-    *parents, last = key.split(".")
-    node = raw
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
-        node = child
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-
-
-def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"]) or "config"
-    if item["type"] != "extra_forbidden":
-        got = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
-        return f"{where}: {item['msg']}{got}"
-    known = _fields_at(item["loc"][:-1])
-    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-    return f"{where}: unknown option; {hint}"
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    sections: list[type[Section]] = [Config]
-    for part in location:
-        found = [s for section in sections if part in section.model_fields for s in _sections_of(section, part)]
-        # pydantic puts a union member's tag into the location; it narrows the candidates to that member
-        tagged = [s for s in sections if "type" in s.model_fields and s.model_fields["type"].default == part]
-        sections = found or tagged or sections
-    return sorted({name for section in sections for name in section.model_fields})
-
-
-def _sections_of(section: type[Section], name: str) -> list[type[Section]]:
-    annotation: Any = section.model_fields[name].annotation
-    # of a union its members, of a mapping its values
-    members = typing.get_args(annotation) or (annotation,)
-    return [m for m in members if isinstance(m, type) and issubclass(m, Section)]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.to_megatron import Progress
 from megatron_rl.convert.weights import Weights, open_weights
+from megatron_rl.errors import ConfigError
 
 _ROWS = 4096
 _INTEGERS = {2: torch.int16, 4: torch.int32}

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from megatron_rl.config_checks import ConfigError, hf_folder
 from megatron_rl.convert.safetensors_io import TensorInfo
 from megatron_rl.convert.weights import Weights
-from megatron_rl.errors import UserError
+from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.models.facts import hf_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TRAVEL = (

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from megatron_rl import device
-from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.check import transformers_model
 from megatron_rl.convert.folders import DTYPES, check_tokenizer, converted, copy_side_files, published
 from megatron_rl.convert.to_hf import open_checkpoint
-from megatron_rl.errors import UserError
+from megatron_rl.errors import ConfigError, UserError
 
 # the exported INT8 format is named after SmoothQuant (W8A8_SQ_PER_CHANNEL), with or without its factors
 RECIPES = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_SMOOTHQUANT_CFG"}

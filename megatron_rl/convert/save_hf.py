@@ -5,25 +5,20 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_rl import device
 from megatron_rl.config import Config
-from megatron_rl.config_checks import hf_folder
 from megatron_rl.convert.safetensors_io import TensorInfo, file_names, write_file, write_index
 from megatron_rl.errors import UserError
+from megatron_rl.models.facts import hf_folder
+from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reduce import Reducer
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-    from megatron_rl.config import Config
-    from megatron_rl.policy.policy import MegatronPolicy
 
 SHARD_BYTES = 4 * 2**30
 
@@ -40,7 +35,18 @@ class Described(Protocol):
         """Its architecture."""
 
 
-def save_hf(policy: MegatronPolicy, tokenizer: Any, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+class Exported(Described, Protocol):
+    """The policy as far as writing its weights goes."""
+
+    @property
+    def groups(self) -> Groups:
+        """Return this rank's place among the processes."""
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the full (hf_name, tensor) pairs on every rank. A collective."""
+
+
+def save_hf(policy: Exported, tokenizer: Any, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model with its tokenizer to `folder`, replacing what is there once all is written. A collective.
 
     Rank 0 writes what the weight stream brings and holds one file of at most `shard_bytes` at a time (one tensor at

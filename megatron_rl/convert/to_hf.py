@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.folders import cast, check_tokenizer, converted, copy_side_files, published
 from megatron_rl.convert.safetensors_io import TensorInfo, file_names, shards, write_file, write_index
 from megatron_rl.convert.to_megatron import Progress
 from megatron_rl.convert.weights import Weights, open_weights
+from megatron_rl.errors import ConfigError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as in transformers
 _SLACK_BYTES = 64 * 2**20  # headers, tokenizer

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rl.convert.folders import cast, check_tokenizer, converted, copy_side_files, published
-from megatron_rl.convert.mapping import model_rows, to_shard
 from megatron_rl.convert.safetensors_io import TensorInfo
+from megatron_rl.convert.torch_dist import TorchDistWriter
 from megatron_rl.convert.weights import Weights, open_weights, place_of
-from megatron_rl.parallel.torch_dist import TorchDistWriter
+from megatron_rl.models.mapping import model_rows, to_shard
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 _SLACK_BYTES = 64 * 2**20  # metadata, tokenizer

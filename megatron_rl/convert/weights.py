@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_rl.config_checks import SUPPORTED_MODEL_TYPES, ConfigError, hf_folder, read_config_json
-from megatron_rl.convert.mapping import Row, check_names, from_shards, has_qk_norm, is_moe_layer, model_rows
 from megatron_rl.convert.safetensors_io import Stored, TensorInfo, stored_tensors
-from megatron_rl.parallel.torch_dist import TorchDistError, TorchDistReader
+from megatron_rl.convert.torch_dist import TorchDistError, TorchDistReader
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.facts import SUPPORTED_MODEL_TYPES, hf_folder, read_config_json
+from megatron_rl.models.mapping import Row, check_names, from_shards, has_qk_norm, is_moe_layer, model_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -134,7 +135,7 @@ def open_weights(path: str | Path, hf: PretrainedConfig | None = None) -> Weight
 
 
 def _resolve(raw: dict[str, Any], folder: Path) -> PretrainedConfig:
-    from megatron_rl.policy.build import resolve_hf_config  # imports Megatron; training brings its own config
+    from megatron_rl.models.architecture import resolve_hf_config  # imports Megatron; training brings its own config
 
     try:
         return resolve_hf_config(raw)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.algorithms.hashing import hash64
-from megatron_rl.config_eval import SetOptions, set_path
-from megatron_rl.data import DataError, _parse_line, encode_prompt, load_prompts
-from megatron_rl.eval.protocol import HELD_OUT, PRESETS, prompts
+from megatron_rl.config.benchmarks import HELD_OUT, PRESETS, prompts
+from megatron_rl.config.evaluation import SetOptions, set_path
+from megatron_rl.data import DataError, encode_prompt, load_prompts
+from megatron_rl.data.problems import parse_line
 from megatron_rl.types import Prompt
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _read(path: Path) -> list[tuple[str, str, str]]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                record = _parse_line(line, f"{path}, line {number}")
+                record = parse_line(line, f"{path}, line {number}")
                 answer = record["answer"] if isinstance(record["answer"], str) else json.dumps(record["answer"])
                 rows.append((str(record.get("id", len(rows))), record["problem"], answer))
     if not rows:

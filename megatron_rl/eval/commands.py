@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +10,9 @@ from typing import Annotated
 import typer
 
 from megatron_rl.config import Config, dump_config, load_config
-from megatron_rl.config_checks import ConfigError
-from megatron_rl.config_eval import set_path
+from megatron_rl.config.evaluation import set_path
+from megatron_rl.errors import ConfigError
+from megatron_rl.eval.store import model_name
 
 
 def evaluate(
@@ -55,14 +55,6 @@ def evaluation_config(path: Path, overrides: list[str], model: Path | None, out:
     return config.model_copy(update={"logging": logging})
 
 
-def model_name(path: str | Path) -> str:
-    """What to call the model of a folder: its name, with the run's where a run wrote it."""
-    folder = Path(path).resolve()
-    if folder.parent.name == "checkpoints":
-        return f"{folder.parent.parent.name}-{folder.name}"
-    return f"{folder.parent.name}-hf" if folder.name == "hf" else folder.name
-
-
 def run_evaluation(config: Config) -> int:
     """Evaluate with a resolved config: as this rank inside a world, else as the parent of a new one.
 
@@ -70,24 +62,19 @@ def run_evaluation(config: Config) -> int:
     Raises: UserError when this world is not the config's, or the folder is in use.
     """
     from megatron_rl import launch
-    from megatron_rl.cli import check_world
 
-    folder = config.run_dir
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        path = folder / "config.yaml"
-        return launch.run_world(
-            [sys.executable, "-m", "megatron_rl", "eval", str(path), "--out", str(folder)],
-            config.parallel.processes,
-            folder,
-            config.train.grace_seconds,
-            prepare=lambda: launch.write_atomically(path, dump_config(config)),
-        )
+    path = config.run_dir / "config.yaml"
 
-    def main() -> None:
-        check_world(config)
+    def work() -> None:
         from megatron_rl.eval import run  # torch and Megatron: seconds
 
         run.main(config)
 
-    launch.run_worker(main, folder)
-    return 0
+    return launch.in_world(
+        work,
+        ["eval", str(path), "--out", str(config.run_dir)],
+        config.run_dir,
+        processes=config.parallel.processes,
+        grace_seconds=config.train.grace_seconds,
+        prepare=lambda: launch.write_atomically(path, dump_config(config)),
+    )

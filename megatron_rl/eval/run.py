@@ -23,15 +23,14 @@ from megatron_rl.convert.weights import Weights, open_weights
 from megatron_rl.data import build_tokenizer
 from megatron_rl.eval.benchmarks import Benchmark, load_benchmarks
 from megatron_rl.eval.browse import write_pages
-from megatron_rl.eval.commands import model_name
 from megatron_rl.eval.evaluator import Evaluator, SetResult
-from megatron_rl.eval.store import EvalError
+from megatron_rl.eval.store import EvalError, model_name
 from megatron_rl.eval.table import write_tables
 from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.reward import build_grader
-from megatron_rl.rollout.build import write_model_dir
-from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine, ServersLost, build_engine
+from megatron_rl.rollout.build import build_engine, write_model_dir
+from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine, ServersLost
 
 _REPORT_SECONDS = 30.0  # between two lines about the progress
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 from megatron_rl.eval.benchmarks import Benchmark
-from megatron_rl.jsonl import read_rows, to_line
 from megatron_rl.launch import write_atomically
+from megatron_rl.metrics.jsonl import read_rows, to_line
 
 Key = tuple[str, int]  # the problem's id, the sample's number
 
@@ -108,3 +108,11 @@ def _write(path: Path, lines: Iterable[str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
+
+
+def model_name(path: str | Path) -> str:
+    """What to call the model of a folder: its name, with the run's where a run wrote it."""
+    folder = Path(path).resolve()
+    if folder.parent.name == "checkpoints":
+        return f"{folder.parent.parent.name}-{folder.name}"
+    return f"{folder.parent.name}-hf" if folder.name == "hf" else folder.name

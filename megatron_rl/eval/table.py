@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rl.config.benchmarks import PAPER_SETS, PRESETS, PUBLISHED
 from megatron_rl.eval.evaluator import SetResult
-from megatron_rl.eval.protocol import PAPER_SETS, PRESETS, PUBLISHED
 from megatron_rl.eval.statistics import Estimate, mean_of
 from megatron_rl.launch import write_atomically
 

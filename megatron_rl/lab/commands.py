@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,7 @@ import typer
 import yaml
 
 from megatron_rl.config import Config, parse_config
-from megatron_rl.config_checks import ConfigError
-from megatron_rl.errors import UserError
+from megatron_rl.errors import ConfigError, UserError
 
 
 def shadow(
@@ -37,12 +35,13 @@ def shadow(
     config = shadow_config(path, one_process=one_process)
     from megatron_rl import launch
 
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        # the folder is the lock, so that the run's own stays free
-        sys.exit(launch.run_world(_command(), config.parallel.processes, run_dir / "shadow", grace_seconds=1.0))
-    from megatron_rl.lab.shadow import main  # torch and Megatron: seconds
+    def work() -> None:
+        from megatron_rl.lab.shadow import main  # torch and Megatron: seconds
 
-    launch.run_worker(lambda: main(config, path, losses, updates, run_dir / "shadow"), run_dir / "shadow")
+        main(config, path, losses, updates, run_dir / "shadow")
+
+    # the folder is the lock, so that the run's own stays free
+    sys.exit(launch.in_world(work, sys.argv[1:], run_dir / "shadow", processes=config.parallel.processes))
 
 
 def shadow_config(checkpoint: Path, *, one_process: bool) -> Config:
@@ -83,7 +82,3 @@ def _read_methods(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(losses, dict) or not losses or not all(isinstance(loss, dict) for loss in losses.values()):
         raise ConfigError(f"{path}: expected a mapping of names to loss sections, as grpo: {{type: ppo_clip}}")
     return losses
-
-
-def _command() -> list[str]:
-    return [sys.executable, "-m", "megatron_rl", *sys.argv[1:]]

@@ -12,7 +12,7 @@ from megatron_rl.algorithms.control import adapt
 from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
 from megatron_rl.algorithms.weighting import mark_tokens
-from megatron_rl.config_loss import LossBase
+from megatron_rl.config.loss import LossBase
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.gradients import entropy_gradient, gradient, inner
 from megatron_rl.policy.policy import MegatronPolicy

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megatron_rl.profiling.spans import OFF, Spans
+from megatron_rl.metrics.spans import OFF, Spans
 
 Reducer = Callable[[Tensor], Tensor]  # float64 [K] in, reduced over all ranks out
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from megatron_rl.algorithms.covariance import covariance_metrics
 from megatron_rl.algorithms.kl import masked_sum_count, mismatch_metrics
 from megatron_rl.algorithms.prediction import predicted_change
-from megatron_rl.config_loss import LossBase
+from megatron_rl.config.loss import LossBase
 from megatron_rl.metrics import Metrics
+from megatron_rl.metrics.samples import token_values
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.rollout.collect import CollectResult
-from megatron_rl.sample_tokens import token_values
-from megatron_rl.types import MiniBatch, SupportsSum, TokenStats, TrainBatch
+from megatron_rl.types import CollectResult, MiniBatch, SupportsSum, TokenStats, TrainBatch
 
 
 def needs_current_stats(loss: LossBase, index: int) -> bool:
@@ -79,7 +78,7 @@ def entropy_change(mini_batch: MiniBatch, before: list[TokenStats], after: list[
 def samples_for_log(
     run: Any, collected: CollectResult, mini_batches: Sequence[MiniBatch], stats: list[list[TokenStats]]
 ) -> list[dict[str, Any]]:
-    """The first logging.samples_per_step rollouts, decoded, with the values of their tokens (sample_tokens.py) under
+    """The first logging.samples_per_step rollouts, decoded, with the values of their tokens (samples.py) under
     `tokens`. Collective; `run` is train.py's."""
     logged = collected.rollouts[: run.config.logging.samples_per_step]
     if not logged:

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from megatron_rl.config import Config, dump_config
-from megatron_rl.config_checks import ConfigError
-from megatron_rl.jsonl import cut_from_step, to_line
+from megatron_rl.errors import ConfigError
 from megatron_rl.launch import write_atomically
+from megatron_rl.metrics.jsonl import cut_from_step, to_line
 
 # what the terminal shows: label, metric, format
 SHOWN = (

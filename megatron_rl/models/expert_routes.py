@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.mapping import is_moe_layer
+from megatron_rl.models.mapping import is_moe_layer
 
 
 def route_dtype(num_experts: int) -> torch.dtype:

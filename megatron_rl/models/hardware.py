@@ -34,6 +34,16 @@ HARDWARE = {
 }
 
 
+def datasheet_flops(device_name: str, *, bfloat16: bool) -> tuple[float | None, str]:
+    """Return the FLOP/s of this GPU's data sheet, None for an unknown one, and where the number is from."""
+    for known in HARDWARE.values():
+        part = known.name.upper()
+        # the numbers are of the SXM boards
+        if known.flops and part in device_name and not any(board in device_name for board in ("PCIe", "PCIE", "NVL")):
+            return (known.flops if bfloat16 else known.float32_flops), f"datasheet of {part}"
+    return None, f"no peak known for {device_name}"
+
+
 def with_memory(memory: float, *, on_gpu: bool) -> Hardware:
     """A device of which nothing is known but its bytes: enough for plan/memory.py."""
     return replace(HARDWARE["h100" if on_gpu else "cpu"], name="unknown", memory=memory)

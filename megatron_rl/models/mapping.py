@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_rl.config_checks import ConfigError
+from megatron_rl.errors import ConfigError
 
 Kind = Literal["replicated", "row", "vocab", "qkv", "gate_up"]
 Where = Literal["everywhere", "untied", "qkv_bias", "qk_norm", "dense", "moe"]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import token_weights
-from megatron_rl.dealing import Work
-from megatron_rl.routes import place_routes
+from megatron_rl.models.expert_routes import place_routes
+from megatron_rl.packing.balance import Work
 from megatron_rl.types import Inputs, MicroBatch, Rollout
 
 if TYPE_CHECKING:
-    from megatron_rl.packing import Layout
+    from megatron_rl.packing.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Samples:
     starts: dict[int, int]  # sample -> where it begins
     lengths: dict[int, int]
     first_counted: dict[int, int]  # position of the first token that counts; the length where none does
-    routes: dict[int, Tensor | None]  # see routes.py
+    routes: dict[int, Tensor | None]  # see models/expert_routes.py
     token_ids: Tensor
     loss_mask: Tensor
     rollout_logprobs: Tensor

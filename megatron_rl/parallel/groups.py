@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.api import CheckpointException as CheckpointException  # used by policy/checkpoint.py
 
 from megatron_rl import device
 from megatron_rl.config import ParallelConfig

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_rl.convert.mapping import Row, experts_per_rank, find_row, from_shards
+from megatron_rl.models.mapping import Row, experts_per_rank, find_row, from_shards
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reduce import Reducer, all_gather_flat
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from megatron_rl.config import Config
-from megatron_rl.config_checks import head_width, is_moe, num_experts, read_hf_config
+from megatron_rl.models.facts import head_width, is_moe, num_experts, read_hf_config
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def count_parameters(config: Config) -> tuple[int, int]:
 
     By arithmetic on the Hugging Face config; the second is 0 when the vocabulary size is the tokenizer's to say.
     """
-    hf = read_hf_config(config)
+    hf = read_hf_config(config.model)
     kind, hidden, layers = hf["model_type"], hf["hidden_size"], hf["num_hidden_layers"]
     heads = hf["num_attention_heads"]
     groups = hf.get("num_key_value_heads") or heads
@@ -137,7 +137,7 @@ def plan_rows(config: Config) -> list[tuple[str, str]]:
 
 
 def _model_text(config: Config) -> str:
-    hf = read_hf_config(config)
+    hf = read_hf_config(config.model)
     decoder, embeddings = count_parameters(config)
     if embeddings:
         size = f"{_short(decoder + embeddings)} parameters, {_short(embeddings)} of them in embeddings"

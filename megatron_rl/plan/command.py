@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.config import Config, load_config
-from megatron_rl.config_checks import read_hf_config
 from megatron_rl.errors import UserError
-from megatron_rl.plan.hardware import GIB, HARDWARE, Hardware
+from megatron_rl.models.facts import read_hf_config
+from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
 from megatron_rl.plan.measured import COUNTDOWN_VOCAB
 from megatron_rl.plan.search import Proposal, plan_of, remedies, search
 from megatron_rl.plan.seconds import fitted_constants
@@ -116,7 +116,7 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
 
 
 def _sync_text(config: Config) -> str:
-    return f"{sync_bytes(shape_of(read_hf_config(config), COUNTDOWN_VOCAB), width_of(config)) / GIB:.1f} GiB"
+    return f"{sync_bytes(shape_of(read_hf_config(config.model), COUNTDOWN_VOCAB), width_of(config)) / GIB:.1f} GiB"
 
 
 def _print_fit(console: Console, step: StepPlan, fixes: list[Proposal]) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rl.models.hardware import HARDWARE
 from megatron_rl.plan import published
-from megatron_rl.plan.hardware import HARDWARE
 from megatron_rl.plan.published import RLCase, Row, TrainingCase
 from megatron_rl.plan.seconds import Constants, generation_seconds, pass_seconds, pass_work
 from megatron_rl.plan.shapes import Layout, bubble

@@ -9,8 +9,8 @@ from functools import cache
 from importlib import resources
 
 from megatron_rl.config import Config
-from megatron_rl.config_checks import read_hf_config
-from megatron_rl.plan.hardware import Hardware
+from megatron_rl.models.facts import read_hf_config
+from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import memory_of
 from megatron_rl.plan.shapes import layout_of, shape_of
 
@@ -41,5 +41,5 @@ def measured_peaks() -> tuple[MeasuredPeak, ...]:
 
 def predicted_bytes(config: Config, hardware: Hardware) -> float:
     """Peak of the fullest rank."""
-    shape = shape_of(read_hf_config(config), COUNTDOWN_VOCAB)
+    shape = shape_of(read_hf_config(config.model), COUNTDOWN_VOCAB)
     return memory_of(config, shape, layout_of(config), hardware).peak

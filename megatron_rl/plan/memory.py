@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_rl.config import Config
-from megatron_rl.plan.hardware import (
+from megatron_rl.models.hardware import (
     CHUNK_LOGITS,
     CPU_HEAP,
     CPU_PROCESS_BYTES,

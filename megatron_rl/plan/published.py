@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
-from megatron_rl.plan.hardware import GIB, HARDWARE, Hardware
+from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
 from megatron_rl.plan.memory import Passes, training_activations
 from megatron_rl.plan.seconds import Generation
 from megatron_rl.plan.shapes import Layout, ModelShape, parameters, shape_of

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
+from megatron_rl.models.hardware import HARDWARE
 from megatron_rl.plan import fit, published
 from megatron_rl.plan.fit import Scored
-from megatron_rl.plan.hardware import HARDWARE
 from megatron_rl.plan.measured import measured_peaks, predicted_bytes
 from megatron_rl.plan.published import Row, model_name
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config import Config, parse_config
-from megatron_rl.config_checks import ConfigError, is_moe, num_experts, read_hf_config
-from megatron_rl.plan.hardware import Hardware
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.facts import is_moe, num_experts, read_hf_config
+from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import longest_sequence
 from megatron_rl.plan.seconds import Constants
 from megatron_rl.plan.shapes import layout_of, shape_of
@@ -47,7 +48,9 @@ def changed(config: Config, changes: Changes) -> Config:
 
 def plan_of(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> StepPlan:
     """Of the config as it stands; `vocab` where the model's config does not say."""
-    return plan_step(config, shape_of(read_hf_config(config), vocab), layout_of(config), hardware, constants, load)
+    return plan_step(
+        config, shape_of(read_hf_config(config.model), vocab), layout_of(config), hardware, constants, load
+    )
 
 
 def search(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> list[Proposal]:
@@ -69,7 +72,7 @@ _CHUNKS = (1, 2, 4)  # model chunks of a stage: more save little of the bubble, 
 
 
 def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
-    hf, world = read_hf_config(config), config.parallel.processes
+    hf, world = read_hf_config(config.model), config.parallel.processes
     tps = _divisors(min(world, hardware.gpus_per_node))
     pps = _divisors(world)
     eps = _divisors(num_experts(hf) or 1) if is_moe(hf) else [1]

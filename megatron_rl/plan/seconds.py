@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 
-from megatron_rl.plan.hardware import Hardware
+from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import Passes, layer_activations
 from megatron_rl.plan.shapes import (
     Layout,

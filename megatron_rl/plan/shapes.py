@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config import Config
-from megatron_rl.config_checks import head_width, is_moe, num_experts
+from megatron_rl.models.facts import head_width, is_moe, num_experts
 
 
 @dataclass(frozen=True, slots=True)

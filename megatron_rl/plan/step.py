@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_rl.config import Config
-from megatron_rl.plan.hardware import GPU_PROCESS_BYTES, Hardware
+from megatron_rl.models.hardware import GPU_PROCESS_BYTES, Hardware
 from megatron_rl.plan.memory import Memory, memory_of
 from megatron_rl.plan.seconds import Constants, Generation, generation_seconds, pass_seconds
 from megatron_rl.plan.shapes import Layout, ModelShape, bubble, forward_flops, parameters

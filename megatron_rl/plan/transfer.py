@@ -6,7 +6,7 @@ Data-sheet bandwidths, not fitted: published rows do not tell these apart. They 
 from __future__ import annotations
 
 from megatron_rl.config import Config
-from megatron_rl.plan.hardware import Hardware
+from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import stages
 from megatron_rl.plan.shapes import Layout, ModelShape, parameters
 

@@ -18,21 +18,17 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_rl import device
 from megatron_rl.config import Config, ModelConfig, OptimizerConfig
-from megatron_rl.config_checks import ConfigError
-from megatron_rl.convert.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.architecture import head_dim, resolve_hf_config
+from megatron_rl.models.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
 from megatron_rl.parallel.groups import Groups, expert_tp
-from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.plan.hardware import with_memory
-from megatron_rl.plan.memory import fuses_output_layer
-from megatron_rl.plan.shapes import layout_of, shape_of
-from megatron_rl.policy.host_optimizer import host_options, use_main_weights
+from megatron_rl.policy.adam import fuse_torch_adam, host_options, use_main_weights
 from megatron_rl.policy.replay import replay_routes
-from megatron_rl.policy.torch_adam import fuse_torch_adam
 
 # with Megatron's defaults, batched exchanges, the gradients of interleaved stages are silently wrong over gloo
 _INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -50,7 +46,9 @@ class Model:
     ddp: list[DistributedDataParallel]
     vocab_size: int  # real
     vocab_start: int  # first global column of this rank's logits shard
-    inv_freq: torch.Tensor | None  # [d/2], of RoPE, where core attention applies it (attention.py); None: Megatron does
+    inv_freq: (
+        torch.Tensor | None
+    )  # [d/2], of RoPE, where core attention applies it (cpu_layers.py); None: Megatron does
     hands_over_hidden: bool  # the last stage returns hidden states, and the output layer belongs to the statistics
     # where attention finds the sequences of a micro-batch, by its tokens and for as long as these live: it goes through
     # the model at least twice
@@ -73,36 +71,6 @@ class Model:
         """Fill the chunks from the loaded state of the same structure."""
         for index, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state[index])
-
-
-def resolve_hf_config(raw: dict[str, Any]) -> PretrainedConfig:
-    """Fill in the architecture's defaults. Raises: ConfigError for features that the Megatron policy would silently
-    drop."""
-    options = dict(raw)
-    # as the config's checks and the plan count them; some of transformers' defaults fit one size of the model alone
-    options.setdefault("num_key_value_heads", options.get("num_attention_heads"))
-    hf = AutoConfig.for_model(options.pop("model_type"), **options)
-    refused = {
-        "use_sliding_window": "sliding-window attention",
-        "mlp_bias": "biases in the MLP",
-    }
-    faults = [what for key, what in refused.items() if getattr(hf, key, False)]
-    if hf.model_type == "mistral" and hf.sliding_window is not None:
-        faults.append(f"sliding-window attention (sliding_window {hf.sliding_window}, null would be full attention)")
-    if getattr(hf, "attention_bias", False):
-        faults.append("a bias on the attention output (attention_bias)")
-    if getattr(hf, "hidden_act", "silu") != "silu":
-        faults.append(f"hidden_act {hf.hidden_act!r} (only silu)")
-    if hf.model_type == "qwen3_moe" and hf.norm_topk_prob and hf.num_experts_per_tok == 1:
-        faults.append("norm_topk_prob and one expert a token (its weight is always 1, so the router cannot learn)")
-    if faults:
-        raise ConfigError(f"model: {hf.model_type} with {', '.join(faults)} is not supported; choose another model")
-    return hf
-
-
-def head_dim(hf: PretrainedConfig) -> int:
-    """Width of one attention head."""
-    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -188,17 +156,17 @@ def _moe_options(hf: PretrainedConfig, config: Config) -> dict[str, Any]:
     }
 
 
-def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -> Model:
+def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups, *, fuse_output_layer: bool) -> Model:
     """This rank's stage and shard, with uninitialised weights (load them before use), wrapped in Megatron's DDP.
 
+    `fuse_output_layer`: the last stage returns hidden states, and the statistics compute the logits in chunks.
     Raises: ConfigError for an unsupported architecture feature.
     """
     hf = resolve_hf_config(raw_hf_config)
     tconfig = transformer_config(hf, config)
     vocab = padded_vocab_size(hf.vocab_size, groups.tp_size)
     chunks = [_chunk(hf, tconfig, vocab, groups, chunk, config.parallel.vpp) for chunk in range(config.parallel.vpp)]
-    fused = _fuses_output_layer(raw_hf_config, config, groups)
-    if fused and groups.is_last_stage:
+    if fuse_output_layer and groups.is_last_stage:
         _hand_over_hidden(chunks[-1], groups)
     if config.rollout.routing_replay:
         replay_routes(chunks, hf, groups)
@@ -215,7 +183,7 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -
     tconfig.finalize_model_grads_func = finalize_model_grads
     vocab_start = groups.tp_rank * (vocab // groups.tp_size)
     inv_freq = None if device.ON_GPU else _inv_freq(hf)
-    return Model(hf, tconfig, chunks, ddp, hf.vocab_size, vocab_start, inv_freq, fused)
+    return Model(hf, tconfig, chunks, ddp, hf.vocab_size, vocab_start, inv_freq, fuse_output_layer)
 
 
 def _chunk(
@@ -223,7 +191,7 @@ def _chunk(
 ) -> GPTModel:
     """The rank's model chunk number `chunk`: the first of the first stage embeds, the last of the last has the
     output."""
-    from megatron_rl.policy.layers import block_spec
+    from megatron_rl.policy.cpu_layers import block_spec
 
     vp_stage = chunk if chunks > 1 else None
     gpt = GPTModel(
@@ -240,13 +208,6 @@ def _chunk(
     if device.ON_GPU:
         gpt.rotary_pos_emb.inv_freq.copy_(_inv_freq(hf))
     return gpt
-
-
-def _fuses_output_layer(raw_hf_config: dict[str, Any], config: Config, groups: Groups) -> bool:
-    """The planner's decision for the rank with the least memory: the same on every rank."""
-    least = -Reducer(groups.world, device.device()).max(torch.tensor([-device.memory_bytes()], device=device.device()))
-    hardware = with_memory(float(least), on_gpu=device.ON_GPU)
-    return fuses_output_layer(config, shape_of(raw_hf_config), layout_of(config), hardware)
 
 
 def _hand_over_hidden(gpt: GPTModel, groups: Groups) -> None:

@@ -32,16 +32,16 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.tensor_parallel.random import get_all_rng_states
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl import device, launch
 from megatron_rl.config import dump_config
+from megatron_rl.convert.save_hf import fsync_tree, write_hf_extras
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.groups import CheckpointException, Groups
+from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.policy.host_optimizer import refresh_host_weights
+from megatron_rl.policy.adam import begin_torch_adam, let_torch_adam_load, refresh_host_weights, restore_step_0
 from megatron_rl.policy.policy import MegatronPolicy
-from megatron_rl.policy.torch_adam import begin_torch_adam, let_torch_adam_load, restore_step_0
-from megatron_rl.save_hf import fsync_tree, write_hf_extras
 
 _NAME = re.compile(r"step_\d{8}")
 _OVERHEAD_BYTES, _OVERHEAD_BYTES_PER_TENSOR = 2**20, 2**12  # metadata, archive headers, rounding to blocks

@@ -14,8 +14,9 @@ from megatron_rl import device
 from megatron_rl.algorithms.losses import loss_inputs
 from megatron_rl.config import Config
 from megatron_rl.convert.hf import Source, folder_source, random_source
-from megatron_rl.convert.mapping import global_name, load_weights
 from megatron_rl.errors import UserError
+from megatron_rl.metrics.spans import OFF, Spans
+from megatron_rl.models.mapping import global_name, load_weights
 from megatron_rl.parallel.fused_linear import linear_stats
 from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
 from megatron_rl.parallel.reduce import Reducer
@@ -23,7 +24,6 @@ from megatron_rl.parallel.vocab import vocab_parallel_stats
 from megatron_rl.parallel.weights import weight_stream
 from megatron_rl.policy.build import build_model, build_optimizer, padded_vocab_size
 from megatron_rl.policy.schedule import run_schedule
-from megatron_rl.profiling.spans import OFF, Spans
 from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, MiniBatch, TokenStats
 
 LossFunction = Callable[[LossInputs, Any], LossOutputs]
@@ -47,10 +47,19 @@ class UpdateResult:
 class MegatronPolicy:
     """A Megatron-Core model with its optimizer. Every method is collective: call it on all ranks, in the same order."""
 
-    def __init__(self, raw_hf_config: dict[str, Any], config: Config, groups: Groups, *, total_updates: int) -> None:
-        """Build and load the weights. `total_updates`: optimizer updates of the whole run, for the schedule."""
+    def __init__(
+        self,
+        raw_hf_config: dict[str, Any],
+        config: Config,
+        groups: Groups,
+        *,
+        total_updates: int,
+        fuse_output_layer: bool = False,
+    ) -> None:
+        """Build and load the weights. `total_updates`: optimizer updates of the whole run, for the schedule;
+        `fuse_output_layer`: see `build_model`."""
         self.config, self.groups = config, groups
-        self.model = build_model(raw_hf_config, config, groups)
+        self.model = build_model(raw_hf_config, config, groups, fuse_output_layer=fuse_output_layer)
         self.hf_config = self.model.hf_config
         self.temperature = config.rollout.temperature
         self.context = Reducer(groups.cp, device.device()) if groups.cp_size > 1 else None

@@ -21,8 +21,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_rl.models.expert_routes import moe_layers, unrouted
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.routes import moe_layers, unrouted
 
 
 @dataclasses.dataclass

@@ -9,8 +9,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_rl.policy.attention import packed_sequences
 from megatron_rl.policy.build import Model
+from megatron_rl.policy.cpu_layers import packed_sequences
 from megatron_rl.policy.replay import RoutedSequences
 from megatron_rl.types import Inputs, MicroBatch, MiniBatch
 

@@ -19,11 +19,11 @@ from packaging.requirements import Requirement
 
 from megatron_rl import device, launch
 from megatron_rl.config import Config
-from megatron_rl.config_checks import read_hf_config, require_model
 from megatron_rl.data import build_tokenizer, load_prompts, vocab_size
 from megatron_rl.errors import UserError
+from megatron_rl.models.facts import read_hf_config, require_model
 from megatron_rl.reward import build_grader
-from megatron_rl.rollout.fleet import engine_python
+from megatron_rl.rollout.servers.fleet import engine_python
 
 _SHOWN = ("torch", "megatron-core", "transformers", "transformer-engine")
 _PROBE_SECONDS = 120.0  # for the engine's interpreter to name its version, from a cold shared disk
@@ -140,10 +140,10 @@ def _engine_version(config: Config) -> tuple[str, str]:
 def _open_model(config: Config) -> None:
     """Read config.json, every file's header, and one tensor."""
     from megatron_rl.convert.weights import open_weights
-    from megatron_rl.policy.build import resolve_hf_config
+    from megatron_rl.models.architecture import resolve_hf_config
 
-    require_model(config)
-    raw = read_hf_config(config)
+    require_model(config.model)
+    raw = read_hf_config(config.model)
     raw.setdefault("vocab_size", vocab_size(build_tokenizer(config)))
     hf = resolve_hf_config(raw)
     if config.model.path is not None:

@@ -138,7 +138,7 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Line:
     if config.rollout.engine == "transformers":
         return Line("engine start", "embedded: nothing to start", None)
     from megatron_rl.rollout.build import DIALECTS, start_fleet, write_model_dir
-    from megatron_rl.rollout.servers import Loop
+    from megatron_rl.rollout.servers.engine import Loop
 
     elsewhere = config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(folder)})})
     if world_rank() == 0:
@@ -177,10 +177,10 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _architecture(config: Config) -> PretrainedConfig:
-    from megatron_rl.config_checks import read_hf_config
     from megatron_rl.data import vocab_size
-    from megatron_rl.policy.build import resolve_hf_config
+    from megatron_rl.models.architecture import resolve_hf_config
+    from megatron_rl.models.facts import read_hf_config
 
-    raw = read_hf_config(config)
+    raw = read_hf_config(config.model)
     raw.setdefault("vocab_size", vocab_size(_tokenizer(config)))
     return resolve_hf_config(raw)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_rl.profiling.spans import Collective, StepRecord
+from megatron_rl.metrics.spans import Collective, StepRecord
 
 PHASES = (
     "rollout reward sync pack old_logprobs metrics select forward_backward optimizer update probe log eval checkpoint"

@@ -88,23 +88,21 @@ def _run(config: Config, out: Path, options: list[str], *, steps: int, warmup: i
     from megatron_rl import launch
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to the terminal
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        path = out / "profiled.yaml"
-        return launch.run_world(
-            [sys.executable, "-m", "megatron_rl", "profile", str(path), *options],
-            config.parallel.processes,
-            out,
-            config.train.grace_seconds,
-            prepare=lambda: launch.write_atomically(path, dump_config(config)),
-        )
+    path = out / "profiled.yaml"
 
     def work() -> None:
         from megatron_rl.profiling import record  # torch and Megatron: seconds
 
         record.record(record.profile_config(config, out, steps=steps, warmup=warmup), warmup=warmup, trace=trace)
 
-    launch.run_worker(work, out)
-    return 0
+    return launch.in_world(
+        work,
+        ["profile", str(path), *options],
+        out,
+        processes=config.parallel.processes,
+        grace_seconds=config.train.grace_seconds,
+        prepare=lambda: launch.write_atomically(path, dump_config(config)),
+    )
 
 
 def _free_folder(wanted: Path) -> Path:

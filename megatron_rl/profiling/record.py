@@ -17,19 +17,21 @@ import torch
 
 from megatron_rl import device, train
 from megatron_rl.config import Config
-from megatron_rl.config_checks import read_hf_config
 from megatron_rl.data import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
-from megatron_rl.jsonl import read_rows
 from megatron_rl.launch import write_atomically
+from megatron_rl.metrics.jsonl import read_rows
+from megatron_rl.metrics.spans import Recorder, from_json, to_json
+from megatron_rl.models.architecture import resolve_hf_config
+from megatron_rl.models.facts import read_hf_config
+from megatron_rl.models.hardware import datasheet_flops
 from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.parallel.traffic import clock_offset, watch_collectives
 from megatron_rl.plan.shapes import forward_flops, shape_of
-from megatron_rl.policy.build import DTYPES, resolve_hf_config
+from megatron_rl.policy.build import DTYPES
 from megatron_rl.profiling.analysis import RankRecord, Summary, summarise
 from megatron_rl.profiling.page import write_page
-from megatron_rl.profiling.spans import Recorder, from_json, to_json
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -46,7 +48,10 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     trace_path = folder / "traces" / f"{place}.json.gz"
     recorder = Recorder(range(warmup, config.train.num_steps), watch_collectives, traced=traced, trace_path=trace_path)
     barrier(groups)  # ranks that share cores measure their peak together, as they will work
-    peak, peak_source = device.peak_flops(DTYPES[config.model.dtype])
+    if device.ON_GPU:
+        peak, peak_source = datasheet_flops(device.name(), bfloat16=config.model.dtype == "bfloat16")
+    else:
+        peak, peak_source = device.measured_flops(DTYPES[config.model.dtype])
     offset = clock_offset(world, groups.rank, BOOT_ID.read_text() if BOOT_ID.exists() else platform.node())
     device.record_memory_history()
     train.train(config, groups, recorder)
@@ -129,7 +134,7 @@ def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics
     rows = [row for row in metrics if row["step"] in summary.steps]
     names = ("packing/computed_tokens", "packing/attention_pairs", "batch/sequence_tokens", "batch/response_tokens")
     tokens, pairs, sequences, responses = (sum(row[name] for row in rows) / len(rows) for name in names)
-    hf = read_hf_config(config)
+    hf = read_hf_config(config.model)
     hf.setdefault("vocab_size", vocab_size(build_tokenizer(config)))
     forward = tokens * sum(forward_flops(shape_of(resolve_hf_config(hf).to_dict()), pairs / tokens))
     peaks = [rank.peak_flops for rank in ranks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rl.eval.protocol import PRESETS
+from megatron_rl.config.benchmarks import PRESETS
 from megatron_rl.report.figures import Built, Custom, Trace, colour
 from megatron_rl.report.runs import Evaluation, Run
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_rl.law import LineFit, fit_law, fit_line
+from megatron_rl.metrics.entropy_law import LineFit, fit_law, fit_line
 from megatron_rl.report.runs import Run
 
 RUN_COLOURS = ("#4269d0", "#e8780c", "#2f9e62", "#c3489b", "#8a63d2", "#0f9fb5", "#b08900", "#d1495b")

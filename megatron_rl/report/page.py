@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from megatron_rl import __version__
 from megatron_rl.launch import write_atomically
-from megatron_rl.logs import format_duration
+from megatron_rl.metrics.write import format_duration
 from megatron_rl.report.catalogue import sections
 from megatron_rl.report.figures import Figure, build, colour
 from megatron_rl.report.panels import config_differences, samples_section, shadow_section, table_html

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from megatron_rl.errors import UserError
-from megatron_rl.jsonl import read_rows
-from megatron_rl.law import fit_law
+from megatron_rl.metrics.entropy_law import fit_law
+from megatron_rl.metrics.jsonl import read_rows
 
 ENDS = 10  # steps averaged at the start and the end of a run
 

@@ -17,7 +17,7 @@ from megatron_rl.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
-    from megatron_rl.config_reward import RewardConfig
+    from megatron_rl.config.reward import RewardConfig
 
 
 def build_grader(config: RewardConfig) -> Grader:

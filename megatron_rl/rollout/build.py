@@ -5,30 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_rl.config import Config
+from megatron_rl.convert.save_hf import Described, write_hf_extras
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.dialect import Dialect
-from megatron_rl.rollout.engine import EngineSetup, Place
-from megatron_rl.rollout.fleet import Fleet, address_for
-from megatron_rl.rollout.http import Server
-from megatron_rl.rollout.processes import free_port
-from megatron_rl.rollout.servers import Loop, ServerEngine
-from megatron_rl.rollout.weight_sync import Buffers, Channel, Colocated, Disaggregated, Disk, expected_weights
-from megatron_rl.save_hf import Described, write_hf_extras
+from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine
+from megatron_rl.rollout.servers.engine import Loop, ServerEngine
+from megatron_rl.rollout.servers.fleet import Fleet, address_for
+from megatron_rl.rollout.servers.http import Server
+from megatron_rl.rollout.servers.processes import free_port
+from megatron_rl.rollout.servers.protocol import Dialect
+from megatron_rl.rollout.servers.weight_sync import Buffers, Channel, Colocated, Disaggregated, Disk, expected_weights
+
+if TYPE_CHECKING:
+    from megatron_rl.config import Config
 
 
 def _sglang() -> Dialect:
-    from megatron_rl.rollout.sglang import SGLang
+    from megatron_rl.rollout.servers.sglang import SGLang
 
     return SGLang()
 
 
 def _vllm() -> Dialect:
-    from megatron_rl.rollout.vllm import VLLM
+    from megatron_rl.rollout.servers.vllm import VLLM
 
     return VLLM()
 
@@ -85,3 +88,31 @@ def _channel(config: Config, setup: EngineSetup, dialect: Dialect, loop: Loop, f
         return options.host or address_for(server.url), free_port()
 
     return Disaggregated(dialect, shapes, buffers, loop.submit, place.rank, address)
+
+
+def _transformers(config: Config, setup: EngineSetup) -> RolloutEngine:
+    from megatron_rl.rollout.transformers import TransformersEngine
+
+    dtype = getattr(torch, config.model.dtype)
+    return TransformersEngine(
+        setup.hf.to_dict(), dtype=dtype, device=setup.device, batch_size=config.rollout.batch_size
+    )
+
+
+def _servers(config: Config, setup: EngineSetup) -> RolloutEngine:
+    from megatron_rl.rollout.build import build_server_engine
+
+    return build_server_engine(config, setup)
+
+
+# imports are inside, so that an engine's package is needed only by those who choose it
+ENGINES: dict[str, Callable[[Config, EngineSetup], RolloutEngine]] = {
+    "transformers": _transformers,
+    "sglang": _servers,
+    "vllm": _servers,
+}
+
+
+def build_engine(config: Config, setup: EngineSetup) -> RolloutEngine:
+    """The engine that `rollout.engine` names, still without weights; servers of its own are starting up."""
+    return ENGINES[config.rollout.engine](config, setup)

@@ -21,10 +21,10 @@ from megatron_rl.data import PromptCursor
 from megatron_rl.errors import UserError
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Grader, Verdict
-from megatron_rl.profiling.spans import OFF, Spans
+from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.reward import check_failures, filter_overlong, graded, shape_rewards, submit
 from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
-from megatron_rl.types import Prompt, Rollout
+from megatron_rl.types import CollectResult, Prompt, Rollout
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -71,15 +71,6 @@ class _Pending:
     share: list[Request]  # this rank's
     cursor_before: dict[str, int] = dataclasses.field(default_factory=dict)
     answers: Future[_Answers] | None = None  # when begun ahead of time
-
-
-@dataclass(frozen=True, slots=True)
-class CollectResult:
-    """A step's rollouts, the same on every rank."""
-
-    rollouts: list[Rollout]  # samples_per_prompt per prompt, in the order of the draw, then by sample_index
-    prompts_by_id: dict[int, Prompt]  # of those rollouts
-    metrics: dict[str, float]  # over everything sampled in the step, dropped groups included
 
 
 class Collector:

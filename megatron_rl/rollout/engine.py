@@ -16,8 +16,6 @@ from megatron_rl.types import Rollout
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from megatron_rl.config import Config
-
 
 class EngineError(RuntimeError, UserError):
     """The engine cannot do what was asked; its state is as before unless the message says otherwise."""
@@ -123,31 +121,3 @@ class EngineSetup:
     model_dir: Path  # holds the policy's config.json and tokenizer, once `build_engine` is called on server engines
     device: torch.device
     place: Place
-
-
-def _transformers(config: Config, setup: EngineSetup) -> RolloutEngine:
-    from megatron_rl.rollout.transformers import TransformersEngine
-
-    dtype = getattr(torch, config.model.dtype)
-    return TransformersEngine(
-        setup.hf.to_dict(), dtype=dtype, device=setup.device, batch_size=config.rollout.batch_size
-    )
-
-
-def _servers(config: Config, setup: EngineSetup) -> RolloutEngine:
-    from megatron_rl.rollout.build import build_server_engine
-
-    return build_server_engine(config, setup)
-
-
-# imports are inside, so that an engine's package is needed only by those who choose it
-ENGINES: dict[str, Callable[[Config, EngineSetup], RolloutEngine]] = {
-    "transformers": _transformers,
-    "sglang": _servers,
-    "vllm": _servers,
-}
-
-
-def build_engine(config: Config, setup: EngineSetup) -> RolloutEngine:
-    """The engine that `rollout.engine` names, still without weights; servers of its own are starting up."""
-    return ENGINES[config.rollout.engine](config, setup)

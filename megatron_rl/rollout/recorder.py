@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.routes import moe_layers, route_dtype, unrouted
+from megatron_rl.models.expert_routes import moe_layers, route_dtype, unrouted
 
 
 class RouteRecorder:

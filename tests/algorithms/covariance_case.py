@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_rl.algorithms.aggregation import token_weights
 from megatron_rl.algorithms.covariance import select_tokens
 from megatron_rl.algorithms.losses import LOSSES
-from megatron_rl.config_loss import ClipCovLoss, KlCovLoss, LossBase
+from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.types import LossInputs, MicroBatch, MiniBatch, TokenStats
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.aggregation import AGGREGATIONS, segment_ids, token_weights
-from megatron_rl.config_loss import LossBase
+from megatron_rl.config.loss import LossBase
 
 # sequences of 4, 3, 0 and 2 tokens (the third empty, the last padding); 2, 3, 0 and 0 tokens count
 LOSS_MASK = torch.tensor([0, 1, 1, 0, 1, 1, 1, 0, 0], dtype=torch.bool)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.algorithms.control import adapt, follows_entropy
-from megatron_rl.config_loss import ClipCovLoss, KlCovLoss, LossBase, PpoClipLoss
+from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase, PpoClipLoss
 
 
 def follow(loss: LossBase, entropies: list[float], state: dict[str, float] | None = None) -> list[dict[str, float]]:

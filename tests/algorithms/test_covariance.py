@@ -16,7 +16,7 @@ from megatron_rl.algorithms import covariance as module
 from megatron_rl.algorithms.covariance import covariance, covariance_metrics, covariances, quota, select_tokens
 from megatron_rl.algorithms.entropy import entropy_loss_per_step
 from megatron_rl.algorithms.hashing import hash_uniform
-from megatron_rl.config_loss import ClipCovLoss, KlCovLoss, LossBase, PpoClipLoss
+from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase, PpoClipLoss
 from megatron_rl.types import MicroBatch, MiniBatch, TokenStats
 from tests.algorithms.covariance_case import ALONE, LENGTHS, build, by_hand, loss_sum, numpy_view, select
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.kl import k3, kl_penalty, mismatch_metrics
-from megatron_rl.config_loss import LossBase
+from megatron_rl.config.loss import LossBase
 
 KINDS = ("k1", "k2", "k3")
 

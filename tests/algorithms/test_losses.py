@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import AGGREGATIONS, token_weights
 from megatron_rl.algorithms.losses import LOSSES, sft
-from megatron_rl.config_loss import LossBase, LossConfig
+from megatron_rl.config.loss import LossBase, LossConfig
 from megatron_rl.types import LossInputs
 from tests.algorithms.losses_case import LENGTHS, PER_TOKEN, WEIGHTED, authors, by_loops
 

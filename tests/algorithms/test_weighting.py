@@ -13,7 +13,7 @@ from megatron_rl.algorithms.covariance import covariance_metrics
 from megatron_rl.algorithms.entropy import entropy_loss_per_step
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
 from megatron_rl.algorithms.weighting import WEIGHTINGS, mark_tokens
-from megatron_rl.config_loss import (
+from megatron_rl.config.loss import (
     ClipCovLoss,
     ForkingLoss,
     GaussianCovLoss,

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_rl.cluster.freeze import Job, claim
-from megatron_rl.config_checks import ConfigError
+from megatron_rl.errors import ConfigError
 from tests.tiny import tiny_raw
 
 JOB = Job("7", nodes=2, gpus_per_node=4, live_jobs={"7"})

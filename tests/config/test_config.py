@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from megatron_rl.config import dump_config, load_config, parse_config
-from megatron_rl.config_checks import ConfigError, read_hf_config
-from megatron_rl.errors import UserError
+from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.models.facts import read_hf_config
 
 BASE: dict[str, Any] = {
     "name": "t",
@@ -319,7 +319,7 @@ def test_config_json_is_read_from_the_model_folder(tmp_path: Path) -> None:
         parse_config(raw(model={"path": str(tmp_path)}))
     (tmp_path / "config.json").write_text(json.dumps(BASE["model"]["hf_config"]))
     config = parse_config(raw(model={"path": str(tmp_path)}))
-    assert read_hf_config(config) == BASE["model"]["hf_config"]
+    assert read_hf_config(config.model) == BASE["model"]["hf_config"]
 
 
 def test_a_config_error_is_the_users_to_mend() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import Config, dump_config, load_config, parse_config
-from megatron_rl.config_checks import ConfigError, read_hf_config, require_model
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.facts import read_hf_config, require_model
 from megatron_rl.plan.check import count_parameters, plan_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +97,7 @@ def test_a_recipe_is_planned_without_gpu_and_model(recipe: tuple[str, Config]) -
     assert config.rollout.server.count * config.rollout.server.tp == 8, "the engines of a node fill its GPUs"
     assert parse_config(config.model_dump(mode="json")) == config and "${" not in dump_config(config)
     with pytest.raises(ConfigError, match=r"model\.path=models/Qwen2\.5-\d+B: no such folder here; download"):
-        require_model(config)
+        require_model(config.model)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -116,7 +117,7 @@ def test_a_model_folder_must_be_what_the_recipe_states(tmp_path: Path, monkeypat
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(stated | {"rope_theta": 1e6}))
     config = load_config(recipe)
-    assert config.model.path == str(folder) and read_hf_config(config)["rope_theta"] == 1e6
+    assert config.model.path == str(folder) and read_hf_config(config.model)["rope_theta"] == 1e6
     (folder / "config.json").write_text(json.dumps(stated | {"num_hidden_layers": 36}))
     with pytest.raises(ConfigError, match=r"states another architecture.*num_hidden_layers: 28, there 36"):
         load_config(recipe)

@@ -15,15 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl import cli
 from megatron_rl.algorithms.losses import ppo_clip
-from megatron_rl.config_checks import read_hf_config
 from megatron_rl.convert.check import compare_logits, compare_tensors
 from megatron_rl.convert.hf import hub_views
-from megatron_rl.convert.mapping import model_rows
 from megatron_rl.convert.to_hf import megatron_to_hf, parse_size
 from megatron_rl.convert.to_megatron import hf_to_megatron
 from megatron_rl.convert.weights import expected_shapes
-from megatron_rl.data import _character_tokenizer
+from megatron_rl.data.tokenizer import character_tokenizer
 from megatron_rl.errors import UserError
+from megatron_rl.models.facts import read_hf_config
+from megatron_rl.models.mapping import model_rows
 from megatron_rl.parallel import torch_dist
 from tests.policy.tiny import HF, hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of
 from tests.worlds import Worlds
@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
     for name, changes in MODELS.items():
         source = save(hf_model(**changes), root / name / "hf", max_shard_size="40KB")
         assert (source / "model.safetensors.index.json").is_file()
-        _character_tokenizer().save_pretrained(source)
+        character_tokenizer().save_pretrained(source)
         (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
         hf_to_megatron(source, root / name / "megatron")
         found[name] = source, root / name / "megatron"
@@ -98,7 +98,7 @@ def test_what_belongs_to_the_model_travels(folders: dict[str, tuple[Path, Path]]
     for name in names:
         assert json_or_text(source / name) == json_or_text(tmp_path / "back" / name), name
     config = make_config(megatron)
-    assert read_hf_config(config) == json.loads((source / "config.json").read_text())
+    assert read_hf_config(config.model) == json.loads((source / "config.json").read_text())
     largest, same, tokens = compare_logits(megatron, tmp_path / "back", "(1+2)*3")
     assert (largest, same, tokens) == (0.0, True, 7)
 

@@ -20,7 +20,7 @@ from megatron_rl.convert.quantize import quantize_to_hf, read_texts
 from megatron_rl.convert.safetensors_io import write_file
 from megatron_rl.convert.to_hf import megatron_to_hf
 from megatron_rl.convert.to_megatron import hf_to_megatron
-from megatron_rl.data import _character_tokenizer
+from megatron_rl.data.tokenizer import character_tokenizer
 from megatron_rl.errors import UserError
 from tests.policy.tiny import hf_model, save
 
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`hf` (several shards, tied, with a tokenizer) and `megatron`."""
     root = tmp_path_factory.mktemp("sound")
     source = save(hf_model(tie_word_embeddings=True), root / "hf", max_shard_size="20KB")
-    _character_tokenizer().save_pretrained(source)
+    character_tokenizer().save_pretrained(source)
     hf_to_megatron(source, root / "megatron")
     return root
 

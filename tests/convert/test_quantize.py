@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_rl.convert.to_megatron import hf_to_megatron
-from megatron_rl.data import _character_tokenizer
+from megatron_rl.data.tokenizer import character_tokenizer
 from tests.policy.tiny import hf_model, save
 from tests.worlds import ROOT
 
@@ -28,7 +28,7 @@ pytestmark = [
 def test_the_export_gives_the_weights_back(recipe: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """To half a step: FP8 E4M3 keeps 3 bits of mantissa, so 2^-4 of a value; INT8's step is its scale."""
     source = save(hf_model(), tmp_path / "hf")
-    _character_tokenizer().save_pretrained(source)
+    character_tokenizer().save_pretrained(source)
     hf_to_megatron(source, tmp_path / "megatron")
     (tmp_path / "texts").write_text("(1+2)*3\n4*5-1\n7+8\n")
     command = [

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.hf import folder_source, hub_views, random_source
-from megatron_rl.convert.mapping import (
+from megatron_rl.convert.to_hf import megatron_to_hf
+from megatron_rl.convert.to_megatron import hf_to_megatron
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.mapping import (
     Row,
     expected_hf_names,
     experts_per_rank,
@@ -29,8 +31,6 @@ from megatron_rl.convert.mapping import (
     split_of,
     to_shard,
 )
-from megatron_rl.convert.to_hf import megatron_to_hf
-from megatron_rl.convert.to_megatron import hf_to_megatron
 from tests.policy.tiny import same_bits
 from tests.worlds import Worlds
 

@@ -19,7 +19,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def _save_hf_in_small_files(raws: list[dict[str, Any]]) -> list[Weights]:
-    from megatron_rl import save_hf
+    from megatron_rl.convert import save_hf
 
     with mock.patch.object(save_hf.save_hf, "__kwdefaults__", {"shard_bytes": 20_000}):
         return train_each(raws)
@@ -53,7 +53,7 @@ def _check_model(folder: Path, weights: Weights) -> None:
 
 
 def _save_hf_without_disk(raw: dict[str, Any]) -> tuple[str, bool, str]:
-    from megatron_rl import save_hf
+    from megatron_rl.convert import save_hf
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -17,7 +17,8 @@ import yaml
 from megatron_rl.config import Config
 from megatron_rl.eval.benchmarks import load_benchmarks
 from megatron_rl.eval.commands import evaluation_config
-from megatron_rl.rollout.engine import ENGINES, Place, Request
+from megatron_rl.rollout.build import ENGINES
+from megatron_rl.rollout.engine import Place, Request
 from megatron_rl.types import Rollout
 from tests.tiny import HF
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import parse_config
-from megatron_rl.config_checks import ConfigError
+from megatron_rl.errors import ConfigError
 from tests.eval.case import write_config, write_model, write_set
 from tests.tiny import trained
 from tests.worlds import Worlds

@@ -8,7 +8,7 @@ import pytest
 
 from tests.eval.case import write_config, write_model, write_set
 from tests.eval.test_eval import rows_of, start
-from tests.rollout.servers_case import ENGINES, HF, python_of
+from tests.rollout.servers.servers_case import ENGINES, HF, python_of
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 

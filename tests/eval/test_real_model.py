@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.config.benchmarks import PAPER_SETS
 from megatron_rl.convert.to_megatron import hf_to_megatron
 from megatron_rl.data import build_tokenizer
 from megatron_rl.eval.benchmarks import load_benchmarks
-from megatron_rl.eval.protocol import PAPER_SETS
 from tests.convert.smollm import download
 from tests.eval.case import resolved, run_knowing, write_config
 from tests.eval.test_eval import ROOT, rows_of, start

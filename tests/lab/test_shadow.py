@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_rl.config_checks import ConfigError
-from megatron_rl.errors import UserError
+from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.lab.commands import _checkpoint, _read_methods, shadow_config
 from megatron_rl.lab.compare import METHODS
 from tests.tiny import rows_of, tiny_raw, train_each

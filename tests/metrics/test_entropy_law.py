@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from megatron_rl.law import MIN_ONLINE, LawMonitor, fit_law, validate_law
+from megatron_rl.metrics.entropy_law import MIN_ONLINE, LawMonitor, fit_law, validate_law
 
 A, B = 0.2, 0.6
 

@@ -13,7 +13,7 @@ import torch
 
 from megatron_rl import device
 from megatron_rl.metrics import Timers
-from megatron_rl.profiling.spans import OFF, Recorder, from_json, to_json
+from megatron_rl.metrics.spans import OFF, Recorder, from_json, to_json
 
 Report = Callable[[str, str, int, float, float, float], None]
 

@@ -10,11 +10,10 @@ import pytest
 from rich.console import Console
 
 from megatron_rl.config import load_config
-from megatron_rl.config_checks import ConfigError
-from megatron_rl.errors import UserError
-from megatron_rl.jsonl import cut_from_step, read_rows, to_line
-from megatron_rl.logs import RunLogger, format_duration
-from tests.test_packing import make_config
+from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.metrics.jsonl import cut_from_step, read_rows, to_line
+from megatron_rl.metrics.write import RunLogger, format_duration
+from tests.packing.test_pack import make_config
 
 
 def quiet() -> Console:

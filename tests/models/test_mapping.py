@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from megatron_rl.config_checks import ConfigError
-from megatron_rl.convert.mapping import (
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.mapping import (
     ROWS,
     check_names,
     expected_hf_names,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_rl.config import Config, parse_config
-from megatron_rl.dealing import Work, deal
 from megatron_rl.packing import computed, pack, pack_supervised, packing_metrics
+from megatron_rl.packing.balance import Work, deal
 from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from megatron_rl.convert.mapping import expected_hf_names
+from megatron_rl.models.mapping import expected_hf_names
 from tests.invariance_case import LAYOUTS, MODELS, Case, initial_weights, make_config
 from tests.worlds import Worlds
 

@@ -14,9 +14,9 @@ import yaml
 
 from megatron_rl.cli import app
 from megatron_rl.config import load_config, parse_config
+from megatron_rl.models.hardware import GIB, HARDWARE
 from megatron_rl.plan import published
 from megatron_rl.plan.fit import fit
-from megatron_rl.plan.hardware import GIB, HARDWARE
 from megatron_rl.plan.measured import measured_peaks
 from megatron_rl.plan.memory import Passes, layer_activations, state_parts, training_activations
 from megatron_rl.plan.score import QUICKSTART, cpu_memory_errors, stored_scores, summarise

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.config_loss import PpoClipLoss
+from megatron_rl.config.loss import PpoClipLoss
 from megatron_rl.errors import UserError
 from tests.policy.tiny import make_batch, make_config, policy_of
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import parse_config
-from megatron_rl.config_checks import ConfigError
+from megatron_rl.errors import ConfigError
 from tests.policy.checkpoint_case import config_of, load_newest, update
 from tests.policy.tiny import hf_model, make_config, policy_of, same_bits, save, weights_of
 from tests.worlds import Worlds

@@ -69,7 +69,7 @@ def test_fused_equals_apart(worlds: Worlds, folders: list[Path], layout: str) ->
 
 def test_auto_goes_by_the_planners_memory() -> None:
     """The state of the model is far below its logits; between the two sums of bytes lies where fusing makes it fit."""
-    from megatron_rl.plan.hardware import FILL, HARDWARE, with_memory
+    from megatron_rl.models.hardware import FILL, HARDWARE, with_memory
     from megatron_rl.plan.memory import fuses_output_layer, memory_of
     from megatron_rl.plan.shapes import layout_of, shape_of
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.config_loss import ForkingLoss, KlCovLoss, PpoClipLoss
+from megatron_rl.config.loss import ForkingLoss, KlCovLoss, PpoClipLoss
 from megatron_rl.lab.compare import METHODS, Where
 from megatron_rl.types import TokenStats
 from tests.policy.tiny import hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of

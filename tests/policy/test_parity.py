@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.hf import hub_views
+from megatron_rl.errors import ConfigError
 from megatron_rl.packing import pack_supervised
 from tests.policy.tiny import HF, hf_model, make_config, policy_of, save, weights_of
 from tests.worlds import Worlds, leave_layout

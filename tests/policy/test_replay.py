@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import parse_config
-from megatron_rl.config_checks import ConfigError
 from megatron_rl.convert.hf import hub_views
-from megatron_rl.routes import place_routes, route_dtype, server_routes
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.expert_routes import place_routes, route_dtype, server_routes
 from megatron_rl.types import Rollout
 from tests.policy.tiny import HF, hf_model, make_advantages, make_batch, make_config, make_rollouts, policy_of, save
 from tests.tiny import HF as TINY_HF
@@ -238,7 +238,7 @@ class _LoneGroups:
 
 
 def test_a_servers_answer_is_checked_before_it_is_believed() -> None:
-    from megatron_rl.policy.build import resolve_hf_config
+    from megatron_rl.models.architecture import resolve_hf_config
 
     hf = resolve_hf_config(HF | MOE)
     answer = torch.tensor([[[i, 5 - i]] * 4 for i in (0, 1)], dtype=torch.int32)  # [2 tokens, 4 layers, 2 experts]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import Config
-from megatron_rl.config_loss import PpoClipLoss
+from megatron_rl.config.loss import PpoClipLoss
 from megatron_rl.convert.hf import hub_views
 from tests.policy.tiny import (
     hf_model,

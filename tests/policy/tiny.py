@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.config import Config, parse_config
-from megatron_rl.config_checks import read_hf_config
+from megatron_rl.models.facts import read_hf_config
 from megatron_rl.packing import pack
 from megatron_rl.types import MiniBatch, Rollout, TrainBatch
 from tests.worlds import leave_layout
@@ -106,7 +106,13 @@ def policy_of(config: Config, total_updates: int = 8) -> Iterator[Any]:
     from megatron_rl.policy.policy import MegatronPolicy
 
     groups = init_groups(config.parallel, config.seed)
-    yield MegatronPolicy(read_hf_config(config), config, groups, total_updates=total_updates)
+    yield MegatronPolicy(
+        read_hf_config(config.model),
+        config,
+        groups,
+        total_updates=total_updates,
+        fuse_output_layer=config.model.fused_linear_stats == "on",
+    )
     leave_layout()
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import parse_config
+from megatron_rl.metrics.spans import Collective, Span, StepRecord
 from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.profiling.analysis import RankRecord, summarise
 from megatron_rl.profiling.page import median_step, timeline_figure
 from megatron_rl.profiling.record import add_rates
-from megatron_rl.profiling.spans import Collective, Span, StepRecord
 from megatron_rl.profiling.tables import compare_rows, phase_rows, rate_rows
-from tests.test_config import raw
+from tests.config.test_config import raw
 
 AHEAD = 100.0
 

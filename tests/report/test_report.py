@@ -13,7 +13,7 @@ import pytest
 
 from megatron_rl.config import dump_config
 from megatron_rl.errors import UserError
-from megatron_rl.law import fit_law, fit_line
+from megatron_rl.metrics.entropy_law import fit_law, fit_line
 from megatron_rl.report import build_report, summarise
 from megatron_rl.report import page as page_module
 from megatron_rl.report.benchmarks import benchmarks
@@ -23,7 +23,7 @@ from megatron_rl.report.panels import config_differences
 from megatron_rl.report.runs import load_runs
 from megatron_rl.report.spending import LEDGER
 from tests.browser import CHROMIUM, settled
-from tests.test_packing import make_config
+from tests.packing.test_pack import make_config
 
 LOGGED = (
     "entropy/p10 entropy/p90 cov/mean cov/std cov/vocab_mean cov/top_0.02pct_mean cov/top_0.2pct_mean "

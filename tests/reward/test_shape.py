@@ -10,7 +10,7 @@ from megatron_rl.config import parse_config
 from megatron_rl.grading.registry import REWARDS, RewardError, load_reward
 from megatron_rl.grading.rules import countdown
 from megatron_rl.grading.verdict import InProcess
-from megatron_rl.reward import check_failures, filter_overlong, grade, shape_rewards
+from megatron_rl.reward.shape import check_failures, filter_overlong, grade, shape_rewards
 from megatron_rl.types import Prompt, Rollout
 
 ANSWER = json.dumps({"numbers": [5, 3, 7], "target": 22})

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_rl.config import parse_config
-from tests.rollout.servers_case import ENGINES, python_of, raw_of, rows, score
+from tests.rollout.servers.servers_case import ENGINES, python_of, raw_of, rows, score
 from tests.worlds import Worlds, leave_layout
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]

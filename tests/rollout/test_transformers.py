@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.convert.hf import hub_views
-from megatron_rl.rollout.engine import ENGINES, EngineAborted, EngineError, Request, RolloutEngine, SamplingParams
+from megatron_rl.rollout.build import ENGINES
+from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, SamplingParams
 from megatron_rl.rollout.transformers import TransformersEngine
 
 HF = {

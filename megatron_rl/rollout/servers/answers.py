@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from megatron_rl.algorithms.hashing import hash64
-from megatron_rl.rollout.dialect import Completion
+from megatron_rl.models.expert_routes import server_routes
 from megatron_rl.rollout.engine import EngineError, Request
-from megatron_rl.routes import server_routes
+from megatron_rl.rollout.servers.protocol import Completion
 from megatron_rl.types import Rollout
 
 

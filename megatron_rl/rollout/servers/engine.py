@@ -22,12 +22,12 @@ from typing import Any
 import aiohttp
 from torch import Tensor
 
-from megatron_rl.rollout.answers import as_rollout, joined, rest, too_late
-from megatron_rl.rollout.dialect import Completion, Dialect
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, ServersLost
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.http import Server, ServerBusy, ServerFailed, ServerLost
-from megatron_rl.rollout.weight_sync import Channel, check_same_model
+from megatron_rl.rollout.servers.answers import as_rollout, joined, rest, too_late
+from megatron_rl.rollout.servers.fleet import Fleet
+from megatron_rl.rollout.servers.http import Server, ServerBusy, ServerFailed, ServerLost
+from megatron_rl.rollout.servers.protocol import Completion, Dialect
+from megatron_rl.rollout.servers.weight_sync import Channel, check_same_model
 from megatron_rl.types import Rollout
 
 _HEALTH_SECONDS = 10.0

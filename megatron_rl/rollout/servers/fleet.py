@@ -15,9 +15,9 @@ from typing import Any
 
 from megatron_rl import device
 from megatron_rl.config import Config
-from megatron_rl.rollout.dialect import Dialect, LaunchSpec
 from megatron_rl.rollout.engine import EngineError, Place
-from megatron_rl.rollout.processes import EngineProcess, free_port
+from megatron_rl.rollout.servers.processes import EngineProcess, free_port
+from megatron_rl.rollout.servers.protocol import Dialect, LaunchSpec
 
 _RETRY_SECONDS = 1.0  # between two looks at a server that is not ready
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_rl.rollout.engine import Request
-from megatron_rl.rollout.http import Server
+from megatron_rl.rollout.servers.http import Server
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.config_checks import read_config_json
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.dialect import Completion, LaunchSpec, Manifest
+from megatron_rl.models.facts import read_config_json
 from megatron_rl.rollout.engine import EngineError, Request
-from megatron_rl.rollout.http import Server
+from megatron_rl.rollout.servers.http import Server
+from megatron_rl.rollout.servers.protocol import Completion, LaunchSpec, Manifest
 
 _SHIMS = Path(__file__).parent / "shims" / "sglang"
 _CONTROL_SECONDS = 60.0  # for what should answer at once

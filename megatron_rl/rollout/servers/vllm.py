@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.config_checks import head_width, read_config_json
-from megatron_rl.rollout.dialect import Completion, LaunchSpec, Manifest
+from megatron_rl.models.facts import head_width, read_config_json
 from megatron_rl.rollout.engine import EngineError, Request
-from megatron_rl.rollout.http import Server
+from megatron_rl.rollout.servers.http import Server
+from megatron_rl.rollout.servers.protocol import Completion, LaunchSpec, Manifest
 
 _SHIMS = Path(__file__).parent / "shims" / "vllm"
 _CONTROL_SECONDS = 60.0  # for what should answer at once

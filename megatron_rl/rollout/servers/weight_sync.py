@@ -28,13 +28,13 @@ import torch.multiprocessing
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.convert.mapping import model_rows
+from megatron_rl.convert.save_hf import SHARD_BYTES, write_shards
 from megatron_rl.convert.weights import expected_shapes
+from megatron_rl.models.mapping import model_rows
 from megatron_rl.parallel.engine_group import broadcast_bucket, join_engine_group, leave_engine_group
-from megatron_rl.rollout.dialect import Dialect, Manifest
 from megatron_rl.rollout.engine import EngineError
-from megatron_rl.rollout.http import Server
-from megatron_rl.save_hf import SHARD_BYTES, write_shards
+from megatron_rl.rollout.servers.http import Server
+from megatron_rl.rollout.servers.protocol import Dialect, Manifest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import parse_config
-from megatron_rl.rollout.dialect import LaunchSpec
 from megatron_rl.rollout.engine import EngineError, Place, Request, SamplingParams
+from megatron_rl.rollout.servers.protocol import LaunchSpec
 from tests.tiny import tiny_raw
 
 ENGINES = ("sglang", "vllm")
@@ -56,7 +56,7 @@ def serving(
 
     from megatron_rl.data import build_tokenizer, vocab_size
     from megatron_rl.rollout.build import DIALECTS
-    from megatron_rl.rollout.processes import EngineProcess, free_port
+    from megatron_rl.rollout.servers.processes import EngineProcess, free_port
 
     python = python_of(engine)
     tokenizer = build_tokenizer(parse_config(tiny_raw(folder)))
@@ -91,8 +91,8 @@ def serving(
 
 def wait_ready(engine: str, process: Any, url: str, seconds: float = 240) -> None:
     from megatron_rl.rollout.build import DIALECTS
-    from megatron_rl.rollout.http import Server
-    from megatron_rl.rollout.servers import Loop
+    from megatron_rl.rollout.servers.engine import Loop
+    from megatron_rl.rollout.servers.http import Server
 
     loop, dialect, deadline = Loop(), DIALECTS[engine](), time.monotonic() + seconds
     try:
@@ -118,8 +118,8 @@ def train_and_compare(raws: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _train_and_compare(raw: dict[str, Any]) -> list[dict[str, Any]]:
     from megatron_rl import device, train
-    from megatron_rl.logs import RunLogger
     from megatron_rl.metrics import Timers
+    from megatron_rl.metrics.write import RunLogger
     from megatron_rl.parallel.groups import init_groups
     from tests.worlds import leave_layout
 

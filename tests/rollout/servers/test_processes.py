@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rl.rollout.processes import EngineProcess, free_port
+from megatron_rl.rollout.servers.processes import EngineProcess, free_port
 from tests.worlds import ROOT
 
 # a server with a worker of its own; both write their process ids

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.config import parse_config
+from megatron_rl.models.expert_routes import server_routes
 from megatron_rl.rollout.engine import Request, SamplingParams
-from megatron_rl.rollout.sglang import SGLang
-from megatron_rl.routes import server_routes
-from tests.rollout.servers_case import HF, python_of, serving
-from tests.rollout.test_sglang_server import Served, load
+from megatron_rl.rollout.servers.sglang import SGLang
+from tests.rollout.servers.servers_case import HF, python_of, serving
+from tests.rollout.servers.test_sglang_server import Served, load
 from tests.tiny import tiny_raw
 from tests.worlds import Worlds
 
@@ -37,8 +37,8 @@ def _steps(raw: dict[str, Any]) -> list[dict[str, Any]]:
     transformers', all pairs, and the largest difference of log-probabilities."""
     from megatron_rl import device, train
     from megatron_rl.convert.hf import hub_views
-    from megatron_rl.logs import RunLogger
     from megatron_rl.metrics import Timers
+    from megatron_rl.metrics.write import RunLogger
     from megatron_rl.parallel.groups import init_groups
     from tests.worlds import leave_layout
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from megatron_rl.config import parse_config
-from megatron_rl.rollout.dialect import Completion
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, SamplingParams, ServersLost
-from megatron_rl.rollout.http import ServerBusy, ServerFailed, ServerLost
-from megatron_rl.rollout.servers import Loop, ServerEngine
-from tests.rollout.servers_case import HF, lone_place
+from megatron_rl.rollout.servers.engine import Loop, ServerEngine
+from megatron_rl.rollout.servers.http import ServerBusy, ServerFailed, ServerLost
+from megatron_rl.rollout.servers.protocol import Completion
+from tests.rollout.servers.servers_case import HF, lone_place
 from tests.tiny import tiny_raw
 
 STOP, LIMIT = 9, 6
@@ -176,7 +176,7 @@ def test_a_busy_and_a_failing_server_are_asked_again(engine_of: Any) -> None:
 
 
 def test_a_server_that_only_fails_is_given_up(engine_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_rl.rollout.servers._BACKOFF_SECONDS", (0.001, 0.002))
+    monkeypatch.setattr("megatron_rl.rollout.servers.engine._BACKOFF_SECONDS", (0.001, 0.002))
     engine = engine_of({"http://a": lambda *_: ServerFailed("oops", 500)})
     with pytest.raises(EngineError, match="oops"):
         engine.generate(requests(1))

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from megatron_rl.config import parse_config
-from megatron_rl.rollout.http import ServerBusy
-from tests.rollout.servers_case import python_of, raw_of, rows, serving
+from megatron_rl.rollout.servers.http import ServerBusy
+from tests.rollout.servers.servers_case import python_of, raw_of, rows, serving
 from tests.worlds import Worlds, leave_layout
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]

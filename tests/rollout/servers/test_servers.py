@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollout.servers_case import ENGINES, python_of, raw_of, rows, serving, train_and_compare
+from tests.rollout.servers.servers_case import ENGINES, python_of, raw_of, rows, serving, train_and_compare
 from tests.worlds import Worlds
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.dialect import LaunchSpec, Manifest
 from megatron_rl.rollout.engine import EngineError, Request, SamplingParams
-from megatron_rl.rollout.http import Server
-from megatron_rl.rollout.sglang import SGLang, generate_body
-from megatron_rl.rollout.weight_sync import share
-from tests.rollout.servers_case import python_of
+from megatron_rl.rollout.servers.http import Server
+from megatron_rl.rollout.servers.protocol import LaunchSpec, Manifest
+from megatron_rl.rollout.servers.sglang import SGLang, generate_body
+from megatron_rl.rollout.servers.weight_sync import share
+from tests.rollout.servers.servers_case import python_of
 from tests.worlds import ROOT
 
 DIALECT = SGLang()

@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.parallel.engine_group import broadcast_bucket, join_engine_group, leave_engine_group
-from megatron_rl.rollout.dialect import Completion
 from megatron_rl.rollout.engine import EngineError, Request, SamplingParams
-from megatron_rl.rollout.http import Server, ServerLost, ServerRefused
-from megatron_rl.rollout.processes import EngineProcess, free_port
-from megatron_rl.rollout.sglang import SGLang
-from megatron_rl.rollout.weight_sync import Buffers, pack_buckets, share
-from tests.rollout.servers_case import serving
+from megatron_rl.rollout.servers.http import Server, ServerLost, ServerRefused
+from megatron_rl.rollout.servers.processes import EngineProcess, free_port
+from megatron_rl.rollout.servers.protocol import Completion
+from megatron_rl.rollout.servers.sglang import SGLang
+from megatron_rl.rollout.servers.weight_sync import Buffers, pack_buckets, share
+from tests.rollout.servers.servers_case import serving
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 CONTEXT = 400  # of `serving`

@@ -12,9 +12,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.convert.hf import hub_views
-from megatron_rl.rollout import weight_sync
 from megatron_rl.rollout.engine import EngineError
-from megatron_rl.rollout.weight_sync import Buffers, Colocated, check_same_model, expected_weights, pack_buckets, share
+from megatron_rl.rollout.servers import weight_sync
+from megatron_rl.rollout.servers.weight_sync import (
+    Buffers,
+    Colocated,
+    check_same_model,
+    expected_weights,
+    pack_buckets,
+    share,
+)
 
 QWEN = {"model_type": "qwen2", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 QWEN |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 37}

@@ -1,0 +1,84 @@
+"""Tokenizers, and how a problem's text becomes the prompt's token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl.errors import DataError
+from megatron_rl.models.facts import hf_folder, read_hf_config
+
+if TYPE_CHECKING:
+    from megatron_rl.config import Config
+
+_COUNTDOWN_CHARACTERS = "0123456789+-*/(),=:"
+
+
+def build_tokenizer(config: Config) -> Any:
+    """The Hugging Face fast tokenizer of the task: one token per character for countdown, else the configured folder's.
+
+    Raises: DataError when there is no tokenizer folder, or the model's vocabulary is smaller than the tokenizer's.
+    """
+    if config.data.type == "countdown":
+        tokenizer = character_tokenizer()
+    else:
+        own = hf_folder(config.model.path) if config.model.path else None
+        tokenizer = pretrained_tokenizer(config.data.tokenizer or own)
+    hf_vocab_size = read_hf_config(config.model).get("vocab_size")
+    if hf_vocab_size is not None and hf_vocab_size < vocab_size(tokenizer):
+        raise DataError(
+            f"the model's vocab_size={hf_vocab_size} is below the tokenizer's {vocab_size(tokenizer)} tokens; give the "
+            "tokenizer that belongs to the model, or raise model.hf_config.vocab_size"
+        )
+    return tokenizer
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """Tokens, added ones included: the model's vocabulary where its config gives none. The policy pads it."""
+    return len(tokenizer)
+
+
+def character_tokenizer() -> Any:
+    """Return the countdown game's tokenizer: one token per character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *_COUNTDOWN_CHARACTERS]
+    # no unknown token: a character outside the game is a bug, and encoding it raises
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    # unk_token: transformers loads a folder with a Qwen2 model and this tokenizer as a Qwen2Tokenizer, which without it
+    # adds a token of its own and so outgrows the model's vocabulary. The backend above does not use it.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def pretrained_tokenizer(folder: str | Path | None) -> Any:
+    """The tokenizer of a local folder. Raises: DataError when there is none."""
+    from transformers import AutoTokenizer
+
+    if folder is None:
+        raise DataError("data.tokenizer: model.hf_config brings no tokenizer; give the folder of one")
+    if not Path(folder).is_dir():
+        raise DataError(f"data.tokenizer: {folder} is no folder; give a local Hugging Face tokenizer folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.tokenizer: {folder} holds no tokenizer that transformers can load: {error}") from error
+
+
+def encode_prompt(text: str, system_prompt: str | None, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a prompt: by the tokenizer's chat template when it has one, else of the plain text."""
+    if tokenizer.chat_template is None:
+        return tuple(tokenizer.encode(f"{system_prompt}\n\n{text}" if system_prompt else text))
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages = [*system, {"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # the template has written the special tokens already
+    return tuple(tokenizer.encode(rendered, add_special_tokens=False))

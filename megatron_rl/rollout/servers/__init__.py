@@ -1,0 +1,1 @@
+"""Generation by inference servers: what talks to SGLang and vLLM, and how the weights reach them."""
