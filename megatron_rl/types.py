@@ -56,7 +56,7 @@ class Rollout:
     spans: tuple[tuple[int, int], ...] = ()  # (weight_version, tokens), in order; empty: all by `weight_version`
     unfinished: str = ""  # "deadline" or "crash" when the verifier was ended over this response, which scores 0
     terms: tuple[float, ...] = ()  # values of reward.terms, in their order
-    routes: Tensor | None = None  # [L, mixture layers, top_k], the experts that the engine took; see models/expert_routes.py
+    routes: Tensor | None = None  # [L, mixture layers, top_k], the engine's experts; see models/expert_routes.py
 
     @property
     def response_length(self) -> int:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl import cli
 from megatron_rl.algorithms.losses import ppo_clip
+from megatron_rl.convert import torch_dist
 from megatron_rl.convert.check import compare_logits, compare_tensors
 from megatron_rl.convert.hf import hub_views
 from megatron_rl.convert.to_hf import megatron_to_hf, parse_size
@@ -24,7 +25,6 @@ from megatron_rl.data.tokenizer import character_tokenizer
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.mapping import model_rows
-from megatron_rl.parallel import torch_dist
 from tests.policy.tiny import HF, hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of
 from tests.worlds import Worlds
 
