@@ -230,7 +230,7 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     policy = MegatronPolicy(raw_hf_config, config, groups, total_updates=total_updates, fuse_output_layer=fuse)
     place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
     model_dir = config.run_dir / "engine_model"
-    if config.rollout.engine != "transformers":
+    if not config.rollout.is_embedded:
         if groups.rank == 0:
             write_model_dir(model_dir, policy, tokenizer)
         barrier(groups)
@@ -294,7 +294,7 @@ def sync_weights(run: Run) -> None:
     while run.engine_version != run.weight_version:
         try:
             run.engine.update_weights(run.policy.hf_weights(), run.weight_version)
-            if run.config.rollout.engine != "transformers":
+            if not run.config.rollout.is_embedded:
                 probe_engine(run.engine, run.policy, run.world, run.collector.cursor.prompts)
             run.engine_version = run.weight_version
         except ServersLost as error:  # the next update restarts the dead, or ends the run when too many died

@@ -56,14 +56,13 @@ def mark_tokens(
     mini_batch, metrics = select_tokens(
         mini_batch, stats, loss, reducer, seed=seed, step=step, updates_per_step=updates_per_step
     )
-    kind: str = loss.type  # type: ignore[attr-defined]
-    if kind not in WEIGHTINGS:
+    if loss.type not in WEIGHTINGS:
         return mini_batch, metrics
     mine = torch.tensor([sum(micro_batch.num_tokens for micro_batch in mini_batch.micro_batches)])
     if not int(reducer.sum(mine.to(stats[0].logprobs.device))):  # no token on any rank
         nothing = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
         return mini_batch.replace_each("surrogate_weights", nothing), metrics
-    weights = WEIGHTINGS[kind](mini_batch, stats, loss, reducer)
+    weights = WEIGHTINGS[loss.type](mini_batch, stats, loss, reducer)
     sums = torch.stack([torch.full_like(weights.sum(), weights.numel()), weights.sum(), (weights**2).sum()])
     count, total, squares = reducer.sum(sums).tolist()
     smallest = -float(reducer.max(torch.cat([-weights, weights.new_tensor([-math.inf])]).max()))

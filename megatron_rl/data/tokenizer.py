@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.errors import DataError
-from megatron_rl.models.facts import hf_folder, read_hf_config
+from megatron_rl.models.facts import folder_hint, hf_folder, read_hf_config
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -26,9 +26,10 @@ def build_tokenizer(config: Config) -> Any:
         tokenizer = pretrained_tokenizer(config.data.tokenizer or own)
     hf_vocab_size = read_hf_config(config.model).get("vocab_size")
     if hf_vocab_size is not None and hf_vocab_size < vocab_size(tokenizer):
+        remedy = "" if config.model.path else ", or raise model.hf_config.vocab_size"
         raise DataError(
             f"the model's vocab_size={hf_vocab_size} is below the tokenizer's {vocab_size(tokenizer)} tokens; give the "
-            "tokenizer that belongs to the model, or raise model.hf_config.vocab_size"
+            f"tokenizer that belongs to the model{remedy}"
         )
     return tokenizer
 
@@ -66,7 +67,9 @@ def pretrained_tokenizer(folder: str | Path | None) -> Any:
     if folder is None:
         raise DataError("data.tokenizer: model.hf_config brings no tokenizer; give the folder of one")
     if not Path(folder).is_dir():
-        raise DataError(f"data.tokenizer: {folder} is no folder; give a local Hugging Face tokenizer folder")
+        raise DataError(
+            f"data.tokenizer: {folder} is no folder{folder_hint(folder)}; give a local Hugging Face tokenizer folder"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

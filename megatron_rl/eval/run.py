@@ -105,7 +105,7 @@ class _Served:
         """With the weights loaded. A collective, at its first call."""
         if self._engine is None:
             model_dir = self._config.run_dir / "engine_model"
-            if self._config.rollout.engine != "transformers":
+            if not self._config.rollout.is_embedded:
                 if self._place.rank == 0:
                     write_model_dir(model_dir, _Model(self.weights.hf, self._config), self._tokenizer)
                 self._place.gather(None)  # no server may start before the folder is whole

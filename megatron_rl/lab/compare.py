@@ -76,7 +76,7 @@ def compare(
             step=where.step,
             updates_per_step=where.updates_per_step,
         )
-        vectors.append(gradient(policy, marked, LOSSES[loss.type], loss))  # type: ignore[attr-defined]
+        vectors.append(gradient(policy, marked, LOSSES[loss.type], loss))
         sets.append(_restrained(marked, stats, loss, policy.context))
         kept = {name: value for name, value in metrics.items() if name.startswith(("weight/", "select/"))}
         change: float | None = predicted_change([(marked, stats)], loss, ranks, policy.context)

@@ -21,7 +21,7 @@ from megatron_rl.types import CollectResult, MiniBatch, SupportsSum, TokenStats,
 
 def needs_current_stats(loss: LossBase, index: int) -> bool:
     """Whether selection in mini-batch `index` pays a forward: the first of a step has the weights of old_logprobs."""
-    return index > 0 and "current" in (getattr(loss, "cov_logprobs", "old"), getattr(loss, "stats", "old"))
+    return index > 0 and loss.needs_current_statistics
 
 
 def add_batch_metrics(

@@ -66,7 +66,7 @@ def pack(
         share_prompts=shares_prompts(config),
         aggregation=config.loss.aggregation,
         constant_length=config.rollout.max_response_tokens,
-        stride=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        stride=config.max_sequence_tokens,
     )
     _check_groups(rollouts, config)
     _check_rollouts(rollouts, layout, may_be_masked=config.algorithm.overlong.filter)

@@ -52,7 +52,7 @@ def preflight(
 
 
 def check_rank(config: Config) -> None:
-    """All checks, as one rank of a world. Raises: UserError on rank 0 when a check failed."""
+    """Run all checks as one rank of a world. Raises: UserError on rank 0 when a check failed."""
     from megatron_rl import device
     from megatron_rl.parallel.world import all_reduce_bandwidth, join_world, leave_world
 
@@ -72,12 +72,12 @@ def check_rank(config: Config) -> None:
 
 
 def world_rank() -> int:
-    """This process's number in the world."""
+    """Return this process's number in the world."""
     return int(os.environ["RANK"])
 
 
 def _check(config: Config, world: Reducer, bandwidth: float, is_right: bool) -> list[Line]:
-    """On every rank; rank 0 prints."""
+    """Return the lines on every rank; rank 0 prints them."""
     from megatron_rl.data import build_tokenizer, vocab_size
     from megatron_rl.preflight.facts import gather_facts
     from megatron_rl.preflight.lines import Line, bandwidth_line, fact_lines
@@ -135,7 +135,7 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Line:
     from megatron_rl.preflight.lines import Line
     from megatron_rl.rollout.engine import EngineError, Place
 
-    if config.rollout.engine == "transformers":
+    if config.rollout.is_embedded:
         return Line("engine start", "embedded: nothing to start", None)
     from megatron_rl.rollout.build import DIALECTS, start_fleet, write_model_dir
     from megatron_rl.rollout.servers.engine import Loop
