@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from megatron_rl import device
 
@@ -94,20 +95,20 @@ class Recorder(Spans):
         self._peaks: list[int] = []  # of the open spans, before their current child
         self._main = threading.get_ident()
 
+    @override
     def __call__(self, name: str) -> AbstractContextManager[None]:
-        """See `Spans`."""
         if self._record is not None:
             return self._span(self._record, name)
         return torch.profiler.record_function(name) if self._tracing else _NOTHING
 
+    @override
     def light(self, name: str) -> AbstractContextManager[None]:
-        """See `Spans`."""
         if self._record is not None:
             return self._light_span(self._record, name)
         return torch.profiler.record_function(name) if self._tracing else _NOTHING
 
+    @override
     def steps(self, steps: Iterable[int]) -> Iterator[int]:
-        """See `Spans`."""
         for step in steps:
             if step == self._traced:
                 with self._trace():
