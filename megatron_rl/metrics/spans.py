@@ -22,18 +22,18 @@ _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class Spans:
-    """Records nothing."""
+    """Spans that record nothing; `Recorder` overrides them."""
 
     def __call__(self, name: str) -> AbstractContextManager[None]:
-        """Around a phase or a part of one; spans nest. The device is waited for at both ends."""
+        """Return the context of a phase or a part of one; spans nest. The device is waited for at both ends."""
         return _NOTHING
 
     def light(self, name: str) -> AbstractContextManager[None]:
-        """Around what happens often, on any thread: wall time alone, nothing is waited for."""
+        """Return the context of something frequent, on any thread: wall time alone, nothing is waited for."""
         return _NOTHING
 
     def steps(self, steps: Iterable[int]) -> Iterator[int]:
-        """The same steps; what the loop's body does between two of them is one step."""
+        """Yield the same steps; what the loop's body does between two of them is one step."""
         yield from steps
 
 
@@ -86,7 +86,7 @@ class Recorder(Spans):
     def __init__(
         self, measured: Collection[int], watch: Watch, *, traced: int | None = None, trace_path: Path | None = None
     ) -> None:
-        """`watch`: reports collectives while its context is open (parallel.traffic.watch_collectives)."""
+        """Prepare. `watch`: reports collectives while its context is open (parallel.traffic.watch_collectives)."""
         self.records: list[StepRecord] = []
         self._measured, self._watch, self._traced, self._trace_path = measured, watch, traced, trace_path
         self._record: StepRecord | None = None
@@ -188,7 +188,7 @@ class Recorder(Spans):
 
 
 def to_json(records: list[StepRecord]) -> list[dict[str, Any]]:
-    """Plain lists, one per span and collective: a step may have thousands."""
+    """Return plain data, a list for each span and collective: a step may have thousands."""
     return [
         {
             "step": r.step,

@@ -65,12 +65,12 @@ def expected_weights(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape for row in model_rows(hf) for name, shape in zip(row.hf, expected_shapes(row, hf), strict=True)}
 
 
-def check_same_model(mine: PretrainedConfig, theirs: PretrainedConfig, url: str) -> None:
+def check_same_model(policy: PretrainedConfig, theirs: PretrainedConfig, url: str) -> None:
     """Check that a server has the policy's weights: one that is sent others dies, or serves noise.
 
     Raises: EngineError naming a weight of another name or shape.
     """
-    ours, served = expected_weights(mine), expected_weights(theirs)
+    ours, served = expected_weights(policy), expected_weights(theirs)
     for name in ours.keys() | served.keys():
         if ours.get(name) != served.get(name):
             raise EngineError(
