@@ -48,7 +48,7 @@ def main(config: Config) -> None:
 
 
 def evaluate_model(config: Config, place: Place) -> list[SetResult]:
-    """All sets of the config, with their samples in its run folder. The same on every rank.
+    """Evaluate all sets of the config, with their samples in its run folder; return the same results on every rank.
 
     Raises: UserError for what the user can mend; the samples so far are kept.
     """
@@ -65,7 +65,7 @@ def evaluate_model(config: Config, place: Place) -> list[SetResult]:
 
 
 def write_results(config: Config, results: list[SetResult]) -> str:
-    """Write the tables and the pages into the run folder; returns the table in Markdown."""
+    """Write the tables and the pages into the run folder; return the table in Markdown."""
     name = model_name(config.model.path or "")
     table = write_tables(config.run_dir, name, results, confidence=config.eval.confidence)
     write_pages(config.run_dir, table, [(result.title, set_folder(config, result.name)) for result in results])
@@ -73,21 +73,21 @@ def write_results(config: Config, results: list[SetResult]) -> str:
 
 
 def set_folder(config: Config, name: str) -> Path:
-    """Where the samples of a set are."""
+    """Return the folder of a set's samples."""
     return config.run_dir / "sets" / name
 
 
 def _fingerprint(weights: Weights) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of change in nanoseconds) of the files with the weights: cheap, and enough to notice that a
-    path holds another model than before."""
+    """Return (name, bytes, time of change in ns) of each file of weights: enough to notice that a path now holds
+    another model."""
     suffixes = (".safetensors", ".distcp")
     files = sorted(path for path in weights.path.iterdir() if path.suffix in suffixes)
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    """What the engine is told about the model."""
+class _Description:
+    """A model as the engines' folder describes it."""
 
     hf_config: PretrainedConfig
     config: Config
@@ -102,12 +102,12 @@ class _Served:
         self._engine: RolloutEngine | None = None
 
     def engine(self) -> RolloutEngine:
-        """With the weights loaded. A collective, at its first call."""
+        """Return the engine with the weights loaded; the first call is a collective."""
         if self._engine is None:
             model_dir = self._config.run_dir / "engine_model"
             if not self._config.rollout.is_embedded:
                 if self._place.rank == 0:
-                    write_model_dir(model_dir, _Model(self.weights.hf, self._config), self._tokenizer)
+                    write_model_dir(model_dir, _Description(self.weights.hf, self._config), self._tokenizer)
                 self._place.gather(None)  # no server may start before the folder is whole
             setup = EngineSetup(self.weights.hf, model_dir, device.device(), self._place)
             self._engine = build_engine(self._config, setup)
@@ -138,7 +138,7 @@ class _Served:
 
 
 class _Progress:
-    """Lines on the first rank about its share, and the answer to a request to stop."""
+    """Tells on the first rank how far its share is, and ends the evaluation on any rank that was asked to stop."""
 
     def __init__(self, place: Place) -> None:
         self._speaks, self._said = place.rank == 0, time.monotonic()

@@ -17,7 +17,7 @@ from megatron_rl.errors import UserError
 
 
 class _RunByDefault(TyperGroup):
-    """What is no command's name is the config of `run`, so that `profile CONFIG` needs no further word."""
+    """Takes a word that names no command as the config of `run`, so that `profile CONFIG` needs no further word."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -68,7 +68,7 @@ def compare(
     first: Annotated[Path, typer.Argument(help="folder that `profile` wrote", show_default=False)],
     second: Annotated[Path, typer.Argument(help="another one", show_default=False)],
 ) -> None:
-    """Two profiles side by side, phase by phase; ratios above 1 mean that the second took longer."""
+    """Show two profiles side by side, phase by phase; ratios above 1 mean that the second took longer."""
     from rich.console import Console
 
     from megatron_rl.profiling.tables import compare_table
@@ -77,7 +77,7 @@ def compare(
 
 
 def load_profile(folder: Path) -> dict[str, Any]:
-    """The contents of profile.json. Raises: UserError when the folder holds no finished profile."""
+    """Return the contents of profile.json. Raises: UserError when the folder holds no finished profile."""
     path = folder / "profile.json"
     if not path.is_file():
         raise UserError(f"{folder}: no profile.json in it; expected a folder that `megatron-rl profile` wrote")

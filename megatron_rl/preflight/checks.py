@@ -1,4 +1,4 @@
-"""From all ranks' facts to lines that pass or name the remedy. Pure: no device, no network."""
+"""Checks of all ranks' facts: each passes or names the remedy. Pure: no device, no network."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 14}  # weights, and in float3
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Check:
     """One check. `is_ok` None: there is nothing to check here."""
 
-    what: str
+    name: str
     finding: str
     is_ok: bool | None = True
     remedy: str = ""
 
 
-def fact_lines(config: Config, facts: list[Facts], vocabulary: int, existing_checkpoints: int) -> list[Line]:
+def fact_checks(config: Config, facts: list[Facts], vocabulary: int, existing_checkpoints: int) -> list[Check]:
     """Return all checks that follow from the facts. `vocabulary`: the tokenizer's size."""
     return [
         _ranks(config.parallel, facts),
@@ -41,15 +41,15 @@ def fact_lines(config: Config, facts: list[Facts], vocabulary: int, existing_che
     ]
 
 
-def bandwidth_line(ranks: int, nodes: int, bytes_per_second: float, is_right: bool) -> Line:
-    """Return the line of the all-reduce."""
+def bandwidth_check(ranks: int, nodes: int, bytes_per_second: float, is_right: bool) -> Check:
+    """Return the check of the all-reduce: its sums, and its bandwidth in bytes/s."""
     if ranks == 1:
-        return Line("all-reduce", "one rank alone", None)
+        return Check("all-reduce", "one rank alone", None)
     where = f"{ranks} ranks on {nodes} node{'s' * (nodes > 1)}"
     if not is_right:
         remedy = "a link or a GPU computes wrong sums: find it with nccl-tests, node by node, and exclude its node"
-        return Line("all-reduce", f"wrong sums over {where}", False, remedy)
-    return Line("all-reduce", f"{bytes_per_second / 1e9:.2f} GB/s bus bandwidth, {where}")
+        return Check("all-reduce", f"wrong sums over {where}", False, remedy)
+    return Check("all-reduce", f"{bytes_per_second / 1e9:.2f} GB/s bus bandwidth, {where}")
 
 
 def checkpoint_bytes(model: ModelConfig, vocabulary: int) -> int:
@@ -63,38 +63,38 @@ def _nodes(facts: Iterable[Facts]) -> list[Facts]:
 
 
 def _each(faults: Iterable[tuple[str, str]], total: int) -> str:
-    """Return the faults by node, said once when all nodes have the same."""
-    found = [(host, fault) for host, fault in faults if fault]
-    if len({fault for _, fault in found}) == 1 and len(found) == total:
-        return found[0][1]
-    return "\n".join(f"{host}: {fault}" for host, fault in found)
+    """Return a text with the faults by node; said once when all nodes have the same."""
+    named = [(host, fault) for host, fault in faults if fault]
+    if len({fault for _, fault in named}) == 1 and len(named) == total:
+        return named[0][1]
+    return "\n".join(f"{host}: {fault}" for host, fault in named)
 
 
-def _on_nodes(what: str, facts: list[Facts], fault_of: Callable[[Facts], str], fine: str) -> Line:
+def _on_nodes(what: str, facts: list[Facts], fault_of: Callable[[Facts], str], fine: str) -> Check:
     nodes = _nodes(facts)
     faults = _each(((fact.host, fault_of(fact)) for fact in nodes), len(nodes))
-    return Line(what, fine) if not faults else Line(what, faults, False)
+    return Check(what, fine) if not faults else Check(what, faults, False)
 
 
-def _ranks(parallel: ParallelConfig, facts: list[Facts]) -> Line:
-    wanted, found, nodes = parallel.processes, len(facts), len(_nodes(facts))
-    text = f"{found} of {wanted} on {nodes} node{'s' * (nodes > 1)}"
-    if found < wanted:
-        return Line("ranks", f"{text}: those that this machine can hold; a job checks them all", None)
-    return Line("ranks", text)
+def _ranks(parallel: ParallelConfig, facts: list[Facts]) -> Check:
+    wanted, running, nodes = parallel.processes, len(facts), len(_nodes(facts))
+    text = f"{running} of {wanted} on {nodes} node{'s' * (nodes > 1)}"
+    if running < wanted:
+        return Check("ranks", f"{text}: those that this machine can hold; a job checks them all", None)
+    return Check("ranks", text)
 
 
-def _versions(facts: list[Facts]) -> Line:
+def _versions(facts: list[Facts]) -> Check:
     first = facts[0].versions
     shown = ", ".join(f"{name} {version}" for name, version in first.items())
     faults = _each(((fact.host, "; ".join(fact.version_faults)) for fact in _nodes(facts)), len(_nodes(facts)))
     if faults:
-        return Line("versions", faults, False, "install what is supported: pip install -e '.[gpu]' on a GPU machine")
+        return Check("versions", faults, False, "install what is supported: pip install -e '.[gpu]' on a GPU machine")
     others = [f"{fact.host}: {_difference(first, fact.versions)}" for fact in _nodes(facts) if fact.versions != first]
     if others:
         finding = "\n".join([f"{facts[0].host}: {shown}", *others])
-        return Line("versions", finding, False, "use one environment, or one container, on all nodes")
-    return Line("versions", shown)
+        return Check("versions", finding, False, "use one environment, or one container, on all nodes")
+    return Check("versions", shown)
 
 
 def _difference(first: dict[str, str], other: dict[str, str]) -> str:
@@ -102,14 +102,14 @@ def _difference(first: dict[str, str], other: dict[str, str]) -> str:
     return ", ".join(f"{name} {other.get(name, 'is missing')}" for name in names)
 
 
-def _gpus(facts: list[Facts]) -> Line:
+def _gpus(facts: list[Facts]) -> Check:
     gpus = [(fact.host, fact.local_rank, *fact.gpu) for fact in facts if fact.gpu is not None]
     if not gpus:
-        return Line("GPUs", "no GPU here: the ranks run on CPUs, over gloo", None)
+        return Check("GPUs", "no GPU here: the ranks run on CPUs, over gloo", None)
     bare = sorted({fact.host for fact in facts if fact.gpu is None})
     if bare:
         remedy = "ask Slurm for GPUs on every node, or take the node out: sbatch --exclude"
-        return Line("GPUs", f"no GPU on {', '.join(bare)}", False, remedy)
+        return Check("GPUs", f"no GPU on {', '.join(bare)}", False, remedy)
     full = [
         f"{host} GPU {index}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         for host, index, _, free, total in gpus
@@ -117,59 +117,59 @@ def _gpus(facts: list[Facts]) -> Line:
     ]
     if full:
         remedy = "end the processes that hold it (nvidia-smi names them), or take the node out: sbatch --exclude"
-        return Line("GPUs", "\n".join(full), False, remedy)
+        return Check("GPUs", "\n".join(full), False, remedy)
     kinds = sorted({name for _, _, name, _, _ in gpus})
     if len(kinds) > 1:
-        return Line("GPUs", f"of several kinds: {', '.join(kinds)}", False, "ask for one kind: sbatch --constraint")
+        return Check("GPUs", f"of several kinds: {', '.join(kinds)}", False, "ask for one kind: sbatch --constraint")
     least = min(free for *_, free, _ in gpus)
-    return Line("GPUs", f"{len(gpus)} x {kinds[0]}, at least {least / 2**30:.1f} GiB free on each")
+    return Check("GPUs", f"{len(gpus)} x {kinds[0]}, at least {least / 2**30:.1f} GiB free on each")
 
 
-def _hosts(rollout: RolloutConfig, facts: list[Facts]) -> Line:
+def _hosts(rollout: RolloutConfig, facts: list[Facts]) -> Check:
     nodes = _nodes(facts)
     if len(nodes) == 1 or rollout.is_embedded:
-        return Line("node names", "the engines' addresses stay on their node", None)
+        return Check("node names", "the engines' addresses stay on their node", None)
     faults = [(fact.host, f"cannot resolve {', '.join(fact.unknown_hosts)}") for fact in nodes if fact.unknown_hosts]
     if faults:
         remedy = "engines are reached by their node's hostname: add the nodes to DNS or /etc/hosts"
-        return Line("node names", _each(faults, len(nodes)), False, remedy)
-    return Line("node names", "every node resolves every other")
+        return Check("node names", _each(faults, len(nodes)), False, remedy)
+    return Check("node names", "every node resolves every other")
 
 
-def _engine_version(rollout: RolloutConfig, facts: list[Facts]) -> Line:
+def _engine_version(rollout: RolloutConfig, facts: list[Facts]) -> Check:
     if rollout.is_embedded:
-        return Line("engine", "transformers, embedded", None)
+        return Check("engine", "transformers, embedded", None)
     versions = sorted({fact.engine_version for fact in _nodes(facts)})
-    which = ", ".join(versions) if any(versions) else f"at {', '.join(rollout.server.urls)}"
-    return _on_nodes("engine", facts, lambda fact: fact.engine_fault, f"{rollout.engine} {which}")
+    offer = ", ".join(versions) if any(versions) else f"at {', '.join(rollout.server.urls)}"
+    return _on_nodes("engine", facts, lambda fact: fact.engine_fault, f"{rollout.engine} {offer}")
 
 
-def _data(facts: list[Facts]) -> Line:
-    line = _on_nodes("data", facts, lambda fact: fact.data_fault, facts[0].data)
+def _data(facts: list[Facts]) -> Check:
+    check = _on_nodes("data", facts, lambda fact: fact.data_fault, facts[0].data)
     nodes = _nodes(facts)
-    if line.is_ok and len({fact.data for fact in nodes}) > 1:
+    if check.is_ok and len({fact.data for fact in nodes}) > 1:
         finding = "\n".join(f"{fact.host}: {fact.data}" for fact in nodes)
-        return Line("data", finding, False, "the nodes read different files: put the data on a disk that all share")
-    return line
+        return Check("data", finding, False, "the nodes read different files: put the data on a disk that all share")
+    return check
 
 
-def _folder(config: Config, facts: list[Facts]) -> Line:
+def _folder(config: Config, facts: list[Facts]) -> Check:
     blind = [fact.host for fact in _nodes(facts) if not fact.sees_shared]
     if blind:
         remedy = "put logging.run_dir (MEGATRON_RL_RUNS) on a disk that all nodes share"
         finding = f"{config.run_dir.parent} is not the same folder on {', '.join(blind)}"
-        return Line("run folder", finding, False, remedy)
-    return Line("run folder", f"{config.run_dir}, seen by every node")
+        return Check("run folder", finding, False, remedy)
+    return Check("run folder", f"{config.run_dir}, seen by every node")
 
 
-def _room(config: Config, facts: list[Facts], vocabulary: int, existing: int) -> Line:
+def _room(config: Config, facts: list[Facts], vocabulary: int, existing: int) -> Check:
     one = checkpoint_bytes(config.model, vocabulary)
     more = max(1, config.train.keep_checkpoints + 1 - existing)  # the newest is written before the oldest goes
     free = min(fact.free_bytes for fact in _nodes(facts))
     finding = f"{_gib(one)} a checkpoint, room for {more} more asked, {_gib(free)} free"
     if free < more * one:
-        return Line("disk", finding, False, "make room, lower train.keep_checkpoints, or move logging.run_dir")
-    return Line("disk", finding)
+        return Check("disk", finding, False, "make room, lower train.keep_checkpoints, or move logging.run_dir")
+    return Check("disk", finding)
 
 
 def _gib(count: float) -> str:
