@@ -258,7 +258,7 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         config=config,
         groups=groups,
         world=Reducer(groups.world),
-        data_parallel=Reducer(groups.dp),
+        data_parallel=Reducer(groups.dp_cp),
         tokenizer=None,
         policy=policy,
         engine=SimpleNamespace(update_weights=lambda stream, version: list(stream)),  # type: ignore[arg-type]

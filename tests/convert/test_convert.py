@@ -124,7 +124,7 @@ def _through_megatron(cases: list[tuple[Path, Path, Path | None, dict[str, Any]]
 
             for _, parameter in policy.parameters:
                 parameter.data.zero_()
-            metadata = {"singleton_local_shards": False, "dp_cp_group": policy.groups.dp}
+            metadata = {"singleton_local_shards": False, "dp_cp_group": policy.groups.dp_cp}
             wanted = {"model": policy.model.chunks[0].sharded_state_dict(metadata=metadata)}
             state, unread, absent = dist_checkpointing.load(wanted, str(megatron), strict="return_all")
             assert not absent, absent

@@ -81,7 +81,7 @@ def _through_layouts(
                 target.mkdir()
             dist.barrier()
             filesystem_async._results_queue = queue.SimpleQueue()  # the default is a manager process a rank
-            metadata = {"singleton_local_shards": False, "dp_cp_group": policy.groups.dp}
+            metadata = {"singleton_local_shards": False, "dp_cp_group": policy.groups.dp_cp}
             dist_checkpointing.save(
                 {"model": policy.model.chunks[0].sharded_state_dict(metadata=metadata)}, str(target)
             )

@@ -66,7 +66,7 @@ def make_rollouts(config: Config, seed: int = 0, one_prompt: bool = False) -> li
 
 
 def micro_batches(batch: TrainBatch) -> list[MicroBatch]:
-    return [mb for mini in batch.minibatches() for mb in mini.micro_batches]
+    return [mb for mini in batch.mini_batches for mb in mini.micro_batches]
 
 
 def two_sequences() -> tuple[Config, list[Rollout]]:
@@ -79,7 +79,7 @@ def test_two_sequences_by_hand() -> None:
     config, rollouts = two_sequences()
     (mini,) = pack(
         rollouts, torch.tensor([0.5, -2.0]), config, step=3, dp_rank=0, dp_size=1, pad_multiple=5
-    ).minibatches()
+    ).mini_batches
     (mb,) = mini.micro_batches
     assert mb.token_ids.tolist() == [11, 12, 13, 14, 15, 21, 22, 0, 0, 0]
     assert mb.labels.tolist() == [0, 13, 14, 15, 0, 22, 0, 0, 0, 0]
@@ -190,7 +190,7 @@ def test_interleaved_pipelines_get_a_multiple_of_micro_batches() -> None:
     config = make_config(prompts=1, per_minibatch=1, samples=3, budget=30)
     rollouts = [make_rollout(7, i, [11], [12] * 19) for i in range(3)]  # 20 tokens: one to a micro-batch
     options = {"step": 0, "dp_rank": 0, "dp_size": 1, "equal_lengths": True}
-    (mini,) = pack(rollouts, torch.zeros(3), config, count_multiple=2, **options).minibatches()
+    (mini,) = pack(rollouts, torch.zeros(3), config, count_multiple=2, **options).mini_batches
     assert [mb.num_sequences for mb in mini.micro_batches] == [1, 1, 1, 0]
     with pytest.raises(ValueError, match="num_micro_batches=3 must be at least 1, the second a multiple of 2"):
         pack(rollouts, torch.zeros(3), config, count_multiple=2, num_micro_batches=3, **options)
@@ -346,7 +346,7 @@ def test_lengths_are_rounded_up_to_rows_where_the_budget_allows(share_prompts: b
         options = {"step": 0, "dp_rank": 0, "dp_size": 1, "pad_multiple": 2}
         plain = pack(rollouts, torch.zeros(len(rollouts)), config, **options)
         rounded = pack(rollouts, torch.zeros(len(rollouts)), config, **options, row_multiple=24)
-        for before, after in zip(plain.minibatches(), rounded.minibatches(), strict=True):
+        for before, after in zip(plain.mini_batches, rounded.mini_batches, strict=True):
             for a, b in zip(before.micro_batches, after.micro_batches, strict=True):
                 short, long = len(a.model_inputs().token_ids), len(b.model_inputs().token_ids)
                 assert long == min(budget, -(-short // 48) * 48)

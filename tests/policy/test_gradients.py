@@ -32,7 +32,7 @@ def _measure(config: Any) -> dict[str, Any]:
     from megatron_rl.policy.gradients import EntropyTangent, gradient, inner
 
     with policy_of(config) as policy:
-        ranks = Reducer(policy.groups.dp)
+        ranks = Reducer(policy.groups.dp_cp)
         mini_batch = make_batch(config, policy.groups).mini_batches[0]
         before = weights_of(policy)
         stats = policy.stats(mini_batch, with_sum_p2=True)

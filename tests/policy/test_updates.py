@@ -137,9 +137,9 @@ def _train(configs: dict[Any, Config]) -> dict[Any, Any]:
     for key, config in configs.items():
         with policy_of(config) as policy:
             batch = make_batch(config, policy.groups)
-            assert all(len(mini_batch.micro_batches) > 1 for mini_batch in batch.minibatches())
+            assert all(len(mini_batch.micro_batches) > 1 for mini_batch in batch.mini_batches)
             results, after_one = [], {}
-            for mini_batch in batch.minibatches():
+            for mini_batch in batch.mini_batches:
                 results.append(_update(policy, mini_batch))
                 after_one = after_one or weights_of(policy)
             assert not any(result.skipped for result in results)
