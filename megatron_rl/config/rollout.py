@@ -78,8 +78,8 @@ class RolloutConfig(Section):
     max_response_tokens: PositiveInt = 1024
     """A response is cut here (finish_reason length)."""
     stop_token_ids: tuple[Int, ...] | None = None
-    """Tokens that end a response; null: the end-of-sequence tokens of the model's generation_config.json and of the
-    tokenizer; []: none."""
+    """Tokens of which each ends a response; null: the tokenizer's end-of-sequence token and all that the model's
+    generation_config.json names; []: none."""
     batch_size: PositiveInt = 256
     """Embedded engine: sequences decoded together on one rank."""
     max_staleness: NonNegativeInt = 0

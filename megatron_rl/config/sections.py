@@ -202,9 +202,11 @@ class OptimizerConfig(Section):
     lr: NonNegativeFloat = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes on after warm-up; linear and cosine end at 0 after num_steps."""
+    """How the learning rate goes on after warm-up, in each of a step's updates; linear and cosine end at 0 after
+    num_steps."""
     warmup_steps: NonNegativeInt = 0
-    """Optimizer updates of linear warm-up."""
+    """Optimizer updates of linear warm-up, of which a step has train.prompts_per_step / prompts_per_minibatch; a run
+    that goes on with other batch sizes keeps the steps that these were."""
     beta1: Float = Field(0.9, ge=0, lt=1)
     """Decay of Adam's mean of the gradient, per update."""
     beta2: Float = Field(0.999, ge=0, lt=1)
@@ -320,7 +322,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     """The loop: steps, batches, evaluations, checkpoints."""
     eval: EvalConfig = EvalConfig()
-    """Benchmarks."""
+    """Which benchmarks are evaluated, and how."""
     logging: LoggingConfig = LoggingConfig()
     """Where numbers go."""
 
