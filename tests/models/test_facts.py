@@ -1,4 +1,4 @@
-"""The one list of what the policy cannot be, against the models that transformers builds, and what it says of folders."""
+"""The one list of what the policy cannot be, against models that transformers builds; what is said of folders."""
 
 from __future__ import annotations
 
