@@ -311,9 +311,9 @@ def _train_without_sync(raws: list[dict[str, Any]]) -> None:
     sync_weights = train.sync_weights
 
     def only_first(run: Any) -> None:
-        if run.weight_version == 0:
+        if run.served.weight_version == 0:
             sync_weights(run)
-        run.engine.weight_version = run.weight_version  # it claims to have them
+        run.served.engine.weight_version = run.served.weight_version  # it claims to have them
 
     with mock.patch.object(train, "sync_weights", only_first):
         train_each(raws)

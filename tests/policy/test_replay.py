@@ -128,7 +128,7 @@ def expected() -> dict[str, Any]:
         forced[:] = [rollout.routes]
         logp = model(rollout.token_ids[None]).logits[0, :-1].log_softmax(-1)
         taken = logp.gather(1, rollout.token_ids[1:, None])[:, 0]
-        logprobs |= {i * stride + t + 1: taken[t] for t in range(len(taken)) if rollout.loss_mask[t + 1]}
+        logprobs |= {i * stride + t + 1: taken[t] for t in range(len(taken)) if rollout.sampled[t + 1]}
     (-torch.stack(list(logprobs.values())).mean()).backward()
     grads = hub_views({name: parameter.grad for name, parameter in model.named_parameters()})
     return {"logprobs": {i: x.detach() for i, x in logprobs.items()}, "grads": grads}
@@ -163,7 +163,7 @@ def _replay_itself(folder: Path) -> list[dict[str, Any]]:
     engine = TransformersEngine(HF | MOE, dtype=torch.float32, device=torch.device("cpu"), batch_size=16)
     engine.update_weights(hub_views(dict(model.named_parameters())).items(), 0)
     sampling = SamplingParams(1.0, 1.0, 0, 16, (3, 4), seed=1)
-    prompts = [tuple(r.token_ids[~r.loss_mask].tolist()) for r in make_rollouts()[::4]]
+    prompts = [tuple(r.token_ids[~r.sampled].tolist()) for r in make_rollouts()[::4]]
     requests = [Request(i, j, prompt, sampling, True) for i, prompt in enumerate(prompts) for j in range(4)]
     rollouts = engine.generate(requests)
     plain = [rollout.replace(routes=None) for rollout in rollouts]

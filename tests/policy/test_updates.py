@@ -107,8 +107,8 @@ def _reference(case: str) -> tuple[dict[str, Tensor], list[float], list[float]]:
         for i in range(8 * update, 8 * update + 8):
             rollout, advantage = rollouts[i], advantages[i]
             logp = model(rollout.token_ids[None]).logits[0, :-1].log_softmax(-1)
-            logp = logp.gather(1, rollout.token_ids[1:, None])[:, 0][rollout.loss_mask[1:]]
-            ratio = (logp - rollout.rollout_logprobs[rollout.loss_mask]).exp()
+            logp = logp.gather(1, rollout.token_ids[1:, None])[:, 0][rollout.sampled[1:]]
+            ratio = (logp - rollout.rollout_logprobs[rollout.sampled]).exp()
             total = total - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum()
             count += len(logp)
         model.zero_grad()

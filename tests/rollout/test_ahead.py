@@ -29,7 +29,7 @@ def _train_ahead(raw: dict[str, Any]) -> dict[str, Any]:
     put_off, seconds = list[tuple[Collector, int]](), list[float]()
 
     def keep_weights(run: Any) -> None:
-        weights[run.weight_version] = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
+        weights[run.served.weight_version] = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
         weights["config"] = run.policy.hf_config
         if put_off:
             # As if training had taken a part of the time that responses take: the update meets them half-way, however
@@ -58,10 +58,10 @@ def _train_ahead(raw: dict[str, Any]) -> dict[str, Any]:
     worst, stale, spans = 0.0, 0.0, []
     for step, of_step in enumerate(rollouts):
         for rollout in of_step[::4]:
-            response = int(rollout.loss_mask.sum())
+            response = int(rollout.sampled.sum())
             assert sum(count for _, count in rollout.spans) == response
             spans.append((step, rollout.spans))
-            reported, start = rollout.rollout_logprobs[rollout.loss_mask], 0
+            reported, start = rollout.rollout_logprobs[rollout.sampled], 0
             for version, count in rollout.spans:
                 mine = score(weights["config"], weights[version], rollout.token_ids.tolist())[-response:]
                 worst = max(worst, float((mine - reported)[start : start + count].abs().max()))

@@ -136,7 +136,7 @@ def _train_and_compare(raw: dict[str, Any]) -> list[dict[str, Any]]:
                     found.append(compare(run, weights, before) | {"mismatch": metrics["mismatch/abs_max"]})
                 before = weights
         run.collector.close()
-        run.engine.close()
+        run.served.engine.close()
     finally:
         leave_layout()
     return found
@@ -147,12 +147,12 @@ def compare(run: Any, weights: dict[str, Tensor], before: dict[str, Tensor] | No
     equal, the largest difference of log-probabilities, and that to the weights before the last update."""
     sampling = SamplingParams(0.0, 1.0, 0, 12, (), seed=0)
     prompts = [prompt.token_ids for prompt in run.collector.cursor.prompts[:3]]
-    rollouts = run.engine.generate([Request(i, 0, prompt, sampling) for i, prompt in enumerate(prompts)])
+    rollouts = run.served.engine.generate([Request(i, 0, prompt, sampling) for i, prompt in enumerate(prompts)])
     same, worst, stale = True, 0.0, 0.0
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         tokens, logprobs = greedy(run.policy.hf_config, weights, prompt, 12)
         same &= rollout.token_ids.tolist() == [*prompt, *tokens]
-        engine = rollout.rollout_logprobs[rollout.loss_mask]
+        engine = rollout.rollout_logprobs[rollout.sampled]
         worst = max(worst, float((engine - logprobs).abs().max()))
         if before is not None:
             old = score(run.policy.hf_config, before, [*prompt, *tokens])[-12:]

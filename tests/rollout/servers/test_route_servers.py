@@ -67,7 +67,7 @@ def _steps(raw: dict[str, Any]) -> list[dict[str, Any]]:
                 other, total = other + int(differ.sum()), total + differ.numel()
             found.append({"other": other, "total": total, "mismatch": metrics["mismatch/abs_max"]})
     run.collector.close()
-    run.engine.close()
+    run.served.engine.close()
     leave_layout()
     return found
 
