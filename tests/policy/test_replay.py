@@ -74,14 +74,11 @@ def _config(
 def _outcome(config: Any, rollouts: list[Rollout]) -> dict[str, Any]:
     """Log-probabilities by global token id and gradients of the first mini-batch."""
     from megatron_rl.algorithms.losses import sft
-    from megatron_rl.packing import pack
-    from megatron_rl.parallel.groups import packing_options
+    from megatron_rl.packing import Layout, pack
     from megatron_rl.parallel.weights import weight_stream
 
     with policy_of(config) as policy:
-        batch = pack(
-            rollouts, make_advantages(), config, step=0, **packing_options(policy.groups, config.parallel)
-        ).mini_batches[0]
+        batch = pack(rollouts, make_advantages(), Layout.of(config, policy.groups), step=0).mini_batches[0]
         assert len(batch.micro_batches) > 1
         stats = policy.stats(batch)
         logprobs = {
@@ -90,7 +87,7 @@ def _outcome(config: Any, rollouts: list[Rollout]) -> dict[str, Any]:
             for i, value in zip(mb.token_ids_global[mb.loss_mask].tolist(), s.logprobs[mb.loss_mask], strict=True)
         }
         zeros = [torch.zeros_like(mb.advantages) for mb in batch.micro_batches]
-        policy.update(batch.replace_each("old_logprobs", zeros), sft, None)
+        policy.update(batch.replace_each("old_logprobs", zeros), sft)
         main_grads = [(name, parameter.main_grad) for name, parameter in policy.parameters]
         grads = {name: grad.clone() for name, grad in weight_stream(main_grads, policy.hf_config, policy.groups)}
         policy.keep_reference()

@@ -117,8 +117,7 @@ def train_and_compare(raws: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _train_and_compare(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    from megatron_rl import device, train
-    from megatron_rl.metrics import Timers
+    from megatron_rl import train
     from megatron_rl.metrics.write import RunLogger
     from megatron_rl.parallel.groups import init_groups
     from tests.worlds import leave_layout
@@ -126,17 +125,15 @@ def _train_and_compare(raw: dict[str, Any]) -> list[dict[str, Any]]:
     config, found = parse_config(raw), []
     try:
         run = train.set_up(config, init_groups(config.parallel, config.seed))
-        timers = Timers(device.synchronize)
         with RunLogger(config.run_dir, config, rank=run.groups.rank, start_step=0) as logger:
             before: dict[str, Tensor] | None = None
             for step in range(config.train.num_steps):
-                metrics = train.run_step(run, step, timers, logger)
-                with train.generating(run, timers):
+                metrics = train.run_step(run, step, logger)
+                with run.served.session(run.timers):
                     weights = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
                     found.append(compare(run, weights, before) | {"mismatch": metrics["mismatch/abs_max"]})
                 before = weights
-        run.collector.close()
-        run.served.engine.close()
+        run.close()
     finally:
         leave_layout()
     return found
