@@ -99,7 +99,7 @@ def select_tokens(
     Identical decisions on every rank. Warns once about configurations in which a method cannot work. The collectives
     cannot hide behind the update: what they decide enters the loss of its first micro-batch.
     """
-    if loss.type not in PRIORITIES:  # type: ignore[attr-defined]
+    if loss.type not in PRIORITIES:
         return mini_batch
     logprobs = mini_batch.cat_stats("logprobs")
     cov, count = covariance(logprobs, mini_batch.cat("advantages"), reducer)
