@@ -123,8 +123,7 @@ class _Served:
                 return
             except ServersLost as error:  # the next update restarts the dead, or ends when too many died
                 lost = error
-                if self._place.rank == 0:
-                    print(f"weights again (attempt {attempt + 2}), because a server was lost: {lost}", flush=True)
+                launch.say(f"weights again (attempt {attempt + 2}), because a server was lost: {lost}")
         raise lost
 
     def _stream(self) -> Iterator[tuple[str, Tensor]]:
@@ -148,4 +147,4 @@ class _Progress:
             raise EvalError("stopped; the samples so far are kept, and the same command goes on from them")
         if self._speaks and (done == total or time.monotonic() - self._said > _REPORT_SECONDS):
             self._said = time.monotonic()
-            print(f"{bench.title}: {done} of this rank's {total} responses", flush=True)
+            launch.say(f"{bench.title}: {done} of this rank's {total} responses")
