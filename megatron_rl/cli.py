@@ -64,7 +64,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="a.b=c, for example loss.select_fraction=0.1", show_default=False)
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Validate, print the plan and exit.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Validate, print the plan and the first prompt, and exit.")
+    ] = False,
 ) -> None:
     """Train a policy. Starts its own processes, unless torchrun or Slurm did (RANK and WORLD_SIZE are set)."""
     resolved = load_config(config, overrides or [])
@@ -73,7 +75,12 @@ def train(
 
         from megatron_rl.plan.check import plan_table
 
-        Console().print(plan_table(resolved))
+        console = Console()
+        console.print(plan_table(resolved))
+        if resolved.data.type != "countdown":  # its prompts are no one's to get wrong
+            from megatron_rl.plan.preview import preview_table  # torch: seconds
+
+            console.print(preview_table(resolved))
         return
     sys.exit(run_training(resolved))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.entropy import entropy_loss_per_step
 from megatron_rl.algorithms.hashing import hash_uniform
-from megatron_rl.types import MicroBatch, MiniBatch, TokenStats
+from megatron_rl.types import MicroBatch, MiniBatch
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase
@@ -85,59 +85,54 @@ def quota(select_fraction: float, count: int) -> int:
 
 def select_tokens(
     mini_batch: MiniBatch,
-    stats: list[TokenStats],
     loss: LossBase,
     reducer: SupportsReduce,
     *,
     seed: int,
     step: int,
-    updates_per_step: int,
-) -> tuple[MiniBatch, dict[str, float]]:
+) -> MiniBatch:
     """Mark the tokens that Clip-Cov or KL-Cov picks in this optimiser mini-batch.
 
-    stats: per micro-batch, under the weights that `loss.cov_logprobs` asks for; with sum_p2. reducer: over the
-    data-parallel ranks.
-    Returns the mini-batch with `selected` and global metrics; for other losses the mini-batch untouched and none.
+    mini_batch: its `stats`, with sum_p2, are of the weights that `loss.cov_logprobs` asks for. reducer: over the ranks
+    that hold different tokens.
+    Returns the mini-batch with `selected`, and global metrics in `selection`; for other losses as it was.
     Identical decisions on every rank. Warns once about configurations in which a method cannot work. The collectives
     cannot hide behind the update: what they decide enters the loss of its first micro-batch.
     """
-    if loss.type not in PRIORITIES:  # type: ignore[attr-defined]
-        return mini_batch, {}
-    logprobs = response_tokens(mini_batch, [s.logprobs for s in stats])
+    if loss.type not in PRIORITIES:
+        return mini_batch
+    logprobs = mini_batch.cat_stats("logprobs")
     cov, count = covariance(logprobs, mini_batch.cat("advantages"), reducer)
     if count == 0:  # overlong filtering can mask a whole mini-batch
         nothing = [torch.zeros_like(mb.loss_mask) for mb in mini_batch.micro_batches]
-        return mini_batch.replace_each("selected", nothing), {}
+        return mini_batch.replace_each("selected", nothing)
     cov_loss: ClipCovLoss | KlCovLoss = loss  # type: ignore[assignment]
-    _guard(mini_batch, cov_loss, count, updates_per_step)
+    _guard(mini_batch, cov_loss, count)
     how = (cov_loss, (seed, step, mini_batch.index))
     if cov_loss.cov_scope == "minibatch":
         if cov_loss.cov_estimator == "vocab":
-            cov = _spent(mini_batch, stats)
-        chosen = _choose(mini_batch, stats, cov, count, *how, reducer)
+            cov = _spent(mini_batch)
+        chosen = _choose(mini_batch, cov, count, *how, reducer)
     else:
-        chosen = [_choose_within(mb, s, *how) for s, mb in _pairs(stats, mini_batch)]
+        chosen = [_choose_within(micro_batch, *how) for micro_batch in mini_batch.micro_batches]
     mini_batch = mini_batch.replace_each("selected", chosen)
-    entropy = response_tokens(mini_batch, [s.entropy for s in stats])
-    return mini_batch, _selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, reducer)
+    entropy = mini_batch.cat_stats("entropy")
+    return mini_batch.with_selection(_selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, reducer))
 
 
-def _choose_within(
-    micro_batch: MicroBatch, stats: TokenStats, loss: ClipCovLoss | KlCovLoss, counter: tuple[int, int, int]
-) -> Tensor:
+def _choose_within(micro_batch: MicroBatch, loss: ClipCovLoss | KlCovLoss, counter: tuple[int, int, int]) -> Tensor:
     """`selected [T]` bool of one micro-batch for itself: the authors' scope."""
     part, alone = MiniBatch(counter[-1], (micro_batch,)), LocalReducer()
-    cov, count = covariance(response_tokens(part, [stats.logprobs]), part.cat("advantages"), alone)
+    cov, count = covariance(part.cat_stats("logprobs"), part.cat("advantages"), alone)
     if count == 0:
         return torch.zeros_like(micro_batch.loss_mask)
     if loss.cov_estimator == "vocab":
-        cov = _spent(part, [stats])
-    return _choose(part, [stats], cov, count, loss, counter, alone)[0]
+        cov = _spent(part)
+    return _choose(part, cov, count, loss, counter, alone)[0]
 
 
 def _choose(
     part: MiniBatch,
-    stats: list[TokenStats],
     cov: Tensor,
     count: int,
     loss: ClipCovLoss | KlCovLoss,
@@ -147,21 +142,21 @@ def _choose(
     """`selected [T]` bool per micro-batch: the top quota of the priority over the `count` tokens of `part` on all
     ranks, of which this one's have the covariances `cov [n_local]`."""
     ids = part.cat("token_ids_global")
-    candidates, priority = PRIORITIES[loss.type](part, stats, cov, loss, counter)
+    candidates, priority = PRIORITIES[loss.type](part, cov, loss, counter)
     _, winners = reducer.top_k(priority[candidates], ids[candidates], quota(loss.select_fraction, count))
     # padding and prompt positions are no candidates, so masking again drops their ids (the padding id is -1)
     return [torch.isin(mb.token_ids_global, winners) & mb.loss_mask for mb in part.micro_batches]
 
 
 def kl_cov_priority(
-    part: MiniBatch, stats: list[TokenStats], cov: Tensor, loss: KlCovLoss, counter: tuple[int, int, int]
+    part: MiniBatch, cov: Tensor, loss: KlCovLoss, counter: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
     """(candidates, priority) `[n_local]`: every token, by its covariance (paper, equation 13)."""
     return torch.ones_like(cov, dtype=torch.bool), cov
 
 
 def clip_cov_priority(
-    part: MiniBatch, stats: list[TokenStats], cov: Tensor, loss: ClipCovLoss, counter: tuple[int, int, int]
+    part: MiniBatch, cov: Tensor, loss: ClipCovLoss, counter: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
     """(candidates, priority) `[n_local]`: tokens inside the bounds that PPO's clip has not cut, in a hashed order
     (equation 11).
@@ -169,7 +164,7 @@ def clip_cov_priority(
     The order is a pure function of (seed, step, mini-batch, prompt_id, sample_index, position), so every layout draws
     the same subset.
     """
-    clipped = response_tokens(part, [_already_clipped(mb, s.logprobs, loss) for s, mb in _pairs(stats, part)])
+    clipped = response_tokens(part, [_already_clipped(micro_batch, loss) for micro_batch in part.micro_batches])
     candidates = (cov > loss.cov_low) & (cov < loss.cov_high) & ~clipped
     return candidates, hash_uniform(
         *counter, part.cat("prompt_ids"), part.cat("sample_indices"), part.cat("position_ids")
@@ -179,29 +174,26 @@ def clip_cov_priority(
 PRIORITIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"kl_cov": kl_cov_priority, "clip_cov": clip_cov_priority}
 
 
-def _already_clipped(micro_batch: MicroBatch, logprobs: Tensor, loss: ClipCovLoss) -> Tensor:
+def _already_clipped(micro_batch: MicroBatch, loss: ClipCovLoss) -> Tensor:
     """Tokens `[T]` whose PPO-clip surrogate takes the clipped branch, as the authors' `clip_by_origin`."""
     if micro_batch.old_logprobs is None:
         return torch.zeros_like(micro_batch.loss_mask)
-    log_ratio = torch.where(micro_batch.loss_mask, logprobs - micro_batch.old_logprobs, 0.0)
+    log_ratio = torch.where(micro_batch.loss_mask, micro_batch.computed_stats.logprobs - micro_batch.old_logprobs, 0.0)
     ratio, advantages = log_ratio.exp(), micro_batch.advantages
     return -advantages * ratio.clamp(1 - loss.eps_low, 1 + loss.eps_high) > -advantages * ratio
 
 
-def covariance_metrics(
-    updates: Sequence[tuple[MiniBatch, list[TokenStats]]], reducer: SupportsReduce
-) -> dict[str, float]:
-    """How the covariance spreads over the tokens of an update, with the statistics of its selection: its mean, standard
-    deviation and the means of its largest values, and the mean of its exact counterpart over the vocabulary
+def covariance_metrics(updates: Sequence[MiniBatch], reducer: SupportsReduce) -> dict[str, float]:
+    """Return how the covariance spreads over the tokens of an update, with the statistics of its selection: its mean,
+    standard deviation and the means of its largest values, and the mean of its exact counterpart over the vocabulary
     (entropy.py). Each is a mean over the updates that have tokens; empty when none has. Two collectives."""
-    pairs = [(response_tokens(m, [s.logprobs for s in stats]), m.cat("advantages")) for m, stats in updates]
-    centred = covariances(pairs, reducer)
+    centred = covariances([(m.cat_stats("logprobs"), m.cat("advantages")) for m in updates], reducer)
     sums = [
-        torch.stack([cov.sum(), (cov**2).sum(), _spent(*update).sum()])
+        torch.stack([cov.sum(), (cov**2).sum(), _spent(update).sum()])
         for (cov, _), update in zip(centred, updates, strict=True)
     ]
     most = max(TOP_FRACTIONS.values())
-    sets = [(c, m.cat("token_ids_global"), quota(most, n)) for (c, n), (m, _) in zip(centred, updates, strict=True)]
+    sets = [(c, m.cat("token_ids_global"), quota(most, n)) for (c, n), m in zip(centred, updates, strict=True)]
     tops, totals = reducer.top_ks_and_sum(sets, torch.stack(sums))
     rows = []
     for (top, _), total, (_, count) in zip(tops, totals, centred, strict=True):
@@ -213,8 +205,9 @@ def covariance_metrics(
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
 
-def _spent(mini_batch: MiniBatch, stats: list[TokenStats]) -> Tensor:
-    return response_tokens(mini_batch, [entropy_loss_per_step(s, mb.advantages) for s, mb in _pairs(stats, mini_batch)])
+def _spent(mini_batch: MiniBatch) -> Tensor:
+    spent = [entropy_loss_per_step(mb.computed_stats, mb.advantages) for mb in mini_batch.micro_batches]
+    return response_tokens(mini_batch, spent)
 
 
 def _selection_metrics(
@@ -228,14 +221,7 @@ def _selection_metrics(
     return metrics
 
 
-def _guard(mini_batch: MiniBatch, loss: ClipCovLoss | KlCovLoss, count: int, updates_per_step: int) -> None:
-    if loss.type == "kl_cov" and updates_per_step == 1:
-        _warn_once(
-            "on-policy",
-            "loss.type=kl_cov with one mini-batch per step: the update is on-policy, so |logprobs - old_logprobs| is 0 "
-            "and its gradient vanishes; KL-Cov then does nothing. "
-            "Lower train.prompts_per_minibatch to get several updates a step.",
-        )
+def _guard(mini_batch: MiniBatch, loss: ClipCovLoss | KlCovLoss, count: int) -> None:
     if loss.cov_scope == "microbatch" and any(mb.num_sequences == 1 for mb in mini_batch.micro_batches):
         _warn_once(
             "one sequence",
@@ -258,10 +244,6 @@ def _warn_once(fault: str, message: str) -> None:
     if fault not in _warned:
         _warned.add(fault)
         warnings.warn(message, stacklevel=2)
-
-
-def _pairs(stats: list[TokenStats], mini_batch: MiniBatch) -> list[tuple[TokenStats, MicroBatch]]:
-    return list(zip(stats, mini_batch.micro_batches, strict=True))
 
 
 def response_tokens(mini_batch: MiniBatch, values: list[Tensor]) -> Tensor:

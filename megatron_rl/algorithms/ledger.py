@@ -34,29 +34,25 @@ class SupportsLedger(SupportsReduce, Protocol):
         ...
 
 
-def ledger(
-    batch: TrainBatch, before: Sequence[Sequence[TokenStats]], after: Sequence[TokenStats] | None, ranks: SupportsLedger
-) -> dict[str, Any]:
-    """One step's entry, plain data, the same on every rank; empty when no token counts.
+def ledger(batch: TrainBatch, after: Sequence[TokenStats] | None, ranks: SupportsLedger) -> dict[str, Any]:
+    """Return one step's entry, plain data, the same on every rank; empty when no token counts.
 
-    before: of every mini-batch at the start of the step, with sum_p2. after: of the first mini-batch after the updates;
-    None: nothing was probed, and `realised` is 0 over 0 tokens.
+    batch: with the statistics at the start of the step, with sum_p2. after: those of the first mini-batch after the
+    updates; None: nothing was probed, and `realised` is 0 over 0 tokens.
     Returns `columns`; `total` (one row of the columns); `tokens`: [token id, columns...], those with the largest
     |spent| first, ties by id, and `other_tokens`; `positions`: [first, last position, columns...] in the response,
     from 0, by powers of two; `covariance`: [upper edge, columns...] between the quantiles `quantiles` of the step's
     centred products (covariance.py), the last edge null.
     """
-    mini_batches = list(batch.minibatches())
+    mini_batches = batch.mini_batches
     labels = torch.cat([mb.cat("labels") for mb in mini_batches])
     positions = torch.cat([mb.cat("response_positions") for mb in mini_batches])
-    logprobs = torch.cat(
-        [response_tokens(mb, [s.logprobs for s in of]) for mb, of in zip(mini_batches, before, strict=True)]
-    )
+    logprobs = torch.cat([mb.cat_stats("logprobs") for mb in mini_batches])
     advantages = torch.cat([mb.cat("advantages") for mb in mini_batches])
     cov, count = covariance(logprobs, advantages, ranks)
     if count == 0:
         return {}
-    values = _values(batch, before, after)
+    values = _values(batch, after)
     edges = ranks.quantiles(cov, list(QUANTILES))
     # the quantile is an element of the float32 values, so they are compared in that precision
     group = torch.searchsorted(torch.tensor(edges, dtype=torch.float32, device=cov.device), cov.float())
@@ -75,20 +71,20 @@ def ledger(
     }
 
 
-def _values(batch: TrainBatch, before: Sequence[Sequence[TokenStats]], after: Sequence[TokenStats] | None) -> Tensor:
-    """`[n_local, 4]` float64: the columns of each response token."""
+def _values(batch: TrainBatch, after: Sequence[TokenStats] | None) -> Tensor:
+    """Return `[n_local, 4]` float64: the columns of each response token."""
     parts = []
-    for mini_batch, of_it in zip(batch.minibatches(), before, strict=True):
-        probed = after is not None and mini_batch.index == 0
-        pairs = list(zip(of_it, mini_batch.micro_batches, strict=True))
-        spent = response_tokens(mini_batch, [entropy_loss_per_step(s, m.advantages) for s, m in pairs])
-        change = torch.zeros_like(spent)
-        if probed and after is not None:
-            change = response_tokens(
-                mini_batch, [n.entropy - o.entropy for n, o in zip(after, of_it, strict=True)]
-            ).double()
+    for mini_batch in batch.mini_batches:
+        micro_batches = mini_batch.micro_batches
+        spent = response_tokens(
+            mini_batch, [entropy_loss_per_step(mb.computed_stats, mb.advantages) for mb in micro_batches]
+        )
+        change, probed = torch.zeros_like(spent), 0.0
+        if after is not None and mini_batch.index == 0:
+            entropies = response_tokens(mini_batch, [stats.entropy for stats in after])
+            change, probed = (entropies - mini_batch.cat_stats("entropy")).double(), 1.0
         ones = torch.ones_like(spent)
-        parts.append(torch.stack([ones, spent, ones * float(probed), change], 1))
+        parts.append(torch.stack([ones, spent, ones * probed, change], 1))
     return torch.cat(parts)
 
 

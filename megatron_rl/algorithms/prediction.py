@@ -11,51 +11,47 @@ from torch import Tensor
 
 from megatron_rl.algorithms.covariance import SupportsReduce
 from megatron_rl.algorithms.entropy import entropy_loss_per_step
-from megatron_rl.algorithms.losses import LOSSES, loss_inputs
+from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.types import LossInputs, MicroBatch, MiniBatch, SupportsSum, TokenStats
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import LossBase
 
 
-Seen = tuple[MicroBatch, TokenStats]  # a micro-batch, with the statistics of the weights that update on it
-
-
-def effective_advantages(seen: Sequence[Seen], loss: LossBase, context: SupportsSum | None = None) -> Tensor:
-    """The advantage with which plain policy gradient would push each token as the loss does: `-d loss / d logprob`,
-    float32, 0 outside `loss_mask`; `[T]` of the micro-batches one behind the other.
+def effective_advantages(seen: Sequence[MicroBatch], loss: LossBase, context: SupportsSum | None = None) -> Tensor:
+    """Return the advantage with which plain policy gradient would push each token as the loss does: `-d loss / d
+    logprob`, float32, 0 outside `loss_mask`; `[T]` of the micro-batches one behind the other.
 
     On-policy it is A for GRPO. Clipping, selection, weights, KL-Cov's penalty, importance weights and the reference KL
     are in it; an entropy bonus, which does not act through the sampled token, is not. The aggregation's weights count
-    as 1. `context`: see `loss_inputs`.
+    as 1. The current policy is that of the micro-batches' `stats`. `context`: see `MicroBatch.loss_inputs`.
     """
-    inputs = _joined([loss_inputs(micro_batch, stats, context) for micro_batch, stats in seen])
+    inputs = _joined([micro_batch.loss_inputs(micro_batch.computed_stats, context) for micro_batch in seen])
     logprobs = inputs.logprobs.detach().clone().requires_grad_()
     inputs = dataclasses.replace(
         inputs, logprobs=logprobs, entropy=inputs.entropy.detach(), token_weights=inputs.loss_mask.float()
     )
     with torch.enable_grad():
-        loss_sum = LOSSES[loss.type](inputs, loss).loss_sum  # type: ignore[attr-defined]
+        loss_sum = LOSSES[loss.type](inputs, loss).loss_sum
         return -torch.autograd.grad(loss_sum, logprobs)[0]
 
 
 def predicted_change(
-    updates: Sequence[tuple[MiniBatch, list[TokenStats]]],
+    updates: Sequence[MiniBatch],
     loss: LossBase,
     reducer: SupportsReduce,
     context: SupportsSum | None = None,
 ) -> float:
-    """Of the entropy by several updates, each with the statistics of the weights at which it is made, in nats per unit
-    of logit step: the sum of the mean over each update's response tokens, of all ranks, of the token's own entropy
-    change. That is Theorem 1 per state (entropy.py), exact over the vocabulary, with `effective_advantages`. An update
-    without tokens changes nothing."""
-    of_updates = [list(zip(mini_batch.micro_batches, stats, strict=True)) for mini_batch, stats in updates]
-    seen = [pair for pairs in of_updates for pair in pairs]
+    """Return the change of the entropy by several updates, each with the statistics of the weights at which it is made,
+    in nats per unit of logit step: the sum of the mean over each update's response tokens, of all ranks, of the token's
+    own entropy change. That is Theorem 1 per state (entropy.py), exact over the vocabulary, with
+    `effective_advantages`. An update without tokens changes nothing."""
+    seen = [micro_batch for update in updates for micro_batch in update.micro_batches]
     names = [field.name for field in dataclasses.fields(TokenStats)]
-    stats = TokenStats(*(torch.cat([getattr(of_it, name) for _, of_it in seen]) for name in names))
+    stats = TokenStats(*(torch.cat([getattr(mb.computed_stats, name) for mb in seen]) for name in names))
     lost = entropy_loss_per_step(stats, effective_advantages(seen, loss, context))
-    mask = torch.cat([micro_batch.loss_mask for micro_batch, _ in seen])
-    sizes = [sum(len(micro_batch.loss_mask) for micro_batch, _ in pairs) for pairs in of_updates]
+    mask = torch.cat([micro_batch.loss_mask for micro_batch in seen])
+    sizes = [sum(len(micro_batch.loss_mask) for micro_batch in update.micro_batches) for update in updates]
     lost = torch.where(mask, lost, 0.0)
     sums = [
         torch.stack([-a.sum(), b.double().sum()]) for a, b in zip(lost.split(sizes), mask.split(sizes), strict=True)

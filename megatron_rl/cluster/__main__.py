@@ -43,7 +43,7 @@ def claim_command(
 
 @app.command("conclude")
 def conclude_command(run_dir: Path, merged: Path, code: int) -> None:
-    """After training ended with exit `code`: explain a failure; exit 75 when steps are left."""
+    """Explain why training ended with exit code `code`, unless it is 0; exit with 75 when steps are left."""
     if reason := conclude(run_dir, merged, failed=code != 0):
         print(reason, file=sys.stderr)
     if has_steps_left(run_dir):

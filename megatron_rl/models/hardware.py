@@ -45,7 +45,7 @@ def datasheet_flops(device_name: str, *, bfloat16: bool) -> tuple[float | None, 
 
 
 def with_memory(memory: float, *, on_gpu: bool) -> Hardware:
-    """A device of which nothing is known but its bytes: enough for plan/memory.py."""
+    """Return a device of which nothing is known but its bytes: enough for plan/memory.py."""
     return replace(HARDWARE["h100" if on_gpu else "cpu"], name="unknown", memory=memory)
 
 

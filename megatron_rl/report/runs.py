@@ -31,7 +31,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LoggedRun:
     """One run as its folder tells it."""
 
     path: Path
@@ -49,8 +49,8 @@ class Run:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric where it was logged and finite; two empty lists when it never was."""
-        found = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
-        return [step for step, _ in found], [float(value) for _, value in found]
+        logged = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
+        return [step for step, _ in logged], [float(value) for _, value in logged]
 
     def pairs(self, first: str, second: str) -> tuple[list[float], list[float]]:
         """Two metrics at the steps that have both."""
@@ -67,7 +67,7 @@ class Run:
         return "reward/accuracy" if self.series("reward/accuracy")[0] else "reward/mean"
 
 
-def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
+def load_runs(run_dirs: Sequence[Path]) -> list[LoggedRun]:
     """Read every folder, in the order given. Raises: UserError when one is not a run, NotYet when it may become one."""
     if not run_dirs:
         raise UserError("no run folders were given; name at least one folder that `megatron-rl train` wrote")
@@ -88,7 +88,7 @@ def summarise(run_dirs: Sequence[Path]) -> list[dict[str, Any]]:
     return [summary_of(run) for run in load_runs(run_dirs)]
 
 
-def summary_of(run: Run) -> dict[str, Any]:
+def summary_of(run: LoggedRun) -> dict[str, Any]:
     """The row of `summarise` for a loaded run."""
     entropy, accuracy = run.series("entropy/mean")[1], run.series("reward/accuracy")[1]
     evaluations, seconds = run.series("eval/accuracy")[1], run.series("time/total")[1]
@@ -112,7 +112,7 @@ def summary_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _load_run(path: Path) -> Run:
+def _load_run(path: Path) -> LoggedRun:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         what = "no such folder" if not path.is_dir() else "no metrics.jsonl in it"
@@ -141,7 +141,7 @@ def _load_run(path: Path) -> Run:
     shadow = _newest_shadow(path / "shadow", notes)
     evaluations = _evaluations(path, notes)
     texts = (name, kind, label, config_text)
-    return Run(path, *texts, ordered, tuple(notes), config, ledger, samples, shadow, evaluations)
+    return LoggedRun(path, *texts, ordered, tuple(notes), config, ledger, samples, shadow, evaluations)
 
 
 def _optional_rows(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
@@ -157,21 +157,21 @@ def _newest_shadow(folder: Path, notes: list[str]) -> dict[str, Any]:
     if not files:
         return {}
     try:
-        found: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+        replay: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         notes.append(f"shadow/{files[-1].name} is not JSON and was skipped: {error}")
         return {}
-    return found
+    return replay
 
 
 def evaluation_tables(run: Path) -> list[Path]:
     """What `megatron-rl eval` wrote into a run's folder, oldest first; step_N folders are of the run itself."""
-    found = [path for path in (run / "eval").glob("*/table.json") if not path.parent.name.startswith("step_")]
-    return sorted(found, key=lambda path: (path.stat().st_mtime, path))
+    tables = [path for path in (run / "eval").glob("*/table.json") if not path.parent.name.startswith("step_")]
+    return sorted(tables, key=lambda path: (path.stat().st_mtime, path))
 
 
 def _evaluations(run: Path, notes: list[str]) -> tuple[Evaluation, ...]:
-    found = []
+    evaluations = []
     for path in evaluation_tables(run):
         try:
             sets = json.loads(path.read_text(encoding="utf-8"))["sets"].values()
@@ -180,8 +180,8 @@ def _evaluations(run: Path, notes: list[str]) -> tuple[Evaluation, ...]:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             notes.append(f"eval/{path.parent.name}/table.json is no table of an evaluation and was skipped: {error!r}")
             continue
-        found.append(Evaluation(path.parent.name, accuracy))
-    return tuple(found)
+        evaluations.append(Evaluation(path.parent.name, accuracy))
+    return tuple(evaluations)
 
 
 def _load_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
