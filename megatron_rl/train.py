@@ -171,7 +171,6 @@ def run_step(run: Run, step: int, timers: Timers, logger: RunLogger) -> dict[str
                 run.data_parallel,
                 seed=config.seed,
                 step=step,
-                updates_per_step=config.minibatches_per_step,
             )
         metrics.add_means(marked)
         trained_on.append((mini_batch, stats))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.covariance import covariance
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.config import Config, parse_config
 from megatron_rl.types import MiniBatch, Rollout, TokenStats
 
@@ -298,7 +298,7 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
         logprobs = torch.cat([s.logprobs[m.loss_mask] for s, m in pairs])
         cov, _ = covariance(logprobs, chosen.cat("advantages"), reducer)
         if getattr(loss, "cov_estimator", "batch") == "vocab":
-            cov = torch.cat([entropy_loss_per_step(s, m.advantages)[m.loss_mask] for s, m in pairs])
+            cov = torch.cat([entropy_spent(s, m.advantages)[m.loss_mask] for s, m in pairs])
         ids, log_ratio = chosen.cat("token_ids_global"), logprobs - chosen.cat("old_logprobs")
         marked, weights = torch.zeros_like(ids, dtype=torch.bool), torch.ones(len(ids))
         if loss.type in SELECTING:  # padding and prompts are never selected

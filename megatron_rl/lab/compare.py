@@ -16,7 +16,7 @@ from megatron_rl.config.loss import LossBase
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.gradients import entropy_gradient, gradient, inner
 from megatron_rl.policy.policy import MegatronPolicy
-from megatron_rl.types import MiniBatch, SupportsSum, TokenStats
+from megatron_rl.types import MiniBatch, Ranks, TokenStats
 
 # The set of methods that `shadow` compares by default. The fractions are those of the small models of configs/: a
 # mini-batch of theirs has some hundred tokens.
@@ -42,7 +42,6 @@ class Where:
 
     seed: int
     step: int
-    updates_per_step: int
     entropy: float  # mean of the step, for methods that follow it
 
 
@@ -74,7 +73,6 @@ def compare(
             ranks,
             seed=where.seed,
             step=where.step,
-            updates_per_step=where.updates_per_step,
         )
         vectors.append(gradient(policy, marked, LOSSES[loss.type], loss))  # type: ignore[attr-defined]
         sets.append(_restrained(marked, stats, loss, policy.context))
@@ -98,7 +96,7 @@ def compare(
     }
 
 
-def _restrained(mini_batch: MiniBatch, stats: list[TokenStats], loss: LossBase, context: SupportsSum | None) -> Tensor:
+def _restrained(mini_batch: MiniBatch, stats: list[TokenStats], loss: LossBase, context: Ranks | None) -> Tensor:
     """`[n_local]` bool, of the response tokens."""
     found = []
     for micro_batch, stat in zip(mini_batch.micro_batches, stats, strict=True):

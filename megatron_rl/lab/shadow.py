@@ -62,7 +62,7 @@ def replay(
     batch = train.packed(run, collected.rollouts, step)
     old_stats = [run.policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]
     batch = batch.with_old_logprobs(old_stats)
-    where = Where(config.seed, step, config.minibatches_per_step, mean_entropy(batch, old_stats, run.data_parallel))
+    where = Where(config.seed, step, mean_entropy(batch, old_stats, run.data_parallel))
     own, _, _ = train.adapt(config.loss, state["control"], where.entropy)
     found = []
     for mini_batch in batch.mini_batches[:updates]:
@@ -75,7 +75,6 @@ def replay(
             run.data_parallel,
             seed=where.seed,
             step=step,
-            updates_per_step=where.updates_per_step,
         )
         run.policy.update(marked, LOSSES[own.type], own)
     run.collector.close()

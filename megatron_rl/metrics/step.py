@@ -16,7 +16,7 @@ from megatron_rl.config.loss import LossBase
 from megatron_rl.metrics import Metrics
 from megatron_rl.metrics.samples import token_values
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.types import CollectResult, MiniBatch, SupportsSum, TokenStats, TrainBatch
+from megatron_rl.types import CollectResult, MiniBatch, Ranks, TokenStats, TrainBatch
 
 
 def needs_current_stats(loss: LossBase, index: int) -> bool:
@@ -58,7 +58,7 @@ def update_metrics(
     updates: Sequence[tuple[MiniBatch, list[TokenStats]]],
     loss: LossBase,
     data_parallel: Reducer,
-    context: SupportsSum | None,
+    context: Ranks | None,
 ) -> dict[str, float]:
     """Of a step's updates as the loss saw them, with the statistics of their selection: the spread of the covariance,
     and `entropy/predicted_change`, nats per unit of logit step."""

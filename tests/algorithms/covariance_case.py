@@ -99,10 +99,9 @@ def select(
     *,
     seed: int = 1,
     step: int = 0,
-    updates: int = 8,
 ) -> tuple[MiniBatch, set[int], dict[str, float]]:
     """The marked mini-batch, the selected global ids and the metrics, on one process."""
-    mini_batch, metrics = select_tokens(*batch, loss, ALONE, seed=seed, step=step, updates_per_step=updates)
+    mini_batch, metrics = select_tokens(*batch, loss, ALONE, seed=seed, step=step)
     for micro_batch in mini_batch.micro_batches:
         assert not (micro_batch.selected & ~micro_batch.loss_mask).any()
     ids = set(mini_batch.cat("token_ids_global")[mini_batch.cat("selected")].tolist())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.covariance import covariance_metrics
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
 from megatron_rl.algorithms.weighting import WEIGHTINGS, mark_tokens
 from megatron_rl.config.loss import (
@@ -33,7 +33,7 @@ LOSSES: list[LossBase] = [ForkingLoss(), SteerLoss(weight_min=0.4), GaussianCovL
 
 def mark(batch: Batch, loss: LossBase) -> tuple[MiniBatch, np.ndarray, dict[str, float]]:
     """The marked mini-batch, its weights by rising global id, and metrics."""
-    mini_batch, metrics = mark_tokens(*batch, loss, ALONE, seed=1, step=0, updates_per_step=8)
+    mini_batch, metrics = mark_tokens(*batch, loss, ALONE, seed=1, step=0)
     weights = mini_batch.cat("surrogate_weights")[mini_batch.cat("token_ids_global").argsort()]
     return mini_batch, weights.numpy(), metrics
 
@@ -121,7 +121,7 @@ PREDICTED: list[Any] = [
 def test_effective_advantages(loss: Any) -> None:
     """A times the ratio; 0 where clipped or dropped, times the weight, less kl_coef sign(log ratio) where selected."""
     batch = build(FOUR)
-    mini_batch, _ = mark_tokens(*batch, loss, ALONE, seed=1, step=0, updates_per_step=8)
+    mini_batch, _ = mark_tokens(*batch, loss, ALONE, seed=1, step=0)
     pairs = list(zip(mini_batch.micro_batches, batch[1], strict=True))
     got = torch.cat([effective_advantages([pair], loss)[pair[0].loss_mask] for pair in pairs]).numpy()
     together = effective_advantages(pairs, loss)[torch.cat([m.loss_mask for m, _ in pairs])]
@@ -146,7 +146,7 @@ def test_predicted_change_is_the_mean_over_all_tokens() -> None:
     batch = build(FOUR)
     pairs = list(zip(batch[0].micro_batches, batch[1], strict=True))
     loss = PpoClipLoss(eps_low=1, eps_high=100)
-    exact = torch.cat([entropy_loss_per_step(s, effective_advantages([(m, s)], loss))[m.loss_mask] for m, s in pairs])
+    exact = torch.cat([entropy_spent(s, effective_advantages([(m, s)], loss))[m.loss_mask] for m, s in pairs])
     assert predicted_change([batch], loss, ALONE) == pytest.approx(-float(exact.mean()))
     on_policy = MiniBatch(0, tuple(m.replace(old_logprobs=s.logprobs) for m, s in pairs))
     metrics = covariance_metrics([(on_policy, batch[1])], ALONE)
