@@ -1,4 +1,4 @@
-"""Options of the loss that follow the entropy from step to step: a pure function of (options, state, entropy).
+"""Options of the loss that follow the entropy from step to step: `adapt`, a pure function of (options, state, entropy).
 
 Every rank calls it once a step with the same global mean entropy, so that all hold the same state; the state is plain
 data and travels with the checkpoint.
@@ -9,12 +9,49 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
+from megatron_rl.algorithms.kl import masked_sum_count
+from megatron_rl.types import Ranks, TrainBatch
+
 if TYPE_CHECKING:
     from megatron_rl.config.loss import AdaptiveEntropy, EntropyBand, LossBase
 
     Loss = TypeVar("Loss", bound=LossBase)
 
 ControlState = dict[str, float]  # option of the loss: where its next step begins; empty before the first step
+
+
+class LossController:
+    """Holds the loss's options that follow the entropy, from step to step; with none it asks nothing of the ranks."""
+
+    def __init__(self, loss: LossBase, ranks: Ranks) -> None:
+        """`ranks`: those that hold different tokens."""
+        self.state: ControlState = {}
+        self.metrics: dict[str, float] = {}  # `control/*` of the last step
+        self._loss, self._ranks = loss, ranks
+
+    def next_loss(self, batch: TrainBatch) -> LossBase:
+        """Return the loss of the step that trains on `batch`, the same on every rank. A collective."""
+        entropy = mean_entropy(batch, self._ranks) if follows_entropy(self._loss) else math.nan
+        loss, self.state, self.metrics = adapt(self._loss, self.state, entropy)
+        return loss
+
+
+def mean_entropy(batch: TrainBatch, ranks: Ranks) -> float:
+    """Return the mean entropy of the step's response tokens on all ranks, under the weights that sampled them, in nats;
+    NaN when none counts."""
+    total = torch.zeros(2, dtype=torch.float64, device=batch.micro_batches[0].advantages.device)
+    for micro_batch in batch.micro_batches:
+        total += masked_sum_count(micro_batch.computed_stats.entropy, micro_batch.loss_mask)
+    entropy, count = ranks.sum(total).tolist()
+    return entropy / count if count else math.nan
+
+
+def needs_current_stats(loss: LossBase, index: int) -> bool:
+    """Return whether marking tokens in mini-batch `index` pays a forward pass: the first of a step has the weights of
+    old_logprobs."""
+    return index > 0 and "current" in (getattr(loss, "cov_logprobs", "old"), getattr(loss, "stats", "old"))
 
 
 def follows_entropy(loss: LossBase) -> bool:

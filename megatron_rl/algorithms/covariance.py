@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.hashing import hash_uniform
 from megatron_rl.shapes import Bool, Float, Float64, Shaped
-from megatron_rl.types import MicroBatch, MiniBatch, Ranks, TokenStats
+from megatron_rl.types import MicroBatch, MiniBatch, Ranks
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase
@@ -57,55 +57,52 @@ def quota(select_fraction: float, count: int) -> int:
 
 def select_tokens(
     mini_batch: MiniBatch,
-    stats: list[TokenStats],
     loss: LossBase,
     ranks: Ranks,
     *,
     seed: int,
     step: int,
-) -> tuple[MiniBatch, dict[str, float]]:
+) -> MiniBatch:
     """Mark the tokens that Clip-Cov or KL-Cov picks in this optimiser mini-batch.
 
-    stats: per micro-batch, under the weights that `loss.cov_logprobs` asks for; with sum_p2. ranks: the data-parallel
-    ones.
-    Returns the mini-batch with `selected` and global metrics; for other losses the mini-batch untouched and none. All
-    ranks decide alike. The collectives cannot hide behind the update: what they decide enters the loss of its first
+    mini_batch: its `stats`, with sum_p2, are of the weights that `loss.cov_logprobs` asks for. ranks: those that
+    hold different tokens.
+    Returns the mini-batch with `selected`, and global metrics in `selection`; for other losses as it was. All ranks
+    decide alike. The collectives cannot hide behind the update: what they decide enters the loss of its first
     micro-batch.
     """
     if loss.type not in PRIORITIES:  # type: ignore[attr-defined]
-        return mini_batch, {}
-    logprobs = response_tokens(mini_batch, [s.logprobs for s in stats])
+        return mini_batch
+    logprobs = mini_batch.cat_stats("logprobs")
     cov, count = covariance(logprobs, mini_batch.cat("advantages"), ranks)
     if count == 0:  # overlong filtering can mask a whole mini-batch
         nothing = [torch.zeros_like(mb.loss_mask) for mb in mini_batch.micro_batches]
-        return mini_batch.replace_each("selected", nothing), {}
+        return mini_batch.replace_each("selected", nothing)
     cov_loss: ClipCovLoss | KlCovLoss = loss  # type: ignore[assignment]
     counter = (seed, step, mini_batch.index)
     if cov_loss.cov_scope == "minibatch":
         if cov_loss.cov_estimator == "vocab":
-            cov = _spent(mini_batch, stats)
-        candidates, priority = PRIORITIES[cov_loss.type](mini_batch, stats, cov, cov_loss, counter)
+            cov = _spent(mini_batch)
+        candidates, priority = PRIORITIES[cov_loss.type](mini_batch, cov, cov_loss, counter)
         offered = mini_batch.cat("token_ids_global")[candidates]
         _, winners = ranks.top_k(priority[candidates], offered, quota(cov_loss.select_fraction, count))
         chosen = [_marked(micro_batch, winners) for micro_batch in mini_batch.micro_batches]
     else:
-        chosen = [_choose_within(mb, s, cov_loss, counter) for s, mb in _pairs(stats, mini_batch)]
+        chosen = [_choose_within(micro_batch, cov_loss, counter) for micro_batch in mini_batch.micro_batches]
     mini_batch = mini_batch.replace_each("selected", chosen)
-    entropy = response_tokens(mini_batch, [s.entropy for s in stats])
-    return mini_batch, _selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, ranks)
+    entropy = mini_batch.cat_stats("entropy")
+    return mini_batch.with_selection(_selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, ranks))
 
 
-def _choose_within(
-    micro_batch: MicroBatch, stats: TokenStats, loss: ClipCovLoss | KlCovLoss, counter: tuple[int, int, int]
-) -> Tensor:
+def _choose_within(micro_batch: MicroBatch, loss: ClipCovLoss | KlCovLoss, counter: tuple[int, int, int]) -> Tensor:
     """Return `selected` [T] of one micro-batch by itself: what `cov_scope=microbatch`, the authors' code, sees."""
     part = MiniBatch(counter[-1], (micro_batch,))
-    cov, count = covariance(response_tokens(part, [stats.logprobs]), part.cat("advantages"), None)
+    cov, count = covariance(part.cat_stats("logprobs"), part.cat("advantages"), None)
     if count == 0:
         return torch.zeros_like(micro_batch.loss_mask)
     if loss.cov_estimator == "vocab":
-        cov = _spent(part, [stats])
-    candidates, priority = PRIORITIES[loss.type](part, [stats], cov, loss, counter)
+        cov = _spent(part)
+    candidates, priority = PRIORITIES[loss.type](part, cov, loss, counter)
     offered = part.cat("token_ids_global")[candidates]
     # torch's own top-k, ties as they come, as the authors call it
     best = priority[candidates].topk(min(quota(loss.select_fraction, count), len(offered))).indices
@@ -119,22 +116,14 @@ def _marked(micro_batch: MicroBatch, winners: Tensor) -> Tensor:
 
 
 def kl_cov_priority(
-    part: MiniBatch,
-    stats: list[TokenStats],
-    cov: Float64[Tensor, "N"],
-    loss: KlCovLoss,
-    counter: tuple[int, int, int],
+    part: MiniBatch, cov: Float64[Tensor, "N"], loss: KlCovLoss, counter: tuple[int, int, int]
 ) -> tuple[Bool[Tensor, "N"], Float64[Tensor, "N"]]:
     """Return (candidates, priority): every token, by its covariance (paper, equation 13)."""
     return torch.ones_like(cov, dtype=torch.bool), cov
 
 
 def clip_cov_priority(
-    part: MiniBatch,
-    stats: list[TokenStats],
-    cov: Float64[Tensor, "N"],
-    loss: ClipCovLoss,
-    counter: tuple[int, int, int],
+    part: MiniBatch, cov: Float64[Tensor, "N"], loss: ClipCovLoss, counter: tuple[int, int, int]
 ) -> tuple[Bool[Tensor, "N"], Float64[Tensor, "N"]]:
     """Return (candidates, priority): tokens inside the bounds that PPO's clip has not cut, in a hashed order
     (equation 11).
@@ -142,7 +131,7 @@ def clip_cov_priority(
     The order is a pure function of (seed, step, mini-batch, prompt_id, sample_index, position), so every layout draws
     the same subset.
     """
-    clipped = response_tokens(part, [_already_clipped(mb, s.logprobs, loss) for s, mb in _pairs(stats, part)])
+    clipped = response_tokens(part, [_already_clipped(micro_batch, loss) for micro_batch in part.micro_batches])
     candidates = (cov > loss.cov_low) & (cov < loss.cov_high) & ~clipped
     return candidates, hash_uniform(
         *counter, part.cat("prompt_ids"), part.cat("sample_indices"), part.cat("position_ids")
@@ -152,29 +141,28 @@ def clip_cov_priority(
 PRIORITIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"kl_cov": kl_cov_priority, "clip_cov": clip_cov_priority}
 
 
-def _already_clipped(micro_batch: MicroBatch, logprobs: Tensor, loss: ClipCovLoss) -> Tensor:
+def _already_clipped(micro_batch: MicroBatch, loss: ClipCovLoss) -> Tensor:
     """Return [T], True where PPO-clip's surrogate takes the clipped branch: the authors' `clip_by_origin`."""
     if micro_batch.old_logprobs is None:
         return torch.zeros_like(micro_batch.loss_mask)
-    log_ratio = torch.where(micro_batch.loss_mask, logprobs - micro_batch.old_logprobs, 0.0)
+    log_ratio = torch.where(micro_batch.loss_mask, micro_batch.computed_stats.logprobs - micro_batch.old_logprobs, 0.0)
     ratio, advantages = log_ratio.exp(), micro_batch.advantages
     return -advantages * ratio.clamp(1 - loss.eps_low, 1 + loss.eps_high) > -advantages * ratio
 
 
-def covariance_metrics(updates: Sequence[tuple[MiniBatch, list[TokenStats]]], ranks: Ranks) -> dict[str, float]:
+def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, float]:
     """Measure how the covariance spreads over the tokens of an update, under the statistics of its selection.
 
     Returns its mean, standard deviation and the means of its largest values, and the mean of its exact counterpart over
     the vocabulary (entropy.py). Each is a mean over the updates that have tokens; empty when none has. Two collectives.
     """
-    pairs = [(response_tokens(m, [s.logprobs for s in stats]), m.cat("advantages")) for m, stats in updates]
-    centred = covariances(pairs, ranks)
+    centred = covariances([(m.cat_stats("logprobs"), m.cat("advantages")) for m in updates], ranks)
     sums = [
-        torch.stack([cov.sum(), (cov**2).sum(), _spent(*update).sum()])
+        torch.stack([cov.sum(), (cov**2).sum(), _spent(update).sum()])
         for (cov, _), update in zip(centred, updates, strict=True)
     ]
     most = max(TOP_FRACTIONS.values())
-    sets = [(c, m.cat("token_ids_global"), quota(most, n)) for (c, n), (m, _) in zip(centred, updates, strict=True)]
+    sets = [(c, m.cat("token_ids_global"), quota(most, n)) for (c, n), m in zip(centred, updates, strict=True)]
     tops, totals = ranks.top_ks_and_sum(sets, torch.stack(sums))
     rows = []
     for (top, _), total, (_, count) in zip(tops, totals, centred, strict=True):
@@ -186,8 +174,9 @@ def covariance_metrics(updates: Sequence[tuple[MiniBatch, list[TokenStats]]], ra
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
 
-def _spent(mini_batch: MiniBatch, stats: list[TokenStats]) -> Tensor:
-    return response_tokens(mini_batch, [entropy_spent(s, mb.advantages) for s, mb in _pairs(stats, mini_batch)])
+def _spent(mini_batch: MiniBatch) -> Tensor:
+    spent = [entropy_spent(mb.computed_stats, mb.advantages) for mb in mini_batch.micro_batches]
+    return response_tokens(mini_batch, spent)
 
 
 def _selection_metrics(
@@ -199,10 +188,6 @@ def _selection_metrics(
     if number:
         metrics |= {"select/logprob_mean": logp / number, "select/entropy_mean": ent / number}
     return metrics
-
-
-def _pairs(stats: list[TokenStats], mini_batch: MiniBatch) -> list[tuple[TokenStats, MicroBatch]]:
-    return list(zip(stats, mini_batch.micro_batches, strict=True))
 
 
 def response_tokens(mini_batch: MiniBatch, values: list[Shaped[Tensor, "_"]]) -> Shaped[Tensor, "N"]:

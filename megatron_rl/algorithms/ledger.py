@@ -23,13 +23,11 @@ QUANTILES = (0.5, 0.8, 0.9, 0.98, 0.998)  # edges between rows of covariance: th
 COLUMNS = ("count", "spent", "probed", "realised")
 
 
-def ledger(
-    batch: TrainBatch, before: Sequence[Sequence[TokenStats]], after: Sequence[TokenStats] | None, ranks: Ranks
-) -> dict[str, Any]:
+def ledger(batch: TrainBatch, after: Sequence[TokenStats] | None, ranks: Ranks) -> dict[str, Any]:
     """Return one step's entry, plain data, the same on every rank; empty when no token counts.
 
-    before: of every mini-batch at the start of the step, with sum_p2. after: of the first mini-batch after the updates;
-    None: nothing was probed, and `realised` is 0 over 0 tokens.
+    batch: with the statistics at the start of the step, with sum_p2. after: those of the first mini-batch after the
+    updates; None: nothing was probed, and `realised` is 0 over 0 tokens.
     Returns `columns`; `total` (one row of the columns); `tokens`: [token id, columns...], those with the largest
     |spent| first, ties by id, and `other_tokens`; `positions`: [first, last position, columns...] in the response,
     from 0, by powers of two; `covariance`: [upper edge, columns...] between the quantiles `quantiles` of the step's
@@ -38,14 +36,12 @@ def ledger(
     mini_batches = batch.mini_batches
     labels = torch.cat([mb.cat("labels") for mb in mini_batches])
     positions = torch.cat([mb.cat("response_positions") for mb in mini_batches])
-    logprobs = torch.cat(
-        [response_tokens(mb, [s.logprobs for s in stats]) for mb, stats in zip(mini_batches, before, strict=True)]
-    )
+    logprobs = torch.cat([mb.cat_stats("logprobs") for mb in mini_batches])
     advantages = torch.cat([mb.cat("advantages") for mb in mini_batches])
     cov, count = covariance(logprobs, advantages, ranks)
     if count == 0:
         return {}
-    values = _values(batch, before, after)
+    values = _values(batch, after)
     edges = ranks.quantiles(cov, list(QUANTILES))
     # the quantile is an element of the float32 values, so they are compared in that precision
     quantile = torch.searchsorted(torch.tensor(edges, dtype=torch.float32, device=cov.device), cov.float())
@@ -64,20 +60,18 @@ def ledger(
     }
 
 
-def _values(batch: TrainBatch, before: Sequence[Sequence[TokenStats]], after: Sequence[TokenStats] | None) -> Tensor:
+def _values(batch: TrainBatch, after: Sequence[TokenStats] | None) -> Tensor:
     """Return [N, COLUMNS] float64: the columns of each response token."""
     parts = []
-    for mini_batch, old in zip(batch.mini_batches, before, strict=True):
-        probed = after is not None and mini_batch.index == 0
-        pairs = list(zip(old, mini_batch.micro_batches, strict=True))
-        spent = response_tokens(mini_batch, [entropy_spent(s, m.advantages) for s, m in pairs])
-        change = torch.zeros_like(spent)
-        if probed and after is not None:
-            change = response_tokens(
-                mini_batch, [n.entropy - o.entropy for n, o in zip(after, old, strict=True)]
-            ).double()
+    for mini_batch in batch.mini_batches:
+        micro_batches = mini_batch.micro_batches
+        spent = response_tokens(mini_batch, [entropy_spent(mb.computed_stats, mb.advantages) for mb in micro_batches])
+        change, probed = torch.zeros_like(spent), 0.0
+        if after is not None and mini_batch.index == 0:
+            entropies = response_tokens(mini_batch, [stats.entropy for stats in after])
+            change, probed = (entropies - mini_batch.cat_stats("entropy")).double(), 1.0
         ones = torch.ones_like(spent)
-        parts.append(torch.stack([ones, spent, ones * float(probed), change], 1))
+        parts.append(torch.stack([ones, spent, ones * probed, change], 1))
     return torch.cat(parts)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from megatron_rl.algorithms.aggregation import sequence_sums
 from megatron_rl.algorithms.kl import k3, kl_penalty, masked_sum_count, safe_exp
 from megatron_rl.algorithms.mismatch import rollout_weights
-from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, Ranks, TokenStats
+from megatron_rl.types import LossInputs, LossOutputs
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import (
@@ -173,6 +173,8 @@ def weighted_clip(inputs: LossInputs, config: ForkingLoss | SteerLoss | Gaussian
     return _total(inputs, config, inputs.surrogate_weights * surrogate, metrics, ratio)
 
 
+LossFunction = Callable[[LossInputs], LossOutputs]  # a loss with its options bound
+
 LOSSES: dict[str, Callable[[LossInputs, Any], LossOutputs]] = {
     "ppo_clip": ppo_clip,
     "clip_cov": clip_cov,
@@ -186,49 +188,29 @@ LOSSES: dict[str, Callable[[LossInputs, Any], LossOutputs]] = {
 }
 
 
-def sft(inputs: LossInputs, config: object) -> LossOutputs:
+def sft(inputs: LossInputs) -> LossOutputs:
     """Return the supervised negative log-likelihood `-logprobs`, for warm starts; metric `loss/nll`, nats per token.
 
-    Reads only `logprobs`, `loss_mask` and `token_weights`; `config` makes the signature that of the others, no more.
+    Reads only `logprobs`, `loss_mask` and `token_weights`.
     """
     nll = -torch.where(inputs.loss_mask, inputs.logprobs, 0.0)
     weights = torch.where(inputs.loss_mask, inputs.token_weights, 0.0)
     return LossOutputs((weights * nll).sum(), {"loss/nll": masked_sum_count(nll, inputs.loss_mask)})
 
 
-def loss_inputs(micro_batch: MicroBatch, stats: TokenStats, context: Ranks | None) -> LossInputs:
-    """Return what the loss sees of a micro-batch; `context`: over context-parallel ranks, if there are several.
-
-    Raises: ValueError when old_logprobs were never set.
-    """
-    if micro_batch.old_logprobs is None:
-        raise ValueError("micro-batch without old_logprobs; call with_old_logprobs on the batch before updating")
-    return LossInputs(
-        logprobs=stats.logprobs,
-        entropy=stats.entropy,
-        old_logprobs=micro_batch.old_logprobs,
-        rollout_logprobs=micro_batch.rollout_logprobs,
-        ref_logprobs=micro_batch.ref_logprobs,
-        advantages=micro_batch.advantages,
-        loss_mask=micro_batch.loss_mask,
-        token_weights=micro_batch.token_weights,
-        cu_seqlens=micro_batch.cu_seqlens,
-        selected=micro_batch.selected,
-        surrogate_weights=micro_batch.surrogate_weights,
-        context=context,
-    )
+def policy_loss(config: LossBase) -> LossFunction:
+    """Return the loss that the config names, with its options bound."""
+    loss = LOSSES[config.type]  # type: ignore[attr-defined]
+    return lambda inputs: loss(inputs, config)
 
 
 def _without_masked(inputs: LossInputs) -> LossInputs:
     """Return the same inputs with 0 outside `loss_mask`: log ratio 0, advantage 0, weight 0, not selected."""
     mask = inputs.loss_mask
-    names = ("logprobs", "entropy", "old_logprobs", "rollout_logprobs", "advantages", "token_weights")
-    changes: dict[str, Any] = {name: torch.where(mask, getattr(inputs, name), 0.0) for name in names}
-    for name in ("ref_logprobs", "surrogate_weights"):
-        if getattr(inputs, name) is not None:
-            changes[name] = torch.where(mask, getattr(inputs, name), 0.0)
-    if inputs.selected is not None:
-        changes["selected"] = inputs.selected & mask
+    changes: dict[str, Any] = {}
+    for name, value in ((each.name, getattr(inputs, each.name)) for each in dataclasses.fields(inputs)):
+        if isinstance(value, Tensor) and name not in ("loss_mask", "cu_seqlens"):
+            changes[name] = torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
     return dataclasses.replace(inputs, **changes)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.entropy import entropy_spent
-from megatron_rl.algorithms.losses import LOSSES, loss_inputs
+from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.shapes import Float
 from megatron_rl.types import LossInputs, MicroBatch, MiniBatch, Ranks, TokenStats
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from megatron_rl.config.loss import LossBase
 
 
-Seen = tuple[MicroBatch, TokenStats]  # a micro-batch, with the statistics of the weights that update on it
-
-
-def effective_advantages(seen: Sequence[Seen], loss: LossBase, context: Ranks | None = None) -> Float[Tensor, "T"]:
+def effective_advantages(
+    seen: Sequence[MicroBatch], loss: LossBase, context: Ranks | None = None
+) -> Float[Tensor, "T"]:
     """Return the advantage with which plain policy gradient would push each token as the loss does.
 
     It is `-d loss / d logprob`, 0 outside `loss_mask`, of the micro-batches one behind the other.
 
     On-policy it is A for GRPO. Clipping, selection, weights, KL-Cov's penalty, importance weights and the reference KL
     are in it; an entropy bonus, which does not act through the sampled token, is not. The aggregation's weights count
-    as 1. context: the context-parallel ranks, if there are several.
+    as 1. The current policy is that of the micro-batches' `stats`. context: the context-parallel ranks, if there are
+    several.
     """
-    inputs = _joined([loss_inputs(micro_batch, stats, context) for micro_batch, stats in seen])
+    inputs = _joined([micro_batch.loss_inputs(micro_batch.computed_stats, context) for micro_batch in seen])
     logprobs = inputs.logprobs.detach().clone().requires_grad_()
     inputs = dataclasses.replace(
         inputs, logprobs=logprobs, entropy=inputs.entropy.detach(), token_weights=inputs.loss_mask.float()
@@ -41,7 +41,7 @@ def effective_advantages(seen: Sequence[Seen], loss: LossBase, context: Ranks | 
 
 
 def predicted_change(
-    updates: Sequence[tuple[MiniBatch, list[TokenStats]]],
+    updates: Sequence[MiniBatch],
     loss: LossBase,
     ranks: Ranks,
     context: Ranks | None = None,
@@ -52,13 +52,12 @@ def predicted_change(
     tokens on all ranks, of the token's own entropy change: Theorem 1 per state (entropy.py), exact over the vocabulary,
     with `effective_advantages`. An update without tokens changes nothing.
     """
-    by_update = [list(zip(mini_batch.micro_batches, stats, strict=True)) for mini_batch, stats in updates]
-    seen = [pair for pairs in by_update for pair in pairs]
+    seen = [micro_batch for update in updates for micro_batch in update.micro_batches]
     names = [field.name for field in dataclasses.fields(TokenStats)]
-    joined = TokenStats(*(torch.cat([getattr(stats, name) for _, stats in seen]) for name in names))
-    spent = entropy_spent(joined, effective_advantages(seen, loss, context))
-    mask = torch.cat([micro_batch.loss_mask for micro_batch, _ in seen])
-    sizes = [sum(len(micro_batch.loss_mask) for micro_batch, _ in pairs) for pairs in by_update]
+    stats = TokenStats(*(torch.cat([getattr(mb.computed_stats, name) for mb in seen]) for name in names))
+    spent = entropy_spent(stats, effective_advantages(seen, loss, context))
+    mask = torch.cat([micro_batch.loss_mask for micro_batch in seen])
+    sizes = [sum(len(micro_batch.loss_mask) for micro_batch in update.micro_batches) for update in updates]
     spent = torch.where(mask, spent, 0.0)
     sums = [
         torch.stack([-a.sum(), b.double().sum()]) for a, b in zip(spent.split(sizes), mask.split(sizes), strict=True)

@@ -106,6 +106,10 @@ class Timers:
         self._seconds: dict[str, float] = {}
         self._start = time.perf_counter()
 
+    def restart(self) -> None:
+        """Forget what was timed so far; the next step begins now."""
+        self._seconds, self._start = {}, time.perf_counter()
+
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the block's wall time to `time/<phase>`, also when it raises. Raises: ValueError for "total"."""

@@ -39,7 +39,6 @@ from megatron_rl.config import dump_config
 from megatron_rl.convert.save_hf import fsync_tree, write_hf_extras
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.adam import begin_torch_adam, let_torch_adam_load, refresh_host_weights, restore_step_0
 from megatron_rl.policy.policy import MegatronPolicy
 
@@ -68,7 +67,7 @@ class CheckpointStore:
         """`folder` need not exist; all nodes must see it, and room is looked up from rank 0's. `tokenizer` travels in
         hf/; None: hf/ holds the model's part alone."""
         self.folder, self.policy, self.groups, self.tokenizer = folder, policy, groups, tokenizer
-        self._world = Reducer(groups.world, device.device())
+        self._world = groups.all_ranks
         self._background = AsyncCallsQueue()
         self._unfinished: _Save | None = None
         if not device.ON_GPU:
@@ -168,7 +167,7 @@ class CheckpointStore:
             "distrib_optim_sharding_type": "fully_reshardable",
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
-            "dp_cp_group": self.groups.dp,
+            "dp_cp_group": self.groups.dp_cp,
         }
         begin_torch_adam(self.policy.optimizer)
         model = self.policy.model.sharded_state_dict(metadata)

@@ -52,7 +52,7 @@ class _Answers:
         return _answers, (whole, [len(r.token_ids) for r in rollouts], rest, self.problem)
 
 
-_PER_TOKEN = ("token_ids", "rollout_logprobs", "loss_mask")
+_PER_TOKEN = ("token_ids", "rollout_logprobs", "sampled")
 _PER_ROLLOUT = tuple(field.name for field in dataclasses.fields(Rollout) if field.name not in _PER_TOKEN)
 
 

@@ -261,7 +261,7 @@ class TransformersEngine:
                     sample_index=request.sample_index,
                     token_ids=ids,
                     rollout_logprobs=logprobs,
-                    loss_mask=mask,
+                    sampled=mask,
                     finish_reason="stop" if stop else "length",
                     weight_version=self.weight_version,
                     spans=((self.weight_version, length),),

@@ -128,7 +128,7 @@ def test_metrics_against_numpy(bins: list[list[int]]) -> None:
     view = numpy_view(batch)
     n = len(view["cov"])
     _, ids, metrics = select(batch, KlCovLoss(select_fraction=0.1))
-    metrics |= covariance_metrics([batch], ALONE)
+    metrics |= covariance_metrics([batch[0]], ALONE)
     falling = np.sort(view["cov"])[::-1]
     chosen = np.isin(view["token_ids_global"], list(ids))
     k = math.floor(0.1 * n)
@@ -153,10 +153,10 @@ def test_metrics_against_numpy(bins: list[list[int]]) -> None:
 
 def test_covariance_metrics_are_means_over_the_updates_with_tokens() -> None:
     batches = [build([[0, 1], [2]]), build([[], []]), build([[3, 4, 5, 6, 7]])]
-    each = [covariance_metrics([batch], ALONE) for batch in batches]
-    assert each[1] == {} == covariance_metrics([batches[1]], ALONE)
+    each = [covariance_metrics([batch[0]], ALONE) for batch in batches]
+    assert each[1] == {} == covariance_metrics([batches[1][0]], ALONE)
     expected = {name: (each[0][name] + each[2][name]) / 2 for name in each[0]}
-    assert covariance_metrics(batches, ALONE) == pytest.approx(expected, rel=1e-14)
+    assert covariance_metrics([batch for batch, _ in batches], ALONE) == pytest.approx(expected, rel=1e-14)
 
 
 def test_top_fractions_of_many_tokens() -> None:
@@ -164,7 +164,7 @@ def test_top_fractions_of_many_tokens() -> None:
     n = 20_000
     batch = by_hand(torch.randn(n, generator=generator).tolist(), torch.randn(n, generator=generator).tolist())
     falling = np.sort(numpy_view(batch)["cov"])[::-1]
-    metrics = covariance_metrics([batch], ALONE)
+    metrics = covariance_metrics([batch[0]], ALONE)
     for name, k in (("0.02", 4), ("0.2", 40), ("2", 400)):
         assert metrics[f"cov/top_{name}pct_mean"] == pytest.approx(falling[:k].mean(), rel=1e-12)
 
@@ -182,8 +182,7 @@ def test_the_vocab_estimator_ranks_by_the_exact_entropy_loss() -> None:
 
 def test_other_losses_are_left_alone() -> None:
     batch = build([[0, 1], [2]])
-    mini_batch, metrics = select_tokens(*batch, PpoClipLoss(), ALONE, seed=1, step=0)
-    assert mini_batch is batch[0] and metrics == {}
+    assert select_tokens(batch[0], PpoClipLoss(), ALONE, seed=1, step=0) is batch[0]
 
 
 @pytest.mark.parametrize("scope", ["minibatch", "microbatch"])
@@ -214,7 +213,7 @@ def test_log_probabilities_that_are_not_finite_reach_the_update(loss: ClipCovLos
     stats[0].logprobs[3] = math.nan
     _, ids, metrics = select((mini_batch, stats), loss)
     assert len(ids) <= metrics["select/count"] <= quota(loss.select_fraction, sum(LENGTHS) - 16)
-    assert math.isnan(covariance_metrics([(mini_batch, stats)], ALONE)["cov/mean"])
+    assert math.isnan(covariance_metrics([mini_batch.with_stats(stats)], ALONE)["cov/mean"])
 
 
 # ---- the authors' code, written again from its description: a micro-batch as [sequences, longest], and a response mask
