@@ -46,7 +46,7 @@ PLAIN_PROSE = (
 # From the ground up. A room (a folder, or a module beside the folders) imports rooms of lower floors and its own files,
 # never a floor above or a neighbour on its own.
 FLOORS = (
-    "errors types",
+    "errors shapes types",
     "launch",
     "kernels",
     "device",
@@ -81,7 +81,7 @@ ALGORITHMS_MAY_IMPORT = {
     "math",
     "torch",
     "typing",
-    "warnings",
+    "megatron_rl.shapes",
     "megatron_rl.types",
 }
 # Megatron's own name for seeding its RNG tracker, which it needs on a CPU too
