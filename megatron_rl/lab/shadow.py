@@ -20,8 +20,8 @@ from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
 from megatron_rl.config.loss import LossBase, LossConfig
 from megatron_rl.errors import ConfigError
+from megatron_rl.files import write_atomically
 from megatron_rl.lab.compare import METHODS, Where, compare
-from megatron_rl.launch import write_atomically
 from megatron_rl.metrics import Timers
 from megatron_rl.metrics.step import mean_entropy
 from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
