@@ -24,8 +24,8 @@ MAX_PARAMETERS = 8
 MANY_PARAMETERS = ("packing/pack.py", "parallel/fused_linear.py", "parallel/vocab.py", "plan/", "kernels/vocab_")
 # Messages go through launch.say. These print what a command was asked for,
 PRINTS_RESULTS = (
-    "convert/commands.py eval/run.py kernels/aot.py lab/shadow.py launch.py plan/command.py preflight/run.py "
-    "prepare/commands.py profiling/commands.py"
+    "convert/commands.py eval/run.py failures.py kernels/aot.py lab/shadow.py launch.py plan/command.py "
+    "preflight/run.py prepare/commands.py profiling/commands.py"
 ).split()
 # silence another library's messages,
 SILENCES_OTHERS = ("grading/symbolic.py",)
@@ -47,6 +47,8 @@ PLAIN_PROSE = (
 # never a floor above or a neighbour on its own.
 FLOORS = (
     "errors shapes types",
+    "files",
+    "failures",
     "launch",
     "kernels",
     "device",
