@@ -41,6 +41,27 @@ _PR_SET_PDEATHSIG = 1
 _stop_signals: list[int] = []
 
 
+def say(
+    text: str, *, error: bool = False, every_rank: bool = False, write: Callable[[str], None] | None = None
+) -> None:
+    """Tell the user something at once: every message goes through here, results that a command is asked for do not.
+
+    In a world rank 0 speaks for all, and the others are silent.
+
+    error: on standard error instead of standard output. every_rank: for what this rank alone knows; all ranks then
+    speak, those other than 0 with their number. write: prints the text where a display has the terminal.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        if not every_rank:
+            return
+        text = f"rank {rank}: {text}"
+    if write is not None:
+        write(text)
+    else:
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
 @dataclass(frozen=True)
 class Failure:
     """The reason why one rank died, as it wrote it down itself."""
@@ -270,7 +291,7 @@ def _supervise(workers: list[subprocess.Popen[bytes]], run_dir: Path, grace_seco
         failures = read_failures(run_dir)
         if signals and not stopping:
             stopping, deadline = True, time.monotonic() + grace_seconds
-            _say(f"stopping: up to {grace_seconds:g} s to finish the step; once more to stop at once")
+            say(f"stopping: up to {grace_seconds:g} s to finish the step; once more to stop at once", error=True)
             for worker in workers:
                 worker.terminate()
         elif not stopping and any(not failure.lost_peer for failure in failures):
@@ -295,7 +316,7 @@ def _conclude(
     causes = in_order(failures)
     if signals:
         if late:
-            _say(f"killed: {_ranks(late)} did not stop in time")
+            say(f"killed: {_ranks(late)} did not stop in time", error=True)
         if causes and not causes[0].lost_peer:  # a checkpoint that failed must not pass for a clean stop
             _explain(causes[0], run_dir)
         return 128 + signals[0]
@@ -310,28 +331,27 @@ def _conclude(
 
 def _explain(failure: Failure, run_dir: Path) -> None:
     if failure.from_user:
-        _say(f"error: {failure.message}")
+        say(f"error: {failure.message}", error=True)
         return
-    _say(f"rank {failure.rank} failed:\n{failure.traceback.rstrip()}")
-    _say(f"(this traceback: {run_dir}/failures/rank{failure.rank}.json; what other ranks printed: {run_dir}/logs/)")
+    say(f"rank {failure.rank} failed:\n{failure.traceback.rstrip()}", error=True)
+    say(
+        f"(this traceback: {run_dir}/failures/rank{failure.rank}.json; what other ranks printed: {run_dir}/logs/)",
+        error=True,
+    )
 
 
 def _explain_silent(rank: int, code: int, run_dir: Path) -> None:
     ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     hint = "; the kernel's out-of-memory killer does that" if code == -signal.SIGKILL else ""
-    _say(f"rank {rank} {ending} without a Python traceback{hint}")
+    say(f"rank {rank} {ending} without a Python traceback{hint}", error=True)
     log = run_dir / "logs" / f"rank{rank}.log"
     if rank > 0:
-        _say(f"the last lines of {log}:")
-        _say("\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-20:]))
+        say(f"the last lines of {log}:", error=True)
+        say("\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-20:]), error=True)
 
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def in_order(failures: list[Failure]) -> list[Failure]:

@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ class MicroBatch:
             raise ValueError("micro-batch without stats: give it those of a forward pass with MiniBatch.with_stats")
         return self.stats
 
-    def loss_inputs(self, stats: TokenStats, context: SupportsSum | None = None) -> LossInputs:
+    def loss_inputs(self, stats: TokenStats, context: Ranks | None = None) -> LossInputs:
         """Return what a loss sees of this micro-batch: its fields of the same names, and `stats` as the current policy.
 
         `context`: the sum over context-parallel ranks, if there are several.
@@ -239,11 +239,39 @@ class TrainBatch:
         return TrainBatch(self.step, tuple(mini_batch.replace_each(name, row) for mini_batch, row in pairs))
 
 
-class SupportsSum(Protocol):
-    """What adds up over ranks; parallel/reduce.py has the real one."""
+@runtime_checkable
+class Ranks(Protocol):
+    """The processes that hold other tokens, as the algorithms see them: global statistics, the same on every rank.
+    parallel/reduce.py has the real one."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over ranks, the same on each."""
+        """Return the element-wise sum over ranks."""
+        ...
+
+    def max(self, values: Tensor) -> Tensor:
+        """Return the element-wise maximum over ranks."""
+        ...
+
+    def top_k(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k largest values of all ranks and their ids."""
+        ...
+
+    def top_ks_and_sum(
+        self, sets: Sequence[tuple[Tensor, Tensor, int]], sums: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Return `top_k` of each (values, ids, k), and `sum` of `sums`, in one collective."""
+        ...
+
+    def kth_largest(self, values: Tensor, k: int) -> float:
+        """Return the k-th largest of all ranks' values."""
+        ...
+
+    def quantiles(self, values: Tensor, fractions: list[float]) -> list[float]:
+        """Return exact quantiles over all ranks' values."""
+        ...
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order."""
         ...
 
 
@@ -262,7 +290,7 @@ class LossInputs:
     cu_seqlens: Tensor  # [S + 1] int32
     selected: Tensor | None  # bool
     surrogate_weights: Tensor | None = None  # of the policy-gradient term, without gradient; None: 1
-    context: SupportsSum | None = None  # over the ranks that hold the rest of these sequences; None: they are whole
+    context: Ranks | None = None  # over the ranks that hold the rest of these sequences; None: they are whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.covariance import covariance
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.config import Config, parse_config
 from megatron_rl.types import MiniBatch, Rollout
 
@@ -302,7 +302,7 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
         logprobs = mini_batch.cat_stats("logprobs")
         cov, _ = covariance(logprobs, chosen.cat("advantages"), reducer)
         if getattr(loss, "cov_estimator", "batch") == "vocab":
-            spent = [entropy_loss_per_step(m.stats, m.advantages)[m.loss_mask] for m in mini_batch.micro_batches]
+            spent = [entropy_spent(m.stats, m.advantages)[m.loss_mask] for m in mini_batch.micro_batches]
             cov = torch.cat(spent)
         ids, log_ratio = chosen.cat("token_ids_global"), logprobs - chosen.cat("old_logprobs")
         marked, weights = torch.zeros_like(ids, dtype=torch.bool), torch.ones(len(ids))

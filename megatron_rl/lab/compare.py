@@ -16,7 +16,7 @@ from megatron_rl.config.loss import LossBase
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.gradients import entropy_gradient, gradient, inner
 from megatron_rl.policy.policy import MegatronPolicy
-from megatron_rl.types import MiniBatch, SupportsSum
+from megatron_rl.types import MiniBatch, Ranks
 
 # The set of methods that `shadow` compares by default. The fractions are those of the small models of configs/: a
 # mini-batch of theirs has some hundred tokens.
@@ -84,7 +84,7 @@ def compare(
     }
 
 
-def _restrained(mini_batch: MiniBatch, loss: LossBase, context: SupportsSum | None) -> Tensor:
+def _restrained(mini_batch: MiniBatch, loss: LossBase, context: Ranks | None) -> Tensor:
     """Return bool `[n_local]`: the response tokens that the method holds back."""
     parts = []
     for micro_batch in mini_batch.micro_batches:

@@ -20,14 +20,14 @@ from megatron_rl.metrics.samples import samples_for_log
 from megatron_rl.metrics.write import RunLogger
 from megatron_rl.packing import computed, packing_metrics
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.types import CollectResult, MiniBatch, SupportsSum, TokenStats, TrainBatch, UpdateResult
+from megatron_rl.types import CollectResult, MiniBatch, Ranks, TokenStats, TrainBatch, UpdateResult
 
 
 class Policy(Protocol):
     """The policy as far as a report asks it."""
 
     @property
-    def context(self) -> SupportsSum | None:
+    def context(self) -> Ranks | None:
         """Return the sum over the ranks that hold the rest of this rank's sequences; None: they are whole."""
 
     def stats(self, mini_batch: MiniBatch) -> list[TokenStats]:
@@ -130,9 +130,7 @@ def add_batch_metrics(metrics: Metrics, batch: TrainBatch, ranks: Reducer) -> No
     metrics.set({"entropy/p10": p10, "entropy/p90": p90})
 
 
-def update_metrics(
-    updates: list[MiniBatch], loss: LossBase, ranks: Reducer, context: SupportsSum | None
-) -> dict[str, float]:
+def update_metrics(updates: list[MiniBatch], loss: LossBase, ranks: Reducer, context: Ranks | None) -> dict[str, float]:
     """Return how the covariance spreads in a step's updates as the loss saw them, and `entropy/predicted_change`, nats
     per unit of logit step."""
     change = predicted_change(updates, loss, ranks, context)

@@ -19,7 +19,7 @@ from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.models.mapping import global_name, load_weights
 from megatron_rl.parallel.fused_linear import linear_stats
 from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
-from megatron_rl.parallel.vocab import vocab_parallel_stats
+from megatron_rl.parallel.vocab import VocabShard, vocab_parallel_stats
 from megatron_rl.parallel.weights import weight_stream
 from megatron_rl.policy.build import build_model, build_optimizer, padded_vocab_size
 from megatron_rl.policy.kept_forward import KeptForward
@@ -251,17 +251,20 @@ class MegatronPolicy:
             )
 
     def _token_stats(self, output: Tensor, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
-        options: dict[str, Any] = {
-            "group": self.groups.tp if self.groups.tp_size > 1 else None,
-            "vocab_start": self.model.vocab_start,
-            "vocab_size": self.model.vocab_size,
-            "temperature": self.temperature,
-            "with_sum_p2": with_sum_p2,
-        }
+        group = self.groups.tp if self.groups.tp_size > 1 else None
+        options: dict[str, Any] = {"temperature": self.temperature, "with_sum_p2": with_sum_p2}
         if self.model.hands_over_hidden:
-            return linear_stats(output, self.model.output_weight, micro_batch.labels, **options)
-        rows = self.config.model.logits_block_rows
-        return vocab_parallel_stats(output, micro_batch.labels, **options, block_rows=rows)
+            shard = VocabShard(group, self.model.vocab_start, self.model.vocab_size)
+            return linear_stats(output, self.model.output_weight, micro_batch.labels, shard, **options)
+        return vocab_parallel_stats(
+            output,
+            micro_batch.labels,
+            group=group,
+            vocab_start=self.model.vocab_start,
+            vocab_size=self.model.vocab_size,
+            block_rows=self.config.model.logits_block_rows,
+            **options,
+        )
 
     def _on_every_stage(self, stats: TokenStats | None, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
         fields = ["logprobs", "entropy", *(["sum_p2", "sum_p2_logp"] if with_sum_p2 else [])]

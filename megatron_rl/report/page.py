@@ -13,7 +13,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from megatron_rl import __version__
-from megatron_rl.launch import write_atomically
+from megatron_rl.launch import say, write_atomically
 from megatron_rl.metrics.write import format_duration
 from megatron_rl.report.catalogue import sections
 from megatron_rl.report.figures import Figure, build, colour
@@ -54,10 +54,10 @@ def build_report(run_dirs: Sequence[Path], out: Path | None = None, reload_secon
     return out
 
 
-def keep_current(run_dirs: Sequence[Path], out: Path | None, seconds: int, say: Callable[[str], None] = print) -> None:
+def keep_current(run_dirs: Sequence[Path], out: Path | None, seconds: int, tell: Callable[[str], None] = say) -> None:
     """Write the page, and again every `seconds` when a run grew, until Ctrl-C; then once more without reloading.
 
-    Runs that have not begun are waited for: `say` tells what is missing, and so does the page where its folder exists.
+    Runs that have not begun are waited for: `tell` gets what is missing, and the page shows it where its folder exists.
     Raises: UserError when a folder holds something else than a run.
     """
     seen, said = None, ""
@@ -70,7 +70,7 @@ def keep_current(run_dirs: Sequence[Path], out: Path | None, seconds: int, say: 
             if state != seen or len(state) < len(files):
                 text = _refresh(run_dirs, out, seconds)
                 if text != said:
-                    say(text)
+                    tell(text)
                 seen, said = state, text
             time.sleep(seconds)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Reading run folders: config.yaml and metrics.jsonl; where present ledger.jsonl, samples.jsonl, shadow/*.json and
+"""Read run folders: config.yaml and metrics.jsonl; where present ledger.jsonl, samples.jsonl, shadow/*.json and
 eval/*/table.json."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class NotYet(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Of one model on several sets."""
+    """An evaluation of one model on several sets."""
 
     name: str
     accuracy: dict[str, tuple[float, float, float]]  # by the set's title: value and ends of its interval, fractions
@@ -32,7 +32,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class LoggedRun:
-    """One run as its folder tells it."""
+    """A run as its folder tells it."""
 
     path: Path
     name: str
@@ -48,22 +48,23 @@ class LoggedRun:
     evaluations: tuple[Evaluation, ...] = ()  # by `megatron-rl eval`, oldest first; those in training are metrics
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric where it was logged and finite; two empty lists when it never was."""
+        """Return steps and values of a metric where it was logged and finite; two empty lists when it never was."""
         logged = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
         return [step for step, _ in logged], [float(value) for _, value in logged]
 
     def pairs(self, first: str, second: str) -> tuple[list[float], list[float]]:
-        """Two metrics at the steps that have both."""
+        """Return the values of two metrics at the steps that have both."""
         xs, ys = dict(zip(*self.series(first), strict=True)), dict(zip(*self.series(second), strict=True))
         both = [step for step in xs if step in ys]
         return [xs[step] for step in both], [ys[step] for step in both]
 
     def metrics(self) -> set[str]:
-        """Names with at least one finite value."""
+        """Return the names of metrics with at least one finite value."""
         return {name for row in self.rows for name, value in row.items() if isinstance(value, int | float)} - {"step"}
 
     def reward_metric(self) -> str:
-        """What stands for R: accuracy where the run logs it, else the mean reward (penalties included)."""
+        """Return the name of the metric that stands for R in the law: accuracy where the run logs it, else the mean
+        reward (penalties included)."""
         return "reward/accuracy" if self.series("reward/accuracy")[0] else "reward/mean"
 
 
@@ -77,7 +78,7 @@ def load_runs(run_dirs: Sequence[Path]) -> list[LoggedRun]:
 
 
 def summarise(run_dirs: Sequence[Path]) -> list[dict[str, Any]]:
-    """One row per run; a number is None where its metric is missing.
+    """Return one row per run; a number is None where its metric is missing.
 
     `entropy_first`, `entropy_last` (nats), `accuracy_first`, `accuracy_last` (fraction): means over the first and last
     10 steps; `eval_first`, `eval_last`: single evaluations; `wall_seconds`, `tokens_per_second`; `law_a`, `law_b`,
@@ -89,7 +90,7 @@ def summarise(run_dirs: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def summary_of(run: LoggedRun) -> dict[str, Any]:
-    """The row of `summarise` for a loaded run."""
+    """Return the row of `summarise` for a loaded run."""
     entropy, accuracy = run.series("entropy/mean")[1], run.series("reward/accuracy")[1]
     evaluations, seconds = run.series("eval/accuracy")[1], run.series("time/total")[1]
     law = fit_law(*run.pairs("entropy/mean", run.reward_metric()))
@@ -165,7 +166,8 @@ def _newest_shadow(folder: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def evaluation_tables(run: Path) -> list[Path]:
-    """What `megatron-rl eval` wrote into a run's folder, oldest first; step_N folders are of the run itself."""
+    """Return the tables that `megatron-rl eval` wrote into a run's folder, oldest first; step_N folders are of the run
+    itself."""
     tables = [path for path in (run / "eval").glob("*/table.json") if not path.parent.name.startswith("step_")]
     return sorted(tables, key=lambda path: (path.stat().st_mtime, path))
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,22 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms import covariance as module
 from megatron_rl.algorithms.covariance import covariance, covariance_metrics, covariances, quota, select_tokens
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.hashing import hash_uniform
-from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase, PpoClipLoss
-from megatron_rl.types import MicroBatch, MiniBatch, TokenStats
+from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, PpoClipLoss
+from megatron_rl.types import MicroBatch
 from tests.algorithms.covariance_case import ALONE, LENGTHS, build, by_hand, loss_sum, numpy_view, select
-
-
-@pytest.fixture(autouse=True)
-def fresh_warnings() -> Iterator[None]:
-    module._warned.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a warning that a test does not expect fails it
-        yield
-    module._warned.clear()
 
 
 def test_covariance_by_hand() -> None:
@@ -185,7 +173,7 @@ def test_the_vocab_estimator_ranks_by_the_exact_entropy_loss() -> None:
     batch = build([[0, 1, 2], [3, 4, 5, 6, 7]])
     loss = KlCovLoss(select_fraction=0.1, cov_estimator="vocab")
     pairs = zip(batch[1], batch[0].micro_batches, strict=True)
-    exact = torch.cat([entropy_loss_per_step(s, m.advantages)[m.loss_mask] for s, m in pairs])
+    exact = torch.cat([entropy_spent(s, m.advantages)[m.loss_mask] for s, m in pairs])
     ids = batch[0].cat("token_ids_global")
     k = math.floor(0.1 * len(exact))
     assert select(batch, loss)[1] == set(ids[exact.topk(k).indices].tolist())
@@ -313,35 +301,3 @@ def test_scope_microbatch_drops_as_many_tokens_as_the_authors(seed: int) -> None
         assert int(micro_batch.selected.sum()) == dropped
         fewer += dropped < inside
     assert fewer  # the quota, not the number of candidates, decided
-
-
-# ---- guards
-
-
-def warned(batch: tuple[MiniBatch, list[TokenStats]], loss: LossBase) -> list[str]:
-    """Messages of two calls in a row."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(2):
-            select(batch, loss, step=step)
-    return [str(one.message) for one in caught]
-
-
-def test_one_sequence_in_a_micro_batch_warns_once() -> None:
-    batch = build([[0, 1], [2]])
-    (message,) = warned(batch, ClipCovLoss(cov_scope="microbatch"))
-    assert "identically 0" in message and "cov_scope=minibatch" in message
-    module._warned.clear()
-    assert warned(batch, ClipCovLoss()) == []
-    assert warned(build([[0, 1], [2, 3]]), ClipCovLoss(cov_scope="microbatch")) == []
-
-
-def test_a_fraction_that_looks_like_a_percentage_warns_once() -> None:
-    n = 20_000
-    values = torch.randn(n, generator=torch.Generator().manual_seed(0)).tolist()
-    batch = by_hand(values, values[::-1])
-    (message,) = warned(batch, KlCovLoss(select_fraction=0.2))
-    assert "4000 of 20000" in message and "never a percentage" in message
-    module._warned.clear()
-    assert warned(batch, KlCovLoss(select_fraction=0.002)) == []
-    assert warned(build([list(range(8))]), KlCovLoss(select_fraction=0.2)) == []  # a toy's 16 tokens

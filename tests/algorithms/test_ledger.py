@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.ledger import ledger
 from megatron_rl.types import TokenStats, TrainBatch
 from tests.algorithms.covariance_case import ALONE, build, by_hand
@@ -18,7 +18,7 @@ def test_groups_by_hand() -> None:
     mini_batch = mini_batch.replace_each("labels", [labels])
     after = [TokenStats(stats.logprobs, stats.entropy + torch.tensor([0.5, -0.25, 0, 0, -1.0, 8, 8]))]
     entry = ledger(TrainBatch(0, (mini_batch,)), after, ALONE)
-    spent = entropy_loss_per_step(stats, micro_batch.advantages)[:5].tolist()
+    spent = entropy_spent(stats, micro_batch.advantages)[:5].tolist()
     by_token = {row[0]: row[1:] for row in entry["tokens"]}
     assert {i: (row[0], row[2]) for i, row in by_token.items()} == {7: (3, 3), 8: (1, 1), 9: (1, 1)}
     expected = {7: spent[0] + spent[2] + spent[3], 8: spent[1], 9: spent[4]}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.covariance import covariance_metrics
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
 from megatron_rl.algorithms.weighting import WEIGHTINGS, mark_tokens
 from megatron_rl.config.loss import (
@@ -147,7 +147,7 @@ def test_predicted_change_is_the_mean_over_all_tokens() -> None:
     off_policy = batch[0]
     parts = off_policy.micro_batches
     loss = PpoClipLoss(eps_low=1, eps_high=100)
-    exact = torch.cat([entropy_loss_per_step(m.stats, effective_advantages([m], loss))[m.loss_mask] for m in parts])
+    exact = torch.cat([entropy_spent(m.stats, effective_advantages([m], loss))[m.loss_mask] for m in parts])
     assert predicted_change([off_policy], loss, ALONE) == pytest.approx(-float(exact.mean()))
     on_policy = off_policy.replace_each("old_logprobs", [stats.logprobs for stats in batch[1]])
     metrics = covariance_metrics([on_policy], ALONE)

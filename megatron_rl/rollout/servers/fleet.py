@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_rl import device
 from megatron_rl.config import Config
+from megatron_rl.launch import say
 from megatron_rl.rollout.engine import EngineError, Place
 from megatron_rl.rollout.servers.processes import EngineProcess, free_port
 from megatron_rl.rollout.servers.protocol import Dialect, LaunchSpec
@@ -104,7 +105,7 @@ class Fleet:
             if not owned.healthy or (owned.process.alive() and self._answers(owned.url)):
                 continue
             died += 1
-            print(f"{self.dialect.name} server {owned.url} died: {owned.process.obituary()}", flush=True)
+            say(f"{self.dialect.name} server {owned.url} died: {owned.process.obituary()}", every_rank=True)
             owned.process.stop()
             if self.failures + died <= self.config.rollout.server.max_failures:
                 self._owned[index] = self._launch(index)
@@ -138,12 +139,13 @@ class Fleet:
                     ) from error
                 if waited - said > 10:
                     said = waited
-                    print(f"waiting for the {self.dialect.name} server {url}: {waited:.0f} s", flush=True)
+                    say(f"waiting for the {self.dialect.name} server {url}: {waited:.0f} s", every_rank=True)
             time.sleep(_RETRY_SECONDS)
         if owned is not None:
             self.settle_in(url)
             owned.healthy = True
-            print(f"{self.dialect.name} server {url} is ready after {time.monotonic() - began:.0f} s", flush=True)
+            seconds = time.monotonic() - began
+            say(f"{self.dialect.name} server {url} is ready after {seconds:.0f} s", every_rank=True)
 
     def _launch(self, index: int) -> _Owned:
         config, server = self.config, self.config.rollout.server

@@ -46,7 +46,7 @@ class LaunchSpec:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a bucket of weights holds: Hugging Face names, full shapes and dtypes (as in "float32"), in order."""
+    """The contents of a bucket of weights: Hugging Face names, full shapes and dtypes (as in "float32"), in order."""
 
     names: list[str]
     shapes: list[list[int]]
