@@ -51,12 +51,12 @@ def mean_entropy(batch: TrainBatch, ranks: Ranks) -> float:
 def needs_current_stats(loss: LossBase, index: int) -> bool:
     """Return whether marking tokens in mini-batch `index` pays a forward pass: the first of a step has the weights of
     old_logprobs."""
-    return index > 0 and "current" in (getattr(loss, "cov_logprobs", "old"), getattr(loss, "stats", "old"))
+    return index > 0 and loss.needs_current_statistics
 
 
 def follows_entropy(loss: LossBase) -> bool:
     """Tell whether `adapt` looks at the entropy."""
-    return loss.adaptive_entropy is not None or getattr(loss, "entropy_band", None) is not None
+    return loss.adaptive_entropy is not None or loss.band is not None
 
 
 def adapt(loss: Loss, state: ControlState, entropy: float) -> tuple[Loss, ControlState, dict[str, float]]:
@@ -73,7 +73,7 @@ def adapt(loss: Loss, state: ControlState, entropy: float) -> tuple[Loss, Contro
         coef = _clamp(state.get("entropy_coef", options.initial_coef), 0.0, options.max_coef)
         in_force["entropy_coef"] = coef if entropy <= options.target_entropy else 0.0
         following["entropy_coef"] = next_coef(coef, entropy, options)
-    band: EntropyBand | None = getattr(loss, "entropy_band", None)
+    band = loss.band
     if band is not None:
         base = _clamp(state.get(band.option, getattr(loss, band.option)), band.minimum, band.maximum)
         in_force[band.option], following[band.option] = band_values(base, entropy, band)

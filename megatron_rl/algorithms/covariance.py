@@ -71,7 +71,7 @@ def select_tokens(
     decide alike. The collectives cannot hide behind the update: what they decide enters the loss of its first
     micro-batch.
     """
-    if loss.type not in PRIORITIES:  # type: ignore[attr-defined]
+    if loss.type not in PRIORITIES:
         return mini_batch
     logprobs = mini_batch.cat_stats("logprobs")
     cov, count = covariance(logprobs, mini_batch.cat("advantages"), ranks)

@@ -200,7 +200,7 @@ def sft(inputs: LossInputs) -> LossOutputs:
 
 def policy_loss(config: LossBase) -> LossFunction:
     """Return the loss that the config names, with its options bound."""
-    loss = LOSSES[config.type]  # type: ignore[attr-defined]
+    loss = LOSSES[config.type]
     return lambda inputs: loss(inputs, config)
 
 

@@ -36,7 +36,7 @@ def effective_advantages(
         inputs, logprobs=logprobs, entropy=inputs.entropy.detach(), token_weights=inputs.loss_mask.float()
     )
     with torch.enable_grad():
-        loss_sum = LOSSES[loss.type](inputs, loss).loss_sum  # type: ignore[attr-defined]
+        loss_sum = LOSSES[loss.type](inputs, loss).loss_sum
         return -torch.autograd.grad(loss_sum, logprobs)[0]
 
 

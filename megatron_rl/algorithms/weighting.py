@@ -43,14 +43,13 @@ def mark_tokens(
     (sum w)^2 / (N sum w^2), which is 1 for equal weights and keep_fraction for 80/20.
     """
     mini_batch = select_tokens(mini_batch, loss, ranks, seed=seed, step=step)
-    kind: str = loss.type  # type: ignore[attr-defined]
-    if kind not in WEIGHTINGS:
+    if loss.type not in WEIGHTINGS:
         return mini_batch
     tokens = torch.tensor([sum(micro_batch.num_tokens for micro_batch in mini_batch.micro_batches)])
     if not int(ranks.sum(tokens.to(mini_batch.micro_batches[0].advantages.device))):  # no token on any rank
         nothing = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
         return mini_batch.replace_each("surrogate_weights", nothing)
-    weights = WEIGHTINGS[kind](mini_batch, loss, ranks)
+    weights = WEIGHTINGS[loss.type](mini_batch, loss, ranks)
     sums = torch.stack([torch.full_like(weights.sum(), weights.numel()), weights.sum(), (weights**2).sum()])
     count, total, squares = ranks.sum(sums).tolist()
     smallest = -float(ranks.max(torch.cat([-weights, weights.new_tensor([-math.inf])]).max()))

@@ -113,4 +113,4 @@ class _Progress:
             raise EvalError("stopped; the samples so far are kept, and the same command goes on from them")
         if self._speaks and (done == total or time.monotonic() - self._said > _REPORT_SECONDS):
             self._said = time.monotonic()
-            print(f"{bench.title}: {done} of this rank's {total} responses", flush=True)
+            launch.say(f"{bench.title}: {done} of this rank's {total} responses")

@@ -46,7 +46,7 @@ class Layout:
             prompts_per_step=config.train.prompts_per_step,
             prompts_per_minibatch=config.train.prompts_per_minibatch,
             samples_per_prompt=config.rollout.samples_per_prompt,
-            max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            max_tokens=config.max_sequence_tokens,
             aggregation=config.loss.aggregation,
             constant_length=config.rollout.max_response_tokens,
             share_prompts=shares_prompts(config),

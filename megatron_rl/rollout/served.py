@@ -61,7 +61,7 @@ class Served:
         """`prove`: called after each update of a server's weights, raises when they are not served. `shares_memory`:
         who makes room while the engine is awake (rollout.server.share_memory)."""
         self._config, self._place, self._weights, self._tokenizer = config, place, weights, tokenizer
-        self._prove = prove if config.rollout.engine != "transformers" else None
+        self._prove = None if config.rollout.is_embedded else prove
         self._shares_memory = shares_memory if config.rollout.server.share_memory else None
         self._engine: RolloutEngine | None = None
         self._engine_version: int | None = None  # of the weights that the engine has
@@ -72,7 +72,7 @@ class Served:
         """Return the engine, started at the first call, when servers begin to come up; `sync` gives it weights."""
         if self._engine is None:
             model_dir = self._config.run_dir / "engine_model"
-            if self._config.rollout.engine != "transformers":
+            if not self._config.rollout.is_embedded:
                 if self._place.rank == 0:
                     write_model_dir(model_dir, self._weights, self._tokenizer)
                 self._place.gather(None)  # no server may start before the folder is whole

@@ -118,9 +118,6 @@ class TransformersEngine:
         self.model.to(self._device)
         self._asleep = False
 
-    def flush_cache(self) -> None:
-        """See `RolloutEngine`: nothing to do, no key-value entry outlives a `generate`."""
-
     def abort(self) -> None:
         """See `RolloutEngine`: takes effect before the next token."""
         self._abort.set()

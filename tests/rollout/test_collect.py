@@ -12,7 +12,8 @@ from megatron_rl.config import parse_config
 from megatron_rl.data import DataError, PromptCursor
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import InProcess
-from megatron_rl.rollout.collect import CollectError, Collector, _Answers, rollout_metrics, sampling_params
+from megatron_rl.rollout.answers import Answers
+from megatron_rl.rollout.collect import CollectError, Collector, rollout_metrics, sampling_params
 from megatron_rl.rollout.engine import EngineError, Place, ServersLost
 from megatron_rl.types import Prompt, Rollout
 
@@ -142,7 +143,7 @@ def test_answers_travel_whole():
         ]
     ]
     for sent in (rollouts, []):
-        answers = pickle.loads(pickle.dumps(_Answers(sent, "lost")))
+        answers = pickle.loads(pickle.dumps(Answers(sent, "lost")))
         assert answers.problem == "lost" and len(answers.rollouts) == len(sent)
         for got, want in zip(answers.rollouts, sent, strict=True):
             for name in (f.name for f in dataclasses.fields(Rollout)):

@@ -205,7 +205,6 @@ def test_lifecycle(model, rollouts):
     with pytest.raises(EngineError, match="sleeps"):
         engine.update_weights(model.named_parameters(), 8)
     engine.wake()
-    engine.flush_cache()
     same(engine.generate(make_requests()), rollouts)
     engine.close()
     with pytest.raises(EngineError, match="closed"):
