@@ -6,6 +6,7 @@ Within one call a letter stands for one length. The letters:
 | letter | length                                                                                              |
 |--------|-----------------------------------------------------------------------------------------------------|
 | T      | packed tokens of a micro-batch, padding included; under context parallelism this rank's             |
+| M      | tokens that the model computes for a micro-batch: fewer than T where samples share their prompt      |
 | B      | rollouts of a step                                                                                  |
 | S      | sequences of a micro-batch                                                                          |
 | E      | their S + 1 boundaries in the packed tokens (`cu_seqlens`); the S sequences themselves are "E-1"    |
@@ -26,10 +27,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, Shaped
+    from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64, Shaped
 else:
     try:
-        from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, Shaped
+        from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64, Shaped
     except ImportError:
 
         class _Unchecked:
@@ -38,6 +39,6 @@ else:
             def __class_getitem__(cls, tensor_and_shape: tuple[type, str]) -> type:
                 return tensor_and_shape[0]
 
-        Bool = Float = Float32 = Float64 = Int = Int64 = Shaped = _Unchecked
+        Bool = Float = Float32 = Float64 = Int = Int32 = Int64 = Shaped = _Unchecked
 
-__all__ = ["Bool", "Float", "Float32", "Float64", "Int", "Int64", "Shaped"]
+__all__ = ["Bool", "Float", "Float32", "Float64", "Int", "Int32", "Int64", "Shaped"]

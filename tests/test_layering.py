@@ -46,7 +46,8 @@ PLAIN_PROSE = (
 # From the ground up. A room (a folder, or a module beside the folders) imports rooms of lower floors and its own files,
 # never a floor above or a neighbour on its own.
 FLOORS = (
-    "errors shapes types",
+    "errors shapes",
+    "types",
     "launch",
     "kernels",
     "device",
