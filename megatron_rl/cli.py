@@ -70,16 +70,26 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="a.b=c, for example loss.select_fraction=0.1", show_default=False)
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Validate, print the plan and exit.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Validate, print the plan and the first prompt, and exit.")
+    ] = False,
 ) -> None:
     """Train a policy. Starts its own processes, unless torchrun or Slurm did (RANK and WORLD_SIZE are set)."""
     resolved = load_config(config, overrides or [])
     if check:
         from rich.console import Console
 
+        from megatron_rl.config.notes import selection_notes
         from megatron_rl.plan.check import plan_table
 
-        Console().print(plan_table(resolved))
+        console = Console()
+        console.print(plan_table(resolved))
+        for note in selection_notes(resolved):
+            console.print(f"note: {note}", highlight=False)
+        if resolved.data.type != "countdown":  # its prompts are no one's to get wrong
+            from megatron_rl.plan.preview import preview_table  # torch: seconds
+
+            console.print(preview_table(resolved))
         return
     sys.exit(run_training(resolved))
 

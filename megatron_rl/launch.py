@@ -23,8 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.failures import REPORTS, SUPERVISOR, Failure, in_order, read_failures, received, record_failure
-from megatron_rl.files import refusal
+from megatron_rl.files import REPORTS, SUPERVISOR, Failure, in_order, read_failures, received, record_failure, refusal
 
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 3.0  # after a lost connection: for the rank that caused it to be seen dead or to say why
@@ -140,7 +139,7 @@ def in_world(
     neither.
     Raises: UserError when another run holds the folder; in a rank, every failure is written down and ends the process.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not is_rank():
         arguments = [sys.executable, "-m", "megatron_rl", *command]
         return run_world(arguments, processes, run_dir, grace_seconds, prepare)
 
@@ -152,6 +151,21 @@ def in_world(
     return 0
 
 
+def is_rank() -> bool:
+    """Return whether this process was started as one rank of a world: RANK and WORLD_SIZE are set."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_address() -> None:
+    """Check that a rank knows where the ranks meet. Raises: UserError naming what its environment lacks."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set, {' and '.join(missing)} not: this process cannot find the other ranks; "
+            "start it with torchrun or slurm/launch.sh, which set all four, or unset RANK and WORLD_SIZE"
+        )
+
+
 def _check_world(processes: int) -> None:
     world = int(os.environ["WORLD_SIZE"])
     if world != processes:
@@ -159,6 +173,7 @@ def _check_world(processes: int) -> None:
             f"this world has {world} processes (WORLD_SIZE), the config asks for {processes} "
             f"(parallel.world_size, or tp * pp * cp); start that many, or set parallel.world_size={world}"
         )
+    check_address()
 
 
 def run_world(

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_rl.failures import Failure, in_order, read_failures
-from megatron_rl.files import write_atomically
+from megatron_rl.files import Failure, in_order, read_failures, write_atomically
 from megatron_rl.metrics.jsonl import iter_rows
 
 _TAIL_LINES = 40

@@ -183,7 +183,7 @@ class Evaluator:
             stop_token_ids(config, self._tokenizer),
             bench.seed,
         )
-        embedded = config.rollout.engine == "transformers"
+        embedded = config.rollout.is_embedded
         # like prompts together, for short padding and shared prefills
         problems = sorted(bench.problems, key=lambda problem: (len(problem.prompt.token_ids), problem.id))
         keys = [(problem, sample) for problem in problems for sample in range(bench.samples)]

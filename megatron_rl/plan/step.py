@@ -26,7 +26,7 @@ class Load:
 
     @property
     def length(self) -> float:
-        """Tokens of a sequence."""
+        """Return the tokens of a sequence."""
         return self.prompt + self.response
 
 
@@ -45,7 +45,7 @@ class StepPlan:
 
     @property
     def total(self) -> float:
-        """Seconds of a step."""
+        """Return the seconds of a step."""
         if self.overlapped:
             generation = self.seconds["rollout"] + self.seconds["reward"]
             return max(generation, sum(self.seconds.values()) - generation)
@@ -53,14 +53,14 @@ class StepPlan:
 
     @property
     def tokens_per_gpu(self) -> float:
-        """Tokens per second and GPU over the whole step."""
+        """Return the tokens per second and GPU over the whole step."""
         return self.tokens / self.total / self.layout.gpus
 
 
 def plan_step(
     config: Config, shape: ModelShape, layout: Layout, hardware: Hardware, constants: Constants, load: Load
 ) -> StepPlan:
-    """Of a config, whose own layout `layout` may replace."""
+    """Return the plan of a config, whose own layout `layout` may replace."""
     memory = memory_of(config, shape, layout, hardware)
     sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
     updates = config.minibatches_per_step
@@ -84,7 +84,7 @@ def plan_step(
         )
 
     forward, backward = a_pass(False), a_pass(True)
-    chosen = updates - 1 if getattr(config.loss, "cov_logprobs", "old") == "current" else 0
+    chosen = updates - 1 if config.loss.needs_current_statistics else 0
     references = 2 if config.loss.ref_kl_coef > 0 else 1
     seconds = {
         "weight sync": sync_seconds(config, shape, layout, hardware),
@@ -93,7 +93,7 @@ def plan_step(
         "old logprobs": updates * references * forward,
         "selection": chosen * forward,
         "forward and backward": updates * backward,
-        "optimizer": updates * optimizer_seconds(shape, layout, hardware, width_of(config)),
+        "optimizer": updates * optimizer_seconds(shape, layout, hardware, width_of(config.model)),
     }
     if config.train.entropy_probe:
         seconds["entropy probe"] = forward
@@ -106,11 +106,12 @@ def plan_step(
 def rollout_seconds(
     config: Config, shape: ModelShape, layout: Layout, hardware: Hardware, constants: Constants, load: Load
 ) -> float:
-    """One generation batch. Servers that the run does not start count as as many as it would start."""
-    width = width_of(config)
+    """Return the seconds of one generation batch. Servers that the run does not start count as as many as it would
+    start."""
+    width = width_of(config.model)
     sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
     server = config.rollout.server
-    if config.rollout.engine == "transformers":
+    if config.rollout.is_embedded:
         engines, tp, together, share = layout.gpus, 1, config.rollout.batch_size, 1.0
     else:
         nodes = max(1, layout.gpus // hardware.gpus_per_node)

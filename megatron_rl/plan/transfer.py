@@ -5,20 +5,20 @@ Data-sheet bandwidths, not fitted: published rows do not tell these apart. They 
 
 from __future__ import annotations
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, ModelConfig
 from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import stages
 from megatron_rl.plan.shapes import Layout, ModelShape, parameters
 
 
-def width_of(config: Config) -> int:
-    """Bytes of one weight."""
-    return 2 if config.model.dtype == "bfloat16" else 4
+def width_of(model: ModelConfig) -> int:
+    """Return the bytes of one weight."""
+    return 2 if model.dtype == "bfloat16" else 4
 
 
 def data_link(layout: Layout, hardware: Hardware) -> float:
-    """Bytes/s that each rank has for a data-parallel collective: the ranks of a node that are in one ring share their
-    network ports."""
+    """Return the bytes/s that each rank has for a data-parallel collective: the ranks of a node that are in one ring
+    share their network ports."""
     inner = layout.tp * layout.cp
     if inner * layout.dp <= hardware.gpus_per_node:
         return hardware.node_link
@@ -27,7 +27,8 @@ def data_link(layout: Layout, hardware: Hardware) -> float:
 
 
 def optimizer_seconds(shape: ModelShape, layout: Layout, hardware: Hardware, width: int) -> float:
-    """Of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights. Nothing overlaps them here.
+    """Return the seconds of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights. Nothing
+    overlaps them here.
 
     Adam reads a gradient and reads and writes weight and two moments, all float32, and writes the model's weight.
     Source: ring collectives move (n - 1) / n of the bytes; arXiv 1910.02054, section 7.
@@ -42,23 +43,22 @@ def optimizer_seconds(shape: ModelShape, layout: Layout, hardware: Hardware, wid
 
 
 def sync_bytes(shape: ModelShape, width: int) -> float:
-    """Of one weight update: the whole model."""
+    """Return the bytes of one weight update: the whole model."""
     return width * parameters(shape)
 
 
 def sync_seconds(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    """Of one weight update: every rank gathers the whole model, over tensor ranks within a node and pipeline stages
-    across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state moves to the
-    host and back.
-    """
-    width = width_of(config)
+    """Return the seconds of one weight update: every rank gathers the whole model, over tensor ranks within a node and
+    pipeline stages across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state
+    moves to the host and back."""
+    width = width_of(config.model)
     model = sync_bytes(shape, width)
     spread = layout.gpus > hardware.gpus_per_node
     seconds = model * (layout.tp - 1) / layout.tp / hardware.node_link
     if layout.pp > 1:
         seconds += model * (layout.pp - 1) / layout.pp / (hardware.network if spread else hardware.node_link)
     server = config.rollout.server
-    if config.rollout.engine == "transformers":
+    if config.rollout.is_embedded:
         return seconds + 2 * model / hardware.bandwidth
     if config.rollout.weight_sync.mode == "colocated":
         seconds += 2 * model / server.tp / hardware.bandwidth

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from megatron_rl.config import Config
-from megatron_rl.plan.check import count_parameters
+from megatron_rl.config import Config, ModelConfig, ParallelConfig
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.models.facts import read_hf_config
+from megatron_rl.plan.shapes import count_parameters
 from megatron_rl.preflight.facts import Facts
 
 _MOSTLY_FREE = 0.9  # of a GPU's memory, before anything is loaded
@@ -26,11 +28,11 @@ class Check:
 def fact_checks(config: Config, facts: list[Facts], vocabulary: int, existing_checkpoints: int) -> list[Check]:
     """Return all checks that follow from the facts. `vocabulary`: the tokenizer's size."""
     return [
-        _ranks(config, facts),
+        _ranks(config.parallel, facts),
         _versions(facts),
         _gpus(facts),
-        _hosts(config, facts),
-        _engine_version(config, facts),
+        _hosts(config.rollout, facts),
+        _engine_version(config.rollout, facts),
         _on_nodes("model", facts, lambda fact: fact.model_fault, config.model.path or "random weights"),
         _data(facts),
         _on_nodes("reward", facts, lambda fact: fact.reward_fault, config.reward.function),
@@ -50,13 +52,10 @@ def bandwidth_check(ranks: int, nodes: int, bytes_per_second: float, is_right: b
     return Check("all-reduce", f"{bytes_per_second / 1e9:.2f} GB/s bus bandwidth, {where}")
 
 
-def checkpoint_bytes(config: Config, vocabulary: int) -> int:
-    """Return the bytes of one checkpoint: weights and optimizer state, without Megatron's bookkeeping."""
-    decoder, embeddings = count_parameters(config)
-    if not embeddings:  # the vocabulary is the tokenizer's to say
-        hf = config.model.hf_config or {}
-        embeddings = vocabulary * hf.get("hidden_size", 0) * (1 if hf.get("tie_word_embeddings") else 2)
-    return (decoder + embeddings) * _BYTES_PER_PARAMETER[config.model.dtype]
+def checkpoint_bytes(model: ModelConfig, vocabulary: int) -> int:
+    """Return the bytes of one checkpoint: weights and optimizer state, without Megatron's bookkeeping. `vocabulary`
+    where the model does not say its own."""
+    return sum(count_parameters(read_hf_config(model), vocabulary)) * _BYTES_PER_PARAMETER[model.dtype]
 
 
 def _nodes(facts: Iterable[Facts]) -> list[Facts]:
@@ -77,8 +76,8 @@ def _on_nodes(what: str, facts: list[Facts], fault_of: Callable[[Facts], str], f
     return Check(what, fine) if not faults else Check(what, faults, False)
 
 
-def _ranks(config: Config, facts: list[Facts]) -> Check:
-    wanted, running, nodes = config.parallel.processes, len(facts), len(_nodes(facts))
+def _ranks(parallel: ParallelConfig, facts: list[Facts]) -> Check:
+    wanted, running, nodes = parallel.processes, len(facts), len(_nodes(facts))
     text = f"{running} of {wanted} on {nodes} node{'s' * (nodes > 1)}"
     if running < wanted:
         return Check("ranks", f"{text}: those that this machine can hold; a job checks them all", None)
@@ -126,9 +125,9 @@ def _gpus(facts: list[Facts]) -> Check:
     return Check("GPUs", f"{len(gpus)} x {kinds[0]}, at least {least / 2**30:.1f} GiB free on each")
 
 
-def _hosts(config: Config, facts: list[Facts]) -> Check:
+def _hosts(rollout: RolloutConfig, facts: list[Facts]) -> Check:
     nodes = _nodes(facts)
-    if len(nodes) == 1 or config.rollout.engine == "transformers":
+    if len(nodes) == 1 or rollout.is_embedded:
         return Check("node names", "the engines' addresses stay on their node", None)
     faults = [(fact.host, f"cannot resolve {', '.join(fact.unknown_hosts)}") for fact in nodes if fact.unknown_hosts]
     if faults:
@@ -137,13 +136,12 @@ def _hosts(config: Config, facts: list[Facts]) -> Check:
     return Check("node names", "every node resolves every other")
 
 
-def _engine_version(config: Config, facts: list[Facts]) -> Check:
-    engine = config.rollout.engine
-    if engine == "transformers":
+def _engine_version(rollout: RolloutConfig, facts: list[Facts]) -> Check:
+    if rollout.is_embedded:
         return Check("engine", "transformers, embedded", None)
     versions = sorted({fact.engine_version for fact in _nodes(facts)})
-    offer = ", ".join(versions) if any(versions) else f"at {', '.join(config.rollout.server.urls)}"
-    return _on_nodes("engine", facts, lambda fact: fact.engine_fault, f"{engine} {offer}")
+    offer = ", ".join(versions) if any(versions) else f"at {', '.join(rollout.server.urls)}"
+    return _on_nodes("engine", facts, lambda fact: fact.engine_fault, f"{rollout.engine} {offer}")
 
 
 def _data(facts: list[Facts]) -> Check:
@@ -165,7 +163,7 @@ def _folder(config: Config, facts: list[Facts]) -> Check:
 
 
 def _room(config: Config, facts: list[Facts], vocabulary: int, existing: int) -> Check:
-    one = checkpoint_bytes(config, vocabulary)
+    one = checkpoint_bytes(config.model, vocabulary)
     more = max(1, config.train.keep_checkpoints + 1 - existing)  # the newest is written before the oldest goes
     free = min(fact.free_bytes for fact in _nodes(facts))
     finding = f"{_gib(one)} a checkpoint, room for {more} more asked, {_gib(free)} free"

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from megatron_rl import device, launch
 from megatron_rl.config import Config
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.data import build_tokenizer, load_prompts, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_hf_config, require_model
@@ -64,7 +65,7 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
     )
     if launch.local_rank() != 0:
         return facts
-    engine_version, engine_fault = _engine_version(config)
+    engine_version, engine_fault = _engine_version(config.rollout)
     data, data_fault = _data(config)
     return dataclasses.replace(
         facts,
@@ -116,9 +117,9 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _engine_version(config: Config) -> tuple[str, str]:
-    engine, server = config.rollout.engine, config.rollout.server
-    if engine == "transformers" or server.urls:
+def _engine_version(rollout: RolloutConfig) -> tuple[str, str]:
+    engine, server = rollout.engine, rollout.server
+    if rollout.is_embedded or server.urls:
         return "", ""
     code = f"import importlib.metadata as m; print(m.version({engine!r}))"
     try:

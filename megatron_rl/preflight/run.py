@@ -37,7 +37,7 @@ def preflight(
     Under torchrun or Slurm over all ranks; else over those that this machine can hold.
     """
     resolved = load_config(config, overrides or [])
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if launch.is_rank():
         launch.run_worker(lambda: check_rank(resolved), config.parent)
         return
     from megatron_rl import device
@@ -61,6 +61,7 @@ def check_rank(config: Config) -> None:
             f"rank {os.environ['RANK']} on {socket.gethostname()} has no GPU: {device.local_gpus()} are visible there; "
             "ask for as many GPUs as processes of a node (--gpus-per-node), or lower parallel.world_size"
         )
+    launch.check_address()
     world = join_world()
     # large enough on GPUs for the links' full speed; on CPUs it only shows that the ranks reach each other
     bandwidth, is_right = all_reduce_bandwidth(world, nbytes=2**28 if device.ON_GPU else 2**22, repeats=5)
@@ -135,7 +136,7 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
     from megatron_rl.preflight.checks import Check
     from megatron_rl.rollout.engine import EngineError, Place
 
-    if config.rollout.engine == "transformers":
+    if config.rollout.is_embedded:
         return Check("engine start", "embedded: nothing to start", None)
     from megatron_rl.rollout.build import DIALECTS, start_fleet, write_model_dir
     from megatron_rl.rollout.servers.engine import Loop

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.errors import UserError
 from megatron_rl.files import write_atomically
@@ -47,7 +48,7 @@ def run(
 ) -> None:
     """Train a few steps as CONFIG says, into a folder of their own, and write down where their time goes."""
     resolved = load_config(config, overrides or [])
-    in_world = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    in_world = launch.is_rank()
     if out is None:
         if in_world:
             raise UserError("the ranks of a world must agree on the profile's folder: give it with --out")
@@ -86,8 +87,6 @@ def load_profile(folder: Path) -> dict[str, Any]:
 
 
 def _run(config: Config, out: Path, options: list[str], *, steps: int, warmup: int, trace: bool) -> int:
-    from megatron_rl import launch
-
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to the terminal
     path = out / "profiled.yaml"
 

@@ -26,7 +26,6 @@ from megatron_rl.models.architecture import resolve_hf_config
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import datasheet_flops
 from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
-from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.parallel.traffic import clock_offset, watch_collectives
 from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.policy.build import DTYPES
@@ -44,7 +43,7 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     """
     folder = config.run_dir
     groups = init_groups(config.parallel, config.seed)
-    world = Reducer(groups.world, device.device())
+    world = groups.all_ranks
     place = f"rank{groups.rank}"
     traced = warmup - 2 if trace else None
     trace_path = folder / "traces" / f"{place}.json.gz"

@@ -90,7 +90,7 @@ def test_a_fault_of_all_nodes_is_said_once() -> None:
 
 def test_checkpoints_that_are_there_need_no_more_room() -> None:
     """Of three (two are kept, and one is written before the oldest goes) a folder that holds two needs one."""
-    one = checkpoint_bytes(config(), vocabulary=21)
+    one = checkpoint_bytes(config().model, vocabulary=21)
     found = [dataclasses.replace(fact, free_bytes=2 * one) for fact in facts()]
     of = [fact_checks(config(), found, vocabulary=21, existing_checkpoints=existing)[-1] for existing in (0, 2)]
     assert [(line.name, line.is_ok) for line in of] == [("disk", False), ("disk", True)]

@@ -86,7 +86,7 @@ def as_rollout(request: Request, done: Completion, hf: Any) -> Rollout:
         sample_index=request.sample_index,
         token_ids=torch.tensor([*request.token_ids, *done.token_ids]),
         rollout_logprobs=torch.cat([torch.zeros(prompt), sampled]),
-        loss_mask=torch.arange(prompt + len(done.token_ids)) >= prompt,
+        sampled=torch.arange(prompt + len(done.token_ids)) >= prompt,
         finish_reason="stop" if stopped else "length",  # servers differ on a stop token at the limit
         weight_version=min(version for version, _ in done.spans or ()),
         spans=done.spans or (),

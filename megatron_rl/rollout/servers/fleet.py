@@ -160,7 +160,7 @@ class Fleet:
             tp=server.tp,
             dtype=config.model.dtype,
             devices=tuple(devices),
-            context_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            context_tokens=config.max_sequence_tokens,
             max_concurrency=server.max_concurrency,
             kv_tokens=server.kv_tokens,
             memory_fraction=server.memory_fraction,
