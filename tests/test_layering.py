@@ -24,8 +24,8 @@ MAX_PARAMETERS = 8
 MANY_PARAMETERS = ("packing/pack.py", "parallel/fused_linear.py", "parallel/vocab.py", "plan/", "kernels/vocab_")
 # Messages go through launch.say. These print what a command was asked for,
 PRINTS_RESULTS = (
-    "convert/commands.py eval/run.py kernels/aot.py lab/shadow.py launch.py plan/command.py preflight/run.py "
-    "prepare/commands.py profiling/commands.py"
+    "convert/commands.py eval/run.py failures.py kernels/aot.py lab/shadow.py launch.py plan/command.py "
+    "preflight/run.py prepare/commands.py profiling/commands.py"
 ).split()
 # silence another library's messages,
 SILENCES_OTHERS = ("grading/symbolic.py",)
@@ -48,6 +48,8 @@ PLAIN_PROSE = (
 FLOORS = (
     "errors shapes",
     "types",
+    "files",
+    "failures",
     "launch",
     "kernels",
     "device",
@@ -234,7 +236,7 @@ def riddles(name: str, tree: ast.AST) -> list[str]:
         return []
     faults = []
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):  # a class and a file are things, not acts
             continue
         text = ast.get_docstring(node) or ""
         first = re.match(r"[\w']*", text.lower())
@@ -337,9 +339,8 @@ def test_files_are_short() -> None:
         (upward_imports, "device.py", "if TYPE_CHECKING:\n    from megatron_rl.config import Config"),
         (long_things, "train.py", "def f():\n" + "    pass\n" * MAX_FUNCTION_LINES),
         (many_parameters, "train.py", "class A:\n    def f(self, a, b, c, d, e, *, f, g, h, i): ..."),
-        (riddles, "report/x.py", '"""What is asked."""'),
         (riddles, "launch.py", 'def f():\n    """Of the run: its name."""'),
-        (riddles, "report/x.py", 'class A:\n    """See `B`, and more."""'),
+        (riddles, "report/x.py", 'class A:\n    def f(self):\n        """See `B`, and more."""'),
         (other_channels, "eval/x.py", "print('here')"),
         (other_channels, "data/x.py", "import logging\nlogging.warning('here')"),
         (other_channels, "policy/x.py", "def f():\n    warnings.warn('here')"),

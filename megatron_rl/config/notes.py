@@ -30,7 +30,7 @@ def selection_notes(config: Config) -> list[str]:
 
 
 def _lone_sequences(config: Config) -> list[str]:
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = config.max_sequence_tokens
     sequences = config.train.prompts_per_minibatch * config.rollout.samples_per_prompt
     least = 2 * config.parallel.dp * config.parallel.micro_batch_multiple
     lone = "a micro-batch may hold one sequence, whose tokens share one advantage, so that their covariance is 0"

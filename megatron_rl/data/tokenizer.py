@@ -22,10 +22,12 @@ def build_tokenizer(config: Config) -> Any:
     Raises: DataError when there is no tokenizer folder, or the model's vocabulary is smaller than the tokenizer's;
     ConfigError when the model is not on this machine.
     """
-    is_own = config.data.type == "countdown"
-    if not is_own and config.data.tokenizer is None:
-        require_model(config.model)
-    tokenizer = character_tokenizer() if is_own else pretrained_tokenizer(tokenizer_folder(config))
+    if config.data.type == "countdown":
+        tokenizer = character_tokenizer()
+    else:
+        if config.data.tokenizer is None:
+            require_model(config.model)
+        tokenizer = pretrained_tokenizer(tokenizer_folder(config))
     hf_vocab_size = read_hf_config(config.model).get("vocab_size")
     if hf_vocab_size is not None and hf_vocab_size < vocab_size(tokenizer):
         remedy = "" if config.model.path else ", or raise model.hf_config.vocab_size"

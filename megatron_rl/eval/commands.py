@@ -13,6 +13,7 @@ from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.config.evaluation import set_path
 from megatron_rl.errors import ConfigError
 from megatron_rl.eval.store import model_name
+from megatron_rl.files import write_atomically
 
 
 def evaluate(
@@ -76,5 +77,5 @@ def run_evaluation(config: Config) -> int:
         config.run_dir,
         processes=config.parallel.processes,
         grace_seconds=config.train.grace_seconds,
-        prepare=lambda: launch.write_atomically(path, dump_config(config)),
+        prepare=lambda: write_atomically(path, dump_config(config)),
     )

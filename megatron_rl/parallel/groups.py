@@ -74,12 +74,12 @@ class Groups:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """Tell whether this rank holds the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the output layer."""
+        """Tell whether this rank holds the output layer."""
         return self.pp_rank == self.pp_size - 1
 
     @property

@@ -48,8 +48,8 @@ DIALECTS: dict[str, Callable[[], Dialect]] = {"sglang": _sglang, "vllm": _vllm}
 
 
 def write_model_dir(folder: Path, policy: Described, tokenizer: Any) -> None:
-    """What the run's own servers start from: config.json and tokenizer, without weights and without end-of-sequence
-    tokens, because the requests alone say what ends a response."""
+    """Write what the run's own servers start from: config.json and tokenizer, without weights and without
+    end-of-sequence tokens, because the requests alone say what ends a response."""
     write_hf_extras(folder, policy, tokenizer)
     (folder / "generation_config.json").unlink(missing_ok=True)
     raw = json.loads((folder / "config.json").read_text())
