@@ -24,7 +24,6 @@ from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
 from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
-from megatron_rl.errors import UserError
 from megatron_rl.eval.benchmarks import Benchmark, load_benchmarks
 from megatron_rl.eval.during_training import evaluate_sets
 from megatron_rl.eval.evaluator import Evaluator
@@ -50,7 +49,7 @@ from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.gradients import EntropyTangent
 from megatron_rl.policy.policy import MegatronPolicy
-from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
+from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest, has_same_data
 from megatron_rl.reward import build_grader
 from megatron_rl.rollout.build import build_engine, write_model_dir
 from megatron_rl.rollout.collect import Collector
@@ -100,6 +99,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
         if config.train.share_prompts == "auto":
             notes.append(f"train.share_prompts=auto: {'on' if shares_prompts(config) else 'off'}")
+        store.say = logger.message
         for note in notes:
             logger.message(note)
         if start_step >= config.train.num_steps:
@@ -358,6 +358,7 @@ def saved_state(run: Run, cursor: dict[str, int]) -> dict[str, Any]:
         "weight_version": run.weight_version,
         "best_accuracy": run.best_accuracy,
         "data_digest": run.data_digest,
+        "eval_digest": data_digest(run.eval_prompts),
         "control": run.control,
         "law": run.law.state(),
     }
@@ -376,14 +377,8 @@ def restore(run: Run, store: CheckpointStore) -> tuple[int, list[str]]:
     own = path.parent == store.folder
     notes = check_drift(path, config, run.policy.hf_config, own=own)
     step, state = store.load(path)
-    same_data = state["data_digest"] == run.data_digest and state["cursor"]["seed"] == config.seed
-    if same_data:
+    if has_same_data(path, state, run.data_digest, data_digest(run.eval_prompts), seed=config.seed, own=own):
         run.collector.cursor.restore(state["cursor"])
-    elif own:
-        raise UserError(
-            f"cannot go on from {path}: the training problems are not those of its run, though data and seed read the "
-            f"same; restore them, or choose another name with train.resume={path}"
-        )
     else:
         notes.append(f"other problems or another seed than {path}: they are drawn from the start")
     if own:

@@ -65,7 +65,11 @@ class RolloutConfig(Section):
     top_p: Fraction = Field(1.0, description="nucleus mass; 1 keeps all tokens")
     top_k: NonNegativeInt = Field(0, description="keep the k likeliest tokens; 0 keeps all")
     max_response_tokens: PositiveInt = Field(1024, description="a response is cut here (finish_reason length)")
-    stop_token_ids: tuple[int, ...] | None = Field(None, description="null: the tokenizer's end-of-sequence token")
+    stop_token_ids: tuple[int, ...] | None = Field(
+        None,
+        description="each ends a response; null: the tokenizer's end-of-sequence token and all that the model's "
+        "generation_config.json names",
+    )
     batch_size: PositiveInt = Field(256, description="embedded engine: sequences decoded together on one rank")
     max_staleness: NonNegativeInt = Field(
         0,

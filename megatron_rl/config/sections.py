@@ -161,9 +161,13 @@ class OptimizerConfig(Section):
 
     lr: Annotated[float, Field(ge=0)] = Field(1e-6, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="after warm-up, to 0 at num_steps"
+        "constant", description="after warm-up, to 0 at num_steps, in each of a step's updates"
     )
-    warmup_steps: NonNegativeInt = Field(0, description="optimizer updates of linear warm-up")
+    warmup_steps: NonNegativeInt = Field(
+        0,
+        description="optimizer updates of linear warm-up, of which a step has train.prompts_per_step / "
+        "prompts_per_minibatch; a run that goes on with other batch sizes keeps the steps that these were",
+    )
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8

@@ -3,7 +3,14 @@
 from megatron_rl.data.countdown import countdown_solutions
 from megatron_rl.data.cursor import PromptCursor
 from megatron_rl.data.problems import Problems, load_prompts
-from megatron_rl.data.tokenizer import DataError, build_tokenizer, encode_prompt, pretrained_tokenizer, vocab_size
+from megatron_rl.data.tokenizer import (
+    DataError,
+    build_tokenizer,
+    encode_prompt,
+    pretrained_tokenizer,
+    stop_token_ids,
+    vocab_size,
+)
 
 __all__ = [
     "DataError",
@@ -14,5 +21,6 @@ __all__ = [
     "encode_prompt",
     "load_prompts",
     "pretrained_tokenizer",
+    "stop_token_ids",
     "vocab_size",
 ]

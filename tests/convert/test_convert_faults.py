@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rl.convert import folders
+from megatron_rl.convert import disk
 from megatron_rl.convert.quantize import quantize_to_hf, read_texts
 from megatron_rl.convert.safetensors_io import write_file
 from megatron_rl.convert.to_hf import megatron_to_hf
@@ -280,11 +280,11 @@ def test_a_full_disk_is_seen_before_and_while_writing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_rl.convert.to_hf.copy_side_files", fails)
+        patch.setattr("megatron_rl.convert.to_hf.write_files", fails)
         with pytest.raises(UserError, match="cannot write .*out: .*No space left on device; nothing was left behind"):
             megatron_to_hf(models / "megatron", tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
     with pytest.raises(UserError, match=r"the result needs 0.1 GB, 0.0 GB are free"):
         megatron_to_hf(models / "megatron", tmp_path / "out")
     assert not list(tmp_path.iterdir())
