@@ -160,9 +160,11 @@ def _rope_of_transformers_4(raw: dict[str, Any], hf: PretrainedConfig) -> dict[s
     old = {name: value for name, value in raw.items() if name != "rope_parameters"}
     if "rope_theta" in raw and _understood(old).rope_parameters == hf.rope_parameters:
         return {}
+    told = {"rope_theta": hf.rope_parameters["rope_theta"]}
     scaling = {name: value for name, value in hf.rope_parameters.items() if name != "rope_theta"}
-    is_scaled = scaling["rope_type"] != "default"
-    return {"rope_theta": hf.rope_parameters["rope_theta"], "rope_scaling": scaling if is_scaled else None}
+    if scaling["rope_type"] != "default":
+        return told | {"rope_scaling": scaling}
+    return told | ({"rope_scaling": None} if "rope_scaling" in raw else {})
 
 
 def _tokenizer_config(source: bytes) -> bytes:

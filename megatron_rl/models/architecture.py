@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -12,7 +13,7 @@ from megatron_rl.errors import ConfigError
 def resolve_hf_config(raw: dict[str, Any]) -> PretrainedConfig:
     """Fill in the architecture's defaults. Raises: ConfigError for features that the Megatron policy would silently
     drop."""
-    options = dict(raw)
+    options = copy.deepcopy(raw)  # transformers writes into the dicts of RoPE
     # as the config's checks and the plan count them; some of transformers' defaults fit one size of the model alone
     options.setdefault("num_key_value_heads", options.get("num_attention_heads"))
     hf = AutoConfig.for_model(options.pop("model_type"), **options)
