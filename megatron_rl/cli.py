@@ -5,7 +5,6 @@ What is slow to import (torch, Megatron) is imported where it is needed: `--help
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import ConfigError, UserError
@@ -54,7 +54,7 @@ def main(command: Callable[[], None] | None = None) -> None:
 
 
 def _fail(error: UserError, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    launch.say(f"error: {error}", error=True)
     sys.exit(code)
 
 
@@ -64,16 +64,26 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="a.b=c, for example loss.select_fraction=0.1", show_default=False)
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Validate, print the plan and exit.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Validate, print the plan and the first prompt, and exit.")
+    ] = False,
 ) -> None:
     """Train a policy. Starts its own processes, unless torchrun or Slurm did (RANK and WORLD_SIZE are set)."""
     resolved = load_config(config, overrides or [])
     if check:
         from rich.console import Console
 
+        from megatron_rl.config.notes import config_notes
         from megatron_rl.plan.check import plan_table
 
-        Console().print(plan_table(resolved))
+        console = Console()
+        console.print(plan_table(resolved))
+        for note in config_notes(resolved):
+            console.print(f"note: {note}", highlight=False)
+        if resolved.data.type != "countdown":  # its prompts are no one's to get wrong
+            from megatron_rl.plan.preview import preview_table  # torch: seconds
+
+            console.print(preview_table(resolved))
         return
     sys.exit(run_training(resolved))
 
@@ -94,11 +104,10 @@ def report(
     """Write one self-contained HTML page on one or more runs."""
     from megatron_rl.report import build_report, keep_current
 
-    say = functools.partial(print, flush=True)
     if live:
-        keep_current(run_dirs, out, REPORT_SECONDS, say)
+        keep_current(run_dirs, out, REPORT_SECONDS)
     else:
-        say(build_report(run_dirs, out))
+        launch.say(str(build_report(run_dirs, out)))
 
 
 def run_training(config: Config) -> int:
@@ -107,8 +116,6 @@ def run_training(config: Config) -> int:
     Returns: the exit code.
     Raises: UserError when this world is not the config's, or another run holds the folder.
     """
-    from megatron_rl import launch
-
     path = config.run_dir / "config.yaml"
 
     def work() -> None:

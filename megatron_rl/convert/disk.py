@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from megatron_rl import launch
 
-def remove(path: Path, say: Callable[[str], None] | None = None) -> bool:
+
+def remove(path: Path, say: Callable[[str], None] = partial(launch.say, error=True)) -> bool:
     """Remove a folder, a file or a link (not what it points to), if it is there; return whether it is gone.
 
-    What cannot be removed is no reason to fail: `say` (by default a line on stderr) hears of it.
+    What cannot be removed is no reason to fail; `say` hears of it.
     """
     try:
         if path.is_dir() and not path.is_symlink():
@@ -21,8 +23,7 @@ def remove(path: Path, say: Callable[[str], None] | None = None) -> bool:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        text = f"cannot remove {path} ({type(error).__name__}: {error}); nothing needs it, remove it yourself"
-        say(text) if say is not None else print(text, file=sys.stderr, flush=True)
+        say(f"cannot remove {path} ({type(error).__name__}: {error}); nothing needs it, remove it yourself")
         return False
     return True
 

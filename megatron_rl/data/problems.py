@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.data.countdown import _countdown_problems
 from megatron_rl.data.tokenizer import encode_prompt
 from megatron_rl.errors import DataError
+from megatron_rl.launch import say
 from megatron_rl.types import Problems, Prompt
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config, JsonlData
-
-log = logging.getLogger(__name__)
 
 
 def load_prompts(config: Config, tokenizer: Any) -> Problems:
@@ -71,7 +69,7 @@ def _read_jsonl(path: str, data: JsonlData, tokenizer: Any, first_id: int) -> tu
             "raise it"
         )
     if dropped:
-        log.warning("%s: dropped %d of %d prompts above %d tokens", path, dropped, rows, data.max_prompt_tokens)
+        say(f"{path}: dropped {dropped} of {rows} prompts above data.max_prompt_tokens={data.max_prompt_tokens}")
     return prompts, rows
 
 

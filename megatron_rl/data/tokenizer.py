@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.errors import DataError
-from megatron_rl.models.facts import hf_folder, read_hf_config
+from megatron_rl.models.facts import folder_hint, hf_folder, read_hf_config, require_model
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -19,15 +19,21 @@ _COUNTDOWN_CHARACTERS = "0123456789+-*/(),=:"
 def build_tokenizer(config: Config) -> Any:
     """The Hugging Face fast tokenizer of the task: one token per character for countdown, else the configured folder's.
 
-    Raises: DataError when there is no tokenizer folder, or the model's vocabulary is smaller than the tokenizer's.
+    Raises: DataError when there is no tokenizer folder, or the model's vocabulary is smaller than the tokenizer's;
+    ConfigError when the model is not on this machine.
     """
-    is_own = config.data.type == "countdown"
-    tokenizer = character_tokenizer() if is_own else pretrained_tokenizer(tokenizer_folder(config))
+    if config.data.type == "countdown":
+        tokenizer = character_tokenizer()
+    else:
+        if config.data.tokenizer is None:
+            require_model(config.model)
+        tokenizer = pretrained_tokenizer(tokenizer_folder(config))
     hf_vocab_size = read_hf_config(config.model).get("vocab_size")
     if hf_vocab_size is not None and hf_vocab_size < vocab_size(tokenizer):
+        remedy = "" if config.model.path else ", or raise model.hf_config.vocab_size"
         raise DataError(
             f"the model's vocab_size={hf_vocab_size} is below the tokenizer's {vocab_size(tokenizer)} tokens; give the "
-            "tokenizer that belongs to the model, or raise model.hf_config.vocab_size"
+            f"tokenizer that belongs to the model{remedy}"
         )
     return tokenizer
 
@@ -113,7 +119,9 @@ def pretrained_tokenizer(folder: str | Path | None) -> Any:
     if folder is None:
         raise DataError("data.tokenizer: model.hf_config brings no tokenizer; give the folder of one")
     if not Path(folder).is_dir():
-        raise DataError(f"data.tokenizer: {folder} is no folder; give a local Hugging Face tokenizer folder")
+        raise DataError(
+            f"data.tokenizer: {folder} is no folder{folder_hint(folder)}; give a local Hugging Face tokenizer folder"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

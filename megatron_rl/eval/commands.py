@@ -29,13 +29,13 @@ def evaluate(
         typer.Option(help="folder of the results; by default eval/MODEL in the run's folder", show_default=False),
     ] = None,
 ) -> None:
-    """Evaluate a model on the sets of `eval`. Killed, it goes on where it was."""
+    """Evaluate a model on the sets of `eval`. After a kill the same command goes on where it was."""
     resolved = evaluation_config(config, overrides or [], model, out)
     sys.exit(run_evaluation(resolved))
 
 
 def evaluation_config(path: Path, overrides: list[str], model: Path | None, out: Path | None) -> Config:
-    """The config with `model` as model.path and `out` as run folder.
+    """Return the config with `model` as model.path and `out` as run folder.
 
     Raises: ConfigError when there is no model, or a set has no file.
     """
@@ -56,9 +56,9 @@ def evaluation_config(path: Path, overrides: list[str], model: Path | None, out:
 
 
 def run_evaluation(config: Config) -> int:
-    """Evaluate with a resolved config: as this rank inside a world, else as the parent of a new one.
+    """Evaluate with a resolved config, as this rank inside a world, else as the parent of a new one; return the exit
+    code.
 
-    Returns: the exit code.
     Raises: UserError when this world is not the config's, or the folder is in use.
     """
     from megatron_rl import launch

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, samples.jsonl, ledger.jsonl, TensorBoard, W&B and the terminal.
+"""Writers of a run's numbers: metrics.jsonl, samples.jsonl, ledger.jsonl, TensorBoard, W&B and the terminal.
 
 Only rank 0 writes; on other ranks every method returns at once, so the training loop needs no `if rank == 0`.
 """
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from megatron_rl.config import Config, dump_config
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch import write_atomically
+from megatron_rl.launch import say, write_atomically
 from megatron_rl.metrics.jsonl import cut_from_step, to_line
 
 # what the terminal shows: label, metric, format
@@ -93,9 +93,9 @@ class RunLogger:
         self._ledger.flush()
 
     def message(self, text: str) -> None:
-        """One line to the terminal, above the progress display."""
+        """Tell the user something, above the progress display."""
         if self._active:
-            self._progress.message(text)
+            say(text, write=self._progress.message)
 
     def close(self) -> None:
         """Flush and close every writer; a second call does nothing."""
@@ -112,7 +112,7 @@ class RunLogger:
             self._wandb.finish()
 
     def __enter__(self) -> RunLogger:
-        """The logger itself."""
+        """Return itself."""
         return self
 
     def __exit__(
@@ -161,7 +161,7 @@ class _ProgressDisplay:
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits of each float, whole ones as integers, null for what JSON has no number for."""
+    """Return the value with six significant digits a float, whole ones as integers, null where JSON has no number."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
@@ -172,7 +172,7 @@ def _rounded(value: Any) -> Any:
 
 
 def format_duration(seconds: float) -> str:
-    """`m:ss`, or `h:mm:ss` from an hour on."""
+    """Return `m:ss`, or `h:mm:ss` from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

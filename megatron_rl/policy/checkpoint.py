@@ -40,7 +40,6 @@ from megatron_rl.convert.disk import free_bytes, fsync_tree, remove, unused
 from megatron_rl.convert.model_files import policy_files, write_files
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.adam import begin_torch_adam, let_torch_adam_load, refresh_host_weights, restore_step_0
 from megatron_rl.policy.policy import MegatronPolicy
 
@@ -66,10 +65,9 @@ class CheckpointStore:
         """`folder` need not exist; all nodes must see it, and room is looked up from rank 0's. `tokenizer` travels in
         hf/; None: hf/ holds the model's part alone. What hf/ carries over is read now: its source may go away later."""
         self.folder, self.policy, self.groups = folder, policy, groups
-        self.say: Callable[[str], None] = print  # rank 0's: of what went wrong and harms nothing
         self._beside_weights = policy_files(policy, tokenizer) if groups.rank == 0 else {}
         self._not_removed: set[str] = set()  # what was said already
-        self._world = Reducer(groups.world, device.device())
+        self._world = groups.all_ranks
         self._background = AsyncCallsQueue()
         self._unfinished: _Save | None = None
         if not device.ON_GPU:
@@ -181,7 +179,7 @@ class CheckpointStore:
             "distrib_optim_sharding_type": "fully_reshardable",
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
-            "dp_cp_group": self.groups.dp,
+            "dp_cp_group": self.groups.dp_cp,
         }
         begin_torch_adam(self.policy.optimizer)
         model = self.policy.model.sharded_state_dict(metadata)
@@ -265,7 +263,7 @@ class CheckpointStore:
     def _tell(self, text: str) -> None:
         if text not in self._not_removed:
             self._not_removed.add(text)
-            self.say(text)
+            launch.say(text)
 
     def _finished(self) -> list[Path]:
         return [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron_rl.grading.pool import GradingPool
 from megatron_rl.grading.registry import REWARDS as REWARDS
 from megatron_rl.grading.registry import RewardError as RewardError
@@ -41,7 +39,7 @@ def submit(rollout: Rollout, answer: str, grader: Grader, tokenizer: Any) -> Fut
 def response_text(rollout: Rollout, tokenizer: Any) -> str:
     """What the verifiers see: the response without the stop token that ended it; any other special token stays visible,
     so that a policy cannot hide text in tokens that decoding drops."""
-    token_ids = rollout.token_ids[rollout.loss_mask].tolist()
+    token_ids = rollout.response_ids.tolist()
     if rollout.finish_reason == "stop":
         token_ids = token_ids[:-1]
     return tokenizer.decode(token_ids)
@@ -138,15 +136,11 @@ def _overlong_penalty(rollout: Rollout, config: Config) -> float:
 
 
 def filter_overlong(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
-    """With `overlong.filter`, responses that were cut get an all-False loss mask: no loss, no share of the
+    """Return the rollouts; with `overlong.filter`, those that were cut no longer count: no loss, no share of the
     denominators.
 
-    Their rewards stay, so the other samples of the group are still compared with them. `response_length` is 0
-    afterwards: take length metrics before.
+    Their rewards stay, so the other samples of the prompt are still compared with them.
     """
     if not config.algorithm.overlong.filter:
         return list(rollouts)
-    return [
-        rollout.replace(loss_mask=torch.zeros_like(rollout.loss_mask)) if rollout.finish_reason == "length" else rollout
-        for rollout in rollouts
-    ]
+    return [rollout.replace(counts=False) if rollout.finish_reason == "length" else rollout for rollout in rollouts]

@@ -85,9 +85,6 @@ class RolloutEngine(Protocol):
     def wake(self) -> None:
         """Undo `sleep`; nothing happens when awake."""
 
-    def flush_cache(self) -> None:
-        """Forget key-value entries that older weights computed."""
-
     def abort(self) -> None:
         """End a running `generate` soon, from another thread or a signal handler; it raises EngineAborted."""
 

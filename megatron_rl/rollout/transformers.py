@@ -118,9 +118,6 @@ class TransformersEngine:
         self.model.to(self._device)
         self._asleep = False
 
-    def flush_cache(self) -> None:
-        """See `RolloutEngine`: nothing to do, no key-value entry outlives a `generate`."""
-
     def abort(self) -> None:
         """See `RolloutEngine`: takes effect before the next token."""
         self._abort.set()
@@ -261,7 +258,7 @@ class TransformersEngine:
                     sample_index=request.sample_index,
                     token_ids=ids,
                     rollout_logprobs=logprobs,
-                    loss_mask=mask,
+                    sampled=mask,
                     finish_reason="stop" if stop else "length",
                     weight_version=self.weight_version,
                     spans=((self.weight_version, length),),

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import ast
 import json
-import logging
 from collections import Counter
 from itertools import permutations, product
 
@@ -176,15 +175,14 @@ def test_jsonl_chat_template_and_system_prompt(jsonl, tokenizer):
     assert tokenizer.decode(list(got.train[0].token_ids)) == "(0:1+1*2="
 
 
-def test_jsonl_overlong_prompts(jsonl, caplog):
+def test_jsonl_overlong_prompts(jsonl, capsys):
     lines = [row("1"), row("12345"), row("3")]
     with pytest.raises(DataError, match=r"line 2: the prompt has 5 tokens.*overlong_prompts=drop"):
         jsonl(lines, max_prompt_tokens=4)
-    with caplog.at_level(logging.WARNING):
-        got = jsonl(lines, [row("9")], max_prompt_tokens=4, overlong_prompts="drop")
+    got = jsonl(lines, [row("9")], max_prompt_tokens=4, overlong_prompts="drop")
     # dropping does not renumber, so sampling seeds stay with their problems
     assert [p.prompt_id for p in got.train + got.eval] == [0, 2, 3]
-    assert "dropped 1 of 3 prompts" in caplog.text
+    assert "dropped 1 of 3 prompts above data.max_prompt_tokens=4" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"all 1 prompts exceed .*longest 5"):
         jsonl([row("12345")], max_prompt_tokens=4, overlong_prompts="drop")
 

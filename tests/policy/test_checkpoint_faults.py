@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_rl import launch
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from tests.policy import test_checkpoint
@@ -104,10 +105,10 @@ def _save_among_leftovers(config: Config, folder: Path) -> dict[str, Any]:
             raise OSError(16, "Device or resource busy", str(path))
         rmtree(path, *arguments, **options)
 
-    with policy_of(config) as policy, mock.patch.object(shutil, "rmtree", fails):
+    say = mock.patch.object(launch, "say", said.append)
+    with policy_of(config) as policy, mock.patch.object(shutil, "rmtree", fails), say:
         for steps in ((1, 2, 2, 3), (4,)):
             store = CheckpointStore(folder, policy, policy.groups)
-            store.say = said.append
             for step in steps:
                 store.save(step, {"step": step})
         found["loaded"] = load_newest(store)
