@@ -12,7 +12,10 @@ from pathlib import Path
 from megatron_rl import launch
 
 
-def remove(path: Path, say: Callable[[str], None] = partial(launch.say, error=True)) -> bool:
+_SAY = partial(launch.say, error=True)
+
+
+def remove(path: Path, say: Callable[[str], None] = _SAY) -> bool:
     """Remove a folder, a file or a link (not what it points to), if it is there; return whether it is gone.
 
     What cannot be removed is no reason to fail; `say` hears of it.
