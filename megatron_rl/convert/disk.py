@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megatron_rl import launch
 
-
 _SAY = partial(launch.say, error=True)
 
 
