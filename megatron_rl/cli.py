@@ -17,6 +17,7 @@ from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.eval.commands import evaluate
+from megatron_rl.files import refusal, write_atomically
 from megatron_rl.lab.commands import shadow
 from megatron_rl.plan.command import plan
 from megatron_rl.preflight.run import preflight
@@ -43,7 +44,8 @@ REPORT_SECONDS = 5  # between the rewrites of a live page
 def main(command: Callable[[], None] | None = None) -> None:
     """Run the command line, or another command that reports errors its way.
 
-    What the user can mend ends in a message and a code (2: the config, 1: the rest).
+    What the user can mend ends in a message and a code (2: the config, 1: the rest, a full disk or a folder without
+    permission among it).
     """
     try:
         (command or app)()
@@ -51,6 +53,10 @@ def main(command: Callable[[], None] | None = None) -> None:
         _fail(error, 2)
     except UserError as error:
         _fail(error, 1)
+    except OSError as error:
+        if (reason := refusal(error)) is None:
+            raise
+        _fail(reason, 1)
 
 
 def _fail(error: UserError, code: int) -> None:
@@ -73,12 +79,12 @@ def train(
     if check:
         from rich.console import Console
 
-        from megatron_rl.config.notes import config_notes
+        from megatron_rl.config.notes import selection_notes
         from megatron_rl.plan.check import plan_table
 
         console = Console()
         console.print(plan_table(resolved))
-        for note in config_notes(resolved):
+        for note in selection_notes(resolved):
             console.print(f"note: {note}", highlight=False)
         if resolved.data.type != "countdown":  # its prompts are no one's to get wrong
             from megatron_rl.plan.preview import preview_table  # torch: seconds
@@ -129,5 +135,5 @@ def run_training(config: Config) -> int:
         config.run_dir,
         processes=config.parallel.processes,
         grace_seconds=config.train.grace_seconds,
-        prepare=lambda: launch.write_atomically(path, dump_config(config)),
+        prepare=lambda: write_atomically(path, dump_config(config)),
     )

@@ -11,30 +11,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.files import REPORTS, SUPERVISOR, Failure, in_order, read_failures, received, record_failure, refusal
 
-_SUPERVISOR = "MEGATRON_RL_SUPERVISOR_PID"
 _POLL_SECONDS = 0.05
-# What a rank sees when another one died; the same words come from gloo, NCCL and the TCP store.
-_PEER_LOST = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|socket (closed|error)|remote process exited|timed? ?out|NCCL|gloo",
-    re.I,
-)
 _SETTLE_SECONDS = 3.0  # after a lost connection: for the rank that caused it to be seen dead or to say why
 _PR_SET_PDEATHSIG = 1
 
@@ -60,18 +51,6 @@ def say(
         write(text)
     else:
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The reason why one rank died, as it wrote it down itself."""
-
-    rank: int
-    seconds: float  # since the epoch, to order the ranks of all machines
-    message: str
-    traceback: str
-    from_user: bool  # the message stands alone
-    lost_peer: bool  # a consequence of another rank's death, most likely
 
 
 # ---------------------------------------------------------------------------------------------------- worker side
@@ -115,15 +94,17 @@ def run_worker(main: Callable[[], None], run_dir: Path) -> None:
     Stop signals become a flag; a failure is written to run_dir/failures/rank{r}.json and ends the process with code 1
     at once; and the process dies with the one that started it.
     """
-    supervisor = os.environ.get(_SUPERVISOR)
+    supervisor = os.environ.get(SUPERVISOR)
     die_with_parent(None if supervisor is None else int(supervisor))
     install_stop_handler()
     try:
         main()
     except Exception as error:
-        _record_failure(error, run_dir)
-        # No interpreter teardown: destroying a process group waits for peers that may wait for this rank.
-        os._exit(1)
+        try:
+            record_failure(refusal(error, run_dir) or error, run_dir)
+        finally:
+            # No interpreter teardown: destroying a process group waits for peers that may wait for this rank.
+            os._exit(1)
 
 
 def die_with_parent(parent: int | None) -> None:
@@ -137,43 +118,6 @@ def die_with_parent(parent: int | None) -> None:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if parent is not None and os.getppid() != parent:
         os._exit(1)  # it died before the line above took effect
-
-
-def _record_failure(error: Exception, run_dir: Path) -> None:
-    text = "".join(traceback.format_exception(error))
-    name = type(error).__name__
-    failure = Failure(
-        rank=int(os.environ.get("RANK", "0")),
-        seconds=time.time(),
-        message=str(error) if isinstance(error, UserError) else f"{name}: {error}",
-        traceback=text,
-        from_user=isinstance(error, UserError),
-        lost_peer=_is_lost_peer(error),
-    )
-    path = run_dir / "failures" / f"rank{failure.rank}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(failure), indent=1))
-    if _SUPERVISOR not in os.environ or failure.rank > 0:  # rank 0 shares the supervisor's terminal: it prints there
-        sys.stderr.write(
-            f"rank {failure.rank}: {failure.message}\n" if failure.lost_peer or failure.from_user else text
-        )
-    sys.stdout.flush()
-    sys.stderr.flush()
-
-
-def _is_lost_peer(error: BaseException) -> bool:
-    if isinstance(error, UserError):  # its text may quote anything: a user's traceback, a server that timed out
-        return error.__cause__ is not None and _is_lost_peer(error.__cause__)
-    is_distributed = any(cls.__name__ == "DistError" for cls in type(error).__mro__)
-    is_connection = isinstance(error, RuntimeError | OSError) and _PEER_LOST.search(str(error)) is not None
-    return is_distributed or is_connection
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that readers see it whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------ supervisor side
@@ -247,25 +191,33 @@ def run_world(
 
     Returns: 0 when every rank ended well; 128 + signal when asked to stop; 1 when a rank failed (the reason is printed
     once).
-    Raises: UserError when another run holds `run_dir`.
+    Raises: UserError when another run holds `run_dir`, or it cannot be written to.
     """
-    logs, failures = run_dir / "logs", run_dir / "failures"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with _hold(run_dir), _reserved_port() as port, _noted_signals() as signals:
-        shutil.rmtree(failures, ignore_errors=True)
-        stop_file(run_dir).unlink(missing_ok=True)
-        logs.mkdir(exist_ok=True)
-        prepare()
+    with contextlib.ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_hold(run_dir))
+            shutil.rmtree(run_dir / "failures", ignore_errors=True)
+            stop_file(run_dir).unlink(missing_ok=True)
+            (run_dir / "logs").mkdir(exist_ok=True)
+            prepare()
+        except OSError as error:
+            reason = refusal(error) or f"cannot use {run_dir}: {error}"
+            raise UserError(f"{reason} (the run's folder is named by logging.run_dir, or --out)") from error
+        port, signals = stack.enter_context(_reserved_port()), stack.enter_context(_noted_signals())
+        reports, for_workers = (stack.enter_context(end) for end in socket.socketpair(type=socket.SOCK_DGRAM))
         workers: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(processes):
-                workers.append(_spawn(command, rank, processes, port, logs))
-            return _supervise(workers, run_dir, grace_seconds, signals)
+                workers.append(_spawn(command, rank, processes, port, run_dir / "logs", for_workers.fileno()))
+            return _supervise(workers, run_dir, grace_seconds, signals, reports)
         finally:
             _kill(workers)
 
 
-def _spawn(command: Sequence[str], rank: int, processes: int, port: int, logs: Path) -> subprocess.Popen[bytes]:
+def _spawn(
+    command: Sequence[str], rank: int, processes: int, port: int, logs: Path, reports: int
+) -> subprocess.Popen[bytes]:
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # a CPU's step: 2 to 6% less time, 1% more memory
@@ -276,19 +228,34 @@ def _spawn(command: Sequence[str], rank: int, processes: int, port: int, logs: P
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
     }
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), _SUPERVISOR: str(os.getpid())}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), SUPERVISOR: str(os.getpid())}
+    env[REPORTS] = str(reports)
     with contextlib.ExitStack() as stack:
         log = None if rank == 0 else stack.enter_context((logs / f"rank{rank}.log").open("wb"))
         # A session of its own: the terminal's Ctrl-C reaches a worker only through the supervisor, once.
         return subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=(reports,),
         )
 
 
-def _supervise(workers: list[subprocess.Popen[bytes]], run_dir: Path, grace_seconds: float, signals: list[int]) -> int:
+def _supervise(
+    workers: list[subprocess.Popen[bytes]],
+    run_dir: Path,
+    grace_seconds: float,
+    signals: list[int],
+    reports: socket.socket,
+) -> int:
     stopping, deadline = False, float("inf")
+    unwritten: list[Failure] = []
     while any(worker.poll() is None for worker in workers):
-        failures = read_failures(run_dir)
+        unwritten += received(reports)
+        failures = [*read_failures(run_dir), *unwritten]
         if signals and not stopping:
             stopping, deadline = True, time.monotonic() + grace_seconds
             say(f"stopping: up to {grace_seconds:g} s to finish the step; once more to stop at once", error=True)
@@ -306,7 +273,8 @@ def _supervise(workers: list[subprocess.Popen[bytes]], run_dir: Path, grace_seco
     _kill(workers)
     if late and sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # a progress display that was killed cannot give the cursor back
-    return _conclude(read_failures(run_dir), codes, late, run_dir, signals)
+    failures = [*read_failures(run_dir), *unwritten, *received(reports)]
+    return _conclude(failures, codes, late, run_dir, signals)
 
 
 def _conclude(
@@ -334,10 +302,9 @@ def _explain(failure: Failure, run_dir: Path) -> None:
         say(f"error: {failure.message}", error=True)
         return
     say(f"rank {failure.rank} failed:\n{failure.traceback.rstrip()}", error=True)
-    say(
-        f"(this traceback: {run_dir}/failures/rank{failure.rank}.json; what other ranks printed: {run_dir}/logs/)",
-        error=True,
-    )
+    record = run_dir / "failures" / f"rank{failure.rank}.json"
+    where = f"this traceback: {record}; " if record.exists() else ""
+    say(f"({where}what other ranks printed: {run_dir}/logs/)", error=True)
 
 
 def _explain_silent(rank: int, code: int, run_dir: Path) -> None:
@@ -352,16 +319,6 @@ def _explain_silent(rank: int, code: int, run_dir: Path) -> None:
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def in_order(failures: list[Failure]) -> list[Failure]:
-    """Sort failures: causes by time, then those that follow from a lost peer."""
-    return sorted(failures, key=lambda failure: (failure.lost_peer, failure.seconds))
-
-
-def read_failures(run_dir: Path) -> list[Failure]:
-    """Read the failures that ranks wrote down since the run was started."""
-    return [Failure(**json.loads(path.read_text())) for path in sorted((run_dir / "failures").glob("rank*.json"))]
 
 
 def _kill(workers: list[subprocess.Popen[bytes]]) -> None:

@@ -140,9 +140,25 @@ def test_comments_name_files_and_modules_that_exist() -> None:
     assert faults == []
 
 
+def test_the_readmes_step_is_that_of_train() -> None:
+    """All that the snippet calls, `run_step` calls in the same order, among its timers."""
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    functions = ast.parse((PACKAGE / "train.py").read_text()).body
+    (step,) = [node for node in functions if isinstance(node, ast.FunctionDef) and node.name == "run_step"]
+    told, real = calls(ast.parse(snippet)), iter(calls(step))
+    assert len(told) > 10 and [name for name in told if name not in real] == []  # `in` reads `real` up to the name
+
+
+def calls(tree: ast.AST) -> list[str]:
+    """Return what is called, in the order of the text."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [ast.unparse(node.func) for node in sorted(found, key=lambda node: (node.lineno, node.col_offset))]
+
+
 def test_contributing_tells_the_floors() -> None:
-    lines = re.findall(r"^\d+\. (`\w+`(?:, `\w+`)*)$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)
-    assert [" ".join(re.findall(r"\w+", line)) for line in lines] == list(FLOORS)
+    floors = [", ".join(f"`{room}`" for room in rooms.split()) for rooms in FLOORS]
+    wanted = "\n".join(f"{number}. {rooms}" for number, rooms in enumerate(floors, start=1))
+    assert f"\n\n{wanted}\n\n" in (ROOT / "CONTRIBUTING.md").read_text(), f"the list should be\n{wanted}"
 
 
 def test_each_fault_is_seen() -> None:

@@ -24,13 +24,13 @@ MAX_PARAMETERS = 8
 MANY_PARAMETERS = ("packing/pack.py", "parallel/fused_linear.py", "parallel/vocab.py", "plan/", "kernels/vocab_")
 # Messages go through launch.say. These print what a command was asked for,
 PRINTS_RESULTS = (
-    "convert/commands.py eval/run.py kernels/aot.py lab/shadow.py launch.py plan/command.py preflight/run.py "
-    "prepare/commands.py profiling/commands.py"
+    "convert/commands.py eval/run.py failures.py kernels/aot.py lab/shadow.py launch.py plan/command.py "
+    "preflight/run.py prepare/commands.py profiling/commands.py files.py"
 ).split()
 # silence another library's messages,
 SILENCES_OTHERS = ("grading/symbolic.py",)
 # or have a channel of their own still.
-OTHER_CHANNELS = ("algorithms/covariance.py", "train.py", "warm_start.py")
+OTHER_CHANNELS = ()
 # A docstring begins with a verb, or with what the thing is; one that begins so is a riddle.
 RIDDLES = set(
     "about after around as at before behind beside besides between by during for from how if in into like of on once "
@@ -39,14 +39,14 @@ RIDDLES = set(
 )
 # folders and files whose docstrings are written so
 PLAIN_PROSE = (
-    "cluster/ eval/benchmarks.py eval/browse.py eval/commands.py eval/during_training.py eval/evaluator.py eval/run.py "
-    "eval/store.py eval/table.py kernels/ launch.py metrics/entropy_law.py metrics/jsonl.py metrics/spans.py "
-    "metrics/write.py preflight/ profiling/ report/ rollout/servers/"
+    "algorithms/ cli.py cluster/ device.py files.py kernels/ lab/ launch.py metrics/ packing/ parallel/ policy/ "
+    "preflight/ profiling/ report/ resume.py reward/ rollout/ run.py train.py types.py warm_start.py"
 ).split()
 # From the ground up. A room (a folder, or a module beside the folders) imports rooms of lower floors and its own files,
 # never a floor above or a neighbour on its own.
 FLOORS = (
-    "errors shapes types",
+    "errors types",
+    "files",
     "launch",
     "kernels",
     "device",
@@ -81,7 +81,6 @@ ALGORITHMS_MAY_IMPORT = {
     "math",
     "torch",
     "typing",
-    "megatron_rl.shapes",
     "megatron_rl.types",
 }
 # Megatron's own name for seeding its RNG tracker, which it needs on a CPU too
@@ -233,7 +232,7 @@ def riddles(name: str, tree: ast.AST) -> list[str]:
         return []
     faults = []
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):  # a class and a file are things, not acts
             continue
         text = ast.get_docstring(node) or ""
         first = re.match(r"[\w']*", text.lower())
@@ -336,9 +335,8 @@ def test_files_are_short() -> None:
         (upward_imports, "device.py", "if TYPE_CHECKING:\n    from megatron_rl.config import Config"),
         (long_things, "train.py", "def f():\n" + "    pass\n" * MAX_FUNCTION_LINES),
         (many_parameters, "train.py", "class A:\n    def f(self, a, b, c, d, e, *, f, g, h, i): ..."),
-        (riddles, "report/x.py", '"""What is asked."""'),
         (riddles, "launch.py", 'def f():\n    """Of the run: its name."""'),
-        (riddles, "report/x.py", 'class A:\n    """See `B`, and more."""'),
+        (riddles, "report/x.py", 'class A:\n    def f(self):\n        """See `B`, and more."""'),
         (other_channels, "eval/x.py", "print('here')"),
         (other_channels, "data/x.py", "import logging\nlogging.warning('here')"),
         (other_channels, "policy/x.py", "def f():\n    warnings.warn('here')"),

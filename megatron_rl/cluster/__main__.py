@@ -12,7 +12,8 @@ import typer
 from megatron_rl.cli import main
 from megatron_rl.cluster.conclude import conclude, has_steps_left
 from megatron_rl.cluster.freeze import Job, claim, code_folder
-from megatron_rl.launch import say, write_atomically
+from megatron_rl.files import write_atomically
+from megatron_rl.launch import say
 
 UNFINISHED = 75  # exit code: the run has steps left
 

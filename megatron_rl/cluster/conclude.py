@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_rl.launch import Failure, in_order, read_failures, write_atomically
+from megatron_rl.files import Failure, in_order, read_failures, write_atomically
 from megatron_rl.metrics.jsonl import read_rows
 
 _TAIL_LINES = 40

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import write_atomically
 
 # of an unversioned checkout: what a run needs
 _PARTS = ("megatron_rl", "kernels", "configs", "slurm", "scripts", "pyproject.toml")

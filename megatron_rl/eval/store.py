@@ -6,6 +6,7 @@ The next process, of any number of ranks, merges what the parts have into sample
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 from megatron_rl.eval.benchmarks import Benchmark
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import naming, write_atomically
 from megatron_rl.metrics.jsonl import read_rows, to_line
 
 SampleKey = tuple[str, int]  # the problem's id, the sample's number
@@ -88,8 +89,9 @@ class Part:
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows; they outlive this process from here on."""
-        self._file.writelines(map(to_line, rows))
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.writelines(map(to_line, rows))
+            self._file.flush()
 
     def __enter__(self) -> Part:
         """Return itself."""
@@ -98,17 +100,19 @@ class Part:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. A disk that was full is so here too, and must not hide the reason."""
+        with contextlib.suppress(OSError) if error is not None else naming(Path(self._file.name)):
+            self._file.close()
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
     draft = path.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    with naming(path):
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
 
 
 def model_name(path: str | Path) -> str:

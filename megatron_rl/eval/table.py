@@ -18,7 +18,7 @@ import numpy as np
 from megatron_rl.config.benchmarks import PAPER_SETS, PRESETS, PUBLISHED
 from megatron_rl.eval.evaluator import SetResult
 from megatron_rl.eval.statistics import Estimate, mean_of
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import write_atomically
 
 NONE = "–"
 

@@ -21,8 +21,8 @@ from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
 from megatron_rl.config.loss import LossBase, LossConfig
 from megatron_rl.errors import ConfigError
+from megatron_rl.files import write_atomically
 from megatron_rl.lab.compare import METHODS, StepFacts, compare
-from megatron_rl.launch import write_atomically
 from megatron_rl.packing import pack
 from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
 from megatron_rl.policy.checkpoint import CheckpointStore

@@ -21,6 +21,8 @@ def resolve_hf_config(raw: dict[str, Any]) -> PretrainedConfig:
     if options.get("num_key_value_heads") is None:
         # as the config's checks and the plan count them; some of transformers' defaults fit one size of the model alone
         options["num_key_value_heads"] = options["num_attention_heads"]
+    if options.get("head_dim") is None:
+        options.pop("head_dim", None)  # of null transformers makes no width
     options["hidden_act"] = "silu"  # whose other name the rollout engines do not know
     return AutoConfig.for_model(options.pop("model_type"), **options)
 

@@ -58,7 +58,7 @@ class Model:
         return gpt.output_layer.weight
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[int, Any]:
-        """What a checkpoint keeps of each chunk. Its keys number the layers over the whole model."""
+        """Return what a checkpoint keeps of each chunk. Its keys number the layers over the whole model."""
         # no list: Megatron cannot merge lists of different lengths, as another layout's would be
         return {index: chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.chunks)}
 

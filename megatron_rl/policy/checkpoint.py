@@ -78,7 +78,7 @@ class CheckpointStore:
         return max(self._finished(), default=None)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint after `step` steps is, or would be."""
+        """Return where the checkpoint after `step` steps is, or would be."""
         return self.folder / f"step_{step:08d}"
 
     def save(self, step: int, extra: dict[str, Any], *, is_best: bool = False) -> Path:
@@ -197,7 +197,7 @@ class CheckpointStore:
         }
 
     def _bytes_of(self, state: dict[str, Any]) -> int:
-        """What all ranks together will write, a little overestimated."""
+        """Return the bytes that all ranks together will write, a little overestimated."""
         shards = [v for v in nested_values(state) if isinstance(v, ShardedBase) and is_main_replica(v.replica_id)]
         tensors = [shard.data for shard in shards if isinstance(shard.data, torch.Tensor)]
         mine = sum(tensor.numel() * tensor.itemsize + _OVERHEAD_BYTES_PER_TENSOR for tensor in tensors)
@@ -310,7 +310,7 @@ class CheckpointStore:
 
 
 def _hidden(path: Path) -> Path:
-    """Return where a checkpoint that goes is now: under its own name it is whole at every moment."""
+    """Hide a checkpoint that is to go, and return where: under its own name it is whole at every moment."""
     return path.rename(unused(path.with_name(f".{path.name}.removed")))
 
 
@@ -360,8 +360,8 @@ def _write_files(transforms: list[Any], parent: int | None, rank: int, buckets: 
 
 
 def _random_states() -> dict[str, Any]:
-    """Of every generator that a step could draw from: Megatron's and torch's (dropout), and those of Python and NumPy,
-    which a reward function may use. The trainer's own randomness is a hash, which has no state."""
+    """Return the state of every generator that a step could draw from: Megatron's and torch's (dropout), and those of
+    Python and NumPy, which a reward function may use. The trainer's own randomness is a hash, which has no state."""
     tracked = {name: state.clone() for name, state in get_all_rng_states().items()}
     states = {"megatron": tracked, "python": random.getstate(), "numpy": np.random.get_state()}
     return states | {"torch": torch.get_rng_state(), "device": _device_generator().get_rng_state()}
@@ -380,6 +380,6 @@ def _device_generator() -> Any:
 
 
 def _reasons(error: BaseException) -> str:
-    """What went wrong, without the tracebacks of all ranks that torch puts into its message."""
+    """Return what went wrong, without the tracebacks of all ranks that torch puts into its message."""
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause in causes}))

@@ -162,8 +162,8 @@ def _rows(packed: PackedSequences, query: Tensor, key: Tensor, rank: int, size: 
 
 
 def _tokens(packed: PackedSequences, rank: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Of each block: tokens that ask `[S, longest]`, which of them are real, tokens that they meet `[S, longest key]`,
-    and which of those each sees; None: those before it, which keeps the padding out of every real query's sight.
+    """Return for each block: tokens that ask `[S, longest]`, which of them are real, tokens that they meet `[S, longest
+    key]`, and which of those each sees; None: those before it, which keeps the padding out of every real query's sight.
 
     `rank`, `size`: in the context-parallel group."""
     cu_seqlens, prefixes = packed.cu_seqlens_q.long(), packed.prefixes

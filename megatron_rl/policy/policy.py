@@ -219,7 +219,8 @@ class MegatronPolicy:
         self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
 
     def _step(self, mini_batch: MiniBatch) -> tuple[float, bool]:
-        """What ChainedOptimizer.step does, with a look at the norm before anything moves: (norm, whether skipped)."""
+        """Do what ChainedOptimizer.step does, with a look at the norm before anything moves: (norm, whether
+        skipped)."""
         self.optimizer.prepare_grads()  # its overflow flag belongs to fp16 loss scaling
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm) or (grad_norm == 0 and self._is_empty(mini_batch)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import write_atomically
 from megatron_rl.prepare import clean
 from megatron_rl.prepare.presets import PRESETS
 from megatron_rl.prepare.rows import PrepareError, Row, read, write

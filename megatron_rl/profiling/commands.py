@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.errors import UserError
+from megatron_rl.files import write_atomically
 
 
 class _RunByDefault(TyperGroup):
@@ -100,7 +101,7 @@ def _run(config: Config, out: Path, options: list[str], *, steps: int, warmup: i
         out,
         processes=config.parallel.processes,
         grace_seconds=config.train.grace_seconds,
-        prepare=lambda: launch.write_atomically(path, dump_config(config)),
+        prepare=lambda: write_atomically(path, dump_config(config)),
     )
 
 

@@ -19,7 +19,7 @@ from megatron_rl import device, train
 from megatron_rl.config import Config
 from megatron_rl.data import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import write_atomically
 from megatron_rl.metrics.jsonl import read_rows
 from megatron_rl.metrics.spans import Recorder, from_json, to_json
 from megatron_rl.models.architecture import resolve_hf_config

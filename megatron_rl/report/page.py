@@ -13,7 +13,8 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from megatron_rl import __version__
-from megatron_rl.launch import say, write_atomically
+from megatron_rl.files import write_atomically
+from megatron_rl.launch import say
 from megatron_rl.metrics.write import format_duration
 from megatron_rl.report.catalogue import sections
 from megatron_rl.report.figures import Figure, build, colour

@@ -37,8 +37,8 @@ def submit(rollout: Rollout, answer: str, grader: Grader, tokenizer: Any) -> Fut
 
 
 def response_text(rollout: Rollout, tokenizer: Any) -> str:
-    """What the verifiers see: the response without the stop token that ended it; any other special token stays visible,
-    so that a policy cannot hide text in tokens that decoding drops."""
+    """Return what the verifiers see: the response without the stop token that ended it; any other special token stays
+    visible, so that a policy cannot hide text in tokens that decoding drops."""
     token_ids = rollout.response_ids.tolist()
     if rollout.finish_reason == "stop":
         token_ids = token_ids[:-1]
@@ -106,8 +106,8 @@ def shape_rewards(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
 
 
 def _length_rewards(rollouts: Sequence[Rollout]) -> list[float]:
-    """In [-0.5, 0.5], from the longest response of the prompt to the shortest; at most 0 for wrong ones (score below
-    1). 0 when all are of one length.
+    """Return values in [-0.5, 0.5], from the longest response of the prompt to the shortest; at most 0 for wrong ones
+    (score below 1). 0 when all are of one length.
 
     Source: Kimi k1.5, arXiv 2501.12599, section 2.3.3.
     """

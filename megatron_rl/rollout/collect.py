@@ -234,7 +234,7 @@ class Collector:
 
 
 def sampling_params(config: Config, tokenizer: Any, step: int) -> SamplingParams:
-    """How training rollouts of RL step `step` are sampled. Raises: DataError without a stop token."""
+    """Return how training rollouts of RL step `step` are sampled. Raises: DataError without a stop token."""
     rollout = config.rollout
     stops, seed = stop_token_ids(config, tokenizer), _seed(config, _TRAIN_STREAM, step)
     return SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, stops, seed)

@@ -106,7 +106,7 @@ class Place:
 
     @property
     def owns_servers(self) -> bool:
-        """Whether this rank starts its node's servers."""
+        """Tell whether this rank starts its node's servers."""
         return self.local_rank == 0
 
 
