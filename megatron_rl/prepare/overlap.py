@@ -3,13 +3,14 @@
 A training row contains an evaluation problem in one of three degrees, and is then removed:
 
 - *same*: the same letters and digits;
-- *contained*: its letters and digits, without LaTeX's formatting, stand literally within the row's, as where a training
+- *contained*: its letters and digits, LaTeX's commands left out, stand literally within the row's, as where a training
   set appends a request to the problem;
-- *near*: `threshold` of the word triples in common (Jaccard) and the same numbers; or that share of the problem's
-  8-grams of words within the row, and its numbers among the row's.
+- *near*: `threshold` of the word triples in common (Jaccard) and the same numbers; or half of the problem's 8-grams of
+  words within the row, LaTeX's commands left out, and its numbers among the row's.
 
-From `PARTIAL` of the 8-grams on, the pair is only reported: such rows often share a figure, a story or a phrase.
-8-grams that stand in many evaluation problems are phrases of the genre, and count for none.
+Where 8-grams are shared, but less than half of them or beside other numbers, the pair is only reported: such rows share
+a figure, a story or a kind of question. 8-grams that stand in many evaluation problems are phrases of the genre, and
+count for none.
 
 All of it takes time linear in the texts, but for pairs of rows that share a rare phrase, which are compared.
 """
@@ -24,16 +25,13 @@ from dataclasses import dataclass
 from megatron_rl.data.rows import Row
 from megatron_rl.prepare.clean import NearTexts, numbers, shingles, words
 
-PARTIAL = 0.5
+CONTAINED = 0.5  # share of a problem's 8-grams; of 120 pairs of DAPO-Math-17k above it, nearly all are one problem
+PARTIAL = 0.3
 _GRAM = 8  # words
 _PHRASE = 20  # evaluation problems; a gram of more than these is a phrase of the genre
 _SHORTEST = 12  # letters and digits: what is shorter stands in many texts by chance
 _ANCHORS = (40, _SHORTEST)  # lengths of the pieces by which literal containment is looked up, the longest first
-_FORMATTING = re.compile(
-    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox"
-    r"|operatorname|quad|qquad|(?:begin|end)\s*\{[a-z]*\*?\})(?![a-zA-Z])"
-)
-_FRACTION = re.compile(r"(?:\\[dtc]|\x0c)f?rac(?![a-zA-Z])")  # \x0c: of a \f that was read as an escape
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]*\*?\}|\\[a-zA-Z]+|\x0crac")  # \x0c: a \f read as an escape
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def find_overlaps(
         near = _near(rows, problems, threshold)
         for i, shares in _shared_grams(rows, problems).items():
             given = Counter(dict(numbers(problems[i].text)))
-            whole = {j for j, share in shares.items() if share >= threshold}
+            whole = {j for j, share in shares.items() if share >= CONTAINED}
             near.setdefault(i, set()).update(j for j in whole if given <= Counter(dict(numbers(rows[j].text))))
             best = max(shares, key=lambda j: (shares[j], -j))
             partial[i] = best, shares[best]
@@ -97,8 +95,9 @@ def _letters(text: str) -> str:
     return "".join(filter(str.isalnum, text.lower()))
 
 
-def _unformatted(text: str) -> str:
-    return _FORMATTING.sub(" ", _FRACTION.sub(r"\\frac", text))
+def _bare(text: str) -> str:
+    """Without LaTeX's commands, which copies of a problem write differently: \\le and \\leq, \\ldots and \\dots."""
+    return _COMMAND.sub(" ", text)
 
 
 def _same(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, set[int]]:
@@ -127,26 +126,38 @@ def _near(rows: Sequence[Row], problems: Sequence[Row], threshold: float) -> dic
 
 
 def _contained(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, set[int]]:
-    """Problem -> training rows within whose letters and digits those of the problem stand, literally."""
-    by_key: dict[str, list[int]] = {}
+    """Problem -> training rows within whose letters and digits those of the problem stand, literally: without LaTeX's
+    commands, or with them where little else is left."""
+    bare: dict[str, list[int]] = {}
+    full: dict[str, list[int]] = {}
     for i, problem in enumerate(problems):
-        by_key.setdefault(_letters(_unformatted(problem.text)), []).append(i)
-    # a piece from the middle, where problems differ most; of a row only those with the piece are searched for the whole
-    anchors: dict[int, dict[str, list[str]]] = {length: {} for length in _ANCHORS}
-    for key in by_key:
-        length = next((length for length in _ANCHORS if len(key) >= length), None)
-        if length is not None:
-            start = (len(key) - length) // 2
-            anchors[length].setdefault(key[start : start + length], []).append(key)
+        key, longer = _letters(_bare(problem.text)), _letters(problem.text)
+        if len(key) >= _SHORTEST:
+            bare.setdefault(key, []).append(i)
+        elif len(longer) >= _SHORTEST:
+            full.setdefault(longer, []).append(i)
     found: dict[int, set[int]] = {}
-    for j, row in enumerate(rows):
-        text = _letters(_unformatted(row.text))
-        for length, keys in anchors.items():
-            pieces = {piece for p in range(len(text) - length + 1) if (piece := text[p : p + length]) in keys}
-            for key in (key for piece in pieces for key in keys[piece] if key in text):
-                for i in by_key[key]:
-                    found.setdefault(i, set()).add(j)
+    for keys, view in ((bare, _bare), (full, str)):
+        for j, key in _literal_pairs([_letters(view(row.text)) for row in rows] if keys else [], keys):
+            for i in keys[key]:
+                found.setdefault(i, set()).add(j)
     return found
+
+
+def _literal_pairs(texts: Sequence[str], keys: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """(number of a text, key) for each key that stands in a text."""
+    # a piece from the middle, where problems differ most; only texts with that piece are searched for the whole
+    anchors: dict[int, dict[str, list[str]]] = {length: {} for length in _ANCHORS}
+    for key in keys:
+        length = next(length for length in _ANCHORS if len(key) >= length)
+        start = (len(key) - length) // 2
+        anchors[length].setdefault(key[start : start + length], []).append(key)
+    for j, text in enumerate(texts):
+        for length, by_piece in anchors.items():
+            if not by_piece:
+                continue
+            pieces = {piece for p in range(len(text) - length + 1) if (piece := text[p : p + length]) in by_piece}
+            yield from ((j, key) for piece in pieces for key in by_piece[piece] if key in text)
 
 
 def _shared_grams(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, dict[int, float]]:
@@ -170,7 +181,7 @@ def _shared_grams(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, dic
 
 
 def _grams(text: str) -> Iterator[str]:
-    tokens = words(_unformatted(text))
+    tokens = words(_bare(text))
     return (" ".join(tokens[k : k + _GRAM]) for k in range(len(tokens) - _GRAM + 1))
 
 

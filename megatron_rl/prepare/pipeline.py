@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def prepare(sources: Sequence[str], out: Path, against: Sequence[str], options: 
     """
     if options.max_prompt_tokens is not None and options.tokenizer is None:
         raise DataError("--max-prompt-tokens needs --tokenizer, the folder of the model's tokenizer")
-    if out.is_dir():
+    if os.path.isdir(out):  # unlike Path.is_dir it takes names that are too long
         raise DataError(f"--out {out} is a folder; name the file to write in it")
     evaluations = [(Path(s.partition("=")[2] or s).stem, read_source(s, download=options.download)) for s in against]
     rows = [row for source in sources for row in read_source(source, download=options.download)]

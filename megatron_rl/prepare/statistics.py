@@ -80,7 +80,8 @@ def _overlap_lines(report: dict[str, Any]) -> list[str]:
     ]
     lines += [
         "",
-        "Partial: at least half of the problem's 8-grams of words stand in one training row, which stays.",
+        "Partial: 30% or more of the problem's 8-grams of words stand in one training row, but less than half of them, "
+        "or beside other numbers; these rows stay.",
         "",
     ]
     for overlap in report["overlap"]:
