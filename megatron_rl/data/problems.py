@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.data.countdown import _countdown_problems
-from megatron_rl.data.rows import read_rows
+from megatron_rl.data.rows import read_rows, with_suffix
 from megatron_rl.data.tokenizer import encode_prompt
 from megatron_rl.errors import DataError
 from megatron_rl.types import Problems, Prompt
@@ -43,7 +43,7 @@ def _read_prompts(
     """
     prompts, rows, overlong, unreadable = [], 0, [], []
     for where, row in read_rows(path):
-        text = row.problem + (data.suffix if row.suffix is None else row.suffix)
+        text = with_suffix(row.problem, data.suffix if row.suffix is None else row.suffix)
         system = data.system_prompt if row.system is None else row.system
         token_ids = encode_prompt(text, system, tokenizer, row.turns, where)
         if len(token_ids) > data.max_prompt_tokens:

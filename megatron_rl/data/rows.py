@@ -42,7 +42,7 @@ class Row:
     @property
     def prompt(self) -> str:
         """What the user's last message says."""
-        return self.problem + (self.suffix or "")
+        return with_suffix(self.problem, self.suffix or "")
 
     @property
     def text(self) -> str:
@@ -52,6 +52,11 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """Return the row without the fields of which it says nothing."""
         return {name: value for name, value in asdict(self).items() if value not in (None, ())}
+
+
+def with_suffix(problem: str, suffix: str) -> str:
+    """Return the problem with the suffix behind it, once: some files bring it within the problem."""
+    return problem if problem.endswith(suffix) else problem + suffix
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:

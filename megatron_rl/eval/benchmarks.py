@@ -11,7 +11,7 @@ from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.config.benchmarks import HELD_OUT, PRESETS, prompts
 from megatron_rl.config.evaluation import SetOptions, set_path
 from megatron_rl.data import DataError, encode_prompt, load_prompts
-from megatron_rl.data.rows import read_rows
+from megatron_rl.data.rows import read_rows, with_suffix
 from megatron_rl.types import Prompt
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _load(name: str, config: Config, tokenizer: Any) -> Benchmark:
         # the config's own words come first, then the row's, then the protocol's
         asked_by = next(s for s in (options.system_prompt, row.system, system or "") if s is not None)
         ending = next(s for s in (options.suffix, row.suffix, suffix) if s is not None)
-        text = row.problem if row.problem.endswith(ending) else row.problem + ending
+        text = with_suffix(row.problem, ending)
         token_ids = encode_prompt(text, asked_by or None, tokenizer, row.turns, where)
         if len(token_ids) > limit:
             raise DataError(

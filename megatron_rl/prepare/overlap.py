@@ -18,6 +18,7 @@ All of it takes time linear in the texts, but for pairs of rows that share a rar
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,9 @@ def find_overlaps(
 
 
 def _letters(text: str) -> str:
+    if not text.isascii():
+        # x² as x2, a ligature as its letters; one by one, as normalize() may take quadratic time on a whole text
+        text = "".join(unicodedata.normalize("NFKC", character) for character in text)
     return "".join(filter(str.isalnum, text.lower()))
 
 

@@ -175,7 +175,7 @@ def row(problem, answer="1", **more):
 
 
 def test_jsonl_fields_ids_and_suffix(jsonl, tokenizer):
-    got = jsonl([row("1+1", source="aime"), "\n", row("2+2", 4)], [row("3", {"a": 1})], suffix="=")
+    got = jsonl([row("1+1=", source="aime"), "\n", row("2+2", 4)], [row("3", {"a": 1})], suffix="=")
     assert [(p.prompt_id, p.answer, p.source) for p in got.train] == [(0, "1", "aime"), (1, "4", "train")]
     assert [(p.prompt_id, p.answer, p.source) for p in got.eval] == [(2, '{"a": 1}', "eval")]
     assert tokenizer.decode(list(got.train[0].token_ids)) == "1+1="
@@ -206,7 +206,10 @@ def test_jsonl_overlong_prompts(jsonl, caplog):
         ([], "holds no problem"),
         ([row("1"), '{"problem": '], "line 2: not JSON"),
         (["[1]\n"], "line 1: got list"),
-        ([row("1"), {"problem": "2", "id": 3}], r"line 2: lacks answer \(or verl's reward_model\.ground_truth\); it has problem, id"),
+        (
+            [row("1"), {"problem": "2", "id": 3}],
+            r"line 2: lacks answer \(or verl's .*\); it has problem, id",
+        ),
         ([row(" ")], "line 1: `problem` must be a text"),
     ],
 )
@@ -252,7 +255,9 @@ def test_what_the_tokenizer_or_its_template_refuses_names_the_row(jsonl, templat
 
 def test_a_broken_tokenizer_is_named(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {"type": "Nothing"}}')  # a plain Exception
+    (tmp_path / "tokenizer.json").write_text(
+        '{"version": "1.0", "added_tokens": [], "model": {"type": "Nothing"}}'
+    )  # a plain Exception
     config = make_config({"type": "jsonl", "train_path": "x", "tokenizer": str(tmp_path)}, vocab_size=100)
     with pytest.raises(DataError, match=r"holds no tokenizer that transformers can load \(Exception: "):
         build_tokenizer(config)

@@ -118,7 +118,11 @@ GOOD = b'{"problem": "1?", "answer": "1"}\n'
         ("a.jsonl", b"[" * 100_000, r"line 1: not JSON \(maximum recursion"),
         ("a.jsonl", b'{"problem": 2, "answer": 1}', r"line 1: `problem` must be a text"),
         ("a.jsonl", b'{"problem": "2?", "answer": 1, "suffix": 3}', r"line 1: `suffix` must be a text, got 3"),
-        ("a.jsonl", b'{"question": "2?", "answer": 1}', r"lacks problem \(or verl's prompt\).*data prepare` reads other"),
+        (
+            "a.jsonl",
+            b'{"question": "2?", "answer": 1}',
+            r"lacks problem \(or verl's prompt\).*data prepare` reads",
+        ),
         ("a.json", b'{"problem": "2?",\n "answer": 1}', r"a\.json, line 1: not JSON"),
         ("a.parquet", b"nothing", r"not a Parquet file.*JSON lines with `problem` and `answer`.*verl's columns"),
         ("a.parquet", b"PAR1nothing", r"a\.parquet: not a Parquet file that pyarrow can read"),

@@ -27,11 +27,16 @@ def degrees(evaluation: str, training: str, threshold: float = 0.8) -> str:
 def test_degrees_of_overlap() -> None:
     squares = "How many positive perfect squares less than $2023$ are divisible by $5$?"
     assert degrees(squares, squares.upper().replace("$", "")) == "same"
+    assert degrees("Find x if x^2 = 2 and x > 0.", "Find x if x² = 2 and x > 0.") == "same"
     for threshold in (0.8, 0.0):  # 0 leaves out what is near, not what is literal
-        assert degrees(squares, squares + " Fill in the blank with the number of such squares.", threshold) == "contained"
+        assert (
+            degrees(squares, squares + " Fill in the blank with the number of such squares.", threshold) == "contained"
+        )
         assert degrees(squares, "Solve this. " + squares, threshold) == "contained"
     assert degrees(STORY.format(90), STORY.format(90).replace("five", "seven")) == "near"
-    assert degrees(STORY.format(90), "We ask: " + STORY.format(90).replace("How", "Then how") + " Go.", 0.0) == "contained"
+    assert (
+        degrees(STORY.format(90), "We ask: " + STORY.format(90).replace("How", "Then how") + " Go.", 0.0) == "contained"
+    )
     assert degrees(STORY.format(90), STORY.format(91)) == "partial"  # another number, another problem
     assert degrees(STORY.format(90), OTHER) == "none"
 

@@ -14,7 +14,6 @@ from megatron_rl.errors import DataError
 from megatron_rl.prepare.clean import comparing_answers, remove_near, remove_repeated, spelling_key, text_key
 from megatron_rl.prepare.pipeline import Options, prepare, read_source
 from megatron_rl.prepare.presets import PRESETS
-from megatron_rl.prepare.rows import last_box
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} with the problem sets is absent")
@@ -84,6 +83,7 @@ def test_dapo_math_17k_is_as_known(tmp_path):
     source = f"dapo_math_17k={DATA}/train_dapo_math_17k.jsonl"
     report = prepare([source], tmp_path / "train.jsonl", against, Options())
     assert report["unique_texts"] == 17_255 and report["contradictory_texts"] == 12
+    assert [step["left"] for step in report["passes"][:4]] == [17_917, 17_917, 17_255, 17_243]
     found = {overlap["name"].removeprefix("eval_"): overlap for overlap in report["overlap"]}
     assert [found[name]["same"] for name in ("amc", "math500", "olympiadbench")] == [14, 7, 10]
     kept = read_source(str(tmp_path / "train.jsonl"), download=False)
@@ -96,8 +96,6 @@ def test_dapo_math_17k_is_as_known(tmp_path):
     everything = "\n".join(letters(row.problem) for row in kept)
     evaluation = [row for path in against for row in read_source(path, download=False)]
     assert len(evaluation) == 4411 and not [row.id for row in evaluation if letters(row.problem) in everything]
-    again = prepare([source], tmp_path / "again.jsonl", [], Options(near=0))
-    assert [step["left"] for step in again["passes"]] == [17_917, 17_917, 17_255, 17_243]
 
 
 @needs_data
@@ -143,7 +141,10 @@ LONG = "We add and add. " * 30
     ("record", "answer"),
     [
         ({"solution": r"short \boxed{5}"}, "5"),
-        ({"solution": LONG + r"So \boxed{(-\infty, \{5\})} or $\fbox{6}$, rather $\boxed{\text{east}}$." + LONG}, r"\text{east}"),
+        (
+            {"solution": LONG + r"So \boxed{(-\infty, \{5\})} or $\fbox{6}$, rather $\boxed{\text{east}}$." + LONG},
+            r"\text{east}",
+        ),
         ({"solution": r"\boxed{1} and then \boxed{2"}, "1"),
         ({"solution": r"in twice escaped text \\boxed{\\frac{1}{2}}, after a line break\\"}, r"\\frac{1}{2}"),
         ({"solution": r"\boxed{} \boxed 7 is bare"}, "7"),
@@ -203,7 +204,15 @@ def test_answers_that_never_compare_do_not_agree(monkeypatch):
 def test_repeated_ids_are_numbered_as_evaluation_wants_them(tmp_path):
     source = source_of(tmp_path, *({"answer": "1", "id": name} for name in ("a", "a", "a-2", "a", 3, 3.0, None)))
     report = prepare([source], tmp_path / "out.jsonl", [], Options(near=0))
-    assert [row.id for _, row in read_rows(tmp_path / "out.jsonl")] == ["a", "a-3", "a-2", "a-4", "3", "3-2", "source-6"]
+    assert [row.id for _, row in read_rows(tmp_path / "out.jsonl")] == [
+        "a",
+        "a-3",
+        "a-2",
+        "a-4",
+        "3",
+        "3-2",
+        "source-6",
+    ]
     assert report["renamed_ids"] == 3
 
 
@@ -243,21 +252,19 @@ def hostile_texts(size):
         "digits": "7" * size,
         "letters": "a" * size,
         "one word": "ab " * (size // 3),
-        "quotes": "[{'role': " * (size // 10),
     }
 
 
 @pytest.mark.parametrize("name", hostile_texts(10))
-def test_a_text_of_10_mb_is_prepared_in_linear_time(tmp_path, name):
-    """As problem, as answer and as solution, beside the same in the evaluation set with another end. Quadratic steps
-    would take hours; the bound is ten times what it takes."""
-    text = hostile_texts(10_000_000)[name]
-    source = source_of(tmp_path, {"problem": text + "1?", "answer": "5"}, {"solution": text}, {"answer": text + "6"})
-    (tmp_path / "eval.jsonl").write_text(json.dumps({"problem": text + "2?", "answer": text}))
+def test_hostile_texts_take_linear_time(tmp_path, name):
+    """As problem, as solution and as answer, beside the same in the evaluation set with another end. The bound is some
+    30 times what it takes; quadratic steps would take minutes to hours."""
+    text = hostile_texts(300_000)[name]
+    source = source_of(tmp_path, {"problem": text + "x?", "answer": "5"}, {"solution": text}, {"answer": text + "6"})
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"problem": text + "y?", "answer": text}))
     began = time.process_time()
-    last_box(text)
     report = prepare([source], tmp_path / "out.jsonl", [str(tmp_path / "eval.jsonl")], Options())
-    assert time.process_time() - began < 120 and report["passes"][0]["left"] == 3
+    assert time.process_time() - began < 20 and report["passes"][0]["left"] == 3
 
 
 def test_what_cannot_be_read_is_told(tmp_path):
