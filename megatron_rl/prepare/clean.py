@@ -33,7 +33,7 @@ _INTEGER = re.compile(r"[+-]?\d{1,400}")
 _DROPPED_BY_SPELLING = re.compile(r"[^\w+\-*/^=<>!]|_")
 _SHINGLE = 3  # words
 _SECONDS = 10.0  # for two answers to be compared
-_EQUAL = "megatron_rl.grading.math_answer:equal"
+_VERIFIER = "math"  # compares them
 
 
 def text_key(row: Row) -> str:
@@ -97,9 +97,9 @@ def comparing_answers() -> Iterator[Agree]:
             if _INTEGER.fullmatch(a) and _INTEGER.fullmatch(b):
                 return int(a) == int(b)
             if not pools:
-                pools.append(GradingPool([Verifier(_EQUAL, {})], workers=1, deadline_seconds=_SECONDS))
+                pools.append(GradingPool([Verifier(_VERIFIER, {})], workers=1, deadline_seconds=_SECONDS))
                 stack.callback(pools[0].close)
-            return pools[0].submit(a, b).result().values[0] == 1
+            return pools[0].submit(f"\\boxed{{{a}}}", b).result().values[0] == 1
 
         def agree(answers: Iterable[str]) -> bool:
             first, *others = dict.fromkeys(answers)

@@ -195,7 +195,7 @@ def never_done(found, gold):
 
 def test_answers_that_never_compare_do_not_agree(monkeypatch):
     monkeypatch.setattr("megatron_rl.prepare.clean._SECONDS", 0.3)
-    monkeypatch.setattr("megatron_rl.prepare.clean._EQUAL", "tests.prepare.test_prepare:never_done")
+    monkeypatch.setattr("megatron_rl.prepare.clean._VERIFIER", "tests.prepare.test_prepare:never_done")
     with comparing_answers() as agree:
         assert agree(["7", "7"]) and agree(["7", "+7"]) and not agree(["7", "8"])
         assert not agree([r"\frac{1}{2}", "0.5"])
