@@ -33,7 +33,7 @@ _TYPES = {"logits": "*{}", "columns": "*i64", "width": "i32", "real_columns": "i
 
 @dataclass(frozen=True)
 class Figures:
-    """What ptxas and the PTX say of one kernel."""
+    """The numbers of one kernel, as ptxas and the PTX tell them."""
 
     registers: int  # a thread
     spill_bytes: int  # a thread, stores and loads
@@ -44,7 +44,7 @@ class Figures:
 
 
 def compile_kernel(name: str, dtype: str = "bf16", *, divisible: bool = True) -> Figures:
-    """Figures of `stats`, `stats with sum_p2` or `gradient` for logits of fp32, bf16 or fp16.
+    """Return the figures of `stats`, `stats with sum_p2` or `gradient` for logits of fp32, bf16 or fp16.
 
     divisible: whether V and the addresses are multiples of 16, which Triton's launcher sees for itself.
     Raises: subprocess.CalledProcessError when ptxas refuses the code.
@@ -70,14 +70,14 @@ def compile_kernel(name: str, dtype: str = "bf16", *, divisible: bool = True) ->
 
 
 def occupancy(registers: int, warps: int) -> float:
-    """Fraction of a multiprocessor's warps that can be resident, by registers a thread and warps a block."""
+    """Return the fraction of a multiprocessor's warps that can be resident, by registers a thread and warps a block."""
     of_a_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
     blocks = min(_REGISTERS // of_a_warp // warps, _WARPS // warps, _BLOCKS)
     return blocks * warps / _WARPS
 
 
 def _assemble(ptx: str) -> tuple[int, int]:
-    """Registers a thread and spilled bytes, as ptxas counts them."""
+    """Return registers a thread and spilled bytes, as ptxas counts them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
@@ -91,10 +91,10 @@ def _assemble(ptx: str) -> tuple[int, int]:
         ]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
-    found = re.search(r"Used (\d+) registers", said)
-    if found is None:
+    registers = re.search(r"Used (\d+) registers", said)
+    if registers is None:
         raise RuntimeError(f"ptxas names no register count: {said}")
-    return int(found[1]), spills
+    return int(registers[1]), spills
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def main() -> None:
         f"{name}, {dtype}": compile_kernel(name, dtype) for name in _KERNELS for dtype in ("bf16", "fp16", "fp32")
     }
     figures["gradient, bf16, odd"] = compile_kernel("gradient", divisible=False)
-    print(json.dumps({name: asdict(found) for name, found in figures.items()}, indent=1))
+    print(json.dumps({name: asdict(kernel) for name, kernel in figures.items()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,18 +23,18 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`: `[..., K]`, `[N, K]` -> `[..., N]`. Not differentiable, as the other two."""
+    """Return `x @ weight.T`: `[..., K]`, `[N, K]` -> `[..., N]`. Not differentiable, as the other two."""
     suits = _suits(x) and x.shape[-1] <= LONGEST_SUM
     return _product(x, weight) if suits else torch.matmul(x, weight.t())
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """`grad @ weight`: `[..., N]`, `[N, K]` -> `[..., K]`."""
+    """Return `grad @ weight`: `[..., N]`, `[N, K]` -> `[..., K]`."""
     return _product(grad, weight.t()) if _suits(grad) else torch.matmul(grad, weight)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad.T @ x`: `[T, N]`, `[T, K]` -> `[N, K]`."""
+    """Return `grad.T @ x`: `[T, N]`, `[T, K]` -> `[N, K]`."""
     if not _suits(grad):
         return torch.matmul(grad.t(), x)
     if grad.shape[1] <= x.shape[1]:
@@ -60,6 +60,6 @@ def _suits(x: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.T`."""
+    """Return `a @ b.T`."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return product

@@ -1,5 +1,5 @@
-"""The gated activation of a feed-forward layer on a CPU: what autograd makes of silu(a) * b copies both halves of the
-gradient together after it has computed them; here each is written where it belongs."""
+"""The gated activation of a feed-forward layer on a CPU. For silu(a) * b autograd computes both halves of the gradient
+and then copies them together; here each is written where it belongs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """`silu(a) * b` of x = [a, b] `[..., 2 F]` -> `[..., F]`; values and gradients are autograd's bit for bit."""
+    """Return `silu(a) * b` of x = [a, b] `[..., 2 F]` -> `[..., F]`; values and gradients are autograd's bit for
+    bit."""
     product: Tensor = _SwiGLU.apply(x)
     return product
 

@@ -26,7 +26,7 @@ def shard_stats(
     with_sum_p2: bool,
     block_rows: int | None = None,
 ) -> Tensor:
-    """One pass over a logits shard: m, s, t, z and, with_sum_p2, q, u of every row.
+    """Return m, s, t, z and, with_sum_p2, q, u of every row, in one pass over a logits shard.
 
     With d = (x - m) / temperature: m = max x, s = sum e^d, t = sum d e^d, z = x[column], q = sum e^2d, u = sum d e^2d.
 
@@ -97,16 +97,16 @@ def write_gradient(
     block_rows = _rows_of_a_block(real, block_rows)
     scratch = torch.empty(1 if b is None else 2, block_rows, real_columns, dtype=maximum.dtype, device=logits.device)
     for start in range(0, real.shape[0], block_rows):
-        at = slice(start, start + block_rows)
-        rows = real[at]
+        block = slice(start, start + block_rows)
+        rows = real[block]
         d, e = scratch[0, : rows.shape[0]], scratch[-1, : rows.shape[0]]
-        _exponents(_as_float(rows, d), maximum[at], temperature, d)
+        _exponents(_as_float(rows, d), maximum[block], temperature, d)
         torch.exp2(d, out=e)
         out = rows if rows.dtype == e.dtype else e  # the sum is rounded once
-        factor = a[at, None] if b is None else d.mul_(b[at, None]).add_(a[at, None])
+        factor = a[block, None] if b is None else d.mul_(b[block, None]).add_(a[block, None])
         torch.mul(e, factor, out=out)
         if at_target is not None:
-            out.scatter_add_(1, columns[at, None], at_target[at, None])
+            out.scatter_add_(1, columns[block, None], at_target[block, None])
         if out is e:
             rows.copy_(e)
 
@@ -116,12 +116,12 @@ def _rows_of_a_block(real: Tensor, block_rows: int | None) -> int:
 
 
 def _as_float(rows: Tensor, scratch: Tensor) -> Tensor:
-    """The rows in the scratch's dtype: copied once, because mixed operators convert at each use."""
+    """Return the rows in the scratch's dtype: copied once, because mixed operators convert at each use."""
     return rows if rows.dtype == scratch.dtype else scratch.copy_(rows)
 
 
 def _exponents(rows: Tensor, maximum: Tensor, temperature: float, out: Tensor) -> None:
-    """out = (rows - maximum) * log2(e) / temperature, finite where a logit or the whole row is -inf."""
+    """Write out = (rows - maximum) * log2(e) / temperature, finite where a logit or the whole row is -inf."""
     shift = maximum.masked_fill(maximum == -math.inf, 0.0)
     torch.sub(rows, shift[:, None], out=out)
     out.mul_(LOG2_E / temperature).clamp_(min=LOWEST_EXPONENT)

@@ -28,7 +28,7 @@ def shard_stats(
     with_sum_p2: bool,
     block_rows: int | None = None,
 ) -> Tensor:
-    """See `vocab_torch.shard_stats`; `block_rows` has no meaning here, where no scratch memory is used."""
+    """Return what `vocab_torch.shard_stats` does; `block_rows` has no meaning here, where no scratch memory is used."""
     tokens, width = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     stats = torch.zeros(tokens, 6 if with_sum_p2 else 4, dtype=dtype, device=logits.device)
@@ -50,7 +50,7 @@ def write_gradient(
     temperature: float,
     block_rows: int | None = None,
 ) -> None:
-    """See `vocab_torch.write_gradient`."""
+    """Overwrite a logits shard as `vocab_torch.write_gradient` does; `block_rows` has no meaning here."""
     tokens, width = logits.shape
     if tokens and width:
         factors = (a, a if b is None else b, a if at_target is None else at_target)
@@ -62,7 +62,8 @@ def write_gradient(
 
 
 def _scale(temperature: float) -> float:
-    """Compiled in: a float argument would be float32, and a run has one temperature or two."""
+    """Return log2(e) / temperature, which is compiled in: as an argument it would be float32, and a run has one
+    temperature or two."""
     return math.log2(math.e) / temperature
 
 
@@ -77,7 +78,8 @@ def stats_kernel(
     WITH_SUM_P2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: an online softmax with its first moment, in base 2, and the moments of its square."""
+    """Write a row's statistics, one program a row: an online softmax with its first moment, in base 2, and the moments
+    of its square."""
     row = tl.program_id(0).to(tl.int64)  # rows * width passes 2^31
     acc = stats.dtype.element_ty
     base = logits + row * width
@@ -87,9 +89,9 @@ def stats_kernel(
     q = tl.full([], 0.0, acc)
     u = tl.full([], 0.0, acc)
     for start in range(0, real_columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(base + at, mask=at < width, other=float("-inf")).to(acc)
-        x = tl.where(at < real_columns, x, float("-inf"))  # not in the load: it would be narrow when V is odd
+        places = start + tl.arange(0, BLOCK)
+        x = tl.load(base + places, mask=places < width, other=float("-inf")).to(acc)
+        x = tl.where(places < real_columns, x, float("-inf"))  # not in the load: it would be narrow when V is odd
         new = tl.maximum(m, tl.max(x, 0))
         shift = tl.where(new == float("-inf"), 0.0, new)
         delta = _exponent(m, shift, SCALE)
@@ -131,12 +133,12 @@ def gradient_kernel(
     HAS_TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a tile of a row: the softmax again, and the gradient over the logits that it came from."""
+    """Write the gradient over the logits, one program a tile of a row: the softmax is computed again."""
     row = tl.program_id(0).to(tl.int64)
     acc = maximum.dtype.element_ty
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    where = logits + row * width + at
-    x = tl.load(where, mask=at < width, other=float("-inf")).to(acc)
+    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    where = logits + row * width + places
+    x = tl.load(where, mask=places < width, other=float("-inf")).to(acc)
     m = tl.load(maximum + row)
     d = _exponent(x, tl.where(m == float("-inf"), 0.0, m), SCALE)
     factor = tl.load(a + row)
@@ -144,13 +146,13 @@ def gradient_kernel(
         factor = factor + tl.load(b + row) / _LOG2_E * d
     gradient = tl.exp2(d) * factor
     if HAS_TARGET:
-        gradient += tl.where(at == tl.load(columns + row), tl.load(at_target + row), 0.0)
-    gradient = tl.where(at < real_columns, gradient, 0.0)
-    tl.store(where, gradient.to(logits.dtype.element_ty), mask=at < width)
+        gradient += tl.where(places == tl.load(columns + row), tl.load(at_target + row), 0.0)
+    gradient = tl.where(places < real_columns, gradient, 0.0)
+    tl.store(where, gradient.to(logits.dtype.element_ty), mask=places < width)
 
 
 @triton.jit
 def _exponent(x, shift, SCALE: tl.constexpr):
-    """(x - shift) * SCALE, finite where x is -inf. Not `maximum`, which would turn a NaN into a number."""
+    """Return (x - shift) * SCALE, finite where x is -inf. Not `maximum`, which would turn a NaN into a number."""
     d = (x - shift) * SCALE
     return tl.where(d < _LOWEST, _LOWEST, d)

@@ -5,7 +5,6 @@ What is slow to import (torch, Megatron) is imported where it is needed: `--help
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import Annotated
 
 import typer
 
+from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.eval.commands import evaluate
+from megatron_rl.files import refusal, write_atomically
 from megatron_rl.lab.commands import shadow
 from megatron_rl.plan.command import plan
 from megatron_rl.preflight.run import preflight
@@ -43,7 +44,8 @@ REPORT_SECONDS = 5  # between the rewrites of a live page
 def main(command: Callable[[], None] | None = None) -> None:
     """Run the command line, or another command that reports errors its way.
 
-    What the user can mend ends in a message and a code (2: the config, 1: the rest).
+    What the user can mend ends in a message and a code (2: the config, 1: the rest, a full disk or a folder without
+    permission among it).
     """
     try:
         (command or app)()
@@ -51,10 +53,14 @@ def main(command: Callable[[], None] | None = None) -> None:
         _fail(error, 2)
     except UserError as error:
         _fail(error, 1)
+    except OSError as error:
+        if (reason := refusal(error)) is None:
+            raise
+        _fail(reason, 1)
 
 
 def _fail(error: UserError, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    launch.say(f"error: {error}", error=True)
     sys.exit(code)
 
 
@@ -64,16 +70,26 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="a.b=c, for example loss.select_fraction=0.1", show_default=False)
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Validate, print the plan and exit.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Validate, print the plan and the first prompt, and exit.")
+    ] = False,
 ) -> None:
     """Train a policy. Starts its own processes, unless torchrun or Slurm did (RANK and WORLD_SIZE are set)."""
     resolved = load_config(config, overrides or [])
     if check:
         from rich.console import Console
 
+        from megatron_rl.config.notes import selection_notes
         from megatron_rl.plan.check import plan_table
 
-        Console().print(plan_table(resolved))
+        console = Console()
+        console.print(plan_table(resolved))
+        for note in selection_notes(resolved):
+            console.print(f"note: {note}", highlight=False)
+        if resolved.data.type != "countdown":  # its prompts are no one's to get wrong
+            from megatron_rl.plan.preview import preview_table  # torch: seconds
+
+            console.print(preview_table(resolved))
         return
     sys.exit(run_training(resolved))
 
@@ -94,11 +110,10 @@ def report(
     """Write one self-contained HTML page on one or more runs."""
     from megatron_rl.report import build_report, keep_current
 
-    say = functools.partial(print, flush=True)
     if live:
-        keep_current(run_dirs, out, REPORT_SECONDS, say)
+        keep_current(run_dirs, out, REPORT_SECONDS)
     else:
-        say(build_report(run_dirs, out))
+        launch.say(str(build_report(run_dirs, out)))
 
 
 def run_training(config: Config) -> int:
@@ -107,8 +122,6 @@ def run_training(config: Config) -> int:
     Returns: the exit code.
     Raises: UserError when this world is not the config's, or another run holds the folder.
     """
-    from megatron_rl import launch
-
     path = config.run_dir / "config.yaml"
 
     def work() -> None:
@@ -122,5 +135,5 @@ def run_training(config: Config) -> int:
         config.run_dir,
         processes=config.parallel.processes,
         grace_seconds=config.train.grace_seconds,
-        prepare=lambda: launch.write_atomically(path, dump_config(config)),
+        prepare=lambda: write_atomically(path, dump_config(config)),
     )

@@ -32,7 +32,7 @@ if not ON_GPU:
 
 
 def device() -> torch.device:
-    """Where this process keeps its tensors."""
+    """Return where this process keeps its tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
 
 
@@ -47,7 +47,7 @@ def set_local_device(local_rank: int) -> None:
 
 
 def use_local_device() -> None:
-    """In a new thread: bind it to the process's GPU, which CUDA keeps per thread."""
+    """Bind a new thread to the process's GPU, which CUDA keeps per thread."""
     if ON_GPU:
         torch.cuda.set_device(_local_rank)
 
@@ -141,13 +141,14 @@ def pop_range() -> None:
 
 
 def profiler_activities() -> list[torch.profiler.ProfilerActivity]:
-    """What torch's profiler shall record."""
+    """Return what torch's profiler shall record."""
     activities = torch.profiler.ProfilerActivity
     return [activities.CPU, activities.CUDA] if ON_GPU else [activities.CPU]
 
 
 def record_memory_history() -> None:
-    """From here on torch remembers where device memory was allocated, for `save_memory_snapshot`; nothing on a CPU."""
+    """Let torch remember from here on where device memory was allocated, for `save_memory_snapshot`; nothing on a
+    CPU."""
     if ON_GPU:
         torch.cuda.memory._record_memory_history(max_entries=100_000)
 
@@ -164,7 +165,7 @@ _GEMM_SIZE, _GEMM_REPEATS = 1024, 5
 
 
 def name() -> str:
-    """Of the device."""
+    """Return the device's name."""
     return torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads a process"
 
 
@@ -205,7 +206,7 @@ def cpu_cores() -> list[int]:
 
 
 def vocab_kernels(logits: torch.Tensor) -> ModuleType:
-    """Who computes vocabulary statistics of these logits: Triton's kernels on a GPU, their torch twins on a CPU.
+    """Return who computes vocabulary statistics of these logits: Triton's kernels on a GPU, their torch twins on a CPU.
 
     Raises: UserError on a GPU without Triton, which torch's builds for GPUs bring along.
     """
@@ -235,7 +236,7 @@ def row_multiple() -> int:
 
 
 def fast_linear_layers(model: torch.nn.Module) -> None:
-    """On a CPU, let a model that only infers take the matrix products of kernels/linear_cpu.py."""
+    """Let a model that only infers take, on a CPU, the matrix products of kernels/linear_cpu.py."""
     if not ON_GPU:
         from megatron_rl.kernels import linear_cpu
 

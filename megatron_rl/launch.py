@@ -1,4 +1,4 @@
-"""Starts the processes of a run on one machine, watches over them, and gives each worker its side of the contract.
+"""Start the processes of a run on one machine, watch over them, and give each worker its side of the contract.
 
 A worker reads nothing but torchrun's environment variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR ...), so the same
 worker runs under torchrun on many nodes. On one machine this module stands in for `torchrun --standalone`, which prints
@@ -11,54 +11,55 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.failures import REPORTS, SUPERVISOR, Failure, in_order, read_failures, received, record_failure
+from megatron_rl.files import refusal
 
-_SUPERVISOR = "MEGATRON_RL_SUPERVISOR_PID"
 _POLL_SECONDS = 0.05
-# What a rank sees when another one died; the same words come from gloo, NCCL and the TCP store.
-_PEER_LOST = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|socket (closed|error)|remote process exited|timed? ?out|NCCL|gloo",
-    re.I,
-)
 _SETTLE_SECONDS = 3.0  # after a lost connection: for the rank that caused it to be seen dead or to say why
 _PR_SET_PDEATHSIG = 1
 
 _stop_signals: list[int] = []
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why one rank died, as it wrote it down itself."""
+def say(
+    text: str, *, error: bool = False, every_rank: bool = False, write: Callable[[str], None] | None = None
+) -> None:
+    """Tell the user something at once: every message goes through here, results that a command is asked for do not.
 
-    rank: int
-    seconds: float  # since the epoch, to order the ranks of all machines
-    message: str
-    traceback: str
-    from_user: bool  # the message stands alone
-    lost_peer: bool  # a consequence of another rank's death, most likely
+    In a world rank 0 speaks for all, and the others are silent.
+
+    error: on standard error instead of standard output. every_rank: for what this rank alone knows; all ranks then
+    speak, those other than 0 with their number. write: prints the text where a display has the terminal.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        if not every_rank:
+            return
+        text = f"rank {rank}: {text}"
+    if write is not None:
+        write(text)
+    else:
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- worker side
 
 
 def install_stop_handler() -> None:
-    """From here on SIGTERM, SIGINT and SIGUSR1 (Slurm's warnings) no longer end this process but turn
-    `stop_requested()` True."""
+    """Make SIGTERM, SIGINT and SIGUSR1 (Slurm's warnings) turn `stop_requested()` True instead of ending this
+    process."""
 
     def note(signum: int, _frame: FrameType | None) -> None:
         _stop_signals.append(signum)
@@ -69,19 +70,22 @@ def install_stop_handler() -> None:
 
 
 def stop_requested(run_dir: Path | None = None) -> bool:
-    """Whether this process was asked to stop, by a signal or by a file `stop` in the run's folder, which reaches all
-    nodes; without a folder, by a signal. Ranks learn it at different moments: agree on it (a max over the world) at the
-    end of each step before acting on it, else one rank leaves while another enters the next collective."""
+    """Return whether this process was asked to stop, by a signal or, given a folder, by a file `stop` in it.
+
+    The file reaches all nodes. Ranks learn of either at different moments: agree on it (a max over the world) at the
+    end of each step before acting on it, else one rank leaves while another enters the next collective.
+    """
     return bool(_stop_signals) or (run_dir is not None and stop_file(run_dir).exists())
 
 
 def stop_file(run_dir: Path) -> Path:
-    """The file that asks a run to save and end after the step it is in; whoever starts the run removes it first."""
+    """Return the path of the file that asks a run to save and end after the step it is in; whoever starts the run
+    removes it first."""
     return run_dir / "stop"
 
 
 def local_rank() -> int:
-    """This process's number among those of its node."""
+    """Return this process's number among those of its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -91,19 +95,21 @@ def run_worker(main: Callable[[], None], run_dir: Path) -> None:
     Stop signals become a flag; a failure is written to run_dir/failures/rank{r}.json and ends the process with code 1
     at once; and the process dies with the one that started it.
     """
-    supervisor = os.environ.get(_SUPERVISOR)
+    supervisor = os.environ.get(SUPERVISOR)
     die_with_parent(None if supervisor is None else int(supervisor))
     install_stop_handler()
     try:
         main()
     except Exception as error:
-        _record_failure(error, run_dir)
-        # No interpreter teardown: destroying a process group waits for peers that may wait for this rank.
-        os._exit(1)
+        try:
+            record_failure(refusal(error, run_dir) or error, run_dir)
+        finally:
+            # No interpreter teardown: destroying a process group waits for peers that may wait for this rank.
+            os._exit(1)
 
 
 def die_with_parent(parent: int | None) -> None:
-    """From here on this process is killed when the one that started it dies: the process `parent`, where it is known.
+    """Have this process killed when the one that started it dies: the process `parent`, where it is known.
 
     Raises: OSError when the kernel refuses.
     """
@@ -113,43 +119,6 @@ def die_with_parent(parent: int | None) -> None:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if parent is not None and os.getppid() != parent:
         os._exit(1)  # it died before the line above took effect
-
-
-def _record_failure(error: Exception, run_dir: Path) -> None:
-    text = "".join(traceback.format_exception(error))
-    name = type(error).__name__
-    failure = Failure(
-        rank=int(os.environ.get("RANK", "0")),
-        seconds=time.time(),
-        message=str(error) if isinstance(error, UserError) else f"{name}: {error}",
-        traceback=text,
-        from_user=isinstance(error, UserError),
-        lost_peer=_is_lost_peer(error),
-    )
-    path = run_dir / "failures" / f"rank{failure.rank}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(failure), indent=1))
-    if _SUPERVISOR not in os.environ or failure.rank > 0:  # rank 0 shares the supervisor's terminal: it prints there
-        sys.stderr.write(
-            f"rank {failure.rank}: {failure.message}\n" if failure.lost_peer or failure.from_user else text
-        )
-    sys.stdout.flush()
-    sys.stderr.flush()
-
-
-def _is_lost_peer(error: BaseException) -> bool:
-    if isinstance(error, UserError):  # its text may quote anything: a user's traceback, a server that timed out
-        return error.__cause__ is not None and _is_lost_peer(error.__cause__)
-    is_distributed = any(cls.__name__ == "DistError" for cls in type(error).__mro__)
-    is_connection = isinstance(error, RuntimeError | OSError) and _PEER_LOST.search(str(error)) is not None
-    return is_distributed or is_connection
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that readers see whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------ supervisor side
@@ -164,13 +133,14 @@ def in_world(
     grace_seconds: float = 1.0,
     prepare: Callable[[], None] = lambda: None,
 ) -> int:
-    """Do `work` as one rank of a world of `processes`, or, outside a world, start them with `megatron-rl COMMAND`.
+    """Do `work` as one rank of a world of `processes`, or, outside a world, start the ranks with `megatron-rl COMMAND`;
+    return the exit code.
 
     `prepare` runs in the parent alone, see `run_world`. `work` imports torch and Megatron itself: the parent needs
-    neither. Returns the exit code.
+    neither.
     Raises: UserError when another run holds the folder; in a rank, every failure is written down and ends the process.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not is_rank():
         arguments = [sys.executable, "-m", "megatron_rl", *command]
         return run_world(arguments, processes, run_dir, grace_seconds, prepare)
 
@@ -182,6 +152,21 @@ def in_world(
     return 0
 
 
+def is_rank() -> bool:
+    """Return whether this process was started as one rank of a world: RANK and WORLD_SIZE are set."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_address() -> None:
+    """Check that a rank knows where the ranks meet. Raises: UserError naming what its environment lacks."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set, {' and '.join(missing)} not: this process cannot find the other ranks; "
+            "start it with torchrun or slurm/launch.sh, which set all four, or unset RANK and WORLD_SIZE"
+        )
+
+
 def _check_world(processes: int) -> None:
     world = int(os.environ["WORLD_SIZE"])
     if world != processes:
@@ -189,6 +174,7 @@ def _check_world(processes: int) -> None:
             f"this world has {world} processes (WORLD_SIZE), the config asks for {processes} "
             f"(parallel.world_size, or tp * pp * cp); start that many, or set parallel.world_size={world}"
         )
+    check_address()
 
 
 def run_world(
@@ -206,25 +192,33 @@ def run_world(
 
     Returns: 0 when every rank ended well; 128 + signal when asked to stop; 1 when a rank failed (the reason is printed
     once).
-    Raises: UserError when another run holds `run_dir`.
+    Raises: UserError when another run holds `run_dir`, or it cannot be written to.
     """
-    logs, failures = run_dir / "logs", run_dir / "failures"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with _hold(run_dir), _reserved_port() as port, _noted_signals() as signals:
-        shutil.rmtree(failures, ignore_errors=True)
-        stop_file(run_dir).unlink(missing_ok=True)
-        logs.mkdir(exist_ok=True)
-        prepare()
+    with contextlib.ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_hold(run_dir))
+            shutil.rmtree(run_dir / "failures", ignore_errors=True)
+            stop_file(run_dir).unlink(missing_ok=True)
+            (run_dir / "logs").mkdir(exist_ok=True)
+            prepare()
+        except OSError as error:
+            reason = refusal(error) or f"cannot use {run_dir}: {error}"
+            raise UserError(f"{reason} (the run's folder is named by logging.run_dir, or --out)") from error
+        port, signals = stack.enter_context(_reserved_port()), stack.enter_context(_noted_signals())
+        reports, for_workers = (stack.enter_context(end) for end in socket.socketpair(type=socket.SOCK_DGRAM))
         workers: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(processes):
-                workers.append(_spawn(command, rank, processes, port, logs))
-            return _supervise(workers, run_dir, grace_seconds, signals)
+                workers.append(_spawn(command, rank, processes, port, run_dir / "logs", for_workers.fileno()))
+            return _supervise(workers, run_dir, grace_seconds, signals, reports)
         finally:
             _kill(workers)
 
 
-def _spawn(command: Sequence[str], rank: int, processes: int, port: int, logs: Path) -> subprocess.Popen[bytes]:
+def _spawn(
+    command: Sequence[str], rank: int, processes: int, port: int, logs: Path, reports: int
+) -> subprocess.Popen[bytes]:
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # a CPU's step: 2 to 6% less time, 1% more memory
@@ -235,22 +229,37 @@ def _spawn(command: Sequence[str], rank: int, processes: int, port: int, logs: P
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
     }
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), _SUPERVISOR: str(os.getpid())}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), SUPERVISOR: str(os.getpid())}
+    env[REPORTS] = str(reports)
     with contextlib.ExitStack() as stack:
         log = None if rank == 0 else stack.enter_context((logs / f"rank{rank}.log").open("wb"))
         # A session of its own: the terminal's Ctrl-C reaches a worker only through the supervisor, once.
         return subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=(reports,),
         )
 
 
-def _supervise(workers: list[subprocess.Popen[bytes]], run_dir: Path, grace_seconds: float, signals: list[int]) -> int:
+def _supervise(
+    workers: list[subprocess.Popen[bytes]],
+    run_dir: Path,
+    grace_seconds: float,
+    signals: list[int],
+    reports: socket.socket,
+) -> int:
     stopping, deadline = False, float("inf")
+    unwritten: list[Failure] = []
     while any(worker.poll() is None for worker in workers):
-        failures = read_failures(run_dir)
+        unwritten += received(reports)
+        failures = [*read_failures(run_dir), *unwritten]
         if signals and not stopping:
             stopping, deadline = True, time.monotonic() + grace_seconds
-            _say(f"stopping: up to {grace_seconds:g} s to finish the step; once more to stop at once")
+            say(f"stopping: up to {grace_seconds:g} s to finish the step; once more to stop at once", error=True)
             for worker in workers:
                 worker.terminate()
         elif not stopping and any(not failure.lost_peer for failure in failures):
@@ -265,17 +274,18 @@ def _supervise(workers: list[subprocess.Popen[bytes]], run_dir: Path, grace_seco
     _kill(workers)
     if late and sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # a progress display that was killed cannot give the cursor back
-    return _conclude(read_failures(run_dir), codes, late, run_dir, signals)
+    failures = [*read_failures(run_dir), *unwritten, *received(reports)]
+    return _conclude(failures, codes, late, run_dir, signals)
 
 
 def _conclude(
     failures: list[Failure], codes: dict[int, int], late: list[int], run_dir: Path, signals: list[int]
 ) -> int:
-    """Say what happened; the exit code."""
+    """Say what happened and return the exit code."""
     causes = in_order(failures)
     if signals:
         if late:
-            _say(f"killed: {_ranks(late)} did not stop in time")
+            say(f"killed: {_ranks(late)} did not stop in time", error=True)
         if causes and not causes[0].lost_peer:  # a checkpoint that failed must not pass for a clean stop
             _explain(causes[0], run_dir)
         return 128 + signals[0]
@@ -290,38 +300,26 @@ def _conclude(
 
 def _explain(failure: Failure, run_dir: Path) -> None:
     if failure.from_user:
-        _say(f"error: {failure.message}")
+        say(f"error: {failure.message}", error=True)
         return
-    _say(f"rank {failure.rank} failed:\n{failure.traceback.rstrip()}")
-    _say(f"(this traceback: {run_dir}/failures/rank{failure.rank}.json; what other ranks printed: {run_dir}/logs/)")
+    say(f"rank {failure.rank} failed:\n{failure.traceback.rstrip()}", error=True)
+    record = run_dir / "failures" / f"rank{failure.rank}.json"
+    where = f"this traceback: {record}; " if record.exists() else ""
+    say(f"({where}what other ranks printed: {run_dir}/logs/)", error=True)
 
 
 def _explain_silent(rank: int, code: int, run_dir: Path) -> None:
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     hint = "; the kernel's out-of-memory killer does that" if code == -signal.SIGKILL else ""
-    _say(f"rank {rank} {how} without a Python traceback{hint}")
+    say(f"rank {rank} {ending} without a Python traceback{hint}", error=True)
     log = run_dir / "logs" / f"rank{rank}.log"
     if rank > 0:
-        _say(f"the last lines of {log}:")
-        _say("\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-20:]))
+        say(f"the last lines of {log}:", error=True)
+        say("\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-20:]), error=True)
 
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def in_order(failures: list[Failure]) -> list[Failure]:
-    """Causes by time, then what follows from a lost peer."""
-    return sorted(failures, key=lambda failure: (failure.lost_peer, failure.seconds))
-
-
-def read_failures(run_dir: Path) -> list[Failure]:
-    """What failed ranks wrote down since the run was started."""
-    return [Failure(**json.loads(path.read_text())) for path in sorted((run_dir / "failures").glob("rank*.json"))]
 
 
 def _kill(workers: list[subprocess.Popen[bytes]]) -> None:
@@ -346,8 +344,8 @@ def _hold(run_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reserved_port() -> Iterator[int]:
-    """A free port, kept from other processes: bound without listening, it can still be bound by rank 0's store, which
-    sets SO_REUSEADDR as well."""
+    """Give a free port and keep it from other processes: it is bound without listening, so that rank 0's store, which
+    sets SO_REUSEADDR as well, can still bind it."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))

@@ -13,6 +13,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
+from megatron_rl.metrics.entropy_law import LawMonitor
+from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.run import Run
 from megatron_rl.types import Prompt
 
 # Options by what a change of them does to a run that goes on; a key stands for all below it. All others are warned of:
@@ -29,6 +32,93 @@ _DATA = ("data", "seed")
 _INITIAL_POLICY = ("model.path", "warm_start")
 # of config.json: what is no part of the architecture
 _NOT_ARCHITECTURE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+class Checkpoints:
+    """What a run saves, when, and from where it goes on. Every method is a collective."""
+
+    def __init__(self, run: Run) -> None:
+        """The checkpoints of `run`'s own folder."""
+        self._run = run
+        self._store = CheckpointStore(run.config.run_dir / "checkpoints", run.policy, run.groups, run.tokenizer)
+        self._data_digest = data_digest(run.train_prompts)
+
+    def restore(self) -> tuple[int, list[str]]:
+        """Continue from the checkpoint that train.resume asks for; returns the first step, and what the user should
+        know.
+
+        The reference policy is not restored: `set_up` built it, from the same initial weights as ever.
+        Raises: UserError when the run in the folder, or the checkpoint's config, is not one to go on from.
+        """
+        run, config = self._run, self._run.config
+        path = checkpoint_to_resume(config, run.world.gather_objects(self._store.newest())[0])
+        if path is None:
+            return 0, []
+        own = path.parent == self._store.folder
+        notes = check_drift(path, config, run.policy.hf_config, own=own)
+        step, state = self._store.load(path)
+        same_data = state["data_digest"] == self._data_digest and state["cursor"]["seed"] == config.seed
+        if same_data:
+            run.collector.cursor.restore(state["cursor"])
+        elif own:
+            raise UserError(
+                f"cannot go on from {path}: the training problems are not those of its run, though data and seed read "
+                f"the same; restore them, or choose another name with train.resume={path}"
+            )
+        else:
+            notes.append(f"other problems or another seed than {path}: they are drawn from the start")
+        if own:
+            run.best_accuracy = state["best_accuracy"]
+            run.law = LawMonitor(**state["law"])
+        run.controller.state = state["control"]
+        run.served.weight_version = state["weight_version"]
+        return step, [*notes, f"continuing from {path}, {step} steps"]
+
+    def save_when_due(self, step: int, accuracy: float | None, *, stopping: bool) -> None:
+        """Save after this step when it is due: every save_every steps, when stopping, at the end, and with keep_best
+        when this step's evaluation has a higher `accuracy` than all before it."""
+        run, train = self._run, self._run.config.train
+        self._store.finish(wait=False)
+        is_best = accuracy is not None and accuracy > run.best_accuracy
+        if accuracy is not None and is_best:
+            run.best_accuracy = accuracy
+        due = train.save_every and (step + 1) % train.save_every == 0
+        last = step + 1 == train.num_steps
+        if due or stopping or (last and train.save_final) or (is_best and train.keep_best):
+            state = self._state(run.collector.cursor_state())
+            self._store.save(step + 1, state, is_best=is_best and train.keep_best)
+
+    def rescue(self, step: int) -> int:
+        """Save what the steps before this one reached, in which the engine failed for good; returns the number of steps
+        that the new checkpoint holds, 0 when theirs is there already.
+
+        Engines fail before a step's first update, or in the evaluation after its last, so that the weights are whole.
+        """
+        run = self._run
+        steps = run.served.weight_version
+        newest = run.world.gather_objects(self._store.newest())[0]
+        if steps == 0 or newest == self._store.path(steps):
+            return 0
+        cursor = run.collector.resume_point if steps == step else run.collector.cursor_state()
+        self._store.save(steps, self._state(cursor), is_best=False)
+        self._store.finish()
+        return steps
+
+    def finish(self) -> None:
+        """Wait until what was saved is whole on the disk."""
+        self._store.finish()
+
+    def _state(self, cursor: dict[str, int]) -> dict[str, Any]:
+        """Return what a checkpoint keeps besides the policy."""
+        run = self._run
+        return {
+            "cursor": cursor,
+            "weight_version": run.served.weight_version,
+            "best_accuracy": run.best_accuracy,
+            "data_digest": self._data_digest,
+            "control": run.controller.state,
+            "law": run.law.state(),
+        }
 
 
 def checkpoint_to_resume(config: Config, newest: Path | None) -> Path | None:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,13 +41,17 @@ class Problems:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled response to one prompt, with what the verifier and the reward shaping made of it."""
+    """One sampled response to one prompt, with what the verifier and the reward shaping made of it.
+
+    `sampled` says which tokens the policy drew, `counts` whether they enter the loss: a response that overlong
+    filtering takes out keeps its tokens, its length and its reward.
+    """
 
     prompt_id: int
     sample_index: int
     token_ids: Tensor  # [L] int64, prompt then response (stop token included when one was sampled)
     rollout_logprobs: Tensor  # [L] float32, nats, of the token at the same index; 0 on the prompt
-    loss_mask: Tensor  # [L] bool, True where the policy sampled the token
+    sampled: Tensor  # [L] bool, True where the policy sampled the token
     finish_reason: str  # "stop" or "length"
     weight_version: int  # of the oldest weights that sampled a token of it
     score: float = math.nan  # the verifier's verdict
@@ -57,14 +61,20 @@ class Rollout:
     unfinished: str = ""  # "deadline" or "crash" when the verifier was ended over this response, which scores 0
     terms: tuple[float, ...] = ()  # values of reward.terms, in their order
     routes: Tensor | None = None  # [L, mixture layers, top_k], the engine's experts; see models/expert_routes.py
+    counts: bool = True  # False: no loss, and no share of the denominators
 
     @property
     def response_length(self) -> int:
-        """Sampled tokens."""
-        return int(self.loss_mask.sum())
+        """Return the number of sampled tokens."""
+        return int(self.sampled.sum())
+
+    @property
+    def response_ids(self) -> Tensor:
+        """Return the sampled tokens, int64."""
+        return self.token_ids[self.sampled]
 
     def replace(self, **changes: object) -> Rollout:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -87,6 +97,16 @@ class Inputs:
     real: Tensor  # bool, no padding
     prefixes: Tensor | None = None  # [S] int64, which sequence holds the tokens before one's own, -1: none
     rows: Tensor | None = None  # [T] int64, which output is that of position t of the micro-batch; None: the t-th
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """What one forward pass tells about each position: `[T]` float32, nats (the two sums are without unit)."""
+
+    logprobs: Tensor  # log pi(labels[t])
+    entropy: Tensor  # H = -sum_a pi_a log pi_a
+    sum_p2: Tensor | None = None  # sum_a pi_a^2
+    sum_p2_logp: Tensor | None = None  # sum_a pi_a^2 log pi_a
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +136,39 @@ class MicroBatch:
     ref_logprobs: Tensor | None = None  # float32, nats
     selected: Tensor | None = None  # bool, the tokens that Clip-Cov or KL-Cov picked
     surrogate_weights: Tensor | None = None  # float32, of the policy-gradient term, by the weighting losses
+    stats: TokenStats | None = None  # at the start of the step; once tokens are selected, those of the selection
     routes: Tensor | None = None  # [T, mixture layers, top_k] of token_ids, on the CPU; see models/expert_routes.py
     inputs: Inputs | None = None  # where prompts are shared; None: the model computes these sequences
 
     def model_inputs(self) -> Inputs:
-        """What the model computes."""
+        """Return what the model computes."""
         return self.inputs or Inputs(self.token_ids, self.position_ids, self.cu_seqlens, self.token_ids_global >= 0)
 
     @property
+    def computed_stats(self) -> TokenStats:
+        """Return `stats`. Raises: ValueError when no forward pass has set them."""
+        if self.stats is None:
+            raise ValueError("micro-batch without stats: give it those of a forward pass with MiniBatch.with_stats")
+        return self.stats
+
+    def loss_inputs(self, stats: TokenStats, context: Ranks | None = None) -> LossInputs:
+        """Return what a loss sees of this micro-batch: its fields of the same names, and `stats` as the current policy.
+
+        `context`: the sum over context-parallel ranks, if there are several.
+        Raises: ValueError when old_logprobs were never set.
+        """
+        if self.old_logprobs is None:
+            raise ValueError("micro-batch without old_logprobs; call with_old_stats on the batch before updating")
+        fields = {name: getattr(self, name) for name in _LOSS_FIELDS}
+        return LossInputs(logprobs=stats.logprobs, entropy=stats.entropy, context=context, **fields)
+
+    @property
     def num_tokens(self) -> int:
-        """Response tokens that count."""
+        """Return the number of response tokens that count."""
         return int(self.loss_mask.sum())
 
     def replace(self, **changes: object) -> MicroBatch:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -139,21 +178,34 @@ class MiniBatch:
 
     index: int  # within the step, from 0
     micro_batches: tuple[MicroBatch, ...]
+    selection: Mapping[str, float] = field(default_factory=dict)  # metrics of the tokens that the method marked, global
 
-    def replace_each(self, name: str, values: Sequence[Tensor | None]) -> MiniBatch:
-        """A copy in which micro-batch i has `name` set to `values[i]`."""
+    def replace_each(self, name: str, values: Sequence[Any]) -> MiniBatch:
+        """Return a copy in which micro-batch i has `name` set to `values[i]`."""
         if len(values) != len(self.micro_batches):
-            raise ValueError(f"{name}: got {len(values)} tensors for {len(self.micro_batches)} micro-batches")
+            raise ValueError(f"{name}: got {len(values)} values for {len(self.micro_batches)} micro-batches")
         pairs = zip(self.micro_batches, values, strict=True)
-        return MiniBatch(self.index, tuple(mb.replace(**{name: value}) for mb, value in pairs))
+        return dataclasses.replace(self, micro_batches=tuple(mb.replace(**{name: value}) for mb, value in pairs))
+
+    def with_stats(self, stats: Sequence[TokenStats]) -> MiniBatch:
+        """Return a copy whose micro-batches carry `stats`, one each."""
+        return self.replace_each("stats", stats)
+
+    def with_selection(self, metrics: Mapping[str, float]) -> MiniBatch:
+        """Return a copy that tells these metrics besides those it has."""
+        return dataclasses.replace(self, selection={**self.selection, **metrics})
 
     def to(self, device: torch.device) -> MiniBatch:
-        """A copy on `device`."""
-        return MiniBatch(self.index, tuple(_to(micro_batch, device) for micro_batch in self.micro_batches))
+        """Return a copy on `device`."""
+        return dataclasses.replace(self, micro_batches=tuple(_to(mb, device) for mb in self.micro_batches))
 
     def cat(self, name: str) -> Tensor:
-        """Field `name` of the response tokens (`loss_mask`) of all micro-batches, concatenated: `[N_local]`."""
+        """Return the field `name` of the response tokens (`loss_mask`) of all micro-batches: `[N_local]`."""
         return torch.cat([getattr(mb, name)[mb.loss_mask] for mb in self.micro_batches])
+
+    def cat_stats(self, name: str) -> Tensor:
+        """Return the field `name` of the micro-batches' `stats`, of the response tokens: `[N_local]`."""
+        return torch.cat([getattr(mb.computed_stats, name)[mb.loss_mask] for mb in self.micro_batches])
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,44 +213,65 @@ class TrainBatch:
     """One step's rollouts on this data-parallel rank, packed."""
 
     step: int
-    mini_batches: tuple[MiniBatch, ...]
+    mini_batches: tuple[MiniBatch, ...]  # in the order of the updates
 
-    def minibatches(self) -> Iterator[MiniBatch]:
-        """In the order of the updates."""
-        return iter(self.mini_batches)
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """Return those of all mini-batches."""
+        return [micro_batch for mini_batch in self.mini_batches for micro_batch in mini_batch.micro_batches]
 
     def to(self, device: torch.device) -> TrainBatch:
-        """A copy on `device`."""
+        """Return a copy on `device`."""
         return TrainBatch(self.step, tuple(mini_batch.to(device) for mini_batch in self.mini_batches))
 
-    def with_old_logprobs(self, stats: list[list[TokenStats]]) -> TrainBatch:
-        """A copy whose old_logprobs are those of `stats`, listed per mini-batch and micro-batch."""
-        return self._with("old_logprobs", [[stat.logprobs for stat in of_mini_batch] for of_mini_batch in stats])
+    def with_old_stats(self, stats: Sequence[Sequence[TokenStats]]) -> TrainBatch:
+        """Return a copy with the statistics at the start of the step, listed per mini-batch and micro-batch: each
+        micro-batch carries its own, and their logprobs are its old_logprobs."""
+        old = [[each.logprobs for each in row] for row in stats]
+        return self._with_each("stats", stats)._with_each("old_logprobs", old)
 
-    def with_ref_logprobs(self, logprobs: list[list[Tensor]]) -> TrainBatch:
-        """A copy with the reference policy's logprobs, listed per mini-batch and micro-batch."""
-        return self._with("ref_logprobs", logprobs)
+    def with_ref_logprobs(self, logprobs: Sequence[Sequence[Tensor]]) -> TrainBatch:
+        """Return a copy with the reference policy's logprobs, listed per mini-batch and micro-batch."""
+        return self._with_each("ref_logprobs", logprobs)
 
-    def _with(self, name: str, values: list[list[Tensor]]) -> TrainBatch:
+    def _with_each(self, name: str, values: Sequence[Sequence[Any]]) -> TrainBatch:
         pairs = zip(self.mini_batches, values, strict=True)
-        return TrainBatch(self.step, tuple(mini_batch.replace_each(name, of_it) for mini_batch, of_it in pairs))
+        return TrainBatch(self.step, tuple(mini_batch.replace_each(name, row) for mini_batch, row in pairs))
 
 
-@dataclass(frozen=True, slots=True)
-class TokenStats:
-    """What one forward pass tells about each position: `[T]` float32, nats (the two sums are without unit)."""
-
-    logprobs: Tensor  # log pi(labels[t])
-    entropy: Tensor  # H = -sum_a pi_a log pi_a
-    sum_p2: Tensor | None = None  # sum_a pi_a^2
-    sum_p2_logp: Tensor | None = None  # sum_a pi_a^2 log pi_a
-
-
-class SupportsSum(Protocol):
-    """What adds up over ranks; parallel/reduce.py has the real one."""
+@runtime_checkable
+class Ranks(Protocol):
+    """The processes that hold other tokens, as the algorithms see them: global statistics, the same on every rank.
+    parallel/reduce.py has the real one."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over ranks, the same on each."""
+        """Return the element-wise sum over ranks."""
+        ...
+
+    def max(self, values: Tensor) -> Tensor:
+        """Return the element-wise maximum over ranks."""
+        ...
+
+    def top_k(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k largest values of all ranks and their ids."""
+        ...
+
+    def top_ks_and_sum(
+        self, sets: Sequence[tuple[Tensor, Tensor, int]], sums: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Return `top_k` of each (values, ids, k), and `sum` of `sums`, in one collective."""
+        ...
+
+    def kth_largest(self, values: Tensor, k: int) -> float:
+        """Return the k-th largest of all ranks' values."""
+        ...
+
+    def quantiles(self, values: Tensor, fractions: list[float]) -> list[float]:
+        """Return exact quantiles over all ranks' values."""
+        ...
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order."""
         ...
 
 
@@ -217,7 +290,7 @@ class LossInputs:
     cu_seqlens: Tensor  # [S + 1] int32
     selected: Tensor | None  # bool
     surrogate_weights: Tensor | None = None  # of the policy-gradient term, without gradient; None: 1
-    context: SupportsSum | None = None  # over the ranks that hold the rest of these sequences; None: they are whole
+    context: Ranks | None = None  # over the ranks that hold the rest of these sequences; None: they are whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +302,22 @@ class LossOutputs:
     metrics: dict[str, Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What one optimizer update reports: identical on every rank but `sums`, which holds this data-parallel rank's
+    part."""
+
+    sums: dict[str, Tensor]  # metric -> float64 [2], (sum, count)
+    grad_norm: float
+    learning_rate: float
+    skipped: bool  # a non-finite gradient (grad_norm says so) or no counted token on any rank: the weights did not move
+
+
+_LOSS_FIELDS = {each.name for each in dataclasses.fields(LossInputs)} & {
+    each.name for each in dataclasses.fields(MicroBatch)
+}
+
+
 def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     # routes of a whole step are large, and the forward passes need those of one micro-batch at a time
     moved = micro_batch.replace(**_tensors(micro_batch, device) | {"routes": micro_batch.routes})
@@ -237,6 +326,6 @@ def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     return moved.replace(inputs=dataclasses.replace(micro_batch.inputs, **_tensors(micro_batch.inputs, device)))
 
 
-def _tensors(of: Any, device: torch.device) -> dict[str, Tensor]:
-    values = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+def _tensors(holder: Any, device: torch.device) -> dict[str, Tensor]:
+    values = {each.name: getattr(holder, each.name) for each in dataclasses.fields(holder)}
     return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}

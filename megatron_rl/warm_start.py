@@ -20,14 +20,13 @@ from megatron_rl.convert.hf import folder_source
 from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.data import countdown_solutions
 from megatron_rl.models.facts import hf_folder
-from megatron_rl.packing import pack_supervised
-from megatron_rl.parallel.groups import barrier, packing_options
-from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.packing import Layout, pack_supervised
+from megatron_rl.parallel.groups import barrier
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.types import Prompt
 
 
-def warm_start(policy: MegatronPolicy, prompts: list[Prompt], tokenizer: Any) -> None:
+def warm_start(policy: MegatronPolicy, prompts: list[Prompt], layout: Layout, tokenizer: Any) -> None:
     """Train the policy on solutions, or load the cached result. The optimizer starts RL afresh afterwards.
 
     The cache key covers everything that the result depends on but the layout: layouts agree to float tolerance.
@@ -36,12 +35,12 @@ def warm_start(policy: MegatronPolicy, prompts: list[Prompt], tokenizer: Any) ->
     config, groups = policy.config, policy.groups
     options = config.warm_start
     assert options is not None
-    world = Reducer(groups.world, device.device())
+    world = groups.all_ranks
     # rank 0's key for all: a node's own copy of the model may have other times
     folder = Path(options.cache_dir) / world.gather_objects(_cache_key(config, len(prompts)))[0]
     # one answer for all ranks, found before any of them writes: another run may publish this folder at any moment
     if world.any(not folder.is_dir()):
-        _train(policy, prompts, tokenizer, options)
+        _train(policy, prompts, layout, tokenizer, options)
         draft = folder.with_name(f".{folder.name}.{os.getpid()}")  # rank 0's counts; another run has its own
         save_hf(policy, tokenizer, draft)
         if groups.rank == 0:
@@ -52,22 +51,21 @@ def warm_start(policy: MegatronPolicy, prompts: list[Prompt], tokenizer: Any) ->
     policy.reset_optimizer()
 
 
-def _train(policy: MegatronPolicy, prompts: list[Prompt], tokenizer: Any, options: WarmStartConfig) -> None:
+def _train(
+    policy: MegatronPolicy, prompts: list[Prompt], layout: Layout, tokenizer: Any, options: WarmStartConfig
+) -> None:
     config, groups = policy.config, policy.groups
     solutions = countdown_solutions(prompts, tokenizer, config.seed)
     pairs = [(prompt.token_ids, solution) for prompt, solution in zip(prompts, solutions, strict=True)]
     rng = random.Random(config.seed)
     for step in range(options.steps):
-        mini_batch = pack_supervised(
-            rng.sample(pairs, min(options.batch_size, len(pairs))),
-            micro_batch_tokens=config.train.micro_batch_tokens,
-            **packing_options(groups, config.parallel),
-        ).to(device.device())
+        mini_batch = pack_supervised(rng.sample(pairs, min(options.batch_size, len(pairs))), layout)
+        mini_batch = mini_batch.to(device.device())
         policy.set_learning_rate(options.lr * (1 - step / options.steps))
         zeros = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
-        result = policy.update(mini_batch.replace_each("old_logprobs", zeros), sft, None)
+        result = policy.update(mini_batch.replace_each("old_logprobs", zeros), sft)
         if (step + 1) % max(1, options.steps // 5) == 0:
-            total, count = Reducer(groups.dp, device.device()).sum(result.sums["loss/nll"]).tolist()
+            total, count = groups.token_ranks.sum(result.sums["loss/nll"]).tolist()
             if groups.rank == 0:
                 print(f"warm start  step {step + 1}/{options.steps}  nll {total / count:.3f} nats", flush=True)
 

@@ -79,8 +79,7 @@ def work(setting: dict[str, Any]) -> None:
     groups = init_groups(config.parallel, config.seed)
     run = train.set_up(config, groups)
     row = measure(run, setting, setting["mode"], setting["bucket"])
-    run.collector.close()
-    run.engine.close()
+    run.close()
     if groups.rank == 0:
         (Path(setting["run_dir"]) / "row.json").write_text(json.dumps(row))
     barrier(groups)
@@ -124,11 +123,11 @@ def measure(run: Any, setting: dict[str, Any], mode: str, bucket: int) -> dict[s
     setattr(weight_sync, "broadcast_bucket", timed)  # noqa: B010
     try:
         versions = iter(range(1, 1000))
-        run.engine.update_weights(run.policy.hf_weights(), next(versions))  # connects, and warms up
+        run.served.engine.update_weights(run.policy.hf_weights(), next(versions))  # connects, and warms up
 
         def update() -> None:
             wire.append(0.0)
-            run.engine.update_weights(run.policy.hf_weights(), next(versions))
+            run.served.engine.update_weights(run.policy.hf_weights(), next(versions))
 
         wire.clear()
         with PeakMemory() as peak:

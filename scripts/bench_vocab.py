@@ -29,7 +29,7 @@ from megatron_rl import device, launch
 from megatron_rl.config import ParallelConfig
 from megatron_rl.parallel.fused_linear import linear_stats
 from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
-from megatron_rl.parallel.vocab import vocab_parallel_stats
+from megatron_rl.parallel.vocab import VocabShard, vocab_parallel_stats
 
 Way = Callable[[Any, Tensor, dict[str, Any], Groups], tuple[Tensor, Tensor]]
 
@@ -169,7 +169,7 @@ def separate(inputs: Any, labels: Tensor, setting: dict[str, Any], groups: Group
 def fused(inputs: Any, labels: Tensor, setting: dict[str, Any], groups: Groups) -> tuple[Tensor, Tensor]:
     group = groups.tp if groups.tp_size > 1 else None
     hidden, weight = inputs
-    stats = linear_stats(hidden, weight, labels, group=group, vocab_start=setting["start"], vocab_size=setting["vocab"])
+    stats = linear_stats(hidden, weight, labels, VocabShard(group, setting["start"], setting["vocab"]))
     return stats.logprobs, stats.entropy
 
 

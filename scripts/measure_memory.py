@@ -44,7 +44,7 @@ def _model(layers: int, hidden: int, ffn: int, heads: int) -> list[str]:
 
 
 # name -> (what it is for, overrides of the quickstart). `process` gives CPU_PROCESS_BYTES and `fit` CPU_HEAP of
-# plan/hardware.py; `score` entered neither number, though they were seen while the formulas were written.
+# models/hardware.py; `score` entered neither number, though they were seen while the formulas were written.
 SHAPES: dict[str, tuple[str, list[str]]] = {
     "process": (
         "process",

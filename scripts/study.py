@@ -9,6 +9,7 @@ METHODS. Finished runs are kept: the same command continues. Writes OUT/study.md
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import subprocess
@@ -20,8 +21,8 @@ from pathlib import Path
 
 import plot_curves
 
-from megatron_rl.metrics.entropy_law import fit_line, validate_law
-from megatron_rl.report.runs import Run, load_runs, summary_of
+from megatron_rl.metrics.entropy_law import fit_law, fit_line
+from megatron_rl.report.runs import LoggedRun, load_runs, summary_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # name: the overrides of configs/quickstart.yaml, as one would type them
@@ -77,7 +78,7 @@ def train(options: argparse.Namespace, method: str, seed: int) -> None:
     print(f"{out.name}: {time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.1f}", flush=True)
 
 
-def outcomes(runs: dict[str, list[Run]]) -> str:
+def outcomes(runs: dict[str, list[LoggedRun]]) -> str:
     return table(
         runs,
         [
@@ -90,7 +91,7 @@ def outcomes(runs: dict[str, list[Run]]) -> str:
     )
 
 
-def fits(runs: dict[str, list[Run]]) -> str:
+def fits(runs: dict[str, list[LoggedRun]]) -> str:
     return table(
         runs,
         [
@@ -103,7 +104,7 @@ def fits(runs: dict[str, list[Run]]) -> str:
     )
 
 
-def table(runs: dict[str, list[Run]], columns: list[tuple[str, Callable[[Run], float]]]) -> str:
+def table(runs: dict[str, list[LoggedRun]], columns: list[tuple[str, Callable[[LoggedRun], float]]]) -> str:
     """Markdown: means over the seeds, with the smallest and the largest in brackets."""
     lines = [["method", *(title for title, _ in columns)], ["---"] * (len(columns) + 1)]
     for method, of_method in runs.items():
@@ -115,13 +116,20 @@ def over_seeds(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
-def law_ratio(run: Run) -> float:
-    """Below 1 the law of the run's first half says more about its second than the first half's mean reward does."""
-    check = validate_law(*run.pairs("entropy/mean", run.reward_metric()))
-    return check.rmse / check.rmse_of_mean
+def law_ratio(run: LoggedRun) -> float:
+    """Root mean square error, over a run's second half, of the law fitted to its first half, relative to that of the
+    first half's mean reward: below 1 the law says more. NaN where no law can be fitted."""
+    entropy, reward = run.pairs("entropy/mean", run.reward_metric())
+    half = len(entropy) // 2
+    law = fit_law(entropy[:half], reward[:half])
+    if law.problem:
+        return math.nan
+    mean = statistics.fmean(reward[:half])
+    errors = [predicted - true for predicted, true in zip(law.at(entropy[half:]), reward[half:], strict=True)]
+    return math.hypot(*errors) / math.hypot(*(mean - true for true in reward[half:]))
 
 
-def correlation(run: Run, metric: str, block: int) -> float:
+def correlation(run: LoggedRun, metric: str, block: int) -> float:
     """Pearson's, of a prediction with the realised change, over means of `block` steps."""
     predicted, realised = run.pairs(metric, "entropy/realised_change")
     starts = range(0, len(predicted) - block + 1, block)

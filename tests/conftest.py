@@ -9,7 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the w
 
 import pytest  # noqa: E402
 
+from tests import shape_checks  # noqa: E402
 from tests.worlds import Worlds  # noqa: E402
+
+shape_checks.install()
 
 
 @pytest.fixture(scope="session")

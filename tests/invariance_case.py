@@ -9,7 +9,7 @@ exported weights.
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.covariance import covariance
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.config import Config, parse_config
-from megatron_rl.types import MiniBatch, Rollout, TokenStats
+from megatron_rl.types import MiniBatch, Rollout
 
 PROMPTS, SAMPLES, MAX_PROMPT, MAX_RESPONSE, VOCAB = 6, 4, 8, 20, 37  # 37: padded at TP 2
 TEMPERATURE = 0.8
@@ -209,7 +209,7 @@ def frozen_rollouts(model: str) -> list[Rollout]:
                     sample_index=sample,
                     token_ids=tokens,
                     rollout_logprobs=logprobs + 0.1 * torch.randn(logprobs.shape, generator=draw) * (logprobs != 0),
-                    loss_mask=torch.arange(len(tokens)) >= len(prompt),
+                    sampled=torch.arange(len(tokens)) >= len(prompt),
                     finish_reason="stop",
                     weight_version=0,
                     score=float(sample == prompt_id % SAMPLES),
@@ -243,9 +243,11 @@ def run_cases(layout: str, cases: list[Case], rollouts: dict[str, list[Rollout]]
 
 def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) -> Outcome:
     from megatron_rl import train
+    from megatron_rl.algorithms.control import LossController
     from megatron_rl.metrics import Timers
-    from megatron_rl.parallel.reduce import Reducer
+    from megatron_rl.packing import Layout
     from megatron_rl.policy.policy import MegatronPolicy
+    from megatron_rl.run import Run
     from megatron_rl.types import CollectResult
 
     fuse = config.model.fused_linear_stats == "on"
@@ -254,51 +256,54 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
     policy.reset_optimizer()
     if config.loss.ref_kl_coef > 0:
         policy.keep_reference()
-    run = train.Run(
+    kept = len(rollouts) - case.filtered
+    rollouts = rollouts[:kept] + [r.replace(counts=False, finish_reason="length") for r in rollouts[kept:]]
+    collected = CollectResult(rollouts, {}, {})
+    layout = Layout.of(config, groups)
+    if case.num_micro_batches is not None:  # the budget is large: one multiple of them is as many as there are
+        layout = dataclasses.replace(layout, count_multiple=case.num_micro_batches)
+    run = Run(
         config=config,
         groups=groups,
-        world=Reducer(groups.world),
-        data_parallel=Reducer(groups.dp),
+        world=groups.all_ranks,
+        ranks=groups.token_ranks,
+        layout=layout,
         tokenizer=None,
         policy=policy,
-        engine=SimpleNamespace(update_weights=lambda stream, version: list(stream)),  # type: ignore[arg-type]
-        collector=None,  # type: ignore[arg-type]
+        served=SimpleNamespace(session=lambda _: contextlib.nullcontext()),  # type: ignore[arg-type]
+        collector=SimpleNamespace(collect=lambda _: collected, go_ahead=lambda _: None),  # type: ignore[arg-type]
+        controller=LossController(config.loss, groups.token_ranks),
+        timers=Timers(),
+        train_prompts=[],
         eval_prompts=[],
         evaluator=None,  # type: ignore[arg-type]
         benchmarks=[],
-        data_digest="",
     )
-    kept = len(rollouts) - case.filtered
-    cut = [r.replace(loss_mask=torch.zeros_like(r.loss_mask), finish_reason="length") for r in rollouts[kept:]]
-    rollouts = rollouts[:kept] + cut
     outcome = Outcome()
     logger: Any = SimpleNamespace(
         log_samples=lambda *_: None, log_ledger=lambda _, entry, __: outcome.ledger.update(entry)
     )
-    collected = CollectResult(rollouts, {}, {})
-    run.collector = SimpleNamespace(collect=lambda _: collected, go_ahead=lambda _: None)  # type: ignore[assignment]
     with _observed(run, case, outcome):
-        outcome.metrics = train.run_step(run, 0, Timers(), logger)
+        outcome.metrics = train.run_step(run, 0, logger)
     outcome.weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
     return outcome
 
 
 @contextlib.contextmanager
 def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
-    """Put the forced packing into the step, and record what passes by."""
+    """Put other neighbours into the step's micro-batches where the case asks for it, and record what passes by."""
     from megatron_rl import train
     from megatron_rl.packing import balance
-    from megatron_rl.parallel.reduce import Reducer
 
     real_mark, real_update = train.mark_tokens, run.policy.update
 
-    def mark(mini_batch: MiniBatch, stats: list[TokenStats], loss: Any, reducer: Any, **options: int) -> Any:
-        chosen, metrics = real_mark(mini_batch, stats, loss, reducer, **options)
-        pairs = list(zip(stats, mini_batch.micro_batches, strict=True))
-        logprobs = torch.cat([s.logprobs[m.loss_mask] for s, m in pairs])
+    def mark(mini_batch: MiniBatch, loss: Any, reducer: Any, **options: int) -> Any:
+        chosen = real_mark(mini_batch, loss, reducer, **options)
+        logprobs = mini_batch.cat_stats("logprobs")
         cov, _ = covariance(logprobs, chosen.cat("advantages"), reducer)
         if getattr(loss, "cov_estimator", "batch") == "vocab":
-            cov = torch.cat([entropy_loss_per_step(s, m.advantages)[m.loss_mask] for s, m in pairs])
+            spent = [entropy_spent(m.stats, m.advantages)[m.loss_mask] for m in mini_batch.micro_batches]
+            cov = torch.cat(spent)
         ids, log_ratio = chosen.cat("token_ids_global"), logprobs - chosen.cat("old_logprobs")
         marked, weights = torch.zeros_like(ids, dtype=torch.bool), torch.ones(len(ids))
         if loss.type in SELECTING:  # padding and prompts are never selected
@@ -310,29 +315,28 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
         gathered = [torch.cat(parts) for parts in zip(*of_all_ranks, strict=True)]
         order = gathered[0].argsort()
         outcome.updates.append(Update(*(values[order] for values in gathered)))
-        return chosen, metrics
+        return chosen
 
-    def update(mini_batch: MiniBatch, loss: Any, loss_config: Any, spans: Any) -> Any:
+    def update(mini_batch: MiniBatch, loss: Any, spans: Any) -> Any:
         total = torch.zeros((), dtype=torch.float64)
 
-        def counted(inputs: Any, options: Any) -> Any:
-            outputs = loss(inputs, options)
+        def counted(inputs: Any) -> Any:
+            outputs = loss(inputs)
             total.add_(outputs.loss_sum.detach().double())
             return outputs
 
-        result = real_update(mini_batch, counted, loss_config, spans)
+        result = real_update(mini_batch, counted, spans)
         denominator = torch.tensor(float(sum(m.loss_denominator for m in mini_batch.micro_batches)))
-        sums = run.data_parallel.sum(torch.stack([total, denominator.double()]))
+        sums = run.ranks.sum(torch.stack([total, denominator.double()]))
         record = outcome.updates[-1]
         # only the last pipeline stage computes the loss
-        record.loss_sum, record.denominator = Reducer(run.groups.pp).gather_objects(sums.tolist())[-1]
+        record.loss_sum, record.denominator = run.groups.stage_ranks.gather_objects(sums.tolist())[-1]
         record.grad_norm, record.skipped = result.grad_norm, result.skipped
         return result
 
-    pack = functools.partial(train.pack, num_micro_batches=case.num_micro_batches)
     deal = _dealt_at_random if case.reordered else balance._longest_first
     with (
-        mock.patch.multiple(train, pack=pack, mark_tokens=mark),
+        mock.patch.object(train, "mark_tokens", mark),
         mock.patch.object(balance, "_longest_first", deal),
         mock.patch.object(run.policy, "update", update),
     ):

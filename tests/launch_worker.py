@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import naming
 from megatron_rl.launch import run_worker, stop_requested
 
 MODE, RUN_DIR = sys.argv[1], Path(sys.argv[2])
@@ -43,6 +45,13 @@ def _main() -> None:
         time.sleep(600)
     elif MODE == "user_error":
         raise UserError("the data set is empty")
+    elif MODE == "full_disk":  # from here on no file takes a byte: neither rows, nor the failure, nor rank 1's log
+        (RUN_DIR / "checkpoints" / "step_00000004").mkdir(parents=True, exist_ok=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        if RANK == 0:
+            time.sleep(600)
+        with naming(RUN_DIR / "metrics.jsonl"), (RUN_DIR / "metrics.jsonl").open("w") as file:
+            file.write("{}")
     elif MODE == "work":
         _mark("ready")
         while not stop_requested(RUN_DIR):

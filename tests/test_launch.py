@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl import launch
+from megatron_rl import failures, launch
+from megatron_rl.errors import UserError
+from megatron_rl.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "launch_worker.py"
@@ -116,6 +118,28 @@ def test_a_user_error_is_a_message_without_traceback(start: Callable[..., Run]) 
     assert (code, err) == (1, "error: the data set is empty\n")
 
 
+def test_a_full_disk_is_the_message_though_no_file_takes_it(start: Callable[..., Run]) -> None:
+    run = start("full_disk")
+    code, _, err = run.end(START_SECONDS)
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith(f"error: cannot use {run.run_dir}/metrics.jsonl: File too large; ")
+    assert "bytes are free on its disk: make room there" in err
+    assert f"{run.run_dir}/checkpoints/step_00000004 is safe, and the same command goes on from there" in err
+
+
+@pytest.mark.parametrize("folder", ["file/run", "name/config.yaml"])
+def test_a_run_folder_that_cannot_be_used_is_named(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("")
+    run_dir = tmp_path / ("file/run" if folder == "file/run" else "name")
+
+    def prepare() -> None:
+        (run_dir / "config.yaml").mkdir()
+        write_atomically(run_dir / "config.yaml", "")
+
+    with pytest.raises(UserError, match=rf"cannot use {tmp_path}/{folder}: .* is named by logging\.run_dir, or --out"):
+        launch.run_world(["true"], 1, run_dir, 1.0, prepare)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_lets_every_rank_finish(start: Callable[..., Run], number: signal.Signals) -> None:
     run = start("work")
@@ -194,13 +218,13 @@ def test_the_same_worker_runs_under_torchrun(tmp_path: Path) -> None:
     ],
 )
 def test_a_lost_peer_is_told_from_a_cause(error: Exception, is_lost: bool) -> None:
-    assert launch._is_lost_peer(error) is is_lost
+    assert failures.is_lost_peer(error) is is_lost
 
 
 def test_an_earlier_lost_peer_does_not_hide_the_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lost = launch.Failure(0, 1.0, "RuntimeError: Connection closed by peer", "LOST", from_user=False, lost_peer=True)
-    late = launch.Failure(2, 3.0, "ValueError: later", "LATER", from_user=False, lost_peer=False)
-    cause = launch.Failure(1, 2.0, "ValueError: boom", "CAUSE", from_user=False, lost_peer=False)
+    lost = failures.Failure(0, 1.0, "RuntimeError: Connection closed by peer", "LOST", from_user=False, lost_peer=True)
+    late = failures.Failure(2, 3.0, "ValueError: later", "LATER", from_user=False, lost_peer=False)
+    cause = failures.Failure(1, 2.0, "ValueError: boom", "CAUSE", from_user=False, lost_peer=False)
     assert launch._conclude([lost, late, cause], {0: 1, 1: 1, 2: 1}, [], tmp_path, []) == 1
     err = capsys.readouterr().err
     assert "rank 1 failed:\nCAUSE" in err and "LOST" not in err and "LATER" not in err

@@ -1,4 +1,4 @@
-"""The layering, read from the source: who may import what, where a word may stand, how long things may be."""
+"""The house rules, read from the source: who may import what, where a word may stand, how long things may be."""
 
 from __future__ import annotations
 
@@ -19,10 +19,36 @@ FILES = {
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70
 MAX_LOOSE_MODULES = 10
+MAX_PARAMETERS = 8
+# of functions that are being divided
+MANY_PARAMETERS = ("packing/pack.py", "parallel/fused_linear.py", "parallel/vocab.py", "plan/", "kernels/vocab_")
+# Messages go through launch.say. These print what a command was asked for,
+PRINTS_RESULTS = (
+    "convert/commands.py eval/run.py failures.py kernels/aot.py lab/shadow.py launch.py plan/command.py "
+    "preflight/run.py prepare/commands.py profiling/commands.py"
+).split()
+# silence another library's messages,
+SILENCES_OTHERS = ("grading/symbolic.py",)
+# or have a channel of their own still.
+OTHER_CHANNELS = ("algorithms/covariance.py", "train.py", "warm_start.py")
+# A docstring begins with a verb, or with what the thing is; one that begins so is a riddle.
+RIDDLES = set(
+    "about after around as at before behind beside besides between by during for from how if in into like of on once "
+    "out over per since than that through to towards under until what when where whether which while who whose why "
+    "with within without".split()
+)
+# folders and files whose docstrings are written so
+PLAIN_PROSE = (
+    "cluster/ data/ eval/benchmarks.py eval/browse.py eval/commands.py eval/during_training.py eval/evaluator.py "
+    "eval/run.py eval/store.py eval/table.py kernels/ launch.py metrics/entropy_law.py metrics/jsonl.py metrics/spans.py "
+    "metrics/write.py preflight/ prepare/ profiling/ report/ rollout/servers/"
+).split()
 # From the ground up. A room (a folder, or a module beside the folders) imports rooms of lower floors and its own files,
 # never a floor above or a neighbour on its own.
 FLOORS = (
-    "errors types",
+    "errors shapes types",
+    "files",
+    "failures",
     "launch",
     "kernels",
     "device",
@@ -32,16 +58,18 @@ FLOORS = (
     "parallel",
     "data",
     "convert",
-    "metrics",
     "packing",
+    "metrics",
     "grading",
     "reward",
     "policy",
     "rollout",
-    "resume warm_start",
+    "warm_start",
     "plan",
     "report",
     "eval",
+    "run",
+    "resume",
     "train",
     "lab profiling preflight prepare",
     "cli",
@@ -55,7 +83,7 @@ ALGORITHMS_MAY_IMPORT = {
     "math",
     "torch",
     "typing",
-    "warnings",
+    "megatron_rl.shapes",
     "megatron_rl.types",
 }
 # Megatron's own name for seeding its RNG tracker, which it needs on a CPU too
@@ -185,7 +213,56 @@ def long_things(name: str, tree: ast.AST) -> list[str]:
     return faults
 
 
-RULES = (collectives, megatron_imports, cuda_words, algorithm_imports, upward_imports, long_things)
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def many_parameters(name: str, tree: ast.AST) -> list[str]:
+    if name.startswith(MANY_PARAMETERS):
+        return []
+    faults = []
+    for function in functions(tree):
+        arguments = function.args
+        names = [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+        count = len([n for n in names if n not in ("self", "cls")])
+        if count > MAX_PARAMETERS:
+            faults.append(f"{name}:{function.lineno}: {function.name} has {count} parameters, at most {MAX_PARAMETERS}")
+    return faults
+
+
+def riddles(name: str, tree: ast.AST) -> list[str]:
+    if not name.startswith(tuple(PLAIN_PROSE)):
+        return []
+    faults = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):  # a class and a file are things, not acts
+            continue
+        text = ast.get_docstring(node) or ""
+        first = re.match(r"[\w']*", text.lower())
+        if (first is not None and first[0] in RIDDLES) or re.match(r"See `", text):
+            faults.append(f"{name}:{getattr(node, 'lineno', 1)}: {text.splitlines()[0]!r}")
+    return faults
+
+
+def other_channels(name: str, tree: ast.AST) -> list[str]:
+    if name in (*PRINTS_RESULTS, *SILENCES_OTHERS, *OTHER_CHANNELS):
+        return []
+    calls = [(node.lineno, ast.unparse(node.func)) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    channels = re.compile(r"print|logging\.\w+|warnings\.warn|sys\.std(out|err)\.write")
+    return [f"{name}:{line}: {call}, use launch.say" for line, call in calls if channels.fullmatch(call)]
+
+
+RULES = (
+    collectives,
+    megatron_imports,
+    cuda_words,
+    algorithm_imports,
+    upward_imports,
+    long_things,
+    many_parameters,
+    riddles,
+    other_channels,
+)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -260,6 +337,12 @@ def test_files_are_short() -> None:
         (upward_imports, "lab/x.py", "from megatron_rl.profiling import record"),
         (upward_imports, "device.py", "if TYPE_CHECKING:\n    from megatron_rl.config import Config"),
         (long_things, "train.py", "def f():\n" + "    pass\n" * MAX_FUNCTION_LINES),
+        (many_parameters, "train.py", "class A:\n    def f(self, a, b, c, d, e, *, f, g, h, i): ..."),
+        (riddles, "launch.py", 'def f():\n    """Of the run: its name."""'),
+        (riddles, "report/x.py", 'class A:\n    def f(self):\n        """See `B`, and more."""'),
+        (other_channels, "eval/x.py", "print('here')"),
+        (other_channels, "data/x.py", "import logging\nlogging.warning('here')"),
+        (other_channels, "policy/x.py", "def f():\n    warnings.warn('here')"),
     ],
 )
 def test_each_rule_finds_its_fault(rule, name: str, code: str) -> None:
@@ -276,6 +359,9 @@ def test_each_rule_finds_its_fault(rule, name: str, code: str) -> None:
         (cuda_words, "train.py", '"""Not on cuda."""  # nor on cuda'),
         (algorithm_imports, "algorithms/x.py", "if TYPE_CHECKING:\n    from megatron_rl.config import Config"),
         (algorithm_imports, "algorithms/x.py", "from torch import Tensor\nfrom megatron_rl.algorithms.kl import kl"),
+        (many_parameters, "train.py", "class A:\n    def f(self, a, b, c, d, *, e, f, g, h): ..."),
+        (riddles, "report/x.py", 'def f():\n    """Return what is asked."""\n    "With."'),
+        (other_channels, "eval/x.py", "say('here')\nconsole.print(config.logging.run_dir)"),
     ],
 )
 def test_each_rule_spares_the_rest(rule, name: str, code: str) -> None:

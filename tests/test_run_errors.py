@@ -153,7 +153,7 @@ def test_gradings_that_seldom_fail_are_counted(worlds: Worlds, tmp_path: Path) -
 def _train_with_poison(raws: list[dict[str, Any]], poisoned: range) -> list[dict[str, Any]]:
     """The losses of the micro-batches with these numbers, over all runs, become infinite."""
     from megatron_rl import train
-    from megatron_rl.algorithms.losses import LOSSES, ppo_clip
+    from megatron_rl.algorithms.losses import ppo_clip
 
     calls = iter(range(10**9))
 
@@ -163,7 +163,10 @@ def _train_with_poison(raws: list[dict[str, Any]], poisoned: range) -> list[dict
             object.__setattr__(outputs, "loss_sum", outputs.loss_sum * torch.inf)
         return outputs
 
-    with mock.patch.object(train, "LOSSES", LOSSES | {"ppo_clip": loss}):  # of the updates, not of their prediction
+    def poisoned_loss(config: Any) -> Any:
+        return lambda inputs: loss(inputs, config)
+
+    with mock.patch.object(train, "policy_loss", poisoned_loss):  # of the updates, not of their prediction
         return train_each(raws)
 
 

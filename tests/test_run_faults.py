@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_rl import cli, launch
+from megatron_rl import cli, failures, launch
 from megatron_rl.config import parse_config
 from megatron_rl.errors import UserError
 from tests.tiny import errors_of_each, measured, rows_of, tiny_raw, train_each
@@ -91,6 +91,18 @@ def start(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Command]]:
         command.process.communicate()
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine does not let the tests mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
 def _last_step(raw: dict[str, Any]) -> int:
     with contextlib.suppress(FileNotFoundError, IndexError, json.JSONDecodeError):  # not there, empty, half a line
         return rows_of(raw)[-1]["step"]
@@ -99,6 +111,35 @@ def _last_step(raw: dict[str, Any]) -> int:
 
 def _checkpoints(raw: dict[str, Any], folder: Path) -> list[str]:
     return [path.name for path in (folder / raw["name"] / "checkpoints").iterdir()]
+
+
+def test_a_disk_that_fills_up_is_named_and_the_same_command_goes_on(
+    tmp_path: Path, small_disk: Path, start: Callable[[dict[str, Any]], Command]
+) -> None:
+    options = {"train": {"num_steps": 40, "save_every": 6, "async_save": False}, "logging": {"samples_per_step": 8}}
+    raw = tiny_raw(tmp_path, "full", **options)
+    raw["logging"]["run_dir"] = str(small_disk / "{name}")
+    command, saved = start(raw), small_disk / "full" / "checkpoints" / "step_00000006"
+    command.until_row(5)
+    deadline = time.monotonic() + LIMIT
+    while not saved.is_dir():
+        assert time.monotonic() < deadline and command.process.poll() is None
+        time.sleep(0.001)
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    code, _, err = command.end()
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith(f"error: cannot use {small_disk / 'full'}/") and "No space left on device; 0 bytes are" in err
+    assert f"{saved} is safe, and the same command goes on from there" in err
+
+    ballast.unlink()
+    command = start(raw)
+    code, _, err = command.end()
+    assert (code, err) == (0, "")
+    assert [row["step"] for row in rows_of(raw)] == list(range(40))
+    assert [row["step"] for row in rows_of(raw, "samples.jsonl")] == [step for step in range(40) for _ in range(8)]
 
 
 @pytest.mark.timeout(900)  # five starts: 40 s on an idle machine
@@ -275,7 +316,7 @@ def test_a_refused_run_leaves_the_config_of_the_one_that_goes_on(
 
 def test_whose_fault_a_user_error_is() -> None:
     """Its text may quote anything; what it was raised from decides."""
-    assert not launch._is_lost_peer(UserError("the reward function failed: server timed out, connection reset"))
+    assert not failures.is_lost_peer(UserError("the reward function failed: server timed out, connection reset"))
     lost = UserError("cannot load the checkpoint")
     lost.__cause__ = RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
-    assert launch._is_lost_peer(lost)
+    assert failures.is_lost_peer(lost)

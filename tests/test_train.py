@@ -306,16 +306,16 @@ def test_rollouts_do_not_depend_on_the_ranks(worlds: Worlds, tmp_path: Path) -> 
 
 
 def _train_without_sync(raws: list[dict[str, Any]]) -> None:
-    from megatron_rl import train
+    from megatron_rl.rollout.served import Served
 
-    sync_weights = train.sync_weights
+    sync = Served.sync
 
-    def only_first(run: Any) -> None:
-        if run.weight_version == 0:
-            sync_weights(run)
-        run.engine.weight_version = run.weight_version  # it claims to have them
+    def only_first(served: Served) -> None:
+        if served.weight_version == 0:
+            sync(served)
+        served.engine.weight_version = served.weight_version  # type: ignore[attr-defined]  # it claims to have them
 
-    with mock.patch.object(train, "sync_weights", only_first):
+    with mock.patch.object(Served, "sync", only_first):
         train_each(raws)
 
 

@@ -32,17 +32,18 @@ def _config(cache: Path, **sections: Any) -> Config:
 
 
 def _warm(config: Config, *, updates: int = 0) -> dict[str, Any]:
-    from megatron_rl.algorithms.losses import ppo_clip
+    from megatron_rl.algorithms.losses import policy_loss
+    from megatron_rl.packing import Layout
     from megatron_rl.warm_start import warm_start
 
     tokenizer = build_tokenizer(config)
     prompts = load_prompts(config, tokenizer).train
     with policy_of(config) as policy:
         before = weights_of(policy)
-        warm_start(policy, prompts, tokenizer)
+        warm_start(policy, prompts, Layout.of(config, policy.groups), tokenizer)
         found = {"before": before, "weights": weights_of(policy)}
         batch = make_batch(config, policy.groups)
-        results = [policy.update(batch.mini_batches[i], ppo_clip, PpoClipLoss()) for i in range(updates)]
+        results = [policy.update(batch.mini_batches[i], policy_loss(PpoClipLoss())) for i in range(updates)]
         found["rates"], found["after updates"] = [r.learning_rate for r in results], weights_of(policy)
     return found
 

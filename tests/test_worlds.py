@@ -86,12 +86,12 @@ def _threads() -> int:
 
 
 def _threads_with_a_trained_mixture(folder: Path) -> int:
-    from megatron_rl.algorithms.losses import LOSSES
+    from megatron_rl.algorithms.losses import policy_loss
     from tests.policy.tiny import make_batch, make_config, policy_of
 
     config = make_config(folder)
     with policy_of(config) as policy:
-        policy.update(make_batch(config, policy.groups).mini_batches[0], LOSSES[config.loss.type], config.loss)
+        policy.update(make_batch(config, policy.groups).mini_batches[0], policy_loss(config.loss))
     return _threads()
 
 

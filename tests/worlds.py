@@ -162,6 +162,9 @@ def _serve(fd: int, stack_fd: int) -> None:
     faulthandler.register(signal.SIGUSR1, file=stack_fd, all_threads=False)
     import torch
 
+    from tests import shape_checks
+
+    shape_checks.install()
     torch.set_num_threads(1)
     connection = Connection(fd)
     tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()

@@ -14,31 +14,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_rl.shapes import Bool, Float32, Int, Int64, Shaped
 from megatron_rl.types import LossInputs
 
 
-def segment_ids(cu_seqlens: Tensor, length: int) -> Tensor:
-    """The sequence of each token, `[length]` int64, from boundaries `[S + 1]`, empty ones allowed. No host sync."""
+def segment_ids(cu_seqlens: Int[Tensor, "E"], length: int) -> Int64[Tensor, "{length}"]:
+    """Return which sequence each of `length` tokens belongs to. Sequences may be empty. No host sync."""
     positions = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.bucketize(positions, cu_seqlens[1:].contiguous(), right=True)
 
 
-def segment_sums(values: Tensor, cu_seqlens: Tensor, ids: Tensor) -> Tensor:
-    """Sum of `values` `[T]` in each sequence, `[S]`; `ids` are `segment_ids`. Differentiable."""
+def segment_sums(
+    values: Shaped[Tensor, "T"], cu_seqlens: Int[Tensor, "E"], ids: Int64[Tensor, "T"]
+) -> Shaped[Tensor, "E-1"]:
+    """Return the sum of `values` over each sequence; `ids` are `segment_ids`. Differentiable."""
     return values.new_zeros(cu_seqlens.numel() - 1).index_add(0, ids, values)
 
 
-def sequence_sums(values: Tensor, inputs: LossInputs) -> Tensor:
-    """For each token the sum of `values` `[T]` over its whole sequence, wherever its tokens are: `[T]`, detached."""
+def sequence_sums(values: Shaped[Tensor, "T"], inputs: LossInputs) -> Shaped[Tensor, "T"]:
+    """Return for each token the sum of `values` over its whole sequence, wherever its tokens are; detached."""
     ids = segment_ids(inputs.cu_seqlens, values.numel())
     sums = segment_sums(values.detach(), inputs.cu_seqlens, ids)
     return (sums if inputs.context is None else inputs.context.sum(sums))[ids]
 
 
-def token_weights(mode: str, loss_mask: Tensor, cu_seqlens: Tensor, constant_length: int) -> tuple[Tensor, int]:
-    """Weights `[T]` float32 (0 outside `loss_mask`) and what this micro-batch adds to the global denominator.
+def token_weights(
+    mode: str, loss_mask: Bool[Tensor, "T"], cu_seqlens: Int[Tensor, "E"], constant_length: int
+) -> tuple[Float32[Tensor, "T"], int]:
+    """Return the tokens' weights (0 outside `loss_mask`) and what this micro-batch adds to the global denominator.
 
-    `loss_mask` is `[T]` bool, `cu_seqlens` `[S + 1]` from 0 to T, `constant_length` in tokens, read by its mode only.
+    cu_seqlens: from 0 to T. constant_length: in tokens, read by its mode only.
 
     - `token_mean`: 1; tokens (DAPO, arXiv 2503.14476, eq. 12).
     - `seq_mean_token_mean`: 1 / counted tokens of the sequence; sequences (GRPO, arXiv 2402.03300, eq. 3).

@@ -1,4 +1,4 @@
-"""Options of the loss that follow the entropy from step to step: a pure function of (options, state, entropy).
+"""Options of the loss that follow the entropy from step to step: `adapt`, a pure function of (options, state, entropy).
 
 Every rank calls it once a step with the same global mean entropy, so that all hold the same state; the state is plain
 data and travels with the checkpoint.
@@ -9,21 +9,58 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
+from megatron_rl.algorithms.kl import masked_sum_count
+from megatron_rl.types import Ranks, TrainBatch
+
 if TYPE_CHECKING:
     from megatron_rl.config.loss import AdaptiveEntropy, EntropyBand, LossBase
 
-Loss = TypeVar("Loss", bound="LossBase")
+    Loss = TypeVar("Loss", bound=LossBase)
 
 ControlState = dict[str, float]  # option of the loss: where its next step begins; empty before the first step
 
 
+class LossController:
+    """Holds the loss's options that follow the entropy, from step to step; with none it asks nothing of the ranks."""
+
+    def __init__(self, loss: LossBase, ranks: Ranks) -> None:
+        """`ranks`: those that hold different tokens."""
+        self.state: ControlState = {}
+        self.metrics: dict[str, float] = {}  # `control/*` of the last step
+        self._loss, self._ranks = loss, ranks
+
+    def next_loss(self, batch: TrainBatch) -> LossBase:
+        """Return the loss of the step that trains on `batch`, the same on every rank. A collective."""
+        entropy = mean_entropy(batch, self._ranks) if follows_entropy(self._loss) else math.nan
+        loss, self.state, self.metrics = adapt(self._loss, self.state, entropy)
+        return loss
+
+
+def mean_entropy(batch: TrainBatch, ranks: Ranks) -> float:
+    """Return the mean entropy of the step's response tokens on all ranks, under the weights that sampled them, in nats;
+    NaN when none counts."""
+    total = torch.zeros(2, dtype=torch.float64, device=batch.micro_batches[0].advantages.device)
+    for micro_batch in batch.micro_batches:
+        total += masked_sum_count(micro_batch.computed_stats.entropy, micro_batch.loss_mask)
+    entropy, count = ranks.sum(total).tolist()
+    return entropy / count if count else math.nan
+
+
+def needs_current_stats(loss: LossBase, index: int) -> bool:
+    """Return whether marking tokens in mini-batch `index` pays a forward pass: the first of a step has the weights of
+    old_logprobs."""
+    return index > 0 and loss.needs_current_statistics
+
+
 def follows_entropy(loss: LossBase) -> bool:
-    """Whether `adapt` looks at the entropy."""
-    return loss.adaptive_entropy is not None or getattr(loss, "entropy_band", None) is not None
+    """Tell whether `adapt` looks at the entropy."""
+    return loss.adaptive_entropy is not None or loss.band is not None
 
 
 def adapt(loss: Loss, state: ControlState, entropy: float) -> tuple[Loss, ControlState, dict[str, float]]:
-    """(the loss of this step, the state of the next one, metrics `control/*`).
+    """Return the loss of this step, the state of the next one, and metrics `control/*`.
 
     entropy: mean over the step's response tokens under the weights that sampled them, nats; NaN (no token) leaves the
     state alone. A state of options that the loss does not adapt is dropped, and values are moved into the bounds: so a
@@ -36,7 +73,7 @@ def adapt(loss: Loss, state: ControlState, entropy: float) -> tuple[Loss, Contro
         coef = _clamp(state.get("entropy_coef", options.initial_coef), 0.0, options.max_coef)
         in_force["entropy_coef"] = coef if entropy <= options.target_entropy else 0.0
         following["entropy_coef"] = next_coef(coef, entropy, options)
-    band: EntropyBand | None = getattr(loss, "entropy_band", None)
+    band = loss.band
     if band is not None:
         base = _clamp(state.get(band.option, getattr(loss, band.option)), band.minimum, band.maximum)
         in_force[band.option], following[band.option] = band_values(base, entropy, band)
@@ -46,10 +83,10 @@ def adapt(loss: Loss, state: ControlState, entropy: float) -> tuple[Loss, Contro
 
 
 def next_coef(coef: float, entropy: float, options: AdaptiveEntropy) -> float:
-    """The entropy coefficient of the next step: `c + step` below the target entropy, `c - step` above it, and c at it.
+    """Return the next step's entropy coefficient: `c + step` below the target entropy, `c - step` above it, c at it.
 
-    The bonus is in force only in steps whose entropy is at most the target, alpha_k = c_k * 1[e_k <= target]: see
-    `adapt`. The bound 0 below is the authors' scripts' (`min_entropy_coeff=0`): without it c would fall as long as the
+    `adapt` puts the bonus in force only in steps whose entropy is at most the target: alpha_k = c_k * 1[e_k <= target].
+    The bound 0 below is the authors' scripts' (`min_entropy_coeff=0`): without it c would fall as long as the
     entropy is high, and the bonus would have to climb back first. They also set a bound above (`max_entropy_coeff`).
     Source: Skywork-OR1, arXiv 2505.22312, section 3.2.5 (target 0.2; step 0.005 in its ablation, 1e-4 in its scripts).
     """
@@ -58,7 +95,7 @@ def next_coef(coef: float, entropy: float, options: AdaptiveEntropy) -> float:
 
 
 def band_values(base: float, entropy: float, band: EntropyBand) -> tuple[float, float]:
-    """select_fraction or kl_coef in this step, and the base of the next one: `base * exp(gain * violation)` and
+    """Return select_fraction or kl_coef for this step, and the base of the next one: `base * exp(gain * violation)` and
     `base * exp(integral_gain * violation)`, both inside [minimum, maximum], which keeps the base from winding up.
 
     violation: nats by which the entropy is below the band (the restraint grows), or minus those by which it is above

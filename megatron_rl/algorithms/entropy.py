@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_rl.shapes import Float, Float64
 from megatron_rl.types import TokenStats
 
 
-def entropy_loss_per_step(stats: TokenStats, advantages: Tensor) -> Tensor:
-    """-dH / eta of each token's own update: `[T]` float64, nats per unit of logit step. Large values spend the most
-    entropy.
+def entropy_spent(stats: TokenStats, advantages: Float[Tensor, "T"]) -> Float64[Tensor, "T"]:
+    """Return -dH / eta of each token's own update, nats per unit of logit step: the larger, the more entropy it spends.
 
-    advantages: `[T]`. Raises: ValueError when the statistics lack sum_p2.
+    Raises: ValueError when the statistics lack sum_p2.
     """
     if stats.sum_p2 is None or stats.sum_p2_logp is None:
         raise ValueError("the exact entropy change needs sum_p2; compute the statistics with with_sum_p2=True")

@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_rl.shapes import Float64, Int64, Shaped
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-def hash64(*fields: int | Tensor) -> Tensor:
-    """Hash of the fields, elementwise: int64 of the fields' broadcast shape, every bit uniform.
+def hash64(*fields: int | Shaped[Tensor, "#*shape"]) -> Int64[Tensor, "*shape"]:
+    """Return a hash of the fields, elementwise, of their broadcast shape; every bit is uniform.
 
     Sensitive to each field's value, to their order and to their number. Integers lie in [-2**63, 2**63).
 
@@ -35,8 +37,8 @@ def hash64(*fields: int | Tensor) -> Tensor:
     return state
 
 
-def hash_uniform(*fields: int | Tensor) -> Tensor:
-    """`hash64` as float64 in [0, 1): multiples of 2**-53, so 1 itself never occurs."""
+def hash_uniform(*fields: int | Shaped[Tensor, "#*shape"]) -> Float64[Tensor, "*shape"]:
+    """Return `hash64` as a number in [0, 1): a multiple of 2**-53, so 1 itself never occurs."""
     return _shift(hash64(*fields), 11).to(torch.float64) * 2.0**-53
 
 

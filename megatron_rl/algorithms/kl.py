@@ -9,16 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_rl.shapes import Bool, Float, Float64, Shaped
+
 LOG_RATIO_LIMIT = 20.0  # nats
 
 
-def safe_exp(log_ratio: Tensor) -> Tensor:
-    """`exp` of a log ratio clamped to +-20 nats, same shape, never inf. NaN stays NaN: a fault upstream must show."""
+def safe_exp(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return `exp` of a log ratio clamped to +-20 nats, never inf. NaN stays NaN: a fault upstream must show."""
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
-    """Estimate of KL(pi || ref) on tokens sampled from pi: `[T]` nats, differentiable in `logprobs` `[T]`.
+def kl_penalty(logprobs: Float[Tensor, "T"], ref_logprobs: Float[Tensor, "T"], kind: str) -> Float[Tensor, "T"]:
+    """Return an estimate of KL(pi || ref) on tokens sampled from pi, in nats, differentiable in `logprobs`.
 
     With `d = logprobs - ref_logprobs`:
 
@@ -29,7 +31,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     | k3   | e^-d - 1 + d     | 1 - e^-d   | the gradient of KL(ref || pi); near d = 0 the same (GRPO's choice) |
 
     k1's own derivative is 1, whose expectation under pi is zero: as a loss it would restrain nothing. It therefore has
-    the derivative of k2; k2 and k3 have their own. See `k3` for its bound.
+    the derivative of k2; k2 and k3 have their own, and k3 is bounded.
 
     Raises: ValueError on an unknown kind.
     Source: joschu.net/blog/kl-approx.html (values); arXiv 2510.01555 (gradients).
@@ -45,8 +47,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     raise ValueError(f"KL estimator {kind!r} is unknown; expected k1, k2 or k3")
 
 
-def k3(log_ratio: Tensor) -> Tensor:
-    """`r - 1 - log r >= 0` for `log r = log p - log q` on tokens sampled from q: estimates KL(q || p), nats.
+def k3(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return `r - 1 - log r >= 0` for `log r = log p - log q` on tokens sampled from q: it estimates KL(q || p), nats.
 
     Constant above +20 nats, where its derivative would exceed 4.9e8; below, the derivative tends to -1. expm1 keeps the
     small values that matter: at log r = 1e-4 (value 5e-9) `exp - 1` in float32 is noise.
@@ -55,13 +57,14 @@ def k3(log_ratio: Tensor) -> Tensor:
     return bounded.expm1() - bounded
 
 
-def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
-    """How far the engine's log-probabilities are from the trainer's on the counted tokens: an engine's error when both
-    have the same weights, else also the distance between two policies.
+def mismatch_metrics(
+    old_logprobs: Float[Tensor, "T"], rollout_logprobs: Float[Tensor, "T"], loss_mask: Bool[Tensor, "T"]
+) -> dict[str, Float64[Tensor, "2"]]:
+    """Measure how far the engine's log-probabilities are from the trainer's on the counted tokens: an engine's error
+    when both have the same weights, else also the distance between two policies.
 
-    Inputs `[T]`; `loss_mask` bool. Each value is `[2]` float64 (sum, count), nats: `mismatch/abs_mean`, and two
-    estimates of KL(rollout || old), `mismatch/kl` (k3, never negative) and `mismatch/kl_k1` (of larger variance).
-    Masked positions may hold anything.
+    Returns (sum, count) of each, nats: `mismatch/abs_mean`, and two estimates of KL(rollout || old), `mismatch/kl` (k3,
+    never negative) and `mismatch/kl_k1` (of larger variance). Masked positions may hold anything.
     """
     difference = torch.where(loss_mask, old_logprobs - rollout_logprobs, 0.0).detach()
     return {
@@ -71,6 +74,6 @@ def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: 
     }
 
 
-def masked_sum_count(values: Tensor, mask: Tensor) -> Tensor:
-    """`[2]` float64, detached: the sum of `values` `[T]` over `mask` `[T]` bool, and how many there are."""
+def masked_sum_count(values: Shaped[Tensor, "T"], mask: Bool[Tensor, "T"]) -> Float64[Tensor, "2"]:
+    """Return the sum of `values` over `mask`, and how many there are; detached."""
     return torch.stack([torch.where(mask, values.detach(), 0.0).double().sum(), mask.double().sum()])

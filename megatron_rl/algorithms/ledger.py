@@ -1,107 +1,89 @@
-"""Who spent the entropy: a step's tokens grouped by token id, position in the response and quantile of covariance.
+"""Who spent the entropy: a step's tokens by token id, position in the response and quantile of covariance.
 
-For each group the number of tokens, and in nats what their own updates cost to first order (`spent`, entropy.py: per
-unit of logit step, so shares matter and not the scale) and how the entropy at their states changed over the step's
-updates (`realised`, on the mini-batch that the probe forwards again). Sums run over all ranks and micro-batches.
+Each row sums up tokens that share one of these: their number, and in nats what their own updates cost to first order
+(`spent`, entropy.py: per unit of logit step, so shares matter and not the scale) and how the entropy at their states
+changed over the step's updates (`realised`, on the mini-batch that the probe forwards again). Sums run over all ranks
+and micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.covariance import SupportsReduce, covariance, response_tokens
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
-from megatron_rl.types import TokenStats, TrainBatch
+from megatron_rl.algorithms.covariance import covariance, response_tokens
+from megatron_rl.algorithms.entropy import entropy_spent
+from megatron_rl.types import Ranks, TokenStats, TrainBatch
 
 TOP_TOKENS = 24  # token ids listed by name; the rest is one row
-QUANTILES = (0.5, 0.8, 0.9, 0.98, 0.998)  # edges between groups of covariance: the bottom half to the top 0.2%
+QUANTILES = (0.5, 0.8, 0.9, 0.98, 0.998)  # edges between rows of covariance: the bottom half to the top 0.2%
 COLUMNS = ("count", "spent", "probed", "realised")
 
 
-class SupportsLedger(SupportsReduce, Protocol):
-    """The global operations that the ledger needs; parallel/reduce.py has the real one."""
+def ledger(batch: TrainBatch, after: Sequence[TokenStats] | None, ranks: Ranks) -> dict[str, Any]:
+    """Return one step's entry, plain data, the same on every rank; empty when no token counts.
 
-    def quantiles(self, values: Tensor, fractions: list[float]) -> list[float]:
-        """Exact quantiles over all ranks' values."""
-        ...
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order."""
-        ...
-
-
-def ledger(
-    batch: TrainBatch, before: Sequence[Sequence[TokenStats]], after: Sequence[TokenStats] | None, ranks: SupportsLedger
-) -> dict[str, Any]:
-    """One step's entry, plain data, the same on every rank; empty when no token counts.
-
-    before: of every mini-batch at the start of the step, with sum_p2. after: of the first mini-batch after the updates;
-    None: nothing was probed, and `realised` is 0 over 0 tokens.
+    batch: with the statistics at the start of the step, with sum_p2. after: those of the first mini-batch after the
+    updates; None: nothing was probed, and `realised` is 0 over 0 tokens.
     Returns `columns`; `total` (one row of the columns); `tokens`: [token id, columns...], those with the largest
     |spent| first, ties by id, and `other_tokens`; `positions`: [first, last position, columns...] in the response,
     from 0, by powers of two; `covariance`: [upper edge, columns...] between the quantiles `quantiles` of the step's
     centred products (covariance.py), the last edge null.
     """
-    mini_batches = list(batch.minibatches())
+    mini_batches = batch.mini_batches
     labels = torch.cat([mb.cat("labels") for mb in mini_batches])
     positions = torch.cat([mb.cat("response_positions") for mb in mini_batches])
-    logprobs = torch.cat(
-        [response_tokens(mb, [s.logprobs for s in of]) for mb, of in zip(mini_batches, before, strict=True)]
-    )
+    logprobs = torch.cat([mb.cat_stats("logprobs") for mb in mini_batches])
     advantages = torch.cat([mb.cat("advantages") for mb in mini_batches])
     cov, count = covariance(logprobs, advantages, ranks)
     if count == 0:
         return {}
-    values = _values(batch, before, after)
+    values = _values(batch, after)
     edges = ranks.quantiles(cov, list(QUANTILES))
     # the quantile is an element of the float32 values, so they are compared in that precision
-    group = torch.searchsorted(torch.tensor(edges, dtype=torch.float32, device=cov.device), cov.float())
+    quantile = torch.searchsorted(torch.tensor(edges, dtype=torch.float32, device=cov.device), cov.float())
     bucket = torch.frexp((positions + 1).double()).exponent.long() - 1  # floor(log2), exactly
-    by_token, by_position, by_group = _sums([labels, bucket, group], values, ranks)
+    by_token, by_position, by_quantile = _sums([labels, bucket, quantile], values, ranks)
     order = sorted(by_token, key=lambda i: (-abs(by_token[i][1]), i))
     empty = [0.0] * len(COLUMNS)
     return {
         "columns": list(COLUMNS),
-        "total": _add(by_group.values()),
+        "total": _add(by_quantile.values()),
         "tokens": [[i, *by_token[i]] for i in order[:TOP_TOKENS]],
         "other_tokens": _add([by_token[i] for i in order[TOP_TOKENS:]]),
         "positions": [[2**b - 1, 2 ** (b + 1) - 2, *by_position[b]] for b in sorted(by_position)],
         "quantiles": list(QUANTILES),
-        "covariance": [[edge, *by_group.get(i, empty)] for i, edge in enumerate([*edges, None])],
+        "covariance": [[edge, *by_quantile.get(i, empty)] for i, edge in enumerate([*edges, None])],
     }
 
 
-def _values(batch: TrainBatch, before: Sequence[Sequence[TokenStats]], after: Sequence[TokenStats] | None) -> Tensor:
-    """`[n_local, 4]` float64: the columns of each response token."""
+def _values(batch: TrainBatch, after: Sequence[TokenStats] | None) -> Tensor:
+    """Return [N, COLUMNS] float64: the columns of each response token."""
     parts = []
-    for mini_batch, of_it in zip(batch.minibatches(), before, strict=True):
-        probed = after is not None and mini_batch.index == 0
-        pairs = list(zip(of_it, mini_batch.micro_batches, strict=True))
-        spent = response_tokens(mini_batch, [entropy_loss_per_step(s, m.advantages) for s, m in pairs])
-        change = torch.zeros_like(spent)
-        if probed and after is not None:
-            change = response_tokens(
-                mini_batch, [n.entropy - o.entropy for n, o in zip(after, of_it, strict=True)]
-            ).double()
+    for mini_batch in batch.mini_batches:
+        micro_batches = mini_batch.micro_batches
+        spent = response_tokens(mini_batch, [entropy_spent(mb.computed_stats, mb.advantages) for mb in micro_batches])
+        change, probed = torch.zeros_like(spent), 0.0
+        if after is not None and mini_batch.index == 0:
+            entropies = response_tokens(mini_batch, [stats.entropy for stats in after])
+            change, probed = (entropies - mini_batch.cat_stats("entropy")).double(), 1.0
         ones = torch.ones_like(spent)
-        parts.append(torch.stack([ones, spent, ones * float(probed), change], 1))
+        parts.append(torch.stack([ones, spent, ones * probed, change], 1))
     return torch.cat(parts)
 
 
-def _sums(groupings: Sequence[Tensor], values: Tensor, ranks: SupportsLedger) -> list[dict[int, list[float]]]:
-    """For each of the `groupings` (keys `[n_local]`), sums of the rows of `values [n_local, columns]` by key, over all
-    ranks."""
-    mine = []
+def _sums(groupings: Sequence[Tensor], values: Tensor, ranks: Ranks) -> list[dict[int, list[float]]]:
+    """Return for each of the `groupings` (keys [N]) the sums of the rows of `values` [N, C] by key, over all ranks."""
+    local = []
     for keys in groupings:
         unique, index = keys.unique(return_inverse=True)
         sums = torch.zeros(len(unique), values.shape[1], dtype=values.dtype, device=values.device)
-        mine.append((unique.tolist(), sums.index_add_(0, index, values).tolist()))
+        local.append((unique.tolist(), sums.index_add_(0, index, values).tolist()))
     totals: list[dict[int, list[float]]] = [{} for _ in groupings]
-    for parts in ranks.gather_objects(mine):
+    for parts in ranks.gather_objects(local):
         for total, (ids, rows) in zip(totals, parts, strict=True):
             for i, row in zip(ids, rows, strict=True):
                 total[i] = _add([total[i], row]) if i in total else row

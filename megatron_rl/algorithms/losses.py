@@ -30,7 +30,7 @@ from torch import Tensor
 from megatron_rl.algorithms.aggregation import sequence_sums
 from megatron_rl.algorithms.kl import k3, kl_penalty, masked_sum_count, safe_exp
 from megatron_rl.algorithms.mismatch import rollout_weights
-from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, SupportsSum, TokenStats
+from megatron_rl.types import LossInputs, LossOutputs
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import (
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def ppo_clip(inputs: LossInputs, config: PpoClipLoss) -> LossOutputs:
-    """PPO's clipped surrogate `max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high))` with r = pi / pi_old per token.
+    """Return PPO's clipped surrogate `max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high))` with r = pi / pi_old per token.
 
     With `dual_clip` = c, tokens of A < 0 lose at most `-A c`; beyond it they have no gradient.
     Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
@@ -66,7 +66,7 @@ def ppo_clip(inputs: LossInputs, config: PpoClipLoss) -> LossOutputs:
 
 
 def clip_cov(inputs: LossInputs, config: ClipCovLoss) -> LossOutputs:
-    """Clip-Cov: PPO's clipped surrogate with factor 0 on `inputs.selected`; those tokens stay in the denominator.
+    """Return Clip-Cov: PPO's clipped surrogate with factor 0 on `inputs.selected`, which stay in the denominator.
 
     Raises: ValueError without `selected`, or without `ref_logprobs` when `ref_kl_coef` > 0.
     Source: arXiv 2505.22617, Clip-Cov; the authors' `compute_policy_loss_clip_cov`.
@@ -81,7 +81,7 @@ def clip_cov(inputs: LossInputs, config: ClipCovLoss) -> LossOutputs:
 
 
 def kl_cov(inputs: LossInputs, config: KlCovLoss) -> LossOutputs:
-    """KL-Cov: the unclipped surrogate `-A r`, and `kl_coef * |logprobs - old_logprobs|` on `inputs.selected`.
+    """Return KL-Cov: the unclipped surrogate `-A r`, and `kl_coef * |logprobs - old_logprobs|` on `inputs.selected`.
 
     The penalty's gradient is 0 where the two are equal, so the first update of a step on fresh samples is plain policy
     gradient. It is not multiplied by the importance weights.
@@ -101,28 +101,27 @@ def kl_cov(inputs: LossInputs, config: KlCovLoss) -> LossOutputs:
 
 
 def gspo(inputs: LossInputs, config: GspoLoss) -> LossOutputs:
-    """GSPO: PPO's clipped surrogate with one ratio per sequence, `s = exp(mean log(pi / pi_old))` over counted tokens.
+    """Return GSPO: PPO's clipped surrogate with one ratio per sequence, `s = exp(mean log(pi / pi_old))`.
 
-    Each token carries `max(-A s, -A clip(s))` with the gradient `-A s` (0 when clipped) on its own log-probability, the
-    paper's GSPO-token form. Advantages are equal within a sequence, so with `aggregation: seq_mean_token_mean`, that
-    of the paper, value and gradient are those of the sequence objective: ds/dlogprobs[t] = s / length is s times
-    the token's weight. A sequence lies in one micro-batch, whole or with its other parts behind `inputs.context`;
-    ratios and clip fractions count tokens.
+    The mean runs over counted tokens. Each carries `max(-A s, -A clip(s))` with the gradient `-A s` (0 when clipped) on
+    its own log-probability, the paper's GSPO-token form. Advantages are equal within a sequence, so with the paper's
+    `aggregation: seq_mean_token_mean`, value and gradient are those of the sequence objective: ds/dlogprobs[t] =
+    s / length is s times the token's weight. A sequence lies in one micro-batch, whole or with its other parts behind
+    `inputs.context`; ratios and clip fractions count tokens.
     Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
     Source: arXiv 2507.18071, eq. 5-7 and 13-14.
     """
     inputs = _without_masked(inputs)
     counts = sequence_sums(inputs.loss_mask.to(inputs.logprobs.dtype), inputs).clamp_min(1)
     sequence = safe_exp(sequence_sums(inputs.logprobs - inputs.old_logprobs, inputs) / counts)
-    ratio = (
-        sequence * (inputs.logprobs - inputs.logprobs.detach()).exp()
-    )  # value s, derivative s in the token's own logprob
+    # value s, derivative s in the token's own logprob
+    ratio = sequence * (inputs.logprobs - inputs.logprobs.detach()).exp()
     surrogate, metrics = _clipped_surrogate(ratio, inputs, config.eps_low, config.eps_high)
     return _total(inputs, config, surrogate, metrics, ratio)
 
 
 def cispo(inputs: LossInputs, config: CispoLoss) -> LossOutputs:
-    """CISPO: `-sg(clip(r, 1 - eps_low, 1 + eps_high)) * A * logprobs`; the ratio is a weight without gradient.
+    """Return CISPO: `-sg(clip(r, 1 - eps_low, 1 + eps_high)) * A * logprobs`; the ratio is a weight without gradient.
 
     Every token keeps a gradient; clipping bounds its size. Clip fractions count ratios outside the bounds, whatever A.
     Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
@@ -140,7 +139,7 @@ def cispo(inputs: LossInputs, config: CispoLoss) -> LossOutputs:
 
 
 def entropy_advantage(inputs: LossInputs, config: EntropyAdvantageLoss) -> LossOutputs:
-    """PPO's clipped surrogate of the shaped advantage `A + min(alpha * sg(H), |A| / kappa)`.
+    """Return PPO's clipped surrogate of the shaped advantage `A + min(alpha * sg(H), |A| / kappa)`.
 
     H is the entropy of the current policy at the token's state, as a number: no gradient flows into it. kappa > 1 keeps
     the sign of A; where A is 0 nothing is added.
@@ -157,8 +156,9 @@ def entropy_advantage(inputs: LossInputs, config: EntropyAdvantageLoss) -> LossO
 
 
 def weighted_clip(inputs: LossInputs, config: ForkingLoss | SteerLoss | GaussianCovLoss) -> LossOutputs:
-    """PPO's clipped surrogate, multiplied per token by `inputs.surrogate_weights`: 80/20, STEER and covariance-weighted
-    GRPO, which differ in the weights alone. Their formulas and sources are in weighting.py.
+    """Return PPO's clipped surrogate, multiplied per token by `inputs.surrogate_weights`.
+
+    80/20, STEER and covariance-weighted GRPO differ in the weights alone; formulas and sources are in weighting.py.
 
     Raises: ValueError without `surrogate_weights`, or without `ref_logprobs` when `ref_kl_coef` > 0.
     """
@@ -173,6 +173,8 @@ def weighted_clip(inputs: LossInputs, config: ForkingLoss | SteerLoss | Gaussian
     return _total(inputs, config, inputs.surrogate_weights * surrogate, metrics, ratio)
 
 
+LossFunction = Callable[[LossInputs], LossOutputs]  # a loss with its options bound
+
 LOSSES: dict[str, Callable[[LossInputs, Any], LossOutputs]] = {
     "ppo_clip": ppo_clip,
     "clip_cov": clip_cov,
@@ -186,49 +188,29 @@ LOSSES: dict[str, Callable[[LossInputs, Any], LossOutputs]] = {
 }
 
 
-def sft(inputs: LossInputs, config: object) -> LossOutputs:
-    """Supervised negative log-likelihood `-logprobs`, for warm starts; metric `loss/nll`, nats per token.
+def sft(inputs: LossInputs) -> LossOutputs:
+    """Return the supervised negative log-likelihood `-logprobs`, for warm starts; metric `loss/nll`, nats per token.
 
-    Reads only `logprobs`, `loss_mask` and `token_weights`; `config` makes the signature that of the others, no more.
+    Reads only `logprobs`, `loss_mask` and `token_weights`.
     """
     nll = -torch.where(inputs.loss_mask, inputs.logprobs, 0.0)
     weights = torch.where(inputs.loss_mask, inputs.token_weights, 0.0)
     return LossOutputs((weights * nll).sum(), {"loss/nll": masked_sum_count(nll, inputs.loss_mask)})
 
 
-def loss_inputs(micro_batch: MicroBatch, stats: TokenStats, context: SupportsSum | None) -> LossInputs:
-    """What the loss sees of a micro-batch; `context`: over context-parallel ranks, if there are several.
-
-    Raises: ValueError when old_logprobs were never set.
-    """
-    if micro_batch.old_logprobs is None:
-        raise ValueError("micro-batch without old_logprobs; call with_old_logprobs on the batch before updating")
-    return LossInputs(
-        logprobs=stats.logprobs,
-        entropy=stats.entropy,
-        old_logprobs=micro_batch.old_logprobs,
-        rollout_logprobs=micro_batch.rollout_logprobs,
-        ref_logprobs=micro_batch.ref_logprobs,
-        advantages=micro_batch.advantages,
-        loss_mask=micro_batch.loss_mask,
-        token_weights=micro_batch.token_weights,
-        cu_seqlens=micro_batch.cu_seqlens,
-        selected=micro_batch.selected,
-        surrogate_weights=micro_batch.surrogate_weights,
-        context=context,
-    )
+def policy_loss(config: LossBase) -> LossFunction:
+    """Return the loss that the config names, with its options bound."""
+    loss = LOSSES[config.type]
+    return lambda inputs: loss(inputs, config)
 
 
 def _without_masked(inputs: LossInputs) -> LossInputs:
-    """The same inputs with 0 outside `loss_mask`: log ratio 0, advantage 0, weight 0, not selected."""
+    """Return the same inputs with 0 outside `loss_mask`: log ratio 0, advantage 0, weight 0, not selected."""
     mask = inputs.loss_mask
-    names = ("logprobs", "entropy", "old_logprobs", "rollout_logprobs", "advantages", "token_weights")
-    changes: dict[str, Any] = {name: torch.where(mask, getattr(inputs, name), 0.0) for name in names}
-    for name in ("ref_logprobs", "surrogate_weights"):
-        if getattr(inputs, name) is not None:
-            changes[name] = torch.where(mask, getattr(inputs, name), 0.0)
-    if inputs.selected is not None:
-        changes["selected"] = inputs.selected & mask
+    changes: dict[str, Any] = {}
+    for name, value in ((each.name, getattr(inputs, each.name)) for each in dataclasses.fields(inputs)):
+        if isinstance(value, Tensor) and name not in ("loss_mask", "cu_seqlens"):
+            changes[name] = torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
     return dataclasses.replace(inputs, **changes)
 
 
@@ -244,7 +226,7 @@ def _selected(inputs: LossInputs, name: str) -> Tensor:
 def _clipped_surrogate(
     ratio: Tensor, inputs: LossInputs, eps_low: float, eps_high: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's pessimistic surrogate `[T]`, and the fractions of tokens that its two bounds cut from the gradient."""
+    """Return PPO's pessimistic surrogate [T], and the fractions of tokens that its two bounds cut from the gradient."""
     unclipped = -inputs.advantages * ratio
     clipped = -inputs.advantages * ratio.clamp(1 - eps_low, 1 + eps_high)
     cut = clipped > unclipped
@@ -263,14 +245,14 @@ def _total(
     ratio: Tensor,
     extra: Tensor | None = None,
 ) -> LossOutputs:
-    """Add what all losses share to the surrogate `[T]`, weight and sum. `inputs` are free of masked values."""
+    """Add what all losses share to the surrogate [T], weight and sum. `inputs` are free of masked values."""
     mask = inputs.loss_mask
     metrics["loss/ratio"] = masked_sum_count(ratio, mask)
     metrics["loss/approx_kl"] = masked_sum_count(k3((inputs.logprobs - inputs.old_logprobs).detach()), mask)
     if config.rollout_correction is not None:
-        weights, found = rollout_weights(inputs, config.rollout_correction)
+        weights, weight_metrics = rollout_weights(inputs, config.rollout_correction)
         surrogate = weights * surrogate
-        metrics |= found
+        metrics |= weight_metrics
     metrics["loss/policy"] = masked_sum_count(surrogate, mask)
     per_token = surrogate if extra is None else surrogate + extra
     if config.entropy_coef:

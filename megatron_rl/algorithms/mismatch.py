@@ -15,14 +15,17 @@ from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import sequence_sums
 from megatron_rl.algorithms.kl import k3, masked_sum_count, safe_exp
+from megatron_rl.shapes import Float, Float64
 from megatron_rl.types import LossInputs
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import RolloutCorrection
 
 
-def rollout_weights(inputs: LossInputs, correction: RolloutCorrection) -> tuple[Tensor, dict[str, Tensor]]:
-    """Detached weights of the surrogate, `[T]` float32 without unit, and metrics as (sum, count).
+def rollout_weights(
+    inputs: LossInputs, correction: RolloutCorrection
+) -> tuple[Float[Tensor, "T"], dict[str, Float64[Tensor, "2"]]]:
+    """Return the surrogate's weights, detached and without unit, and metrics as (sum, count).
 
     With w = exp(old - rollout), per token, or per sequence as the exponential of the sum over its counted tokens:
 

@@ -9,63 +9,65 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.covariance import SupportsReduce
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
-from megatron_rl.algorithms.losses import LOSSES, loss_inputs
-from megatron_rl.types import LossInputs, MicroBatch, MiniBatch, SupportsSum, TokenStats
+from megatron_rl.algorithms.entropy import entropy_spent
+from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.shapes import Float
+from megatron_rl.types import LossInputs, MicroBatch, MiniBatch, Ranks, TokenStats
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import LossBase
 
 
-Seen = tuple[MicroBatch, TokenStats]  # a micro-batch, with the statistics of the weights that update on it
+def effective_advantages(
+    seen: Sequence[MicroBatch], loss: LossBase, context: Ranks | None = None
+) -> Float[Tensor, "T"]:
+    """Return the advantage with which plain policy gradient would push each token as the loss does.
 
-
-def effective_advantages(seen: Sequence[Seen], loss: LossBase, context: SupportsSum | None = None) -> Tensor:
-    """The advantage with which plain policy gradient would push each token as the loss does: `-d loss / d logprob`,
-    float32, 0 outside `loss_mask`; `[T]` of the micro-batches one behind the other.
+    It is `-d loss / d logprob`, 0 outside `loss_mask`, of the micro-batches one behind the other.
 
     On-policy it is A for GRPO. Clipping, selection, weights, KL-Cov's penalty, importance weights and the reference KL
     are in it; an entropy bonus, which does not act through the sampled token, is not. The aggregation's weights count
-    as 1. `context`: see `loss_inputs`.
+    as 1. The current policy is that of the micro-batches' `stats`. context: the context-parallel ranks, if there are
+    several.
     """
-    inputs = _joined([loss_inputs(micro_batch, stats, context) for micro_batch, stats in seen])
+    inputs = _joined([micro_batch.loss_inputs(micro_batch.computed_stats, context) for micro_batch in seen])
     logprobs = inputs.logprobs.detach().clone().requires_grad_()
     inputs = dataclasses.replace(
         inputs, logprobs=logprobs, entropy=inputs.entropy.detach(), token_weights=inputs.loss_mask.float()
     )
     with torch.enable_grad():
-        loss_sum = LOSSES[loss.type](inputs, loss).loss_sum  # type: ignore[attr-defined]
+        loss_sum = LOSSES[loss.type](inputs, loss).loss_sum
         return -torch.autograd.grad(loss_sum, logprobs)[0]
 
 
 def predicted_change(
-    updates: Sequence[tuple[MiniBatch, list[TokenStats]]],
+    updates: Sequence[MiniBatch],
     loss: LossBase,
-    reducer: SupportsReduce,
-    context: SupportsSum | None = None,
+    ranks: Ranks,
+    context: Ranks | None = None,
 ) -> float:
-    """Of the entropy by several updates, each with the statistics of the weights at which it is made, in nats per unit
-    of logit step: the sum of the mean over each update's response tokens, of all ranks, of the token's own entropy
-    change. That is Theorem 1 per state (entropy.py), exact over the vocabulary, with `effective_advantages`. An update
-    without tokens changes nothing."""
-    of_updates = [list(zip(mini_batch.micro_batches, stats, strict=True)) for mini_batch, stats in updates]
-    seen = [pair for pairs in of_updates for pair in pairs]
+    """Return the entropy change by several updates to first order, in nats per unit of logit step.
+
+    updates: each with the statistics of the weights at which it is made. Of each counts the mean, over its response
+    tokens on all ranks, of the token's own entropy change: Theorem 1 per state (entropy.py), exact over the vocabulary,
+    with `effective_advantages`. An update without tokens changes nothing.
+    """
+    seen = [micro_batch for update in updates for micro_batch in update.micro_batches]
     names = [field.name for field in dataclasses.fields(TokenStats)]
-    stats = TokenStats(*(torch.cat([getattr(of_it, name) for _, of_it in seen]) for name in names))
-    lost = entropy_loss_per_step(stats, effective_advantages(seen, loss, context))
-    mask = torch.cat([micro_batch.loss_mask for micro_batch, _ in seen])
-    sizes = [sum(len(micro_batch.loss_mask) for micro_batch, _ in pairs) for pairs in of_updates]
-    lost = torch.where(mask, lost, 0.0)
+    stats = TokenStats(*(torch.cat([getattr(mb.computed_stats, name) for mb in seen]) for name in names))
+    spent = entropy_spent(stats, effective_advantages(seen, loss, context))
+    mask = torch.cat([micro_batch.loss_mask for micro_batch in seen])
+    sizes = [sum(len(micro_batch.loss_mask) for micro_batch in update.micro_batches) for update in updates]
+    spent = torch.where(mask, spent, 0.0)
     sums = [
-        torch.stack([-a.sum(), b.double().sum()]) for a, b in zip(lost.split(sizes), mask.split(sizes), strict=True)
+        torch.stack([-a.sum(), b.double().sum()]) for a, b in zip(spent.split(sizes), mask.split(sizes), strict=True)
     ]
-    totals, counts = reducer.sum(torch.stack(sums)).unbind(1)
+    totals, counts = ranks.sum(torch.stack(sums)).unbind(1)
     return float((totals / counts.clamp_min(1)).sum())
 
 
 def _joined(parts: Sequence[LossInputs]) -> LossInputs:
-    """Several micro-batches as one: each loss is a sum over tokens or whole sequences."""
+    """Join several micro-batches into one: each loss is a sum over tokens or whole sequences."""
     ends = torch.tensor([0, *(len(part.loss_mask) for part in parts[:-1])]).cumsum(0).tolist()
     bounds = [part.cu_seqlens[start > 0 :] + start for part, start in zip(parts, ends, strict=True)]
     fields: dict[str, Any] = {"cu_seqlens": torch.cat(bounds), "context": parts[0].context}

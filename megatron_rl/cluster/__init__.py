@@ -1,1 +1,1 @@
-"""What a Slurm job asks of Python before and after training; `slurm/launch.sh` calls it, nobody types it."""
+"""Steps of a Slurm job before and after training; `slurm/launch.sh` calls them, nobody types them."""

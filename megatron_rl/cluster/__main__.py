@@ -12,7 +12,8 @@ import typer
 from megatron_rl.cli import main
 from megatron_rl.cluster.conclude import conclude, has_steps_left
 from megatron_rl.cluster.freeze import Job, claim, code_folder
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import write_atomically
+from megatron_rl.launch import say
 
 UNFINISHED = 75  # exit code: the run has steps left
 
@@ -36,16 +37,16 @@ def claim_command(
         live_jobs=live_jobs.split(),
     )
     run_dir, per_node = claim(config, overrides or [], job, root)
-    print(f"run folder {run_dir}, {job.nodes} nodes of {per_node} processes", flush=True)
+    say(f"run folder {run_dir}, {job.nodes} nodes of {per_node} processes")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(record, f"{run_dir}\n{code_folder(run_dir, job.id)}\n{per_node}\n")
 
 
 @app.command("conclude")
 def conclude_command(run_dir: Path, merged: Path, code: int) -> None:
-    """After training ended with exit `code`: explain a failure; exit 75 when steps are left."""
+    """Explain why training ended with exit code `code`, unless it is 0; exit with 75 when steps are left."""
     if reason := conclude(run_dir, merged, failed=code != 0):
-        print(reason, file=sys.stderr)
+        say(reason, error=True)
     if has_steps_left(run_dir):
         sys.exit(UNFINISHED)
 

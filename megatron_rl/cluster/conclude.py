@@ -6,7 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_rl.launch import Failure, in_order, read_failures, write_atomically
+from megatron_rl.failures import Failure, in_order, read_failures
+from megatron_rl.files import write_atomically
 from megatron_rl.metrics.jsonl import read_rows
 
 _TAIL_LINES = 40
@@ -14,7 +15,7 @@ _OF_A_RANK = "[rank "  # begins the lines that slurm/rank.sh passes on; the othe
 
 
 def conclude(run_dir: Path, merged: Path, *, failed: bool) -> str:
-    """Put the reason on top of the merged log when the job `failed`. Returns: it, or an empty text."""
+    """Put the reason on top of the merged log when the job `failed`, and return it; else return an empty text."""
     if not failed:
         return ""
     causes = in_order(read_failures(run_dir))
@@ -25,7 +26,7 @@ def conclude(run_dir: Path, merged: Path, *, failed: bool) -> str:
 
 
 def has_steps_left(run_dir: Path) -> bool:
-    """Whether the run is short of its `train.num_steps`."""
+    """Return whether the run is short of its `train.num_steps`."""
     num_steps = yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["num_steps"]
     rows = run_dir / "metrics.jsonl"
     done = [row["step"] + 1 for row in read_rows(rows)[0]] if rows.is_file() else []
@@ -39,6 +40,6 @@ def _explain(failure: Failure, run_dir: Path) -> str:
 
 
 def _agents_words(lines: list[str]) -> str:
-    """Without a traceback a rank was killed, or a node was lost: then torchrun and Slurm know."""
+    """Return the last words of torchrun and Slurm: without a traceback a rank was killed, or a node was lost."""
     agents = [line for line in lines if not line.startswith(_OF_A_RANK)]
     return "\n".join(["no rank left a traceback; the last words of torchrun and Slurm:", *agents[-_TAIL_LINES:]])

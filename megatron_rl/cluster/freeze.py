@@ -1,4 +1,4 @@
-"""A job takes a run folder and freezes in it what it runs: the resolved config, and a copy of the code.
+"""The run folder of a Slurm job, in which it freezes what it runs: the resolved config, and a copy of the code.
 
 A folder belongs to the job that made it, through all its requeues, and never to two. Of a job that is gone, a later one
 with the same resolved config continues the run; any other job of that name gets a folder NAME-JOB of its own, because
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import write_atomically
 
 # of an unversioned checkout: what a run needs
 _PARTS = ("megatron_rl", "kernels", "configs", "slurm", "scripts", "pyproject.toml")
@@ -25,7 +25,7 @@ _LARGEST_UNTRACKED_BYTES = 2**20  # a file that git neither tracks nor ignores m
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm says about the job that runs this."""
+    """The job that runs this, as Slurm describes it."""
 
     id: str
     nodes: int
@@ -34,10 +34,10 @@ class Job:
 
 
 def claim(config_path: Path, overrides: Sequence[str], job: Job, root: Path) -> tuple[Path, int]:
-    """(the run folder that `job` owns from here on, with `config.yaml` and `code/JOB/`; processes of a node).
+    """Claim a run folder for `job` and write `config.yaml` and `code/JOB/` into it; return (folder, processes of a
+    node).
 
     `root`: the project's folder.
-
     `parallel.world_size` follows the allocation unless it is overridden.
     Raises: ConfigError when the config, or its number of processes on this many nodes, cannot work.
     """
@@ -64,7 +64,7 @@ def claim(config_path: Path, overrides: Sequence[str], job: Job, root: Path) -> 
 
 
 def code_folder(run_dir: Path, job_id: str) -> Path:
-    """The copy of the code that a job runs."""
+    """Return the folder with the copy of the code that a job runs."""
     return run_dir / "code" / job_id
 
 
@@ -74,7 +74,10 @@ def _sets_world_size(override: str) -> bool:
 
 
 def _take(config: Config, job: Job) -> bool:
-    """Whether the folder is this job's now. Making a folder, or a file that must not exist, is what decides a race."""
+    """Try to take the run folder; return whether it is this job's now.
+
+    A race is decided by who makes the folder, or a file that must not exist yet.
+    """
     run_dir = config.run_dir
     owner = run_dir / "slurm" / "owner"
     run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +123,7 @@ def _freeze(config: Config, overrides: Sequence[str], job: Job, root: Path) -> N
 
 
 def _copy_code(root: Path, target: Path) -> list[str]:
-    """Copy what git tracks, and small files that it neither tracks nor ignores. Returns: the larger ones, left out."""
+    """Copy what git tracks, and small files that it neither tracks nor ignores; return the larger ones, left out."""
     left_out = []
     tracked = set(_git(root, "ls-files", "-z").split("\0"))
     for name in _files(root):
@@ -130,9 +133,9 @@ def _copy_code(root: Path, target: Path) -> list[str]:
         if tracked and name not in tracked and source.stat().st_size > _LARGEST_UNTRACKED_BYTES:
             left_out.append(name)
             continue
-        place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, place, follow_symlinks=False)
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, copy, follow_symlinks=False)
     return left_out
 
 
@@ -149,7 +152,8 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """Output of a git command; empty where `root` is no checkout of its own or git is missing (in a container)."""
+    """Return the output of a git command; empty where `root` is no checkout of its own or git is missing (in a
+    container)."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:

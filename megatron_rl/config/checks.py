@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megatron_rl.config.engine_checks import engine_faults
+from megatron_rl.config.engine_checks import engine_faults, model_engine_faults
 from megatron_rl.config.evaluation import set_path
+from megatron_rl.config.loss import CovarianceLoss
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.facts import (
-    SUPPORTED_MODEL_TYPES,
+    architecture_faults,
     has_dense_layers,
     head_width,
     is_moe,
@@ -18,39 +20,37 @@ from megatron_rl.models.facts import (
 )
 
 if TYPE_CHECKING:
-    from megatron_rl.config.sections import Config
-
-if TYPE_CHECKING:
     from megatron_rl.config.loss import LossBase
-    from megatron_rl.config.sections import Config
+    from megatron_rl.config.sections import Config, ParallelConfig
 
 
 def check_consistency(config: Config) -> None:
-    """Raises: ConfigError listing every inconsistency with its remedy."""
-    groups = (
-        _folder_faults,
-        _layout_faults,
-        _batch_faults,
-        _save_faults,
-        _loss_faults,
-        _model_faults,
-        _expert_faults,
-        _offload_faults,
-        engine_faults,
-        eval_faults,
-    )
+    """Check what must agree. Raises: ConfigError listing every inconsistency with its remedy."""
+    groups = (_folder_faults, _layout_faults, _batch_faults, _save_faults, _loss_faults, _offload_faults)
     faults = [fault for find in groups for fault in find(config)]
+    hf = read_hf_config(config.model)
+    unsupported = architecture_faults(hf, needs_vocabulary=config.data.type != "countdown")
+    faults += [f"model: {fault}" for fault in unsupported]
+    if not unsupported:
+        faults += [*_model_faults(config, hf), *_expert_faults(config.parallel, hf), *model_engine_faults(config, hf)]
+    faults += [*engine_faults(config), *eval_faults(config)]
     if faults:
         raise ConfigError("the config is inconsistent:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
 def _folder_faults(config: Config) -> list[str]:
-    template = config.logging.run_dir
+    template, faults = config.logging.run_dir, []
     try:
-        template.format(name=config.name)
-    except (KeyError, IndexError, ValueError):
+        fields = {field[1:] for field in string.Formatter().parse(template) if field[1] is not None}
+    except ValueError:  # a brace without its partner
+        fields = {("", "", None)}
+    if fields - {("name", "", None)}:
         return [f"logging.run_dir={template!r}: the only placeholder is {{name}}"]
-    return []
+    if config.name in (".", ".."):
+        faults.append(f"name={config.name} names no folder of its own; choose a word")
+    if ".." in Path(template.partition("{name}")[2]).parts:
+        faults.append(f"logging.run_dir={template!r} leaves the folder {{name}} again; write no .. behind it")
+    return faults
 
 
 def _layout_faults(config: Config) -> list[str]:
@@ -71,7 +71,7 @@ def _layout_faults(config: Config) -> list[str]:
             f"train.share_prompts=true with parallel.cp={parallel.cp}, which cuts sequences into chunks that cannot "
             "see a shared prompt; set share_prompts=auto or cp=1"
         )
-    if parallel.cp > 1 and getattr(config.loss, "cov_scope", "minibatch") == "microbatch":
+    if parallel.cp > 1 and isinstance(config.loss, CovarianceLoss) and config.loss.cov_scope == "microbatch":
         faults.append(
             f"loss.cov_scope=microbatch ranks the tokens of one process, and parallel.cp={parallel.cp} spreads each "
             "sequence over several; set cov_scope=minibatch, which is exact under any layout, or cp=1"
@@ -93,8 +93,7 @@ def _batch_faults(config: Config) -> list[str]:
             f"a mini-batch has {sequences} sequences (prompts_per_minibatch * samples_per_prompt) for "
             f"{config.parallel.dp} data-parallel ranks; raise prompts_per_minibatch or lower world_size"
         )
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    parallel = config.parallel
+    longest, parallel = config.max_sequence_tokens, config.parallel
     needed = -(-longest // parallel.token_multiple) * parallel.token_multiple
     if train.micro_batch_tokens < needed:
         padded = f", padded to a multiple of {parallel.token_multiple}" if needed > longest else ""
@@ -167,7 +166,7 @@ def _loss_faults(config: Config) -> list[str]:
 
 
 def _band_faults(loss: LossBase) -> list[str]:
-    band = getattr(loss, "entropy_band", None)
+    band = loss.band
     if band is None:
         return []
     value = getattr(loss, band.option, None)
@@ -181,20 +180,10 @@ def _band_faults(loss: LossBase) -> list[str]:
     return []
 
 
-def _expert_faults(config: Config) -> list[str]:
-    hf, parallel = read_hf_config(config.model), config.parallel
+def _expert_faults(parallel: ParallelConfig, hf: dict[str, Any]) -> list[str]:
     if not is_moe(hf):
-        kind = hf.get("model_type")
-        return [f"parallel.ep={parallel.ep}: {kind} has no experts; set ep=1"] if parallel.ep > 1 else []
-    experts, width = num_experts(hf), hf.get("moe_intermediate_size")
-    sizes = {
-        "num_experts": experts,
-        "moe_intermediate_size": width,
-        "num_experts_per_tok": hf.get("num_experts_per_tok"),
-    }
-    missing = [key for key, value in sizes.items() if not value]
-    if not experts or not width or missing:
-        return [f"model: the Hugging Face config lacks a positive {', '.join(missing)}"]
+        return [f"parallel.ep={parallel.ep}: {hf['model_type']} has no experts; set ep=1"] if parallel.ep > 1 else []
+    experts, width = num_experts(hf) or 0, hf["moe_intermediate_size"]
     faults, stage = [], parallel.processes // parallel.pp
     if stage % parallel.ep or experts % parallel.ep:
         fits = [d for d in range(1, stage + 1) if stage % d == 0 and experts % d == 0]
@@ -231,15 +220,9 @@ def _offload_faults(config: Config) -> list[str]:
     return faults
 
 
-def _model_faults(config: Config) -> list[str]:
-    hf, tp, pp, faults = read_hf_config(config.model), config.parallel.tp, config.parallel.pp, []
-    if hf.get("model_type") not in SUPPORTED_MODEL_TYPES:
-        known = ", ".join(SUPPORTED_MODEL_TYPES)
-        return [f"model: model_type {hf.get('model_type')!r} is not supported; supported: {known}"]
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in required if not isinstance(hf.get(key), int) or hf[key] < 1]
-    if missing and not (config.data.type == "countdown" and missing == ["vocab_size"]):
-        return [f"model: the Hugging Face config lacks a positive {', '.join(missing)}"]
+def _model_faults(config: Config, hf: dict[str, Any]) -> list[str]:
+    """Return how the model does not fit the layout and the lengths. hf: a config.json without faults of its own."""
+    tp, pp, faults = config.parallel.tp, config.parallel.pp, []
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
     groups = hf.get("num_key_value_heads") or heads
     fits = [d for d in range(1, heads + 1) if heads % d == 0 and (groups % d == 0 or d % groups == 0)]
@@ -255,16 +238,8 @@ def _model_faults(config: Config) -> list[str]:
             f"model num_key_value_heads={groups} of width {head_width(hf)} cannot be cut into parallel.tp={tp} equal "
             f"parts; choose tp from {[d for d in fits if groups % d == 0]}"
         )
-    if has_dense_layers(hf):
-        if hf["intermediate_size"] % tp:
-            faults.append(f"model intermediate_size={hf['intermediate_size']} is not divisible by parallel.tp={tp}")
-    if not hf.get("head_dim") and hf["hidden_size"] % heads:
-        faults.append(
-            f"model hidden_size={hf['hidden_size']} is not divisible by num_attention_heads={heads}; "
-            "change one of them or give head_dim"
-        )
-    if heads % groups:
-        faults.append(f"model num_attention_heads={heads} is not divisible by num_key_value_heads={groups}")
+    if has_dense_layers(hf) and hf["intermediate_size"] % tp:
+        faults.append(f"model intermediate_size={hf['intermediate_size']} is not divisible by parallel.tp={tp}")
     vpp = config.parallel.vpp
     if layers % pp:
         fits = [d for d in range(1, layers + 1) if layers % d == 0]
@@ -283,7 +258,7 @@ def _model_faults(config: Config) -> list[str]:
     for name, occurs in {"mlp": has_dense_layers(hf), "moe": is_moe(hf)}.items():
         if name in (config.model.recompute_modules or ()) and not occurs:
             faults.append(f"model.recompute_modules: no layer of this {hf['model_type']} has a {name}; remove it")
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = config.max_sequence_tokens
     positions = hf.get("max_position_embeddings")
     if isinstance(positions, int) and longest > positions:
         faults.append(
@@ -294,7 +269,7 @@ def _model_faults(config: Config) -> list[str]:
 
 
 def eval_faults(config: Config) -> list[str]:
-    """One line per fault in what training will evaluate; `megatron-rl eval` looks for its files itself."""
+    """Return one line per fault in what training will evaluate; `megatron-rl eval` looks for its files itself."""
     if not config.train.eval_every:
         return []
     paths = [set_path(config.eval, name) for name in config.eval.sets]

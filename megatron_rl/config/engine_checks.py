@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import socket
 import urllib.parse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl.models.facts import has_dense_layers, head_width, is_moe
 
 if TYPE_CHECKING:
+    from megatron_rl.config.rollout import RolloutConfig
     from megatron_rl.config.sections import Config
 
 
 def engine_faults(config: Config) -> list[str]:
-    """One line per fault, with its remedy."""
+    """Return one line per fault in `rollout`, with its remedy."""
     rollout, faults = config.rollout, _replay_faults(config)
-    if rollout.engine == "transformers":
+    if rollout.is_embedded:
         if rollout.max_staleness:
             faults.append(
                 f"rollout.max_staleness={rollout.max_staleness}: the embedded engine shares its process with the "
                 "trainer and cannot generate ahead; set it to 0, or rollout.engine to sglang or vllm"
             )
         return faults
-    faults += [*_url_faults(config), *_memory_faults(config), *_model_faults(config)]
+    faults += [*_url_faults(rollout), *_memory_faults(rollout, config.max_sequence_tokens)]
     if rollout.max_staleness and config.loss.rollout_correction is None:
         faults.append(
             f"rollout.max_staleness={rollout.max_staleness} trains on responses of older weights, which needs the "
@@ -30,15 +33,9 @@ def engine_faults(config: Config) -> list[str]:
 
 
 def _replay_faults(config: Config) -> list[str]:
-    from megatron_rl.models.facts import is_moe, read_hf_config
-
+    faults: list[str] = []
     if not config.rollout.routing_replay:
-        return []
-    hf, faults = read_hf_config(config.model), []
-    if not is_moe(hf):
-        faults.append(
-            f"rollout.routing_replay=true: {hf.get('model_type')} has no experts to route to; set it to false"
-        )
+        return faults
     if config.rollout.engine == "vllm":  # its Model Runner V2 alone reports experts, and does not start on a CPU
         faults.append(
             "rollout.routing_replay=true: what vLLM reports of its routing was never tried here; set rollout.engine to "
@@ -58,8 +55,8 @@ def _replay_faults(config: Config) -> list[str]:
     return faults
 
 
-def _url_faults(config: Config) -> list[str]:
-    rollout, faults = config.rollout, []
+def _url_faults(rollout: RolloutConfig) -> list[str]:
+    faults = []
     for url in rollout.server.urls:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
@@ -78,14 +75,14 @@ def _is_here(host: str) -> bool:
     return host in ("127.0.0.1", "localhost", "::1", socket.gethostname())
 
 
-def _memory_faults(config: Config) -> list[str]:
-    rollout, faults = config.rollout, []
+def _memory_faults(rollout: RolloutConfig, longest: int) -> list[str]:
+    """longest: tokens of a sequence."""
+    faults = []
     if rollout.server.share_memory and rollout.max_staleness:
         faults.append(
             "rollout.server.share_memory=true lets trainer and servers take turns, rollout.max_staleness > 0 lets them "
             "work at the same time; choose one"
         )
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     if rollout.server.kv_tokens < longest:
         faults.append(
             f"rollout.server.kv_tokens={rollout.server.kv_tokens} is below the longest sequence (max_prompt_tokens + "
@@ -94,25 +91,26 @@ def _memory_faults(config: Config) -> list[str]:
     return faults
 
 
-def _model_faults(config: Config) -> list[str]:
-    from megatron_rl.models.facts import has_dense_layers, head_width, is_moe, read_hf_config
-
-    hf, tp, faults = read_hf_config(config.model), config.rollout.server.tp, []
-    heads = hf.get("num_attention_heads")
-    if not isinstance(heads, int) or not isinstance(hf.get("hidden_size"), int):
-        return []  # refused elsewhere
+def model_engine_faults(config: Config, hf: dict[str, Any]) -> list[str]:
+    """Return how the model does not fit the engine. hf: a config.json without faults of its own."""
+    rollout, faults = config.rollout, []
+    if rollout.routing_replay and not is_moe(hf):
+        faults.append(f"rollout.routing_replay=true: {hf['model_type']} has no experts to route to; set it to false")
+    if rollout.is_embedded:
+        return faults
+    heads, tp = hf["num_attention_heads"], rollout.server.tp
     if heads % tp:
         fits = [d for d in range(1, heads + 1) if heads % d == 0]
         faults.append(
             f"model num_attention_heads={heads} is not divisible by rollout.server.tp={tp}; choose from {fits}"
         )
-    if config.rollout.engine == "sglang" and is_moe(hf) and has_dense_layers(hf):
+    if rollout.engine == "sglang" and is_moe(hf) and has_dense_layers(hf):
         faults.append(
             "model mlp_only_layers or decoder_sparse_step makes some layers dense, and SGLang gives every layer of "
             f"{hf['model_type']} experts; set rollout.engine to vllm or transformers"
         )
     width = head_width(hf)
-    if config.rollout.engine == "vllm" and hf.get("model_type") == "qwen2" and width * heads != hf["hidden_size"]:
+    if rollout.engine == "vllm" and hf["model_type"] == "qwen2" and width * heads != hf["hidden_size"]:
         faults.append(
             f"model head_dim={width} is not hidden_size / num_attention_heads, and vLLM's Qwen2 ignores head_dim; "
             "change one of the three, or set rollout.engine=sglang"

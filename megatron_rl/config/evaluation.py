@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from megatron_rl.config.benchmarks import HELD_OUT, PRESETS
-from megatron_rl.config.section import NonNegativeInt, PositiveInt, Section
-
-if TYPE_CHECKING:
-    pass
+from megatron_rl.config.section import Float, NonNegativeFloat, NonNegativeInt, PathText, PositiveInt, Section
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
@@ -19,13 +16,16 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 class SetOptions(Section):
     """One set. null keeps what its preset says; a set without preset needs `path`."""
 
-    path: str | None = Field(None, description="JSON lines with `problem` and `answer`; null: found in eval.folder")
-    samples: PositiveInt | None = Field(None, description="responses per problem; without preset: 1")
-    temperature: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="divides the logits, 0 is greedy; without preset: 0"
-    )
-    system_prompt: str | None = Field(None, description="system message of the chat template; empty: none")
-    suffix: str | None = Field(None, description="appended to each problem")
+    path: PathText | None = None
+    """File of JSON lines with `problem` and `answer`; null: found in eval.folder."""
+    samples: PositiveInt | None = None
+    """Responses per problem; without preset: 1."""
+    temperature: NonNegativeFloat | None = None
+    """Divides the logits, 0 is greedy; without preset: 0."""
+    system_prompt: str | None = None
+    """System message of the chat template; empty: none."""
+    suffix: str | None = None
+    """Appended to each problem."""
 
 
 class EvalConfig(Section):
@@ -34,15 +34,21 @@ class EvalConfig(Section):
 
     sets: tuple[SetName, ...] = Field(
         (),
-        description=f"in the table's order, of {', '.join(PRESETS)} or with an entry in `options`; empty: the "
-        "command evaluates the held-out problems of `data`",
+        description=f"Names of the sets in the table's order, of {', '.join(PRESETS)} or with an entry in `options`; "
+        "empty: the command evaluates the held-out problems of `data`.",
     )
-    folder: str | None = Field(None, description="holds NAME.jsonl or eval_NAME.jsonl of each set without path")
-    options: dict[SetName, SetOptions] = Field({}, description="by set: what differs from its preset")
-    limit: PositiveInt | None = Field(None, description="only the first problems of each set, to try things out")
-    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the intervals, fraction")
-    resamples: PositiveInt = Field(2000, description="bootstrap replicates per interval")
-    seed: NonNegativeInt | None = Field(None, description="of the responses and the bootstrap; null: the run's")
+    folder: PathText | None = None
+    """Folder with NAME.jsonl or eval_NAME.jsonl of each set without path."""
+    options: dict[SetName, SetOptions] = {}
+    """What differs from a set's preset, by the set's name."""
+    limit: PositiveInt | None = None
+    """Only the first problems of each set, to try things out."""
+    confidence: Float = Field(0.95, gt=0, lt=1)
+    """Level of the confidence intervals, a fraction."""
+    resamples: PositiveInt = 2000
+    """Bootstrap replicates per interval."""
+    seed: NonNegativeInt | None = None
+    """Seed of the responses and the bootstrap; null: the run's."""
 
     @model_validator(mode="after")
     def _known_sets(self) -> EvalConfig:
@@ -60,7 +66,7 @@ class EvalConfig(Section):
 
 
 def set_path(eval_config: EvalConfig, name: str) -> Path | str:
-    """The file of a set, or a text that says why there is none and what to do."""
+    """Return the file of a set, or a text that says why there is none and what to do."""
     options = eval_config.options.get(name)
     if options is not None and options.path is not None:
         path = Path(options.path)
@@ -72,8 +78,10 @@ def set_path(eval_config: EvalConfig, name: str) -> Path | str:
         )
     folder, stems = Path(eval_config.folder), PRESETS[name].stems if name in PRESETS else (name,)
     names = [f"{prefix}{stem}.{end}" for end in ("jsonl", "parquet") for stem in stems for prefix in ("", "eval_")]
-    found = next((folder / file for file in names if (folder / file).is_file()), None)
-    return found or (
+    files = [folder / file for file in names if (folder / file).is_file()]
+    if files:
+        return files[0]
+    return (
         f"eval.folder={folder} holds none of {', '.join(names)} for the set {name}; put its problems there as JSON "
         f"lines with `problem` and `answer` or as Parquet, set eval.options.{name}.path, or take it out of eval.sets"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import typing
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any
 
 import yaml
@@ -14,20 +15,25 @@ from megatron_rl.config.checks import check_consistency
 from megatron_rl.config.environment import UnsetVariable, expand
 from megatron_rl.config.section import Section
 from megatron_rl.config.sections import Config
+from megatron_rl.config.yaml_text import DuplicateKey, read_yaml
 from megatron_rl.errors import ConfigError
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read YAML, apply `a.b=c` overrides, replace ${MEGATRON_RL_NAME}, validate types, ranges and consistency.
 
+    An override of an option that holds a text is that text as it is typed (null: none, where the option may be null);
+    of any other option it is YAML.
     Raises: ConfigError, with one line per fault: where, what was got, what was expected.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = read_yaml(path.read_text(encoding="utf-8"))
+    except DuplicateKey as error:
+        raise ConfigError(f"{path}: {error}; keep one of them") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of options at the top, got {type(raw).__name__}")
@@ -41,7 +47,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(raw: dict[str, Any]) -> Config:
-    """Validate a nested dict. Raises: ConfigError."""
+    """Return the config that a nested dict describes. Raises: ConfigError."""
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -52,7 +58,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal object."""
+    """Return the resolved config as YAML that `load_config` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -69,17 +75,55 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
         node = child
+    is_text, may_be_null = _text_kind(key.split("."))
+    if is_text:
+        node[last] = None if may_be_null and text == "null" else text
+        return
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _text_kind(location: list[str]) -> tuple[bool, bool]:
+    """Return whether the option at a location holds a text, and whether it may be null."""
+    annotations = _annotations_at(location)
+    members = {member for annotation in annotations for member in _members(annotation)}
+    texts = {member for member in members if member is str or isinstance(member, str)}  # of a Literal its values
+    return bool(texts) and texts == members - {NoneType}, NoneType in members
+
+
+def _annotations_at(location: list[str]) -> list[Any]:
+    """Return the types that the option at a location may have, one for each member of the unions above it."""
+    current: list[Any] = [Config]
+    for part in location:
+        below: list[Any] = []
+        for annotation in current:
+            for member in _members(annotation):
+                if isinstance(member, type) and issubclass(member, Section):
+                    below += [field.annotation for name, field in member.model_fields.items() if name == part]
+                elif typing.get_origin(member) is dict:
+                    below.append(typing.get_args(member)[1])
+        current = below
+    return current
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Return the members of a union, the values of a Literal, or the type itself, without pydantic's annotations."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _members(arguments[0])
+    if origin in (typing.Union, UnionType):
+        return [member for argument in arguments for member in _members(argument)]
+    return list(arguments) if origin is typing.Literal else [annotation]
 
 
 def _explain(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "config"
     if item["type"] != "extra_forbidden":
         got = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
-        return f"{where}: {item['msg']}{got}"
+        quote = "; in the file, write it in quotes" if item["type"] == "string_type" else ""
+        return f"{where}: {item['msg']}{got}{quote}"
     known = _fields_at(item["loc"][:-1])
     near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"

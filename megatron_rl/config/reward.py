@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_rl.config.section import Fraction, NonNegativeInt, Section
+from megatron_rl.config.section import Float, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
 
 
 def _compiles(pattern: str) -> str:
@@ -19,57 +19,63 @@ def _compiles(pattern: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
-Positive = Annotated[float, Field(gt=0)]
 
 
 class MathOptions(Section):
-    """Of `math`: the last \\boxed against the gold answer, by value."""
+    """Options of `math`: the last \\boxed against the gold answer, by value."""
 
-    strict: bool = Field(
-        False,
-        description="only a \\boxed counts, an integer must be written as an integer, a fraction reduced, a rounded "
-        "decimal is wrong; how that compares with PRIME's verifier is told at grading/math_answer.py:math",
-    )
+    strict: bool = False
+    r"""Only a \boxed counts, an integer must be written as an integer, a fraction reduced, a rounded decimal is wrong;
+    how that compares with PRIME's verifier is told at grading/math_answer.py:math."""
 
 
 class RegexOptions(Section):
-    """Of `regex`: the first group of the last match must be the answer."""
+    """Options of `regex`: the first group of the last match must be the answer."""
 
-    pattern: Pattern = Field(description="Python regular expression; without a group the whole match counts")
+    pattern: Pattern
+    """Python regular expression; without a group the whole match counts."""
     ignore_case: bool = False
+    """Whether the match, and the comparison with the answer, ignore upper and lower case."""
 
 
 class FormatOptions(Section):
-    """Of `format`: 1 when the pattern is found, whatever the answer."""
+    """Options of `format`: 1 when the pattern is found, whatever the answer."""
 
-    pattern: Pattern = Field(description="Python regular expression; \\A and \\Z anchor it to the whole response")
+    pattern: Pattern
+    r"""Python regular expression; \A and \Z anchor it to the whole response."""
 
 
 class RemoteOptions(Section):
-    """Of `remote`: POST {"response", "answer"}, reply {"score": number}."""
+    """Options of `remote`: POST {"response", "answer"}, reply {"score": number}."""
 
-    url: str = Field(pattern=r"^https?://", description="address of the verifier")
-    headers: dict[str, str] = Field(default_factory=dict, description="such as Authorization; saved with the config")
-    timeout_seconds: Positive = Field(5.0, description="of one try")
-    retries: NonNegativeInt = Field(2, description="after failed connections, HTTP 429 and 5xx")
+    url: str = Field(pattern=r"^https?://")
+    """Address of the verifier."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """HTTP headers of the request, such as Authorization; saved with the config."""
+    timeout_seconds: PositiveFloat = 5.0
+    """Time that one try may take."""
+    retries: NonNegativeInt = 2
+    """Further tries after failed connections, HTTP 429 and 5xx."""
 
 
 class VerifierConfig(Section):
     """A verifier with its options, which are the section of its own name."""
 
-    function: str = Field(
-        "countdown",
-        description="countdown, exact, math, regex, format, remote, or module:function taking (response, answer) and "
-        "returning a float",
-    )
+    function: str = "countdown"
+    """countdown, exact, math, regex, format, remote, or module:function taking (response, answer) and returning a
+    float."""
     math: MathOptions | None = None
+    """Options of function=math."""
     regex: RegexOptions | None = None
+    """Options of function=regex."""
     format: FormatOptions | None = None
+    """Options of function=format."""
     remote: RemoteOptions | None = None
+    """Options of function=remote."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the function."""
+        """Return the keyword arguments of the function."""
         section = getattr(self, self.function, None) if self.function in _WITH_OPTIONS else None
         return {} if section is None else section.model_dump()
 
@@ -91,8 +97,10 @@ _REQUIRED = {"regex": "{pattern: ...}", "format": "{pattern: ...}", "remote": "{
 class TermConfig(VerifierConfig):
     """A verifier whose weighted value is added to the reward and leaves the score alone."""
 
-    name: str = Field(pattern=r"^[a-z0-9_]+$", description="of the metric reward/term/<name>")
-    weight: float = Field(description="in reward units; negative for a penalty")
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    """Name of the metric reward/term/<name>."""
+    weight: Float
+    """Weight in the reward; negative for a penalty."""
 
 
 class RewardConfig(VerifierConfig):
@@ -101,28 +109,26 @@ class RewardConfig(VerifierConfig):
     The score is the verdict of `function`: accuracy is made of it.
     """
 
-    weight: Positive = Field(1.0, description="of the score in the reward")
-    terms: tuple[TermConfig, ...] = Field((), description="added to the reward, format for instance")
-    length_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0,
-        description="of Kimi's length reward, relative to the group: +0.5 for the shortest correct response to -0.5 "
-        "for the longest, wrong ones at most 0; 0: off",
-    )
-    max_failures: Fraction = Field(
-        0.1,
-        description="fraction of a step's gradings that may raise or return NaN (scored 0, counted)",
-    )
-    workers: NonNegativeInt | None = Field(
-        None,
-        description="grading processes of each rank at most; 0: in the trainer's own process, without a deadline; "
-        "null: 0 when every verifier is countdown or exact, whose work is bounded, else 2",
-    )
-    deadline_seconds: Positive = Field(10.0, description="wall time for one answer, after which it scores 0")
-    memory_gib: Positive | None = Field(8.0, description="private memory of a grading process; null: no limit")
+    weight: PositiveFloat = 1.0
+    """Weight of the score in the reward."""
+    terms: tuple[TermConfig, ...] = ()
+    """Further verifiers whose values are added to the reward, format for instance."""
+    length_weight: NonNegativeFloat = 0.0
+    """Weight of Kimi's length reward, relative to the group: +0.5 for the shortest correct response to -0.5 for the
+    longest, wrong ones at most 0; 0: off."""
+    max_failures: Fraction = 0.1
+    """Fraction of a step's gradings that may raise or return NaN (scored 0, counted)."""
+    workers: NonNegativeInt | None = None
+    """Grading processes of each rank at most; 0: in the trainer's own process, without a deadline; null: 0 when every
+    verifier is countdown or exact, whose work is bounded, else 2."""
+    deadline_seconds: PositiveFloat = 10.0
+    """Wall time for one answer, after which it scores 0."""
+    memory_gib: PositiveFloat | None = 8.0
+    """Private memory of a grading process; null: no limit."""
 
     @property
     def processes(self) -> int:
-        """`workers`, chosen when null."""
+        """Return `workers`, or what its null stands for."""
         if self.workers is not None:
             return self.workers
         return 0 if all(verifier.function in _BOUNDED for verifier in (self, *self.terms)) else 2

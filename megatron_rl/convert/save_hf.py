@@ -12,13 +12,11 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from megatron_rl import device
 from megatron_rl.config import Config
 from megatron_rl.convert.safetensors_io import TensorInfo, file_names, write_file, write_index
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import hf_folder
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reduce import Reducer
 
 SHARD_BYTES = 4 * 2**30
 
@@ -68,7 +66,7 @@ def save_hf(policy: Exported, tokenizer: Any, folder: Path, *, shard_bytes: int 
             shutil.rmtree(draft, ignore_errors=True)
     for _ in stream:  # a collective: every rank exhausts it, rank 0 also after a failure
         pass
-    problem = Reducer(policy.groups.world, device.device()).gather_objects(problem)[0]
+    problem = policy.groups.all_ranks.gather_objects(problem)[0]
     if problem is not None:
         raise UserError(problem)
 

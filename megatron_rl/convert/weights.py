@@ -20,7 +20,8 @@ from transformers import PretrainedConfig
 from megatron_rl.convert.safetensors_io import Stored, TensorInfo, stored_tensors
 from megatron_rl.convert.torch_dist import TorchDistError, TorchDistReader
 from megatron_rl.errors import ConfigError
-from megatron_rl.models.facts import SUPPORTED_MODEL_TYPES, hf_folder, read_config_json
+from megatron_rl.models.architecture import head_dim, resolve_hf_config
+from megatron_rl.models.facts import architecture_faults, hf_folder, read_config_json
 from megatron_rl.models.mapping import Row, check_names, from_shards, has_qk_norm, is_moe_layer, model_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +85,7 @@ def place_of(row: Row, hf: PretrainedConfig) -> Place:
 
 def expected_shapes(row: Row, hf: PretrainedConfig) -> list[tuple[int, ...]]:
     """Shapes of the Hugging Face tensors of a (filled) row, from config.json alone."""
-    hidden, width = hf.hidden_size, getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    hidden, width = hf.hidden_size, head_dim(hf)
     ffn = hf.moe_intermediate_size if row.is_expert else hf.intermediate_size
     queries, keys = hf.num_attention_heads * width, hf.num_key_value_heads * width
     match row.kind:
@@ -116,27 +117,15 @@ def open_weights(path: str | Path, hf: PretrainedConfig | None = None) -> Weight
     Raises: ConfigError naming what does not fit: the architecture, a file, a tensor.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; give a Hugging Face model or a Megatron checkpoint")
-    is_megatron = is_megatron_checkpoint(folder)
-    if not is_megatron and not (folder / "config.json").is_file():
-        near = sorted([*folder.glob("step_*"), *folder.glob("checkpoints/step_*")])
-        hint = f"; did you mean {near[-1]}?" if near else ""
-        raise ConfigError(f"{folder}: neither a Hugging Face model (config.json) nor a Megatron checkpoint{hint}")
-    raw = read_config_json(folder)
-    if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:
-        known = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise ConfigError(f"{folder}: foreign architecture: model_type {raw.get('model_type')!r}, supported: {known}")
+    raw, is_megatron = read_config_json(folder), is_megatron_checkpoint(folder)
+    if faults := architecture_faults(raw):
+        raise ConfigError(f"{folder}: {'; '.join(faults)}")
     hf = hf or _resolve(raw, folder)
-    if raw.get("quantization_config"):
-        raise ConfigError(f"{folder}: the model is quantised (quantization_config); give the one it was made from")
     opened = _open_megatron(folder, hf) if is_megatron else _open_hf(folder, hf)
     return Weights(folder, is_megatron, raw, hf, *opened)
 
 
 def _resolve(raw: dict[str, Any], folder: Path) -> PretrainedConfig:
-    from megatron_rl.models.architecture import resolve_hf_config  # imports Megatron; training brings its own config
-
     try:
         return resolve_hf_config(raw)
     except ConfigError:

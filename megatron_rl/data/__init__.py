@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from megatron_rl.data.countdown import countdown_solutions
     from megatron_rl.data.cursor import PromptCursor
     from megatron_rl.data.problems import Problems, load_prompts
-    from megatron_rl.data.tokenizer import build_tokenizer, encode_prompt, pretrained_tokenizer, vocab_size
+    from megatron_rl.data.tokenizer import (
+        build_tokenizer,
+        encode_prompt,
+        pretrained_tokenizer,
+        stop_token_ids,
+        vocab_size,
+    )
 
 _MODULES = {
     "countdown_solutions": "countdown",
@@ -21,6 +27,7 @@ _MODULES = {
     "build_tokenizer": "tokenizer",
     "encode_prompt": "tokenizer",
     "pretrained_tokenizer": "tokenizer",
+    "stop_token_ids": "tokenizer",
     "vocab_size": "tokenizer",
 }
 __all__ = [
@@ -32,6 +39,7 @@ __all__ = [
     "encode_prompt",
     "load_prompts",
     "pretrained_tokenizer",
+    "stop_token_ids",
     "vocab_size",
 ]
 

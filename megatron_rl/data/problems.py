@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,18 +9,17 @@ from megatron_rl.data.countdown import _countdown_problems
 from megatron_rl.data.rows import read_rows, with_suffix
 from megatron_rl.data.tokenizer import encode_prompt
 from megatron_rl.errors import DataError
+from megatron_rl.launch import say
 from megatron_rl.types import Problems, Prompt
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config, JsonlData
 
-log = logging.getLogger(__name__)
-
 
 def load_prompts(config: Config, tokenizer: Any, is_readable: Callable[[str], bool] = lambda answer: True) -> Problems:
     """Return all prompts, the same at every call with the same config.
 
-    `is_readable`: whether the grader can read an answer. Those that it cannot are counted in a warning, as no response
+    `is_readable`: whether the grader can read an answer. Those that it cannot are told, as no response
     to these problems will be right.
     Raises: DataError for a missing file, a bad line, an empty set, or a prompt that is too long.
     """
@@ -37,7 +35,7 @@ def load_prompts(config: Config, tokenizer: Any, is_readable: Callable[[str], bo
 def _read_prompts(
     path: str, data: JsonlData, tokenizer: Any, is_readable: Callable[[str], bool], first_id: int
 ) -> tuple[list[Prompt], int]:
-    """Prompts of one file, and its number of rows: dropped ones count, so that dropping does not renumber the rest.
+    """Return the prompts of one file and its number of rows: dropped ones count, so that dropping does not renumber the rest.
 
     A row's own suffix and system prompt, which `megatron-rl data prepare` writes, come before the config's.
     """
@@ -64,18 +62,15 @@ def _read_prompts(
             f"{max(overlong)}); raise it"
         )
     if overlong:
-        log.warning("%s: dropped %d of %d prompts above %d tokens", path, len(overlong), rows, data.max_prompt_tokens)
-    warn_unreadable(path, unreadable, rows)
+        say(f"{path}: dropped {len(overlong)} of {rows} prompts above data.max_prompt_tokens={data.max_prompt_tokens}")
+    say_unreadable(path, unreadable, rows)
     return prompts, rows
 
 
-def warn_unreadable(path: object, unreadable: list[str], rows: int) -> None:
-    """Say how many answers of a file the grader cannot read, and show the first ("file, line n: answer")."""
+def say_unreadable(path: object, unreadable: list[str], rows: int) -> None:
+    """Tell how many answers of a file the grader cannot read, and show the first ("file, line n: answer")."""
     if unreadable:
-        log.warning(
-            "%s: the grader cannot read %d of %d answers, so no response to these problems will be right; first %s",
-            path,
-            len(unreadable),
-            rows,
-            unreadable[0],
+        say(
+            f"{path}: the grader cannot read {len(unreadable)} of {rows} answers, so no response to these problems "
+            f"will be right; first {unreadable[0]}"
         )

@@ -41,12 +41,12 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """What the user's last message says."""
+        """Return what the user's last message says."""
         return with_suffix(self.problem, self.suffix or "")
 
     @property
     def text(self) -> str:
-        """All that is said of the problem: earlier turns, and the problem."""
+        """Return all that is said of the problem: earlier turns, and the problem."""
         return "\n\n".join([*(turn["content"] for turn in self.turns), self.problem])
 
     def to_json(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _scalar(value: Any, where: str, name: str) -> str:
 
 
 def _conversation(value: Any, where: str, name: str) -> tuple[str | None, tuple[Message, ...], str]:
-    """(system message, earlier turns, the user's last message)."""
+    """Return (system message, earlier turns, the user's last message). Raises: DataError."""
     if isinstance(value, str | bytes):
         value = _unpacked(text_of(value, where, name), where, name)
     if isinstance(value, str):
@@ -187,7 +187,7 @@ def _conversation(value: Any, where: str, name: str) -> tuple[str | None, tuple[
 
 
 def _unpacked(text: str, where: str, name: str) -> Any:
-    """Messages or parts that were written into a text as JSON; any other text as it is."""
+    """Return messages or parts that were written into a text as JSON; any other text as it is. Raises: DataError."""
     if not _MESSAGES_IN_A_TEXT.match(text):
         return text
     value = _json_of(text)
@@ -216,7 +216,7 @@ def _messages(value: Any, where: str, name: str) -> tuple[Message, ...]:
 
 
 def _content(value: Any, where: str, name: str) -> str:
-    """The text of a message: a text, or the joined texts of typed parts."""
+    """Return the text of a message: a text, or the joined texts of typed parts. Raises: DataError."""
     if isinstance(value, str | bytes):
         value = _unpacked(text_of(value, where, name), where, name)
     if isinstance(value, str):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.data.rows import Message
 from megatron_rl.errors import DataError
-from megatron_rl.models.facts import hf_folder, read_hf_config
+from megatron_rl.models.facts import folder_hint, hf_folder, read_hf_config, require_model
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -20,20 +22,71 @@ def build_tokenizer(config: Config) -> Any:
     """Return the Hugging Face fast tokenizer of the task: one token per character for countdown, else the
     configured folder's.
 
-    Raises: DataError when there is no tokenizer folder, or the model's vocabulary is smaller than the tokenizer's.
+    Raises: DataError when there is no tokenizer folder, or the model's vocabulary is smaller than the tokenizer's;
+    ConfigError when the model is not on this machine.
     """
     if config.data.type == "countdown":
         tokenizer = character_tokenizer()
     else:
-        own = hf_folder(config.model.path) if config.model.path else None
-        tokenizer = pretrained_tokenizer(config.data.tokenizer or own)
+        if config.data.tokenizer is None:
+            require_model(config.model)
+        tokenizer = pretrained_tokenizer(tokenizer_folder(config))
     hf_vocab_size = read_hf_config(config.model).get("vocab_size")
     if hf_vocab_size is not None and hf_vocab_size < vocab_size(tokenizer):
+        remedy = "" if config.model.path else ", or raise model.hf_config.vocab_size"
         raise DataError(
             f"the model's vocab_size={hf_vocab_size} is below the tokenizer's {vocab_size(tokenizer)} tokens; give the "
-            "tokenizer that belongs to the model, or raise model.hf_config.vocab_size"
+            f"tokenizer that belongs to the model{remedy}"
         )
     return tokenizer
+
+
+def tokenizer_folder(config: Config) -> Path | None:
+    """Return the folder that the tokenizer comes from: data.tokenizer, else the model's; None where there is none."""
+    if config.data.type == "countdown":
+        return None
+    if config.data.tokenizer is not None:
+        return Path(config.data.tokenizer)
+    return None if config.model.path is None else hf_folder(config.model.path)
+
+
+def stop_token_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens of which each ends a response: `rollout.stop_token_ids` where it is set, else the tokenizer's
+    end-of-sequence token and all those that the folders of the model and the tokenizer name.
+
+    Raises: DataError when there is none, or a folder names something that is no token id.
+    """
+    if config.rollout.stop_token_ids is not None:
+        return config.rollout.stop_token_ids
+    eos = tokenizer.eos_token_id
+    stops = [] if eos is None else [eos]
+    if config.data.type != "countdown":  # its tokens are not those that a model's folder numbers
+        model = None if config.model.path is None else hf_folder(config.model.path)
+        for folder in dict.fromkeys((model, tokenizer_folder(config))):
+            stops += () if folder is None else _end_tokens(folder)
+    if not stops:
+        raise DataError("the tokenizer has no end-of-sequence token; set rollout.stop_token_ids ([] to stop nowhere)")
+    return tuple(dict.fromkeys(stops))
+
+
+@functools.cache  # what ends a response may not change during a run, whatever becomes of the folder
+def _end_tokens(folder: Path) -> tuple[int, ...]:
+    """Read `eos_token_id`, one or several: of generation_config.json, or as transformers does of config.json when there
+    is no such file. Raises: DataError."""
+    paths = [path for path in (folder / "generation_config.json", folder / "config.json") if path.is_file()]
+    if not paths:
+        return ()
+    try:
+        stated = json.loads(paths[0].read_bytes()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{paths[0]} cannot be read: {error}") from error
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise DataError(
+            f"{paths[0]}: eos_token_id is {stated!r}, expected a token id or a list of them; correct it, or set "
+            "rollout.stop_token_ids"
+        )
+    return tuple(ids)
 
 
 def vocab_size(tokenizer: Any) -> int:
@@ -70,7 +123,9 @@ def pretrained_tokenizer(folder: str | Path | None) -> Any:
     if folder is None:
         raise DataError("data.tokenizer: model.hf_config brings no tokenizer; give the folder of one")
     if not Path(folder).is_dir():
-        raise DataError(f"data.tokenizer: {folder} is no folder; give a local Hugging Face tokenizer folder")
+        raise DataError(
+            f"data.tokenizer: {folder} is no folder{folder_hint(folder)}; give a local Hugging Face tokenizer folder"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
@@ -110,7 +165,7 @@ def encode_prompt(
 
 
 def _encode_open(text: str, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens of a text that goes on: special tokens before it, none behind it."""
+    """Return the tokens of a text that goes on: special tokens before it, none behind it."""
     plain, whole = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:

@@ -1,4 +1,4 @@
-"""The problems of a benchmark as prompts, with its protocol."""
+"""Benchmarks: the problems of a set as prompts, and how they are asked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """What is asked, and how often and how hot."""
+    """A set of problems with its protocol: samples of each, temperature, seed."""
 
     name: str
     title: str
@@ -45,13 +45,13 @@ class Benchmark:
 
     @property
     def digest(self) -> str:
-        """Of the identifiers, prompts and answers."""
+        """Return a fingerprint of the identifiers, prompts and answers."""
         rows = [(p.id, p.prompt.token_ids, p.prompt.answer) for p in self.problems]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def load_benchmarks(config: Config, tokenizer: Any) -> list[Benchmark]:
-    """The sets that `eval.sets` names, in its order; without any, the held-out problems of `data` as one set.
+    """Return the sets that `eval.sets` names, in its order; without any, the held-out problems of `data` as one set.
 
     Raises: DataError for a missing file, a bad line, an identifier that comes twice, or a prompt that is too long.
     """
@@ -115,13 +115,13 @@ def _load(name: str, config: Config, tokenizer: Any) -> Benchmark:
 
 
 def _held_out(config: Config, tokenizer: Any) -> Benchmark:
-    found = load_prompts(config, tokenizer).eval
-    if not found:
+    prompts = load_prompts(config, tokenizer).eval
+    if not prompts:
         raise DataError(
             "there is nothing to evaluate: eval.sets is empty and `data` has no held-out problems; name sets, or set "
             "data.num_eval or data.eval_path"
         )
-    problems = [Problem(str(prompt.prompt_id), tokenizer.decode(prompt.token_ids), prompt) for prompt in found]
+    problems = [Problem(str(prompt.prompt_id), tokenizer.decode(prompt.token_ids), prompt) for prompt in prompts]
     return Benchmark(
         name=HELD_OUT,
         title="held-out",

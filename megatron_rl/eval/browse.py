@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.eval.table import Table
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import write_atomically
 from megatron_rl.metrics.jsonl import read_rows
 from megatron_rl.report.page import ASSETS as REPORT_ASSETS
 from megatron_rl.report.page import CONTENT_POLICY

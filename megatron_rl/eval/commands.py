@@ -13,6 +13,7 @@ from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.config.evaluation import set_path
 from megatron_rl.errors import ConfigError
 from megatron_rl.eval.store import model_name
+from megatron_rl.files import write_atomically
 
 
 def evaluate(
@@ -29,13 +30,13 @@ def evaluate(
         typer.Option(help="folder of the results; by default eval/MODEL in the run's folder", show_default=False),
     ] = None,
 ) -> None:
-    """Evaluate a model on the sets of `eval`. Killed, it goes on where it was."""
+    """Evaluate a model on the sets of `eval`. After a kill the same command goes on where it was."""
     resolved = evaluation_config(config, overrides or [], model, out)
     sys.exit(run_evaluation(resolved))
 
 
 def evaluation_config(path: Path, overrides: list[str], model: Path | None, out: Path | None) -> Config:
-    """The config with `model` as model.path and `out` as run folder.
+    """Return the config with `model` as model.path and `out` as run folder.
 
     Raises: ConfigError when there is no model, or a set has no file.
     """
@@ -56,9 +57,9 @@ def evaluation_config(path: Path, overrides: list[str], model: Path | None, out:
 
 
 def run_evaluation(config: Config) -> int:
-    """Evaluate with a resolved config: as this rank inside a world, else as the parent of a new one.
+    """Evaluate with a resolved config, as this rank inside a world, else as the parent of a new one; return the exit
+    code.
 
-    Returns: the exit code.
     Raises: UserError when this world is not the config's, or the folder is in use.
     """
     from megatron_rl import launch
@@ -76,5 +77,5 @@ def run_evaluation(config: Config) -> int:
         config.run_dir,
         processes=config.parallel.processes,
         grace_seconds=config.train.grace_seconds,
-        prepare=lambda: launch.write_atomically(path, dump_config(config)),
+        prepare=lambda: write_atomically(path, dump_config(config)),
     )

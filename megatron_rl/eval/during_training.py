@@ -1,4 +1,4 @@
-"""Benchmarks in the course of a run, with the weights of the moment."""
+"""Evaluation in the course of training, with the weights of the moment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_rl.parallel.reduce import Reducer
 def evaluate_sets(
     evaluator: Evaluator, benchmarks: Sequence[Benchmark], config: Config, num_steps: int, world: Reducer
 ) -> dict[str, float]:
-    """Metrics of all sets after `num_steps` steps, the same on every rank; samples and tables go to
+    """Evaluate all sets after `num_steps` steps; return their metrics, the same on every rank. Samples and tables go to
     run_dir/eval/step_N.
 
     A collective. When the run is asked to stop, the sets that are left are not begun, and nothing is logged of those

@@ -33,12 +33,12 @@ from megatron_rl.types import Rollout
 if TYPE_CHECKING:
     from megatron_rl.config import Config
 
-Row = dict[str, Any]
+SampleRow = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class SetResult:
-    """What one set comes to. Fractions, and tokens."""
+    """The results of one set: fractions, and lengths in tokens."""
 
     name: str
     title: str
@@ -54,12 +54,12 @@ class SetResult:
 
     @property
     def accuracy(self) -> Estimate:
-        """avg@n."""
+        """Return avg@n, the mean score over all samples."""
         return next(iter(self.estimates.values()))
 
 
 class Evaluator:
-    """Evaluates sets with the weights that the engine has. Every method is a collective."""
+    """Evaluates sets with the weights that the engine has. All ranks call every method together."""
 
     def __init__(
         self,
@@ -71,30 +71,32 @@ class Evaluator:
         revive: Callable[[], None],
         on_progress: Callable[[Benchmark, int, int], None] = lambda bench, done, total: None,
     ) -> None:
-        """`engine` is called, on all ranks, when something is to be sampled. `revive`: a collective that restarts dead
-        servers and gives them the weights. `on_progress(set, done, total)`: after each sample of this rank; may
-        raise."""
+        """Keep the parts.
+
+        engine: called, on all ranks, when something is to be sampled. revive: a collective that restarts dead servers
+        and gives them the weights. on_progress(set, done, total): called after each sample of this rank; may raise.
+        """
         self._engine, self._grader, self._tokenizer = engine, grader, tokenizer
         self._config, self._place, self._revive, self._on_progress = config, place, revive, on_progress
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that writes the results."""
+        """Return whether this is the rank that writes the results."""
         return self._place.rank == 0
 
     def run(self, bench: Benchmark, folder: Path, model: dict[str, Any]) -> SetResult:
-        """All samples of the set, in `folder`, and what they come to: the same on every rank.
+        """Sample and grade the set in `folder`; return its results, the same on every rank.
 
-        `model`: what tells the weights from others, as JSON.
+        `model`: plain data that tells these weights from others.
         Raises, on every rank: EvalError when the folder holds another evaluation or gradings failed too often;
         EngineError.
         """
         store = SampleStore(folder, bench, model | self._protocol(bench))
-        rows: list[Row] = []
+        rows: list[SampleRow] = []
 
-        def settle(found: list[Row]) -> set[tuple[str, int]]:
-            rows[:] = found
-            return {(row["id"], row["sample"]) for row in found}
+        def settle(stored: list[SampleRow]) -> set[tuple[str, int]]:
+            rows[:] = stored
+            return {(row["id"], row["sample"]) for row in stored}
 
         done, rounds = self._on_first(lambda: settle(store.open())), 0
         while len(done) < len(bench.problems) * bench.samples:
@@ -125,7 +127,7 @@ class Evaluator:
         }
 
     def _on_first(self, action: Callable[[], Any]) -> Any:
-        """What the first rank's `action` returns, or raises, on every rank."""
+        """Return on every rank what the first rank's `action` returns, or raise there what it raises."""
         outcome: Any = None
         if self.is_first:
             try:
@@ -138,7 +140,8 @@ class Evaluator:
         return outcome
 
     def _sample(self, engine: RolloutEngine, bench: Benchmark, store: SampleStore, done: set[tuple[str, int]]) -> str:
-        """This rank's share of what is missing. A fault is returned: all ranks must hear of it before one raises."""
+        """Sample this rank's share of what is missing; return the fault, if any: all ranks must hear of it before one
+        raises."""
         ids = {problem.prompt.prompt_id: problem for problem in bench.problems}
         batches = self._share(bench, done)
         total, count, fault = sum(map(len, batches)), 0, ""
@@ -180,19 +183,19 @@ class Evaluator:
             stop_token_ids(config, self._tokenizer),
             bench.seed,
         )
-        embedded = config.rollout.engine == "transformers"
+        embedded = config.rollout.is_embedded
         # like prompts together, for short padding and shared prefills
         problems = sorted(bench.problems, key=lambda problem: (len(problem.prompt.token_ids), problem.id))
         keys = [(problem, sample) for problem in problems for sample in range(bench.samples)]
         size = min(config.rollout.batch_size, math.ceil(len(keys) / place.world_size)) if embedded else 1
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
         left = [batch for batch in batches if any((problem.id, sample) not in done for problem, sample in batch)]
-        mine = left[len(left) * place.rank // place.world_size : len(left) * (place.rank + 1) // place.world_size]
-        requests = [[Request(p.prompt.prompt_id, i, p.prompt.token_ids, sampling) for p, i in batch] for batch in mine]
+        share = left[len(left) * place.rank // place.world_size : len(left) * (place.rank + 1) // place.world_size]
+        requests = [[Request(p.prompt.prompt_id, i, p.prompt.token_ids, sampling) for p, i in batch] for batch in share]
         # servers batch on their own, and want all at once
         return requests if embedded or not requests else [[request for batch in requests for request in batch]]
 
-    def _conclude(self, bench: Benchmark, store: SampleStore, rows: list[Row]) -> SetResult:
+    def _conclude(self, bench: Benchmark, store: SampleStore, rows: list[SampleRow]) -> SetResult:
         golds = {problem.id: problem.prompt.answer for problem in bench.problems}
         if any(row["error"] for row in rows):  # of an earlier process, perhaps: the grader may have been mended
             for row in rows:
@@ -235,7 +238,7 @@ class Evaluator:
         return label(texts, lambda a, b: same_answer(self._grader, a, b))
 
 
-def _row(identifier: str, rollout: Rollout, text: str, verdict: Verdict, *, by_text: bool) -> Row:
+def _row(identifier: str, rollout: Rollout, text: str, verdict: Verdict, *, by_text: bool) -> SampleRow:
     return {
         "id": identifier,
         "sample": rollout.sample_index,
@@ -248,13 +251,14 @@ def _row(identifier: str, rollout: Rollout, text: str, verdict: Verdict, *, by_t
     }
 
 
-def _grades(verdict: Verdict) -> Row:
+def _grades(verdict: Verdict) -> SampleRow:
     return {"score": verdict.values[0], "error": verdict.error, "unfinished": verdict.unfinished}
 
 
 def metrics_of(results: Sequence[SetResult]) -> dict[str, float]:
-    """What a training run logs: `eval/<set>/accuracy` with its interval, and their mean over the sets."""
-    found: dict[str, float] = {}
+    """Return the metrics that a training run logs: `eval/<set>/accuracy` with its interval, and the mean over the
+    sets."""
+    metrics: dict[str, float] = {}
     for result in results:
         accuracy = result.accuracy
         numbers = {
@@ -268,7 +272,7 @@ def metrics_of(results: Sequence[SetResult]) -> dict[str, float]:
             "failed_fraction": result.failed_fraction,
         }
         numbers.pop(f"avg@{result.samples}")
-        found |= {f"eval/{result.name}/{name.replace('@', '_at_')}": value for name, value in numbers.items()}
+        metrics |= {f"eval/{result.name}/{name.replace('@', '_at_')}": value for name, value in numbers.items()}
     if results:
-        found["eval/average"] = sum(result.accuracy.value for result in results) / len(results)
-    return found
+        metrics["eval/average"] = sum(result.accuracy.value for result in results) / len(results)
+    return metrics

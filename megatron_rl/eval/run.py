@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_rl import device, launch
+from megatron_rl import launch
 from megatron_rl.config import Config
 from megatron_rl.convert.weights import Weights, open_weights
 from megatron_rl.data import build_tokenizer
@@ -27,10 +25,9 @@ from megatron_rl.eval.evaluator import Evaluator, SetResult
 from megatron_rl.eval.store import EvalError, model_name
 from megatron_rl.eval.table import write_tables
 from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
-from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.reward import build_grader
-from megatron_rl.rollout.build import build_engine, write_model_dir
-from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine, ServersLost
+from megatron_rl.rollout.engine import Place, RolloutEngine
+from megatron_rl.rollout.served import Served
 
 _REPORT_SECONDS = 30.0  # between two lines about the progress
 
@@ -38,7 +35,7 @@ _REPORT_SECONDS = 30.0  # between two lines about the progress
 def main(config: Config) -> None:
     """Evaluate on the world that torchrun's environment describes; rank 0 prints the table."""
     groups = init_groups(config.parallel, config.seed)
-    world = Reducer(groups.world, device.device())
+    world = groups.all_ranks
     place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
     results = evaluate_model(config, place)
     if place.rank == 0:
@@ -57,10 +54,16 @@ def evaluate_model(config: Config, place: Place) -> list[SetResult]:
         stack.callback(grader.close)
         tokenizer = build_tokenizer(config)
         benchmarks = load_benchmarks(config, tokenizer)
-        served = _Served(config, place, tokenizer)
+        source = _FolderWeights(config)
+        served = Served(config, place, source, tokenizer)
         stack.callback(served.close)
-        evaluator = Evaluator(served.engine, grader, tokenizer, config, place, served.load, _Progress(place))
-        identity = {"model": str(config.model.path), "weights": _fingerprint(served.weights)}
+
+        def engine() -> RolloutEngine:
+            served.sync()  # starts it at the first call
+            return served.engine
+
+        evaluator = Evaluator(engine, grader, tokenizer, config, place, served.revive, _Progress(place))
+        identity = {"model": str(config.model.path), "weights": _fingerprint(source.weights)}
         return [evaluator.run(bench, set_folder(config, bench.name), identity) for bench in benchmarks]
 
 
@@ -85,56 +88,18 @@ def _fingerprint(weights: Weights) -> list[tuple[str, int, int]]:
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What the engine is told about the model."""
+class _FolderWeights:
+    """The tensors of a model folder, as an engine gets them."""
 
-    hf_config: PretrainedConfig
-    config: Config
+    def __init__(self, config: Config) -> None:
+        """Open config.model.path, Hugging Face's format or Megatron's."""
+        self.config, self.weights = config, open_weights(config.model.path or "")
+        self.hf_config: PretrainedConfig = self.weights.hf
 
-
-class _Served:
-    """The model in an engine that is started when it is first asked for."""
-
-    def __init__(self, config: Config, place: Place, tokenizer: Any) -> None:
-        self.weights = open_weights(config.model.path or "")
-        self._config, self._place, self._tokenizer = config, place, tokenizer
-        self._engine: RolloutEngine | None = None
-
-    def engine(self) -> RolloutEngine:
-        """With the weights loaded. A collective, at its first call."""
-        if self._engine is None:
-            model_dir = self._config.run_dir / "engine_model"
-            if self._config.rollout.engine != "transformers":
-                if self._place.rank == 0:
-                    write_model_dir(model_dir, _Model(self.weights.hf, self._config), self._tokenizer)
-                self._place.gather(None)  # no server may start before the folder is whole
-            setup = EngineSetup(self.weights.hf, model_dir, device.device(), self._place)
-            self._engine = build_engine(self._config, setup)
-            self.load()
-        return self._engine
-
-    def load(self) -> None:
-        """Restart what died, and send the weights. A collective."""
-        assert self._engine is not None
-        for attempt in range(self._config.rollout.server.max_failures + 2):
-            try:
-                self._engine.update_weights(self._stream(), 0)
-                return
-            except ServersLost as error:  # the next update restarts the dead, or ends when too many died
-                lost = error
-                if self._place.rank == 0:
-                    print(f"weights again (attempt {attempt + 2}), because a server was lost: {lost}", flush=True)
-        raise lost
-
-    def _stream(self) -> Iterator[tuple[str, Tensor]]:
-        dtype = getattr(torch, self._config.model.dtype)
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all (Hugging Face name, tensor) pairs in the config's dtype."""
+        dtype = getattr(torch, self.config.model.dtype)
         return ((name, self.weights.read(name).to(dtype)) for name in self.weights.tensors)
-
-    def close(self) -> None:
-        """Stop what was started."""
-        if self._engine is not None:
-            self._engine.close()
 
 
 class _Progress:
@@ -148,4 +113,4 @@ class _Progress:
             raise EvalError("stopped; the samples so far are kept, and the same command goes on from them")
         if self._speaks and (done == total or time.monotonic() - self._said > _REPORT_SECONDS):
             self._said = time.monotonic()
-            print(f"{bench.title}: {done} of this rank's {total} responses", flush=True)
+            launch.say(f"{bench.title}: {done} of this rank's {total} responses")

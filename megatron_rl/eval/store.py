@@ -6,6 +6,7 @@ The next process, of any number of ranks, merges what the parts have into sample
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -15,10 +16,10 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 from megatron_rl.eval.benchmarks import Benchmark
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import naming, write_atomically
 from megatron_rl.metrics.jsonl import read_rows, to_line
 
-Key = tuple[str, int]  # the problem's id, the sample's number
+SampleKey = tuple[str, int]  # the problem's id, the sample's number
 
 
 class EvalError(RuntimeError, UserError):
@@ -29,11 +30,12 @@ class SampleStore:
     """The folder of one set: protocol.json, problems.jsonl, samples.jsonl."""
 
     def __init__(self, folder: Path, bench: Benchmark, protocol: dict[str, Any]) -> None:
-        """`protocol`: all that the samples depend on, as JSON; another one's samples are never mixed with these."""
+        """Keep the set. `protocol`: all that the samples depend on, as JSON; samples of different protocols never
+        mix."""
         self.folder, self._bench, self._protocol = folder, bench, protocol
 
     def open(self) -> list[dict[str, Any]]:
-        """Rank 0: claim the folder, and return the samples that it has already.
+        """Claim the folder (rank 0 alone) and return the samples that it has already.
 
         Raises: EvalError when they are another evaluation's.
         """
@@ -55,14 +57,14 @@ class SampleStore:
         return self.merge()
 
     def merge(self) -> list[dict[str, Any]]:
-        """Rank 0: all samples so far, in the order of the set, in samples.jsonl; the parts are gone afterwards."""
-        found: dict[Key, dict[str, Any]] = {}
+        """Move all samples so far into samples.jsonl (rank 0 alone) and return them, in the order of the set."""
+        samples: dict[SampleKey, dict[str, Any]] = {}
         parts = sorted(self.folder.glob("part*.jsonl"))
         for path in [self.folder / "samples.jsonl", *parts]:
             if path.is_file():
-                found |= {(row["id"], row["sample"]): row for row in read_rows(path)[0]}
+                samples |= {(row["id"], row["sample"]): row for row in read_rows(path)[0]}
         order = [(p.id, i) for p in self._bench.problems for i in range(self._bench.samples)]
-        rows = [found[key] for key in order if key in found]
+        rows = [samples[key] for key in order if key in samples]
         if parts:
             self.replace(rows)
             for path in parts:
@@ -70,11 +72,11 @@ class SampleStore:
         return rows
 
     def replace(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Rank 0: write all samples anew."""
+        """Write all samples anew (rank 0 alone)."""
         _write(self.folder / "samples.jsonl", map(to_line, rows))
 
     def part(self, rank: int) -> Part:
-        """This rank's file. Open one at a time, between `open` and `merge`."""
+        """Return the writer of this rank's samples. Have one at a time, between `open` and `merge`."""
         return Part(self.folder / f"part{rank:04d}.jsonl")
 
 
@@ -82,36 +84,39 @@ class Part:
     """Appends samples; a context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Creates the file."""
+        """Open the file, or make it."""
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows; they outlive this process from here on."""
-        self._file.writelines(map(to_line, rows))
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.writelines(map(to_line, rows))
+            self._file.flush()
 
     def __enter__(self) -> Part:
-        """Itself."""
+        """Return itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. A disk that was full is so here too, and must not hide the reason."""
+        with contextlib.suppress(OSError) if error is not None else naming(Path(self._file.name)):
+            self._file.close()
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
     draft = path.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    with naming(path):
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
 
 
 def model_name(path: str | Path) -> str:
-    """What to call the model of a folder: its name, with the run's where a run wrote it."""
+    """Return a name for the model of a folder: the folder's, with the run's where a run wrote it."""
     folder = Path(path).resolve()
     if folder.parent.name == "checkpoints":
         return f"{folder.parent.parent.name}-{folder.name}"

@@ -18,13 +18,13 @@ import numpy as np
 from megatron_rl.config.benchmarks import PAPER_SETS, PRESETS, PUBLISHED
 from megatron_rl.eval.evaluator import SetResult
 from megatron_rl.eval.statistics import Estimate, mean_of
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import write_atomically
 
 NONE = "–"
 
 
 def average(results: Sequence[SetResult], *, confidence: float) -> Estimate | None:
-    """The mean over the paper's seven sets; None unless all of them were evaluated."""
+    """Return the mean over the paper's seven sets; None unless all of them were evaluated."""
     by_name = {result.name: result for result in results}
     if any(name not in by_name for name in PAPER_SETS):
         return None
@@ -33,19 +33,19 @@ def average(results: Sequence[SetResult], *, confidence: float) -> Estimate | No
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """For people: grids of (head, rows), whose first column names the row, and notes on how to read them."""
+    """Results to read: grids of (head, rows), whose first column names the row, and notes on how to read them."""
 
     model: str
     grids: tuple[tuple[list[str], list[list[str]]], ...]
     notes: tuple[str, ...]
 
     def markdown(self) -> str:
-        """As pipe tables."""
+        """Return the grids as pipe tables, and the notes."""
         return "\n\n".join([*(_pipes(head, rows) for head, rows in self.grids), "\n".join(self.notes)]) + "\n"
 
 
 def write_tables(folder: Path, model: str, results: Sequence[SetResult], *, confidence: float) -> Table:
-    """Write table.md, table.csv and table.json; returns the first."""
+    """Write table.md, table.csv and table.json; return the table."""
     table = as_table(model, results, confidence=confidence)
     write_atomically(folder / "table.md", table.markdown())
     write_atomically(folder / "table.csv", as_csv(model, results, confidence=confidence))
@@ -55,7 +55,7 @@ def write_tables(folder: Path, model: str, results: Sequence[SetResult], *, conf
 
 
 def as_table(model: str, results: Sequence[SetResult], *, confidence: float) -> Table:
-    """The table, one line of details per set, and the notes that keep the comparison honest."""
+    """Return the table, one line of details per set, and the notes that keep the comparison honest."""
     by_name, in_paper, others = _columns(results)
     mean = average(results, confidence=confidence)
     titles = [PRESETS[name].title for name in in_paper] + (["Avg."] if in_paper else []) + [r.title for r in others]
@@ -77,7 +77,7 @@ def as_table(model: str, results: Sequence[SetResult], *, confidence: float) -> 
 
 
 def _columns(results: Sequence[SetResult]) -> tuple[dict[str, SetResult], tuple[str, ...], list[SetResult]]:
-    """Results by set; the paper's sets, if any was evaluated; the other results."""
+    """Return (results by set; the paper's sets, if any was evaluated; the other results)."""
     by_name = {result.name: result for result in results}
     in_paper = PAPER_SETS if any(name in by_name for name in PAPER_SETS) else ()
     return by_name, in_paper, [result for result in results if result.name not in PAPER_SETS]
@@ -119,7 +119,8 @@ def _cell(estimate: Estimate | None) -> str:
 
 
 def as_csv(model: str, results: Sequence[SetResult], *, confidence: float) -> str:
-    """One line per model, in percent; each column is followed by the ends of its interval, empty where published."""
+    """Return one line per model, in percent; each column is followed by the ends of its interval, empty where
+    published."""
     by_name, in_paper, others = _columns(results)
     estimates: list[tuple[str, Estimate | None]] = [
         (PRESETS[name].title, by_name[name].accuracy if name in by_name else None) for name in in_paper
@@ -139,7 +140,7 @@ def as_csv(model: str, results: Sequence[SetResult], *, confidence: float) -> st
 
 
 def as_json(model: str, results: Sequence[SetResult], *, confidence: float) -> dict[str, Any]:
-    """Everything: all pass@k and maj@k with their intervals, as fractions; the published rows in percent."""
+    """Return everything: all pass@k and maj@k with their intervals, as fractions; the published rows in percent."""
     sets = {
         result.name: {
             "title": result.title,

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from megatron_rl.config import Config, parse_config
+from megatron_rl.config.yaml_text import read_yaml
 from megatron_rl.errors import ConfigError, UserError
 
 
@@ -76,7 +77,7 @@ def _checkpoint(run_dir: Path, given: Path | None) -> Path:
 
 def _read_methods(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        losses = yaml.safe_load(path.read_text())
+        losses = read_yaml(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot read the methods: {error}") from error
     if not isinstance(losses, dict) or not losses or not all(isinstance(loss, dict) for loss in losses.values()):

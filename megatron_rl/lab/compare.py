@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.control import adapt
-from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config.loss import LossBase
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.gradients import entropy_gradient, gradient, inner
 from megatron_rl.policy.policy import MegatronPolicy
-from megatron_rl.types import MiniBatch, SupportsSum, TokenStats
+from megatron_rl.types import MiniBatch, Ranks
 
 # The set of methods that `shadow` compares by default. The fractions are those of the small models of configs/: a
 # mini-batch of theirs has some hundred tokens.
@@ -37,49 +37,35 @@ RESTRAINED = 0.5  # of plain policy gradient's push: a token that gets less is r
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
-    """The mini-batch's place, for what is drawn by hash."""
+class StepFacts:
+    """What the methods need to know of the step besides its mini-batch."""
 
-    seed: int
+    seed: int  # with the step, of what is drawn by hash
     step: int
-    updates_per_step: int
-    entropy: float  # mean of the step, for methods that follow it
+    entropy: float  # mean of the step, nats, for methods that follow it
 
 
 def compare(
-    policy: MegatronPolicy,
-    mini_batch: MiniBatch,
-    stats: list[TokenStats],
-    methods: dict[str, LossBase],
-    where: Where,
-    ranks: Reducer,
+    policy: MegatronPolicy, mini_batch: MiniBatch, methods: dict[str, LossBase], facts: StepFacts, ranks: Reducer
 ) -> dict[str, Any]:
-    """Plain data, the same on every rank. Collective; nothing moves.
+    """Return the comparison as plain data, the same on every rank. Collective; nothing moves.
 
-    stats: under the current weights, with sum_p2. Per method, in `methods`: `restrained` tokens and their share (those
-    that it selects, and those that get less than half of the push `A * ratio` of plain policy gradient: what clipping
-    or a weight took), `weight/*` and `select/*` as training logs them, `predicted_change` (logits as free parameters,
-    nats per unit of logit step), `grad_norm`, and `entropy_slope`: the entropy change per unit of length of a plain
-    gradient step, through the weights, nats. Between methods, in the order of `methods`: `overlap` (Jaccard index of
-    the restrained tokens, null where both have none) and `cosine` of the gradients.
+    mini_batch: with `stats` under the current weights, with sum_p2. Per method, in `methods`: `restrained` tokens and
+    their share (those that it selects, and those that get less than half of the push `A * ratio` of plain policy
+    gradient: what clipping or a weight took), `weight/*` and `select/*` as training logs them, `predicted_change`
+    (logits as free parameters, nats per unit of logit step), `grad_norm`, and `entropy_slope`: the entropy change per
+    unit of length of a plain gradient step, through the weights, nats. Between methods, in the order of `methods`:
+    `overlap` (Jaccard index of the restrained tokens, null where both have none) and `cosine` of the gradients.
     """
     vectors, sets, rows = [], [], []
     uphill = entropy_gradient(policy, mini_batch)
     for method in methods.values():
-        loss, _, _ = adapt(method, {}, where.entropy)
-        marked, metrics = mark_tokens(
-            mini_batch,
-            stats,
-            loss,
-            ranks,
-            seed=where.seed,
-            step=where.step,
-            updates_per_step=where.updates_per_step,
-        )
-        vectors.append(gradient(policy, marked, LOSSES[loss.type], loss))  # type: ignore[attr-defined]
-        sets.append(_restrained(marked, stats, loss, policy.context))
-        kept = {name: value for name, value in metrics.items() if name.startswith(("weight/", "select/"))}
-        change: float | None = predicted_change([(marked, stats)], loss, ranks, policy.context)
+        loss, _, _ = adapt(method, {}, facts.entropy)
+        marked = mark_tokens(mini_batch, loss, ranks, seed=facts.seed, step=facts.step)
+        vectors.append(gradient(policy, marked, policy_loss(loss)))
+        sets.append(_restrained(marked, loss, policy.context))
+        kept = {name: value for name, value in marked.selection.items() if name.startswith(("weight/", "select/"))}
+        change: float | None = predicted_change([marked], loss, ranks, policy.context)
         rows.append({"predicted_change": change, **kept})
     together, count = _intersections(torch.stack(sets), ranks)
     gram = [[inner(policy, a, b) for b in vectors] for a in vectors]
@@ -98,23 +84,23 @@ def compare(
     }
 
 
-def _restrained(mini_batch: MiniBatch, stats: list[TokenStats], loss: LossBase, context: SupportsSum | None) -> Tensor:
-    """`[n_local]` bool, of the response tokens."""
-    found = []
-    for micro_batch, stat in zip(mini_batch.micro_batches, stats, strict=True):
+def _restrained(mini_batch: MiniBatch, loss: LossBase, context: Ranks | None) -> Tensor:
+    """Return bool `[n_local]`: the response tokens that the method holds back."""
+    parts = []
+    for micro_batch in mini_batch.micro_batches:
         assert micro_batch.old_logprobs is not None
-        log_ratio = torch.where(micro_batch.loss_mask, stat.logprobs - micro_batch.old_logprobs, 0.0)
-        plain = micro_batch.advantages * log_ratio.exp()
-        pushed = effective_advantages([(micro_batch, stat)], loss, context) * plain.sign()
+        log_ratio = micro_batch.computed_stats.logprobs - micro_batch.old_logprobs
+        plain = micro_batch.advantages * torch.where(micro_batch.loss_mask, log_ratio, 0.0).exp()
+        pushed = effective_advantages([micro_batch], loss, context) * plain.sign()
         held = (plain != 0) & (pushed < RESTRAINED * plain.abs())
         if micro_batch.selected is not None:
             held |= micro_batch.selected
-        found.append(held[micro_batch.loss_mask])
-    return torch.cat(found)
+        parts.append(held[micro_batch.loss_mask])
+    return torch.cat(parts)
 
 
 def _intersections(sets: Tensor, ranks: Reducer) -> tuple[list[list[int]], int]:
-    """(number of tokens in both of each two rows of `sets [methods, n_local]`, all tokens) over the ranks."""
+    """Return (number of tokens in both of each two rows of `sets [methods, n_local]`, all tokens) over the ranks."""
     members = sets.double()
     counts = ranks.sum(torch.cat([(members @ members.T).flatten(), members.new_tensor([sets.shape[1]])]))
     table = counts[:-1].view(len(sets), len(sets)).long().tolist()

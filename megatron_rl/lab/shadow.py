@@ -14,24 +14,26 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl import device, train
-from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl import device
+from megatron_rl.algorithms.control import mean_entropy
+from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
 from megatron_rl.config.loss import LossBase, LossConfig
 from megatron_rl.errors import ConfigError
-from megatron_rl.lab.compare import METHODS, Where, compare
-from megatron_rl.launch import write_atomically
-from megatron_rl.metrics import Timers
-from megatron_rl.metrics.step import mean_entropy
+from megatron_rl.files import write_atomically
+from megatron_rl.lab.compare import METHODS, StepFacts, compare
+from megatron_rl.packing import pack
 from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
 from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.run import set_up
+from megatron_rl.train import advantages
 
 
 def main(
     config: Config, checkpoint: Path, losses: dict[str, dict[str, Any]] | None, updates: int, folder: Path
 ) -> None:
-    """On every rank of the world: compare, write folder/NAME.json, print tables."""
+    """Compare on every rank of the world, write folder/NAME.json, print tables."""
     groups = init_groups(config.parallel, config.seed)
     result = replay(config, groups, checkpoint, losses or METHODS, updates)
     if groups.rank == 0:
@@ -46,53 +48,44 @@ def main(
 def replay(
     config: Config, groups: Any, checkpoint: Path, losses: dict[str, dict[str, Any]], updates: int
 ) -> dict[str, Any]:
-    """The comparison as plain data, the same on every rank; collective. `losses`: name -> loss section.
+    """Return the comparison as plain data, the same on every rank; collective. `losses`: name -> loss section.
 
     Mini-batch i is compared at the weights that i updates with the run's own loss reached, so the first is on-policy
     and the later ones are not. Options that the methods share (aggregation) are theirs, not the run's.
     Raises: ConfigError for an unusable loss; UserError for a checkpoint that cannot be read.
     """
     methods = {name: _loss(name, raw) for name, raw in losses.items()}
-    run = train.set_up(config, groups)
+    run = set_up(config, groups)
     step, state = CheckpointStore(checkpoint.parent, run.policy, groups, run.tokenizer).load(checkpoint)
     run.collector.cursor.restore(state["cursor"])
-    run.weight_version = state["weight_version"]
-    with train.generating(run, Timers(device.synchronize)):
+    run.served.weight_version, run.controller.state = state["weight_version"], state["control"]
+    with run.served.session(run.timers):
         collected = run.collector.collect(step)
-    batch = train.packed(run, collected.rollouts, step)
-    old_stats = [run.policy.stats(mini_batch, with_sum_p2=True) for mini_batch in batch.minibatches()]
-    batch = batch.with_old_logprobs(old_stats)
-    where = Where(config.seed, step, config.minibatches_per_step, mean_entropy(batch, old_stats, run.data_parallel))
-    own, _, _ = train.adapt(config.loss, state["control"], where.entropy)
-    found = []
+    batch = pack(collected.rollouts, advantages(collected.rollouts, config), run.layout, step=step).to(device.device())
+    batch = run.policy.with_old_logprobs(batch)
+    own = run.controller.next_loss(batch)
+    facts = StepFacts(config.seed, step, mean_entropy(batch, run.ranks))
+    comparisons = []
     for mini_batch in batch.mini_batches[:updates]:
-        stats = run.policy.stats(mini_batch, with_sum_p2=True)
-        found.append(compare(run.policy, mini_batch, stats, methods, where, run.data_parallel))
-        marked, _ = mark_tokens(
-            mini_batch,
-            stats,
-            own,
-            run.data_parallel,
-            seed=where.seed,
-            step=step,
-            updates_per_step=where.updates_per_step,
-        )
-        run.policy.update(marked, LOSSES[own.type], own)
-    run.collector.close()
-    run.engine.close()
+        mini_batch = mini_batch.with_stats(run.policy.stats(mini_batch, with_sum_p2=True))
+        comparisons.append(compare(run.policy, mini_batch, methods, facts, run.ranks))
+        marked = mark_tokens(mini_batch, own, run.ranks, seed=config.seed, step=step)
+        run.policy.update(marked, policy_loss(own))
+    run.close()
     return {
         "checkpoint": str(checkpoint),
         "step": step,
         "run_loss": config.loss.type,
-        "entropy": where.entropy,
+        "entropy": facts.entropy,
         "accuracy": collected.metrics["reward/accuracy"],
         "losses": {name: loss.model_dump(mode="json", exclude_defaults=True) for name, loss in methods.items()},
-        "minibatches": found,
+        "minibatches": comparisons,
     }
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """One table per mini-batch; `dH, logits` and `dH, step` are compare.py's `predicted_change`, `entropy_slope`."""
+    """Print one table per mini-batch; `dH, logits` and `dH, step` are compare.py's `predicted_change`,
+    `entropy_slope`."""
     names = list(result["losses"])
     for found in result["minibatches"]:
         policy = "on-policy" if found["minibatch"] == 0 else f"after {found['minibatch']} updates"
@@ -130,7 +123,7 @@ def _loss(name: str, raw: dict[str, Any]) -> LossBase:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null."""
+    """Return the value with null for what JSON has no number for."""
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if isinstance(value, dict):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.metrics.spans import OFF, Spans
 
-Reducer = Callable[[Tensor], Tensor]  # float64 [K] in, reduced over all ranks out
+Reduce = Callable[[Tensor], Tensor]  # float64 [K] in, reduced over all ranks out
 
 
 class Metrics:
@@ -57,7 +57,7 @@ class Metrics:
         new, old = float(value), self._maxima.get(name, -torch.inf)
         self._maxima[name] = new if new > old or new != new else old
 
-    def reduce(self, all_reduce_sum: Reducer, all_reduce_max: Reducer) -> dict[str, float]:
+    def reduce(self, all_reduce_sum: Reduce, all_reduce_max: Reduce) -> dict[str, float]:
         """Global values by name: sum / count (omitted where the count is 0), maxima and plain scalars.
 
         Raises: ValueError when a name was used in two ways; RuntimeError when ranks hold different names.
@@ -81,7 +81,7 @@ class Metrics:
             result.update(zip(maxima, packed.tolist(), strict=True))
         return dict(sorted(result.items()))
 
-    def _check_same_names(self, names: list[str], maxima: list[str], all_reduce_max: Reducer) -> None:
+    def _check_same_names(self, names: list[str], maxima: list[str], all_reduce_max: Reduce) -> None:
         digest = hashlib.blake2b("\n".join([*names, "", *maxima]).encode(), digest_size=6).digest()
         mark = float(int.from_bytes(digest, "big"))  # 48 bits: exact in float64
         highest, lowest = all_reduce_max(torch.tensor([mark, -mark], dtype=torch.float64, device=self._device)).tolist()
@@ -105,6 +105,10 @@ class Timers:
         self._synchronize = synchronize or (lambda: None)
         self._seconds: dict[str, float] = {}
         self._start = time.perf_counter()
+
+    def restart(self) -> None:
+        """Forget what was timed so far; the next step begins now."""
+        self._seconds, self._start = {}, time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

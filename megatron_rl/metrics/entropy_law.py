@@ -1,4 +1,4 @@
-"""Fits: the reward-entropy law of the Entropy Mechanism with its intervals, alarm and validation; and straight lines.
+"""Fits: the reward-entropy law of the Entropy Mechanism with its intervals and alarm; and straight lines.
 
 Steps of a run are no independent draws: residuals of neighbouring steps are alike. All standard errors are therefore
 widened by sqrt((1 + rho) / (1 - rho)), rho the residuals' correlation at lag 1 (where positive), which is what
@@ -52,23 +52,24 @@ class LawFit:
     b_interval: Interval | None = None
 
     def at(self, entropy: Sequence[float]) -> list[float]:
-        """The law's reward at entropies in nats. Raises: ValueError when there is no fit."""
+        """Return the law's reward at entropies in nats. Raises: ValueError when there is no fit."""
         if self.a is None or self.b is None:
             raise ValueError(f"there is no fitted law: {self.problem}")
         return [-self.a * math.exp(h) + self.b for h in entropy]
 
     @property
     def ceiling(self) -> float | None:
-        """b - a: the reward that the law predicts when all entropy is spent (H = 0)."""
+        """Return b - a: the reward that the law predicts when all entropy is spent (H = 0)."""
         return None if self.a is None or self.b is None else self.b - self.a
 
     @property
     def ceiling_interval(self) -> Interval | None:
-        """95% interval of the ceiling."""
+        """Return the 95% interval of the ceiling, in reward units."""
         return None if self.ceiling is None else _around(self.ceiling, self._half_width(0.0, new=False))
 
     def band(self, entropy: float) -> Interval | None:
-        """Where a new step's reward lies with 95% probability, if the law goes on to hold. Raises: as `at`."""
+        """Return the interval of a new step's reward with 95% probability, if the law goes on to hold. Raises: as
+        `at`."""
         return _around(self.at([entropy])[0], self._half_width(entropy, new=True))
 
     def _half_width(self, entropy: float, *, new: bool) -> float | None:
@@ -80,18 +81,6 @@ class LawFit:
             return None
         # a new observation's own scatter is no average, so it is not widened
         return factor * self.residual_std * math.sqrt(float(new) + widening**2 * (1 / len(x) + spread))
-
-
-@dataclass(frozen=True, slots=True)
-class LawCheck:
-    """The law of a run's first part against its later part."""
-
-    fit: LawFit  # of the first part
-    num_later: int
-    rmse: float  # reward units, of the later part's rewards around the law; NaN without a fit
-    rmse_of_mean: float  # the same for the first part's mean reward as the prediction: the law must beat this
-    bias: float  # mean of later reward - law
-    coverage: float  # fraction of later steps inside the 95% band
 
 
 @dataclass(slots=True)
@@ -136,37 +125,13 @@ class LawMonitor:
         return {"law/surprise": surprise, "law/alarm": float(abs(self.outside) >= ALARM_AFTER)}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return what was seen, as plain data for a checkpoint."""
         return {"entropy": list(self.entropy), "reward": list(self.reward), "outside": self.outside}
 
 
-def validate_law(entropy: Sequence[float], reward: Sequence[float], fit_fraction: float = 0.5) -> LawCheck:
-    """Fit the law to the first `fit_fraction` of a run's steps and test it on the rest.
-
-    One pair per step, in order; non-finite pairs are left out. Never raises on data: the fit's `problem` says what is
-    missing, and the numbers are NaN.
-    """
-    pairs = [(h, r) for h, r in zip(entropy, reward, strict=True) if math.isfinite(h) and math.isfinite(r)]
-    first, later = pairs[: int(len(pairs) * fit_fraction)], pairs[int(len(pairs) * fit_fraction) :]
-    fit = fit_law([h for h, _ in first], [r for _, r in first])
-    if fit.a is None or not later:
-        return LawCheck(fit, len(later), math.nan, math.nan, math.nan, math.nan)
-    errors = np.array([r for _, r in later]) - np.array(fit.at([h for h, _ in later]))
-    around_mean = np.array([r for _, r in later]) - np.mean(fit.reward)
-    bands = [fit.band(h) for h, _ in later]
-    inside = [band[0] <= r <= band[1] for band, (_, r) in zip(bands, later, strict=True) if band is not None]
-    return LawCheck(
-        fit=fit,
-        num_later=len(later),
-        rmse=float(np.sqrt(np.mean(errors**2))),
-        rmse_of_mean=float(np.sqrt(np.mean(around_mean**2))),
-        bias=float(errors.mean()),
-        coverage=sum(inside) / len(inside) if inside else math.nan,
-    )
-
-
 def fit_line(x: Sequence[float], y: Sequence[float]) -> LineFit:
-    """Least squares over the pairs in which both are finite. Never raises on data: `problem` says what is missing."""
+    """Fit a line by least squares over the pairs in which both are finite. Never raises on data: `problem` says what is
+    missing."""
     pairs = np.array([(u, v) for u, v in zip(x, y, strict=True) if math.isfinite(u) and math.isfinite(v)]).reshape(
         -1, 2
     )
@@ -222,7 +187,7 @@ def fit_law(entropy: Sequence[float], reward: Sequence[float]) -> LawFit:
 
 
 def _autocorrelation(residuals: Sequence[float]) -> float:
-    """Correlation at lag 1, in [0, 0.99]: negative ones would narrow the intervals on thin evidence."""
+    """Return the correlation at lag 1, in [0, 0.99]: negative ones would narrow the intervals on thin evidence."""
     values = np.array(residuals)
     squares = float(values @ values)
     return min(max(float(values[1:] @ values[:-1]) / squares, 0.0), 0.99) if squares > 0 else 0.0
@@ -233,8 +198,8 @@ def _widening(rho: float) -> float:
 
 
 def _t_factor(num_points: int, rho: float) -> float | None:
-    """Student's t quantile of the two-sided 95% interval with the effective points minus two degrees of freedom; None
-    below 3 degrees.
+    """Return Student's t quantile of the two-sided 95% interval, with the effective points minus two degrees of
+    freedom; None below 3 degrees.
 
     Expansion in 1 / degrees, off by less than 0.006 from 3 on. Source: Abramowitz and Stegun, 26.7.5.
     """

@@ -23,7 +23,7 @@ def to_line(row: dict[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a file, and notes about what was skipped: a last line that a killed writer left incomplete.
+    """Return the rows of a file, and notes about what was skipped: a last line that a killed writer left incomplete.
 
     Raises: FileNotFoundError; UserError on a broken line that is not the last, naming it.
     """

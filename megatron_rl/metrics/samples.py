@@ -3,39 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_rl.algorithms.covariance import covariances, response_tokens
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.types import MiniBatch, TokenStats
+from megatron_rl.types import MiniBatch, Prompt, Rollout, TrainBatch
 
 Key = tuple[int, int]  # prompt id, sample index
 
 
+def samples_for_log(
+    logged: Sequence[Rollout],
+    prompts_by_id: Mapping[int, Prompt],
+    batch: TrainBatch,
+    updates: Sequence[MiniBatch],
+    tokenizer: Any,
+    ranks: Reducer,
+) -> list[dict[str, Any]]:
+    """Return these rollouts decoded, with the values of their tokens (`token_values`) under `tokens`. Collective."""
+    if not logged:
+        return []
+    decode = tokenizer.decode
+    keys = [(rollout.prompt_id, rollout.sample_index) for rollout in logged]
+    values = token_values(batch, updates, keys, ranks)
+    samples = []
+    for key, rollout in zip(keys, logged, strict=True):
+        prompt = prompts_by_id[rollout.prompt_id]
+        sample = {
+            "prompt_id": rollout.prompt_id,
+            "sample_index": rollout.sample_index,
+            "prompt": decode(prompt.token_ids),
+            "response": decode(rollout.response_ids),
+            "answer": prompt.answer,
+            "score": rollout.score,
+            "reward": rollout.reward,
+            "finish_reason": rollout.finish_reason,
+        }
+        if key in values:
+            sample["tokens"] = {"text": [decode([i]) for i in values[key]["token_id"]], **values[key]}
+        samples.append(sample)
+    return samples
+
+
 def token_values(
-    mini_batches: Sequence[MiniBatch], stats: Sequence[Sequence[TokenStats]], wanted: Sequence[Key], ranks: Reducer
+    batch: TrainBatch, updates: Sequence[MiniBatch], wanted: Sequence[Key], ranks: Reducer
 ) -> dict[Key, dict[str, list[Any]]]:
-    """Per counted response token of the `wanted` samples, in order: `token_id`; `logprob` and `entropy`, nats;
+    """Return, per counted response token of the `wanted` samples, in order: `token_id`; `logprob` and `entropy`, nats;
     `covariance`, the centred product of its optimiser mini-batch (nats * advantage). `selected` lists the indices of
     the tokens that the method picked.
 
-    mini_batches: as the updates saw them, with `selected`. stats: at the step's start, so that a later mini-batch
-    chosen with `cov_logprobs: current` was chosen by newer values than these. ranks: over the data-parallel ranks.
+    batch: with the statistics at the step's start, so that a later mini-batch chosen with `cov_logprobs: current` was
+    chosen by newer values than these. updates: its mini-batches as they were trained on, with `selected`. ranks: over
+    the ranks that hold different tokens.
     Collective; the same on every rank. A sample without counted tokens is left out.
     """
     mine: list[tuple[Key, tuple[float, ...]]] = []
-    both = list(zip(mini_batches, stats, strict=True))
-    logprobs_of = [response_tokens(mini_batch, [s.logprobs for s in of_it]) for mini_batch, of_it in both]
-    pairs = [(logprobs, m.cat("advantages")) for logprobs, m in zip(logprobs_of, mini_batches, strict=True)]
-    centred = covariances(pairs, ranks)
-    for (mini_batch, of_it), logprobs, (cov, _) in zip(both, logprobs_of, centred, strict=True):
-        entropy = response_tokens(mini_batch, [s.entropy for s in of_it])
+    logprobs_of = [mini_batch.cat_stats("logprobs") for mini_batch in batch.mini_batches]
+    advantages_of = [mini_batch.cat("advantages") for mini_batch in batch.mini_batches]
+    centred = covariances(list(zip(logprobs_of, advantages_of, strict=True)), ranks)
+    for mini_batch, update, logprobs, (cov, _) in zip(batch.mini_batches, updates, logprobs_of, centred, strict=True):
         columns = [mini_batch.cat(name) for name in ("position_ids", "labels")]
-        picked = [torch.zeros_like(m.loss_mask) if m.selected is None else m.selected for m in mini_batch.micro_batches]
-        columns += [logprobs, entropy, cov, response_tokens(mini_batch, picked)]
+        columns += [logprobs, mini_batch.cat_stats("entropy"), cov, _picked(update)]
         prompts, samples = mini_batch.cat("prompt_ids"), mini_batch.cat("sample_indices")
         for key in wanted:
             rows = ((prompts == key[0]) & (samples == key[1])).nonzero()[:, 0]
@@ -46,6 +78,12 @@ def token_values(
         for key, row in part:
             found.setdefault(key, []).append(row)
     return {key: _columns(sorted(rows)) for key, rows in found.items()}
+
+
+def _picked(update: MiniBatch) -> Tensor:
+    """Return bool `[N_local]`: the response tokens that the method picked; none where it picks none."""
+    picked = [torch.zeros_like(mb.loss_mask) if mb.selected is None else mb.selected for mb in update.micro_batches]
+    return response_tokens(update, picked)
 
 
 def _columns(rows: Sequence[tuple[float, ...]]) -> dict[str, list[Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from megatron_rl import device
 
@@ -21,18 +22,18 @@ _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class Spans:
-    """Records nothing."""
+    """Spans that record nothing; `Recorder` overrides them."""
 
     def __call__(self, name: str) -> AbstractContextManager[None]:
-        """Around a phase or a part of one; spans nest. The device is waited for at both ends."""
+        """Return the context of a phase or a part of one; spans nest. The device is waited for at both ends."""
         return _NOTHING
 
     def light(self, name: str) -> AbstractContextManager[None]:
-        """Around what happens often, on any thread: wall time alone, nothing is waited for."""
+        """Return the context of something frequent, on any thread: wall time alone, nothing is waited for."""
         return _NOTHING
 
     def steps(self, steps: Iterable[int]) -> Iterator[int]:
-        """The same steps; what the loop's body does between two of them is one step."""
+        """Yield the same steps; what the loop's body does between two of them is one step."""
         yield from steps
 
 
@@ -85,7 +86,7 @@ class Recorder(Spans):
     def __init__(
         self, measured: Collection[int], watch: Watch, *, traced: int | None = None, trace_path: Path | None = None
     ) -> None:
-        """`watch`: reports collectives while its context is open (parallel.traffic.watch_collectives)."""
+        """Prepare. `watch`: reports collectives while its context is open (parallel.traffic.watch_collectives)."""
         self.records: list[StepRecord] = []
         self._measured, self._watch, self._traced, self._trace_path = measured, watch, traced, trace_path
         self._record: StepRecord | None = None
@@ -94,20 +95,20 @@ class Recorder(Spans):
         self._peaks: list[int] = []  # of the open spans, before their current child
         self._main = threading.get_ident()
 
+    @override
     def __call__(self, name: str) -> AbstractContextManager[None]:
-        """See `Spans`."""
         if self._record is not None:
             return self._span(self._record, name)
         return torch.profiler.record_function(name) if self._tracing else _NOTHING
 
+    @override
     def light(self, name: str) -> AbstractContextManager[None]:
-        """See `Spans`."""
         if self._record is not None:
             return self._light_span(self._record, name)
         return torch.profiler.record_function(name) if self._tracing else _NOTHING
 
+    @override
     def steps(self, steps: Iterable[int]) -> Iterator[int]:
-        """See `Spans`."""
         for step in steps:
             if step == self._traced:
                 with self._trace():
@@ -187,7 +188,7 @@ class Recorder(Spans):
 
 
 def to_json(records: list[StepRecord]) -> list[dict[str, Any]]:
-    """Plain lists, one per span and collective: a step may have thousands."""
+    """Return plain data, a list for each span and collective: a step may have thousands."""
     return [
         {
             "step": r.step,

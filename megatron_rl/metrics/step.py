@@ -1,105 +1,164 @@
-"""What a step reports about its tokens: entropy, its predicted and realised change, and the train-against-rollout
-mismatch."""
+"""What a step reports about its tokens and its updates: `StepReport`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_rl import device
+from megatron_rl.algorithms.control import LossController
 from megatron_rl.algorithms.covariance import covariance_metrics
 from megatron_rl.algorithms.kl import masked_sum_count, mismatch_metrics
+from megatron_rl.algorithms.ledger import ledger
 from megatron_rl.algorithms.prediction import predicted_change
+from megatron_rl.config import Config
 from megatron_rl.config.loss import LossBase
-from megatron_rl.metrics import Metrics
-from megatron_rl.metrics.samples import token_values
+from megatron_rl.metrics.collect import Metrics, Timers
+from megatron_rl.metrics.samples import samples_for_log
+from megatron_rl.metrics.write import RunLogger
+from megatron_rl.packing import computed, packing_metrics
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.types import CollectResult, MiniBatch, SupportsSum, TokenStats, TrainBatch
+from megatron_rl.types import CollectResult, MiniBatch, Ranks, TokenStats, TrainBatch, UpdateResult
 
 
-def needs_current_stats(loss: LossBase, index: int) -> bool:
-    """Whether selection in mini-batch `index` pays a forward: the first of a step has the weights of old_logprobs."""
-    return index > 0 and "current" in (getattr(loss, "cov_logprobs", "old"), getattr(loss, "stats", "old"))
+class Policy(Protocol):
+    """The policy as far as a report asks it."""
+
+    @property
+    def context(self) -> Ranks | None:
+        """Return the sum over the ranks that hold the rest of this rank's sequences; None: they are whole."""
+
+    def stats(self, mini_batch: MiniBatch) -> list[TokenStats]:
+        """Return statistics of each micro-batch's tokens under the current weights. A collective."""
 
 
-def add_batch_metrics(
-    metrics: Metrics, batch: TrainBatch, stats: list[list[TokenStats]], data_parallel: Reducer
-) -> None:
-    """Entropy (mean, 10% and 90% quantiles, nats) and mismatch of the step's tokens, under the weights that sampled
-    them."""
+class Tangent(Protocol):
+    """What was prepared before the updates to tell the first-order change of the entropy."""
+
+    def change(self) -> float:
+        """Return it, in nats per token. A collective."""
+
+
+class Reported(Protocol):
+    """The run as far as a report asks it; run.py has the real one."""
+
+    config: Config
+    ranks: Reducer
+    controller: LossController
+    tokenizer: Any
+    timers: Timers
+
+    @property
+    def policy(self) -> Policy:
+        """Return the policy."""
+
+    def entropy_tangent(self, mini_batch: MiniBatch) -> Tangent:
+        """Return the tangent of this mini-batch's entropy at the current weights. A collective."""
+
+
+class StepReport:
+    """The metrics, the ledger and the logged samples of one step: begun before its updates, finished after them.
+
+    Every method is a collective.
+    """
+
+    def __init__(self, run: Reported, step: int, collected: CollectResult, batch: TrainBatch, loss: LossBase) -> None:
+        """`batch`: with the statistics at the start of the step; `loss`: that of the step's updates."""
+        self._run, self._step, self._collected, self._batch, self._loss = run, step, collected, batch, loss
+        self._metrics = Metrics(device.device())
+        self._metrics.set(collected.metrics | run.controller.metrics)
+        self._updates: list[MiniBatch] = []
+        with run.timers("probe"):
+            first = batch.mini_batches[0]
+            self._tangent = run.entropy_tangent(first) if run.config.train.entropy_tangent else None
+
+    def updated(self, mini_batch: MiniBatch, result: UpdateResult) -> None:
+        """Take in one update: the mini-batch with its marks and the statistics that they are from, and the result."""
+        self._updates.append(mini_batch)
+        self._metrics.add_means(mini_batch.selection)
+        self._metrics.add(result.sums)
+        self._metrics.add_means(
+            {"optimizer/grad_norm": result.grad_norm, "optimizer/skipped_fraction": float(result.skipped)}
+        )
+        self._metrics.set({"optimizer/lr": result.learning_rate})
+
+    def finish(self, logger: RunLogger) -> dict[str, float]:
+        """Return the step's metrics, the same on every rank; its ledger and samples go to `logger`."""
+        run, batch, metrics, options = self._run, self._batch, self._metrics, self._run.config.logging
+        after = self._probe()
+        with run.timers("metrics"):
+            add_batch_metrics(metrics, batch, run.ranks)
+            metrics.set(update_metrics(self._updates, self._loss, run.ranks, run.policy.context))
+            if options.ledger_every and self._step % options.ledger_every == 0:
+                logger.log_ledger(self._step, ledger(batch, after, run.ranks), run.tokenizer)
+            metrics.set(batch_totals(batch, self._collected, run.ranks))
+            logged = self._collected.rollouts[: options.samples_per_step]
+            samples = samples_for_log(
+                logged, self._collected.prompts_by_id, batch, self._updates, run.tokenizer, run.ranks
+            )
+            logger.log_samples(self._step, samples)
+            return metrics.reduce(run.ranks.sum, run.ranks.max)
+
+    def _probe(self) -> list[TokenStats] | None:
+        """Return the first mini-batch's statistics after the updates, where the config asks for them."""
+        run, first = self._run, self._batch.mini_batches[0]
+        with run.timers("probe"):
+            after = run.policy.stats(first) if run.config.train.entropy_probe else None
+            if self._tangent is not None:
+                self._metrics.set({"entropy/first_order_change": self._tangent.change()})
+        if after is not None:
+            self._metrics.add(entropy_change(first, after))
+        return after
+
+
+def add_batch_metrics(metrics: Metrics, batch: TrainBatch, ranks: Reducer) -> None:
+    """Add the entropy (mean, 10% and 90% quantiles, nats) and the mismatch of the step's tokens, under the weights that
+    sampled them."""
     entropies: list[Tensor] = []
     worst = 0.0
-    for mini_batch, of_mini_batch in zip(batch.minibatches(), stats, strict=True):
-        for micro_batch, stat in zip(mini_batch.micro_batches, of_mini_batch, strict=True):
-            mask = micro_batch.loss_mask
-            entropies.append(stat.entropy[mask])
-            metrics.add({"entropy/mean": masked_sum_count(stat.entropy, mask)})
-            metrics.add(mismatch_metrics(stat.logprobs, micro_batch.rollout_logprobs, mask))
-            if mask.any():
-                worst = max(worst, float((stat.logprobs - micro_batch.rollout_logprobs)[mask].abs().max()))
+    for micro_batch in batch.micro_batches:
+        stats, mask = micro_batch.computed_stats, micro_batch.loss_mask
+        entropies.append(stats.entropy[mask])
+        metrics.add({"entropy/mean": masked_sum_count(stats.entropy, mask)})
+        metrics.add(mismatch_metrics(stats.logprobs, micro_batch.rollout_logprobs, mask))
+        if mask.any():
+            worst = max(worst, float((stats.logprobs - micro_batch.rollout_logprobs)[mask].abs().max()))
     metrics.max("mismatch/abs_max", worst)
-    p10, p90 = data_parallel.quantiles(torch.cat(entropies), [0.1, 0.9])
+    p10, p90 = ranks.quantiles(torch.cat(entropies), [0.1, 0.9])
     metrics.set({"entropy/p10": p10, "entropy/p90": p90})
 
 
-def mean_entropy(batch: TrainBatch, stats: list[list[TokenStats]], data_parallel: Reducer) -> float:
-    """Of the step's response tokens over all ranks, nats; NaN when none counts."""
-    total = torch.zeros(2, dtype=torch.float64, device=stats[0][0].entropy.device)
-    for mini_batch, of_mini_batch in zip(batch.minibatches(), stats, strict=True):
-        for micro_batch, stat in zip(mini_batch.micro_batches, of_mini_batch, strict=True):
-            total += masked_sum_count(stat.entropy, micro_batch.loss_mask)
-    entropy, count = data_parallel.sum(total).tolist()
-    return entropy / count if count else float("nan")
+def update_metrics(updates: list[MiniBatch], loss: LossBase, ranks: Reducer, context: Ranks | None) -> dict[str, float]:
+    """Return how the covariance spreads in a step's updates as the loss saw them, and `entropy/predicted_change`, nats
+    per unit of logit step."""
+    change = predicted_change(updates, loss, ranks, context)
+    return covariance_metrics(updates, ranks) | {"entropy/predicted_change": change}
 
 
-def update_metrics(
-    updates: Sequence[tuple[MiniBatch, list[TokenStats]]],
-    loss: LossBase,
-    data_parallel: Reducer,
-    context: SupportsSum | None,
-) -> dict[str, float]:
-    """Of a step's updates as the loss saw them, with the statistics of their selection: the spread of the covariance,
-    and `entropy/predicted_change`, nats per unit of logit step."""
-    change = predicted_change(updates, loss, data_parallel, context)
-    return covariance_metrics(updates, data_parallel) | {"entropy/predicted_change": change}
+def batch_totals(batch: TrainBatch, collected: CollectResult, ranks: Reducer) -> dict[str, float]:
+    """Return the tokens of the step over all ranks, and this rank's packing and memory.
+
+    `batch/tokens` are the positions computed: padding counts, a shared prompt once; `batch/sequence_tokens` are those
+    of the samples, prompt and response each.
+    """
+    tokens, pairs, positions, response_tokens = ranks.sum(computed(batch)).tolist()
+    return {
+        "batch/tokens": float(positions),
+        "batch/response_tokens": float(response_tokens),
+        "batch/sequence_tokens": float(sum(len(rollout.token_ids) for rollout in collected.rollouts)),
+        "packing/computed_tokens": float(tokens),
+        "packing/attention_pairs": float(pairs),
+        "memory/peak_bytes": float(device.peak_memory_bytes()),
+        **packing_metrics(batch),
+    }
 
 
-def entropy_change(mini_batch: MiniBatch, before: list[TokenStats], after: list[TokenStats]) -> dict[str, Tensor]:
-    """Realised change of the mean entropy over a step's updates, on the tokens of one mini-batch: (sum, count),
-    nats."""
-    change = torch.zeros(2, dtype=torch.float64, device=before[0].entropy.device)
-    for micro_batch, old, new in zip(mini_batch.micro_batches, before, after, strict=True):
-        change += masked_sum_count(new.entropy - old.entropy, micro_batch.loss_mask)
+def entropy_change(mini_batch: MiniBatch, after: list[TokenStats]) -> dict[str, Tensor]:
+    """Return the realised change of the mean entropy over a step's updates, on the tokens of one mini-batch: (sum,
+    count), nats."""
+    change = torch.zeros(2, dtype=torch.float64, device=after[0].entropy.device)
+    for micro_batch, new in zip(mini_batch.micro_batches, after, strict=True):
+        change += masked_sum_count(new.entropy - micro_batch.computed_stats.entropy, micro_batch.loss_mask)
     return {"entropy/realised_change": change}
-
-
-def samples_for_log(
-    run: Any, collected: CollectResult, mini_batches: Sequence[MiniBatch], stats: list[list[TokenStats]]
-) -> list[dict[str, Any]]:
-    """The first logging.samples_per_step rollouts, decoded, with the values of their tokens (samples.py) under
-    `tokens`. Collective; `run` is train.py's."""
-    logged = collected.rollouts[: run.config.logging.samples_per_step]
-    if not logged:
-        return []
-    decode = run.tokenizer.decode
-    keys = [(rollout.prompt_id, rollout.sample_index) for rollout in logged]
-    values = token_values(mini_batches, stats, keys, run.data_parallel)
-    samples = []
-    for key, rollout in zip(keys, logged, strict=True):
-        prompt = collected.prompts_by_id[rollout.prompt_id]
-        sample = {
-            "prompt_id": rollout.prompt_id,
-            "sample_index": rollout.sample_index,
-            "prompt": decode(prompt.token_ids),
-            "response": decode(rollout.token_ids[rollout.loss_mask | (rollout.rollout_logprobs != 0)]),
-            "answer": prompt.answer,
-            "score": rollout.score,
-            "reward": rollout.reward,
-            "finish_reason": rollout.finish_reason,
-        }
-        if key in values:
-            sample["tokens"] = {"text": [decode([i]) for i in values[key]["token_id"]], **values[key]}
-        samples.append(sample)
-    return samples

@@ -1,22 +1,24 @@
-"""Where a run's numbers go: metrics.jsonl, samples.jsonl, ledger.jsonl, TensorBoard, W&B and the terminal.
+"""Writers of a run's numbers: metrics.jsonl, samples.jsonl, ledger.jsonl, TensorBoard, W&B and the terminal.
 
 Only rank 0 writes; on other ranks every method returns at once, so the training loop needs no `if rank == 0`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from megatron_rl.config import Config, dump_config
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import naming, write_atomically
+from megatron_rl.launch import say
 from megatron_rl.metrics.jsonl import cut_from_step, to_line
 
 # what the terminal shows: label, metric, format
@@ -45,6 +47,7 @@ class RunLogger:
         self._active = rank == 0
         if not self._active:
             return
+        self._run_dir = run_dir
         self._wandb = _start_wandb(run_dir, config) if config.logging.wandb_project else None
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", dump_config(config))
@@ -67,11 +70,11 @@ class RunLogger:
         """Write one step everywhere; the metrics.jsonl line is flushed, so it outlives this process from then on."""
         if not self._active:
             return
-        self._metrics.write(to_line({"step": step, **{name: metrics[name] for name in sorted(metrics)}}))
-        self._metrics.flush()
+        self._append(self._metrics, {"step": step, **{name: metrics[name] for name in sorted(metrics)}})
         if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with naming(self._run_dir / "tensorboard"):
+                for name, value in metrics.items():
+                    self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         self._progress.advance(step, metrics)
@@ -80,8 +83,7 @@ class RunLogger:
         """Append decoded rollouts to samples.jsonl, one line each, with their step."""
         if not self._active:
             return
-        self._samples.writelines(to_line({"step": step, **sample}) for sample in samples)
-        self._samples.flush()
+        self._append(self._samples, *({"step": step, **sample} for sample in samples))
 
     def log_ledger(self, step: int, entry: dict[str, Any], tokenizer: Any) -> None:
         """Append who spent the step's entropy to ledger.jsonl: algorithms/ledger.py's entry, six digits a number, with
@@ -89,37 +91,44 @@ class RunLogger:
         if not self._active or not entry:
             return
         named = [[tokenizer.decode([row[0]]), *row] for row in entry["tokens"]]
-        self._ledger.write(to_line({"step": step, **_rounded(entry | {"tokens": named})}))
-        self._ledger.flush()
+        self._append(self._ledger, {"step": step, **_rounded(entry | {"tokens": named})})
+
+    def _append(self, file: TextIO, *rows: dict[str, Any]) -> None:
+        with naming(Path(file.name)):
+            file.writelines(map(to_line, rows))
+            file.flush()
 
     def message(self, text: str) -> None:
-        """One line to the terminal, above the progress display."""
+        """Tell the user something, above the progress display."""
         if self._active:
-            self._progress.message(text)
+            say(text, write=self._progress.message)
 
     def close(self) -> None:
-        """Flush and close every writer; a second call does nothing."""
+        """Flush and close every writer, also when one cannot be; a second call does nothing."""
         if not self._active:
             return
         self._active = False
-        self._progress.close()
-        self._metrics.close()
-        self._samples.close()
-        self._ledger.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        with contextlib.ExitStack() as stack:
+            if self._wandb is not None:
+                stack.callback(self._wandb.finish)
+            if self._tensorboard is not None:
+                stack.callback(self._tensorboard.close)
+            for file in (self._metrics, self._samples, self._ledger):
+                stack.enter_context(naming(Path(file.name)))
+                stack.callback(file.close)
+            stack.callback(self._progress.close)
 
     def __enter__(self) -> RunLogger:
-        """The logger itself."""
+        """Return itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close, also when the run failed: what was logged stays readable."""
-        self.close()
+        """Close, also when the run failed: what was logged stays readable. A disk that was full in the run is so here
+        too, and must not hide the reason."""
+        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+            self.close()
 
 
 class _ProgressDisplay:
@@ -161,7 +170,7 @@ class _ProgressDisplay:
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits of each float, whole ones as integers, null for what JSON has no number for."""
+    """Return the value with six significant digits a float, whole ones as integers, null where JSON has no number."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
@@ -172,7 +181,7 @@ def _rounded(value: Any) -> Any:
 
 
 def format_duration(seconds: float) -> str:
-    """`m:ss`, or `h:mm:ss` from an hour on."""
+    """Return `m:ss`, or `h:mm:ss` from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.models.facts import architecture_faults
 
 
 def resolve_hf_config(raw: dict[str, Any]) -> PretrainedConfig:
-    """Fill in the architecture's defaults. Raises: ConfigError for features that the Megatron policy would silently
-    drop."""
-    options = dict(raw)
-    # as the config's checks and the plan count them; some of transformers' defaults fit one size of the model alone
-    options.setdefault("num_key_value_heads", options.get("num_attention_heads"))
-    hf = AutoConfig.for_model(options.pop("model_type"), **options)
-    refused = {
-        "use_sliding_window": "sliding-window attention",
-        "mlp_bias": "biases in the MLP",
-    }
-    faults = [what for key, what in refused.items() if getattr(hf, key, False)]
-    if hf.model_type == "mistral" and hf.sliding_window is not None:
-        faults.append(f"sliding-window attention (sliding_window {hf.sliding_window}, null would be full attention)")
-    if getattr(hf, "attention_bias", False):
-        faults.append("a bias on the attention output (attention_bias)")
-    if getattr(hf, "hidden_act", "silu") != "silu":
-        faults.append(f"hidden_act {hf.hidden_act!r} (only silu)")
-    if hf.model_type == "qwen3_moe" and hf.norm_topk_prob and hf.num_experts_per_tok == 1:
-        faults.append("norm_topk_prob and one expert a token (its weight is always 1, so the router cannot learn)")
+    """Return the config with the architecture's defaults filled in. Raises: ConfigError for features that the Megatron
+    policy would silently drop."""
+    faults = architecture_faults(raw)
     if faults:
-        raise ConfigError(f"model: {hf.model_type} with {', '.join(faults)} is not supported; choose another model")
-    return hf
+        raise ConfigError("model: " + "; ".join(faults))
+    options = copy.deepcopy(raw)  # transformers fills the rope's options in place
+    if options.get("num_key_value_heads") is None:
+        # as the config's checks and the plan count them; some of transformers' defaults fit one size of the model alone
+        options["num_key_value_heads"] = options["num_attention_heads"]
+    if options.get("head_dim") is None:
+        options.pop("head_dim", None)  # of null transformers makes no width
+    options["hidden_act"] = "silu"  # whose other name the rollout engines do not know
+    return AutoConfig.for_model(options.pop("model_type"), **options)
 
 
 def head_dim(hf: PretrainedConfig) -> int:
-    """Width of one attention head."""
+    """Return the width of one attention head: facts.head_width of a config whose defaults are filled in."""
     return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads

@@ -45,7 +45,7 @@ def datasheet_flops(device_name: str, *, bfloat16: bool) -> tuple[float | None, 
 
 
 def with_memory(memory: float, *, on_gpu: bool) -> Hardware:
-    """A device of which nothing is known but its bytes: enough for plan/memory.py."""
+    """Return a device of which nothing is known but its bytes: enough for plan/memory.py."""
     return replace(HARDWARE["h100" if on_gpu else "cpu"], name="unknown", memory=memory)
 
 
@@ -58,8 +58,8 @@ FILL = 0.92
 # parameters over gloo; measured by scripts/measure_memory.py (torch 2.13.0 CPU, Python 3.11, Linux).
 CPU_PROCESS_BYTES = 445 * 2**20
 # Peak RSS over the activations' bytes on a CPU: a C heap keeps what it freed, in pieces. Set by hand between what
-# the rows `wide` and `long` of data/measured_memory.csv ask for (0.8 and 1.7), with the other rows measured
-# and seen before.
+# the rows `wide` and `long` of plan/data/measured_memory.csv ask for (0.8 and 1.7), with the other rows
+# measured and seen before.
 CPU_HEAP = 1.4
 # The weight stream gathers buckets of this size (parallel/weights.py).
 GATHER_BYTES = 512 * 2**20

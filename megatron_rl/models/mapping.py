@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.models.facts import ARCHITECTURES
 
 Kind = Literal["replicated", "row", "vocab", "qkv", "gate_up"]
 Where = Literal["everywhere", "untied", "qkv_bias", "qk_norm", "dense", "moe"]
@@ -34,11 +35,11 @@ class Row:
 
     @property
     def is_expert(self) -> bool:
-        """Whether the parameter belongs to one expert, and so to one rank of the expert-parallel group."""
+        """Return whether the parameter belongs to one expert, and so to one rank of the expert-parallel group."""
         return ".experts." in self.megatron
 
     def fill(self, layer: int | str, expert: int | str = "") -> Row:
-        """The same row with its placeholders replaced."""
+        """Return the row with its placeholders replaced."""
         fill = lambda name: name.replace("{layer}", str(layer)).replace("{expert}", str(expert))  # noqa: E731
         return Row(fill(self.megatron), tuple(map(fill, self.hf)), self.kind, self.where)
 
@@ -81,25 +82,25 @@ _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|mod
 
 
 def has_qkv_bias(hf: PretrainedConfig) -> bool:
-    """Whether the query, key and value projections have biases."""
-    return hf.model_type == "qwen2"
+    """Return whether the query, key and value projections have biases."""
+    return ARCHITECTURES[hf.model_type].qkv_bias
 
 
 def has_qk_norm(hf: PretrainedConfig) -> bool:
-    """Whether queries and keys pass an RMSNorm per head."""
-    return hf.model_type in ("qwen3", "qwen3_moe")
+    """Return whether queries and keys pass an RMSNorm per head."""
+    return ARCHITECTURES[hf.model_type].qk_norm
 
 
 def is_moe_layer(hf: PretrainedConfig, layer: int) -> bool:
-    """Whether the MLP of the layer (counted from 0) is a mixture of experts. Source: transformers,
+    """Return whether the MLP of the layer (counted from 0) is a mixture of experts. Source: transformers,
     Qwen3MoeDecoderLayer."""
-    if hf.model_type != "qwen3_moe":
+    if not ARCHITECTURES[hf.model_type].is_moe:
         return False
     return layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0
 
 
 def model_rows(hf: PretrainedConfig) -> Iterator[Row]:
-    """Every row of one model in the order of its layers, filled in, experts numbered globally."""
+    """Yield every row of one model in the order of its layers, filled in, experts numbered globally."""
     for layered, rows in groupby(ROWS, lambda row: "{layer}" in row.megatron):
         block = list(rows)
         for layer in range(hf.num_hidden_layers) if layered else (0,):
@@ -123,7 +124,8 @@ def _occurs(row: Row, hf: PretrainedConfig, layer: int) -> bool:
 
 
 def expected_hf_names(hf: PretrainedConfig) -> set[str]:
-    """The names of the tensors that a checkpoint of this model holds (lm_head.weight not among them when tied)."""
+    """Return the names of the tensors that a checkpoint of this model holds (lm_head.weight not among them when
+    tied)."""
     return {name for row in model_rows(hf) for name in row.hf}
 
 
@@ -151,14 +153,14 @@ def check_names(found: Iterable[str], hf: PretrainedConfig, source: str) -> None
 
 
 def global_name(local_name: str, layer_offset: int) -> str:
-    """Megatron's name of a parameter with its layer numbered over the whole model; `layer_offset`: layers before those
-    of its model chunk."""
+    """Return Megatron's name of a parameter with its layer numbered over the whole model; `layer_offset`: layers before
+    those of its model chunk."""
     match = _LAYER_INDEX.match(local_name)
     return f"decoder.layers.{int(match[1]) + layer_offset}.{match[2]}" if match else local_name
 
 
 def find_row(name: str, tied: bool, expert_offset: int = 0) -> Row:
-    """The row of a parameter of this rank, global indices filled in.
+    """Return the row of a parameter of this rank, global indices filled in.
 
     name: a `global_name`. expert_offset: experts of a layer on earlier expert-parallel ranks. With tied embeddings the
     output layer of a later stage is the embedding's copy. Raises: KeyError naming the parameter.
@@ -181,15 +183,15 @@ def find_row(name: str, tied: bool, expert_offset: int = 0) -> Row:
 
 
 def split_of(row: Row, tp_rank: int, tp_size: int, ep_size: int) -> tuple[int, int]:
-    """(rank, size) by which the parameter of a row is split: experts that are dealt out over an expert-parallel group
-    stay whole."""
+    """Return the (rank, size) by which the parameter of a row is split: experts that are dealt out over an
+    expert-parallel group stay whole."""
     return (0, 1) if row.is_expert and ep_size > 1 else (tp_rank, tp_size)
 
 
 def to_shard(
     row: Row, tensors: list[Tensor], hf: PretrainedConfig, tp_rank: int, tp_size: int, padded_vocab: int
 ) -> Tensor:
-    """Full Hugging Face tensors -> this rank's Megatron shard. Padded vocabulary rows are 0.
+    """Return this rank's Megatron shard of full Hugging Face tensors. Padded vocabulary rows are 0.
 
     For experts `tp_rank` and `tp_size` are those of `split_of`.
     """
@@ -217,8 +219,8 @@ def to_shard(
 
 
 def from_shards(row: Row, shards: list[Tensor], hf: PretrainedConfig) -> list[Tensor]:
-    """All tensor-parallel shards of one parameter, in rank order -> its Hugging Face tensors (the inverse of
-    `to_shard`)."""
+    """Return the Hugging Face tensors of one parameter from all its tensor-parallel shards in rank order: the inverse
+    of `to_shard`."""
     match row.kind:
         case "replicated":
             return [shards[0]]
@@ -241,7 +243,7 @@ def from_shards(row: Row, shards: list[Tensor], hf: PretrainedConfig) -> list[Te
 
 
 def full_shapes(row: Row, shard: Sequence[int], hf: PretrainedConfig, tp_size: int) -> list[tuple[int, ...]]:
-    """Shapes of the Hugging Face tensors of a row whose Megatron shard has the shape `shard`."""
+    """Return the shapes of the Hugging Face tensors of a row whose Megatron shard has the shape `shard`."""
     first, *rest = shard
     match row.kind:
         case "replicated":
@@ -287,5 +289,5 @@ def load_weights(
 
 
 def experts_per_rank(hf: PretrainedConfig, ep_size: int) -> int:
-    """Experts of one layer on each rank of an expert-parallel group; 0 in a dense model."""
-    return hf.num_experts // ep_size if hf.model_type == "qwen3_moe" else 0
+    """Return the experts of one layer on each rank of an expert-parallel group; 0 in a dense model."""
+    return hf.num_experts // ep_size if ARCHITECTURES[hf.model_type].is_moe else 0

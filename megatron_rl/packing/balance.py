@@ -16,80 +16,70 @@ class Work:
     """Tokens to compute. Samples are known by their index in the step."""
 
     lengths: dict[int, int]  # of each sample alone
-    groups: dict[int, int] = field(
-        default_factory=dict
-    )  # sample -> its group, of those that share what they begin with
-    prefixes: dict[int, int] = field(default_factory=dict)  # group -> tokens that its samples in a micro-batch share
+    families: dict[int, int] = field(default_factory=dict)  # sample -> its family, of those that begin alike
+    prefixes: dict[int, int] = field(default_factory=dict)  # family -> tokens that its samples in a micro-batch share
 
     def shared(self, chosen: list[int]) -> set[int]:
-        """The groups with several samples in a micro-batch of the `chosen`."""
-        groups = [self.groups[i] for i in chosen if i in self.groups]
-        return {group for group in set(groups) if groups.count(group) > 1}
+        """Return the families with several samples in a micro-batch of the `chosen`."""
+        families = [self.families[i] for i in chosen if i in self.families]
+        return {family for family in set(families) if families.count(family) > 1}
 
     def load(self, chosen: list[int]) -> int:
-        """Tokens of a micro-batch."""
+        """Return the tokens of a micro-batch."""
         total, seen = 0, set[int]()
         for i in chosen:
             total += self.lengths[i]
-            group = self.groups.get(i)
-            if group in seen:
-                total -= self.prefixes[group]
-            elif group is not None:
-                seen.add(group)
+            family = self.families.get(i)
+            if family in seen:
+                total -= self.prefixes[family]
+            elif family is not None:
+                seen.add(family)
         return total
 
 
-def deal(
-    work: Work, capacity: int, rank: int, ranks: int, *, count_multiple: int = 1, num_micro_batches: int | None = None
-) -> list[list[int]]:
-    """This data-parallel rank's micro-batches, as samples in ascending order.
+def deal(work: Work, capacity: int, rank: int, ranks: int, *, count_multiple: int = 1) -> list[list[int]]:
+    """Return this data-parallel rank's micro-batches, as samples in ascending order.
 
-    Every rank gets the same number of them: a multiple of `count_multiple`, or `num_micro_batches`. None exceeds
-    `capacity` tokens, which each sample alone must not. Groups that share a prefix stay together as far as that
-    balances; where it does not, they are cut into 2, 4, ... parts, down to single samples, whichever gives the smallest
-    heaviest micro-batch.
+    Every rank gets the same number of them, a multiple of `count_multiple`. None exceeds `capacity` tokens, which each
+    sample alone must not. Families that share a prefix stay together as far as that balances; where it does not, they
+    are cut into 2, 4, ... parts, down to single samples, whichever gives the smallest heaviest micro-batch.
 
-    Raises: ValueError when num_micro_batches are too few.
+    Raises: ValueError when a sample alone exceeds the capacity.
     """
     best: tuple[int, list[list[int]]] | None = None
-    lightest = 0  # over all splits, of the heaviest micro-batch: what a forced number would need
     for items in _splits(work):
-        bins, heaviest = _fit(items, work, capacity, ranks, count_multiple, num_micro_batches)
-        lightest = min(lightest or heaviest, heaviest)
+        bins, heaviest = _fit(items, work, capacity, ranks, count_multiple)
         if heaviest <= capacity and (best is None or heaviest * len(bins) < best[0]):
             best = heaviest * len(bins), bins
     if best is None:
-        raise ValueError(
-            f"num_micro_batches={num_micro_batches} over {ranks} data-parallel ranks needs {lightest} tokens in one "
-            f"micro-batch; {capacity} are allowed (train.micro_batch_tokens); raise either"
-        )
+        longest = max(work.lengths.values())
+        raise ValueError(f"a sample of {longest} tokens exceeds the {capacity} of a micro-batch; raise the budget")
     return _share(best[1], work, rank, ranks)
 
 
 def _splits(work: Work) -> Iterator[list[list[int]]]:
-    """The samples as items that stay together: whole groups, then halves of them, ..., then single samples."""
-    groups: dict[int, list[int]] = {}
-    for i, group in work.groups.items():
-        groups.setdefault(group, []).append(i)
-    alone = [[i] for i in work.lengths if i not in work.groups]
-    parts, largest = 1, max(map(len, groups.values()), default=1)
+    """Yield the samples as items that stay together: whole families, then halves of them, ..., then single samples."""
+    families: dict[int, list[int]] = {}
+    for i, family in work.families.items():
+        families.setdefault(family, []).append(i)
+    alone = [[i] for i in work.lengths if i not in work.families]
+    parts, largest = 1, max(map(len, families.values()), default=1)
     while parts < largest:
-        yield alone + [part for samples in groups.values() for part in _cut(samples, min(parts, len(samples)))]
+        yield alone + [part for samples in families.values() for part in _cut(samples, min(parts, len(samples)))]
         parts *= 2
     yield [[i] for i in work.lengths]
 
 
-def _fit(
-    items: list[list[int]], work: Work, capacity: int, ranks: int, unit: int, forced: int | None
-) -> tuple[list[list[int]], int]:
-    """All ranks' micro-batches, as few as fit, and the tokens of the heaviest; more than `capacity` when none fits."""
+def _fit(items: list[list[int]], work: Work, capacity: int, ranks: int, unit: int) -> tuple[list[list[int]], int]:
+    """Return all ranks' micro-batches, as few as fit, and the tokens of the heaviest: more than `capacity` when none
+    fits."""
     loads = [work.load(item) for item in items]
-    count = forced or unit * max(1, -(-work.load(list(work.lengths)) // (capacity * ranks * unit)))
+    count = unit * max(1, -(-work.load(list(work.lengths)) // (capacity * ranks * unit)))
     while True:
         dealt = _longest_first(loads, count * ranks)
-        bins = [sorted(i for which in chosen for i in items[which]) for chosen in dealt]
+        bins = [sorted(i for item in chosen for i in items[item]) for chosen in dealt]
         heaviest = max(map(work.load, bins))
-        if heaviest <= capacity or forced or max(loads) > capacity:
+        if heaviest <= capacity or max(loads) > capacity:
             return bins, heaviest
         count += unit
 
@@ -100,8 +90,9 @@ def _cut(samples: list[int], parts: int) -> list[list[int]]:
 
 
 def _share(bins: list[list[int]], work: Work, rank: int, ranks: int) -> list[list[int]]:
-    """Heaviest first, one to each rank per round, the heaviest of a round to the rank with the least so far: equal
-    counts, balanced ranks, and micro-batches of one round that are alike, so that ranks keep pace."""
+    """Return rank `rank`'s bins: heaviest first, one to each rank per round, the heaviest of a round to the rank with
+    the least so far: equal counts, balanced ranks, and micro-batches of one round that are alike, so that ranks keep
+    pace."""
     bins = sorted(bins, key=lambda chosen: (-work.load(chosen), chosen))
     mine: list[list[int]] = []
     totals = [0] * ranks
@@ -115,7 +106,8 @@ def _share(bins: list[list[int]], work: Work, rank: int, ranks: int) -> list[lis
 
 
 def _longest_first(loads: list[int], count: int) -> list[list[int]]:
-    """Longest-processing-time partition into `count` bins: heaviest first, each to the emptiest bin, ties to the first.
+    """Return the longest-processing-time partition into `count` bins: heaviest first, each to the emptiest bin, ties to
+    the first.
 
     No bin stays empty while another holds two items.
     """

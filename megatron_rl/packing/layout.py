@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_rl import device
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
 
+if TYPE_CHECKING:
+    from megatron_rl.parallel.groups import Groups
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What decides the shape of a rank's micro-batches."""
+    """Everything that decides which rank and which micro-batch a sample is computed in; one for a whole run."""
 
-    budget: int  # tokens of one micro-batch, padding included
-    dp_rank: int
-    dp_size: int
-    cp_rank: int
-    cp_size: int
-    pad_multiple: int
-    row_multiple: int
-    equal_lengths: bool
-    count_multiple: int
-    num_micro_batches: int | None
-    share_prompts: bool
-    aggregation: str
-    constant_length: int
-    stride: int  # token_ids_global = rollout index * stride + position; at least the longest sequence
+    micro_batch_tokens: int  # budget of one micro-batch, padding included
+    prompts_per_step: int
+    prompts_per_minibatch: int
+    samples_per_prompt: int
+    max_tokens: int  # of one sample; token_ids_global = rollout index * max_tokens + position
+    aggregation: str  # of the loss: what a token weighs
+    constant_length: int  # tokens, for the aggregation that divides by it
+    share_prompts: bool  # the samples of a prompt compute it once
+    dp_rank: int = 0
+    dp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+    pad_multiple: int = 1  # lengths of micro-batches over all context-parallel ranks (sequence, context parallelism)
+    row_multiple: int = 1  # and this many times as much where the budget allows, see device.row_multiple
+    equal_lengths: bool = False  # of all micro-batches of a mini-batch: pipeline stages exchange tensors of one shape
+    count_multiple: int = 1  # micro-batches per mini-batch (virtual pipeline stages)
+
+    @staticmethod
+    def of(config: Config, groups: Groups | None = None) -> Layout:
+        """Return the run's layout on this rank; without `groups`, that of a process alone.
+
+        Raises: ConfigError when train.share_prompts=true cannot work on this machine.
+        """
+        layout = Layout(
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            prompts_per_step=config.train.prompts_per_step,
+            prompts_per_minibatch=config.train.prompts_per_minibatch,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            max_tokens=config.max_sequence_tokens,
+            aggregation=config.loss.aggregation,
+            constant_length=config.rollout.max_response_tokens,
+            share_prompts=shares_prompts(config),
+        )
+        if groups is None:
+            return layout
+        return dataclasses.replace(
+            layout,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            cp_rank=groups.cp_rank,
+            cp_size=groups.cp_size,
+            pad_multiple=config.parallel.token_multiple,
+            row_multiple=device.row_multiple(),
+            equal_lengths=groups.pp_size > 1,
+            count_multiple=config.parallel.micro_batch_multiple,
+        )
+
+    def supervised(self, longest: int) -> Layout:
+        """Return the same places and shapes for sequences of at most `longest` tokens that share nothing, under a mean
+        over tokens."""
+        return dataclasses.replace(self, share_prompts=False, aggregation="token_mean", max_tokens=longest)
 
     def __post_init__(self) -> None:
         """Raises: ValueError for places and multiples that cannot be."""
@@ -34,43 +76,44 @@ class Layout:
             rank, size = getattr(self, f"{name}_rank"), getattr(self, f"{name}_size")
             if not 0 <= rank < size:
                 raise ValueError(f"{name}_rank={rank} is not in [0, {name}_size={size})")
-        forced = self.num_micro_batches
-        if self.pad_multiple < 1 or (forced is not None and (forced < 1 or forced % self.count_multiple)):
-            raise ValueError(
-                f"pad_multiple={self.pad_multiple} and num_micro_batches={forced} must be at least 1, the second a "
-                f"multiple of {self.count_multiple}"
-            )
-        if self.pad_multiple % self.sequence_multiple:
+        if self.pad_multiple < 1 or self.pad_multiple % self.sequence_multiple:
             raise ValueError(
                 f"pad_multiple={self.pad_multiple} must be a multiple of {self.sequence_multiple} tokens, two chunks "
                 f"for each of {self.cp_size} context-parallel ranks"
             )
         if self.capacity == 0:
             raise ValueError(
-                f"micro_batch_tokens={self.budget} is below the padding multiple {self.pad_multiple}; raise it"
+                f"micro_batch_tokens={self.micro_batch_tokens} is below the padding multiple {self.pad_multiple}; "
+                "raise it"
             )
 
     @property
+    def samples_per_minibatch(self) -> int:
+        """Return the number of samples of one optimiser update, over all ranks."""
+        return self.prompts_per_minibatch * self.samples_per_prompt
+
+    @property
     def capacity(self) -> int:
-        """Tokens that fit once the length is rounded up to the padding multiple."""
-        return self.budget // self.pad_multiple * self.pad_multiple
+        """Return the tokens that fit once the length is rounded up to the padding multiple."""
+        return self.micro_batch_tokens // self.pad_multiple * self.pad_multiple
 
     @property
     def sequence_multiple(self) -> int:
-        """Each sequence is padded to a multiple of it, to be cut into two chunks for every context-parallel rank."""
+        """Return what each sequence is padded to a multiple of, to be cut into two chunks for every context-parallel
+        rank."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
     def padded(self, length: int) -> int:
-        """Tokens that a sequence of `length` takes up."""
+        """Return the tokens that a sequence of `length` takes up."""
         return _round_up(length, self.sequence_multiple)
 
     def filled(self, total: int) -> int:
-        """Tokens of a micro-batch whose sequences take up `total`."""
+        """Return the tokens of a micro-batch whose sequences take up `total`."""
         return min(_round_up(max(1, total), self.pad_multiple * self.row_multiple), self.capacity)
 
 
 def shares_prompts(config: Config) -> bool:
-    """Whether the samples of a group compute their prompt once (train.share_prompts).
+    """Return whether the samples of a prompt compute it once (train.share_prompts).
 
     Exact: a sample's tokens attend to the prompt's keys and go on from its positions, and each sample predicts its
     first token from the prompt's last output. A sample's last token, which predicts nothing, is left out. A GPU has no

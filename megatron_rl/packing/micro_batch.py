@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,10 @@ class Samples:
 
     starts: dict[int, int]  # sample -> where it begins
     lengths: dict[int, int]
-    first_counted: dict[int, int]  # position of the first token that counts; the length where none does
+    prompt_lengths: dict[int, int]  # tokens before the first that counts; the whole length where none does
     routes: dict[int, Tensor | None]  # see models/expert_routes.py
     token_ids: Tensor
-    loss_mask: Tensor
+    counted: Tensor  # bool, sampled, in a rollout that counts
     rollout_logprobs: Tensor
     response_positions: Tensor  # which token of its response, from 0; -1 before it
     advantages: Tensor
@@ -36,15 +37,16 @@ class Samples:
 
     @staticmethod
     def of(members: range, rollouts: list[Rollout], advantages: Tensor) -> Samples:
-        """Those with the indices `members`; `advantages` `[B]` are the step's."""
+        """Return those with the indices `members`; `advantages` `[B]` are the step's."""
         chosen = [rollouts[i] for i in members]
         sizes = [len(rollout.token_ids) for rollout in chosen]
-        lengths, loss_mask = torch.tensor(sizes), torch.cat([rollout.loss_mask for rollout in chosen])
-        ends, counted = lengths.cumsum(0), loss_mask.cumsum(0)
+        lengths = torch.tensor(sizes)
+        counted = torch.cat([r.sampled if r.counts else torch.zeros_like(r.sampled) for r in chosen])
+        ends, so_far = lengths.cumsum(0), counted.cumsum(0)
         starts = ends - lengths
-        counted_before = counted[starts] - loss_mask[starts].long()
+        counted_before = so_far[starts] - counted[starts].long()
         # no token from `starts` on has a higher count than `counted_before` until the first that counts
-        first = torch.searchsorted(counted, counted_before + 1)
+        first = torch.searchsorted(so_far, counted_before + 1)
         owners = torch.tensor([(i, rollouts[i].prompt_id, rollouts[i].sample_index) for i in members])
         return Samples(
             dict(zip(members, starts.tolist(), strict=True)),
@@ -52,67 +54,98 @@ class Samples:
             dict(zip(members, (torch.minimum(first, ends) - starts).tolist(), strict=True)),
             {i: rollouts[i].routes for i in members},
             torch.cat([rollout.token_ids for rollout in chosen]),
-            loss_mask,
+            counted,
             torch.cat([rollout.rollout_logprobs for rollout in chosen]),
-            counted - 1 - counted_before.repeat_interleave(lengths),
+            so_far - 1 - counted_before.repeat_interleave(lengths),
             advantages[members.start : members.stop].float().repeat_interleave(lengths),
             *owners.repeat_interleave(lengths, dim=0).unbind(1),
         )
 
     def work(self) -> Work:
-        """The tokens that the predictions of a response need: all before its last, of which a group shares the prompt.
-        A sample without a counted token needs none."""
-        needed = {i: length - 1 if self.first_counted[i] < length else 0 for i, length in self.lengths.items()}
+        """Return the tokens that the predictions of a response need: all before its last, of which the samples of a
+        prompt share the prompt. A sample without a counted token needs none."""
+        needed = {i: length - 1 if self.prompt_lengths[i] < length else 0 for i, length in self.lengths.items()}
         by_prompt: dict[int, list[int]] = {}
         for i, start in self.starts.items():
             if needed[i]:
                 by_prompt.setdefault(int(self.prompt_ids[start]), []).append(i)
-        groups: dict[int, int] = {}
+        families: dict[int, int] = {}
         prefixes: dict[int, int] = {}
-        for group, members in by_prompt.items():
+        for family, members in by_prompt.items():
             starts = torch.tensor([self.starts[i] for i in members])
-            prompts = self.token_ids[starts[:, None] + torch.arange(min(self.first_counted[i] for i in members))]
-            prefixes[group] = int((prompts == prompts[0]).all(0).cumprod(0).sum())
-            groups.update(dict.fromkeys(members, group) if prefixes[group] else {})
-        return Work(needed, groups, prefixes)
+            prompts = self.token_ids[starts[:, None] + torch.arange(min(self.prompt_lengths[i] for i in members))]
+            prefixes[family] = int((prompts == prompts[0]).all(0).cumprod(0).sum())
+            families.update(dict.fromkeys(members, family) if prefixes[family] else {})
+        return Work(needed, families, prefixes)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of one sample's tokens that stands somewhere in a micro-batch."""
+
+    begin: int  # its first token in `Samples`
+    tokens: int
+    position: int  # of that token in its sample
+    predictions: int = 0  # how many of its tokens predict the next, from the first on
+    prefix: int = -1  # which segment holds the tokens before it; -1: none
+
+
+_PADDING = Segment(begin=0, tokens=0, position=0)
 
 
 def micro_batch(chosen: list[int], samples: Samples, length: int, layout: Layout, work: Work | None) -> MicroBatch:
-    """The `chosen` samples, in `length` tokens for the model. `work`: the samples' own, where they share prompts; then
-    the micro-batch holds predictions alone, and its `inputs` are those `length` tokens."""
-    if work is None:
-        sequences = [(samples.starts[i], n, n - 1, 0) for i, n in ((i, samples.lengths[i]) for i in chosen)]
-        widths = [layout.padded(tokens) for _, tokens, *_ in sequences]
-        whole = _micro_batch(sequences, _filled(widths, length), len(chosen), samples, layout)
-        starts = whole.cu_seqlens[: len(chosen)].tolist()
-        return whole.replace(routes=place_routes([samples.routes[i] for i in chosen], starts, length))
-    skips = {i: samples.first_counted[i] - 1 for i in chosen if work.lengths[i]}
+    """Return the `chosen` samples in `length` tokens for the model. `work`: the samples' own, where they share prompts;
+    then the micro-batch holds predictions alone, and its `inputs` are those `length` tokens."""
+    return _whole(chosen, samples, length, layout) if work is None else _shared(chosen, samples, length, layout, work)
+
+
+def _whole(chosen: list[int], samples: Samples, length: int, layout: Layout) -> MicroBatch:
+    """Each sample for itself: the model computes what the micro-batch holds.
+
+    tokens      p p p r r r | p p r r | .       two samples, then padding
+    labels      . . r r r . | . r r . | .       a prediction for each token of a response
+    """
+    segments = [Segment(samples.starts[i], n, 0, n - 1) for i, n in ((i, samples.lengths[i]) for i in chosen)]
+    widths = [layout.padded(segment.tokens) for segment in segments]
+    packed = _predictions(segments, _with_padding(widths, length), len(chosen), samples, layout)
+    starts = packed.cu_seqlens[: len(chosen)].tolist()
+    return packed.replace(routes=place_routes([samples.routes[i] for i in chosen], starts, length))
+
+
+def _shared(chosen: list[int], samples: Samples, length: int, layout: Layout, work: Work) -> MicroBatch:
+    """The samples of a prompt compute it once; each predicts its response from the prompt's last token on.
+
+    model       p p p | r r | r r r | .         a prompt, two responses without their last tokens, padding
+    rows        3 4 5 | 3 6 7 8                 the output that each prediction reads (from 1): both begin with
+    labels      r r r | r r r r                 that of the prompt's last token
+    """
+    skips = {i: samples.prompt_lengths[i] - 1 for i in chosen if work.lengths[i]}
     counts = {i: work.lengths[i] - skip for i, skip in skips.items()}
-    sequences = [(samples.starts[i] + skip, counts[i], counts[i], skip) for i, skip in skips.items()]
+    segments = [Segment(samples.starts[i] + skip, counts[i], skip, counts[i]) for i, skip in skips.items()]
     # one position at least, so that nothing needs to think of an empty tensor
-    predictions = _micro_batch(sequences, _filled(list(counts.values()), 1), len(chosen), samples, layout)
-    return predictions.replace(inputs=_inputs(counts, predictions.position_ids, samples, length, work))
+    packed = _predictions(segments, _with_padding(list(counts.values()), 1), len(chosen), samples, layout)
+    return packed.replace(inputs=_shared_inputs(counts, packed.position_ids, samples, length, work))
 
 
-def _micro_batch(
-    sequences: list[tuple[int, int, int, int]], widths: list[int], num_samples: int, samples: Samples, layout: Layout
+def _predictions(
+    segments: list[Segment], widths: list[int], num_samples: int, samples: Samples, layout: Layout
 ) -> MicroBatch:
-    """`sequences`: (first token in `samples`, tokens, how many of them predict the next, position of the first).
-    `widths`: of the sequences with their padding; one more is padding alone."""
-    which, offset, cu_seqlens = _places(widths)
-    begin, tokens, predict, position = torch.tensor([*sequences, (0, 0, 0, 0)]).unbind(1)
-    real, predicting = offset < tokens[which], offset < predict[which]
-    at = torch.where(real, begin[which] + offset, 0)
-    label_at = torch.where(predicting, at + 1, 0)
-    loss_mask = predicting & samples.loss_mask[label_at]
+    """Return what the segments' tokens predict. `widths`: of the segments with their padding; one more is padding
+    alone."""
+    segment, offset, cu_seqlens = _places(widths)
+    begin, tokens, position, predictions, _ = _columns(segments)
+    real, predicting = offset < tokens[segment], offset < predictions[segment]
+    source = torch.where(real, begin[segment] + offset, 0)
+    label_source = torch.where(predicting, source + 1, 0)
+    loss_mask = predicting & samples.counted[label_source]
     weights, denominator = token_weights(layout.aggregation, loss_mask, cu_seqlens, layout.constant_length)
-    position_ids = position[which] + offset
+    position_ids = position[segment] + offset
 
     def of_labels(values: Tensor) -> Tensor:
-        return torch.where(loss_mask, values[label_at], 0)
+        return torch.where(loss_mask, values[label_source], 0)
 
     def of_tokens(values: Tensor, padding: int) -> Tensor:
-        return torch.where(real, values[at], padding)
+        return torch.where(real, values[source], padding)
 
     return MicroBatch(
         token_ids=of_tokens(samples.token_ids, 0),
@@ -127,57 +160,67 @@ def _micro_batch(
         prompt_ids=of_tokens(samples.prompt_ids, -1),
         sample_indices=of_tokens(samples.sample_indices, -1),
         # position 0 is never a label, so no two coincide
-        token_ids_global=torch.where(real, samples.indices[at] * layout.stride + position_ids + 1, -1),
+        token_ids_global=torch.where(real, samples.indices[source] * layout.max_tokens + position_ids + 1, -1),
         loss_denominator=denominator,
         num_sequences=num_samples,
     )
 
 
-def _inputs(counts: dict[int, int], position_ids: Tensor, samples: Samples, length: int, work: Work) -> Inputs:
-    """`counts`: predictions of each sample that has any, in their order; `position_ids`: theirs, `[T]`."""
-    shared, at = work.shared(list(counts)), dict[int, int]()  # group -> its prefix among the sequences
-    sequences: list[tuple[int, int, int, int]] = []  # first token in `samples`, tokens, position of the first, prefix
-    rows: list[tuple[int, int, int]] = []  # of each sample: where its prefix and its own tokens begin, prefix tokens
+def _shared_inputs(counts: dict[int, int], position_ids: Tensor, samples: Samples, length: int, work: Work) -> Inputs:
+    """Return what the model computes for the predictions of `_shared`. `counts`: predictions of each sample that has
+    any, in their order; `position_ids`: theirs, `[T]`."""
+    together = work.shared(list(counts))
+    segments: list[Segment] = []
     ends = [0]
+    prefix_of: dict[int, int] = {}  # samples that share a prompt -> its segment
+    outputs: list[tuple[int, int, int]] = []  # of each sample: where its prefix and its own tokens begin, prefix tokens
+
+    def append(segment: Segment) -> int:
+        segments.append(segment)
+        ends.append(ends[-1] + segment.tokens)
+        return len(segments) - 1
+
     for i in counts:
-        group = work.groups.get(i, -1)
-        skip = work.prefixes[group] if group in shared else 0
-        if skip and group not in at:
-            at[group] = len(sequences)
-            sequences.append((samples.starts[i], skip, 0, -1))
-            ends.append(ends[-1] + skip)
-        rows.append((ends[at[group]] if skip else 0, ends[-1], skip))
+        family = work.families.get(i, -1)
+        skip = work.prefixes[family] if family in together else 0
+        if skip and family not in prefix_of:
+            prefix_of[family] = append(Segment(samples.starts[i], skip, 0))
+        prefix = prefix_of[family] if skip else -1
+        outputs.append((ends[prefix] if skip else 0, ends[-1], skip))
         if own := work.lengths[i] - skip:  # a response of one token is predicted by the prompt alone
-            sequences.append((samples.starts[i] + skip, own, skip, at[group] if skip else -1))
-            ends.append(ends[-1] + own)
-    which, offset, cu_seqlens = _places(_filled([tokens for _, tokens, *_ in sequences], length))
-    begin, tokens, position, prefixes = torch.tensor([*sequences, (0, 0, 0, -1)]).unbind(1)
-    prefixes = prefixes[: len(cu_seqlens) - 1]
-    of_prefix, own_begin, skip_of = torch.tensor([*rows, (0, 0, 0)]).unbind(1)
-    sample, *_ = _places(_filled(list(counts.values()), len(position_ids)))
-    in_prefix = position_ids < skip_of[sample]
-    row = position_ids + torch.where(in_prefix, of_prefix[sample], own_begin[sample] - skip_of[sample])
-    real = offset < tokens[which]
+            append(Segment(samples.starts[i] + skip, own, skip, prefix=prefix))
+    segment, offset, cu_seqlens = _places(_with_padding([s.tokens for s in segments], length))
+    begin, tokens, position, _, prefixes = _columns(segments)
+    real = offset < tokens[segment]
+    sample, *_ = _places(_with_padding(list(counts.values()), len(position_ids)))
+    prefix_begin, own_begin, prefix_tokens = torch.tensor([*outputs, (0, 0, 0)]).unbind(1)
+    in_prefix = position_ids < prefix_tokens[sample]
+    shift = torch.where(in_prefix, prefix_begin[sample], own_begin[sample] - prefix_tokens[sample])
     return Inputs(
-        token_ids=torch.where(real, samples.token_ids[torch.where(real, begin[which] + offset, 0)], 0),
-        position_ids=position[which] + offset,
+        token_ids=torch.where(real, samples.token_ids[torch.where(real, begin[segment] + offset, 0)], 0),
+        position_ids=position[segment] + offset,
         cu_seqlens=cu_seqlens,
         real=real,
-        prefixes=prefixes if any(prefix >= 0 for *_, prefix in sequences) else None,
-        rows=row,
+        prefixes=prefixes[: len(cu_seqlens) - 1] if any(s.prefix >= 0 for s in segments) else None,
+        rows=position_ids + shift,
     )
 
 
-def _filled(widths: list[int], length: int) -> list[int]:
-    """With what is missing to `length` as one more."""
+def _columns(segments: list[Segment]) -> tuple[Tensor, ...]:
+    """Return begin, tokens, position, predictions and prefix of the segments and of one of padding, `[S + 1]` each."""
+    return torch.tensor([dataclasses.astuple(segment) for segment in [*segments, _PADDING]]).unbind(1)
+
+
+def _with_padding(widths: list[int], length: int) -> list[int]:
+    """Return the widths, with what is missing to `length` as one more."""
     missing = length - sum(widths)
     return [*widths, missing] if missing > 0 else widths
 
 
 def _places(widths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """For sequences of these widths: which one a position is in `[T]`, where in it `[T]`, and cu_seqlens."""
+    """Return, for segments of these widths, which one a position is in `[T]`, where in it `[T]`, and cu_seqlens."""
     width = torch.tensor(widths)
     ends = width.cumsum(0)
-    which = torch.arange(len(widths)).repeat_interleave(width)
-    offset = torch.arange(len(which)) - (ends - width)[which]
-    return which, offset, torch.cat([ends.new_zeros(1), ends]).int()
+    segment = torch.arange(len(widths)).repeat_interleave(width)
+    offset = torch.arange(len(segment)) - (ends - width)[segment]
+    return segment, offset, torch.cat([ends.new_zeros(1), ends]).int()

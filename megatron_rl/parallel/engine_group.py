@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup
 from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world
 
+from megatron_rl.shapes import Shaped
+
 
 def join_engine_group(
     host: str, port: int, *, world_size: int, name: str, backend: str, seconds: float
@@ -23,6 +25,7 @@ def join_engine_group(
     timeout = datetime.timedelta(seconds=seconds)
     # made here and not by torch's rendezvous, which under torchrun would look for torchrun's own store
     store = dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+    group: ProcessGroup
     group, _ = _new_process_group_helper(
         world_size, 0, [], Backend(backend), PrefixStore(name, store), group_name=GroupName(name), timeout=timeout
     )
@@ -30,8 +33,8 @@ def join_engine_group(
     return group
 
 
-def broadcast_bucket(flat: Tensor, group: ProcessGroup) -> None:
-    """Send one flat bucket `[bytes]` uint8 to every worker; returns when it has left."""
+def broadcast_bucket(flat: Shaped[Tensor, "_"], group: ProcessGroup) -> None:
+    """Send one flat bucket of bytes to every worker; returns when it has left."""
     dist.broadcast(flat, src=0, group=group)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_rl import device
 from megatron_rl.config import ParallelConfig
+from megatron_rl.parallel.reduce import Reducer
 
 device.prepare_megatron()
 
@@ -24,8 +24,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 class Groups:
     """This rank's place in the world.
 
-    `dp` holds the ranks that share weights and hold different tokens: those with other micro-batches and, under context
-    parallelism, those with another part of the same ones (`cp`). `dp_rank` and `dp_size` count micro-batches only.
+    `dp_cp` holds the ranks that share weights and hold different tokens: those with other micro-batches (data
+    parallelism) and those with another part of the same ones (context parallelism). `dp_rank` and `dp_size` count
+    data parallelism alone.
     `ep` holds ranks of one pipeline stage that deal a layer's experts out among them; without expert parallelism it is
     this rank alone, and experts are split over `tp` as the other weights are.
     """
@@ -33,7 +34,7 @@ class Groups:
     world: ProcessGroup
     tp: ProcessGroup
     pp: ProcessGroup
-    dp: ProcessGroup
+    dp_cp: ProcessGroup
     cp: ProcessGroup
     ep: ProcessGroup
     rank: int
@@ -50,13 +51,33 @@ class Groups:
     ep_size: int
 
     @property
+    def all_ranks(self) -> Reducer:
+        """Return what reduces over every rank."""
+        return Reducer(self.world, device.device())
+
+    @property
+    def token_ranks(self) -> Reducer:
+        """Return what reduces over the ranks that hold different tokens."""
+        return Reducer(self.dp_cp, device.device())
+
+    @property
+    def context_ranks(self) -> Reducer | None:
+        """Return what reduces over the ranks that hold the rest of this rank's sequences; None: they are whole."""
+        return Reducer(self.cp, device.device()) if self.cp_size > 1 else None
+
+    @property
+    def stage_ranks(self) -> Reducer:
+        """Return what reduces over the stages of this rank's pipeline."""
+        return Reducer(self.pp, device.device())
+
+    @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """Tell whether this rank holds the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the output layer."""
+        """Tell whether this rank holds the output layer."""
         return self.pp_rank == self.pp_size - 1
 
     @property
@@ -94,7 +115,7 @@ def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
         expert_tensor_parallel_size=expert_tp(parallel),
     )
     model_parallel_cuda_manual_seed(seed)
-    tp, pp, dp, cp, ep = (
+    tp, pp, dp_cp, cp, ep = (
         mpu.get_tensor_model_parallel_group(),
         mpu.get_pipeline_model_parallel_group(),
         mpu.get_data_parallel_group(with_context_parallel=True),
@@ -105,7 +126,7 @@ def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
         world=dist.group.WORLD,  # type: ignore[arg-type]
         tp=tp,
         pp=pp,
-        dp=dp,
+        dp_cp=dp_cp,
         cp=cp,
         ep=ep,
         rank=dist.get_rank(),
@@ -121,20 +142,6 @@ def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
         ep_rank=dist.get_rank(ep),
         ep_size=dist.get_world_size(ep),
     )
-
-
-def packing_options(groups: Groups, parallel: ParallelConfig) -> dict[str, Any]:
-    """What `packing` must know of this rank's place and of the shapes that the layout asks for."""
-    return {
-        "dp_rank": groups.dp_rank,
-        "dp_size": groups.dp_size,
-        "cp_rank": groups.cp_rank,
-        "cp_size": groups.cp_size,
-        "pad_multiple": parallel.token_multiple,
-        "row_multiple": device.row_multiple(),
-        "equal_lengths": groups.pp_size > 1,  # pipeline stages exchange activations of one shape
-        "count_multiple": parallel.micro_batch_multiple,
-    }
 
 
 def destroy_groups() -> None:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_rl.shapes import Float, Float64, Int64, Shaped
+
 # torch 2.13 renamed it; the old name warns
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -24,7 +26,7 @@ _FIRST_BYTES = 1 << 12  # of an object, in the collective that tells the sizes
 
 
 class Reducer:
-    """Collectives over one group (None: this process alone), in the form the algorithms ask for them."""
+    """Collectives over one process group (None: this process alone), as the algorithms ask for them: `types.Ranks`."""
 
     def __init__(self, group: ProcessGroup | None, device: torch.device | None = None) -> None:
         """`device`: where tensors that a method makes itself live; None: the CPU."""
@@ -32,8 +34,8 @@ class Reducer:
         self.device = device or torch.device("cpu")
         self.size = 1 if group is None else dist.get_world_size(group)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over ranks: float64 (or integer) tensor of any shape, a new tensor.
+    def sum(self, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Return the element-wise sum over ranks, a new tensor; values are float64 or integers.
 
         Ranks are gathered and added in rank order, so that the result does not depend on the backend's reduction tree.
         """
@@ -41,26 +43,29 @@ class Reducer:
             return values.clone()
         return self._gather(values).sum(0)
 
-    def max(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over ranks."""
+    def max(self, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Return the element-wise maximum over ranks."""
         if self.size == 1:
             return values.clone()
         return self._gather(values).amax(0)
 
-    def top_k(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest of all ranks' `values [n_local]`; ties go to the smaller token id.
+    def top_k(
+        self, values: Float[Tensor, "N"], ids: Int64[Tensor, "N"], k: int
+    ) -> tuple[Float64[Tensor, "k"], Int64[Tensor, "k"]]:
+        """Return the k largest of all ranks' `values` and their ids; ties go to the smaller id.
 
-        ids: `[n_local]` int64, unique over all ranks. Returns (values, ids), at most k of each (fewer when fewer
-        exist), sorted by falling value then rising id, identical on every rank. Each rank offers its local best k; one
-        all-gather decides.
+        ids: unique over all ranks. There are fewer than k when fewer exist; they are sorted by falling value, then
+        rising id. Each rank offers its local best k; one all-gather decides.
         """
         (best,), _ = self.top_ks_and_sum([(values, ids, k)], values.new_zeros(0, dtype=torch.float64))
         return best
 
     def top_ks_and_sum(
-        self, sets: Sequence[tuple[Tensor, Tensor, int]], sums: Tensor
-    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """`top_k` of several (values, ids, k), and the `sum` of `sums` (float64, any shape), in one collective."""
+        self,
+        sets: Sequence[tuple[Float[Tensor, "_"], Int64[Tensor, "_"], int]],
+        sums: Float64[Tensor, "*shape"],
+    ) -> tuple[list[tuple[Float64[Tensor, "_"], Int64[Tensor, "_"]]], Float64[Tensor, "*shape"]]:
+        """Return `top_k` of each (values, ids, k), and the `sum` of `sums`, in one collective."""
         local = [_best(values.double(), ids, min(k, values.numel())) for values, ids, k in sets]
         if self.size == 1:
             return local, sums.clone()
@@ -79,8 +84,8 @@ class Reducer:
             best.append(_best(values[real], ids[real], min(k, int(real.sum()))))
         return best, _doubles(gathered[-1]).sum(0).view(sums.shape)
 
-    def quantiles(self, values: Tensor, fractions: list[float]) -> list[float]:
-        """Exact lower quantiles over all ranks' `values [n_local]` (float32): the element of rank floor(q * (n - 1)).
+    def quantiles(self, values: Float[Tensor, "N"], fractions: list[float]) -> list[float]:
+        """Return exact lower quantiles over all ranks' `values`, as float32: the element of rank floor(q * (n - 1)).
 
         Radix selection: four 256-bin histograms, so four small collectives whatever n is; fewer values are gathered and
         sorted. NaN for an empty set.
@@ -101,13 +106,13 @@ class Reducer:
         ordered = torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)]).sort().values
         return [_from_ordered_bits(key) for key in ordered[ranks].tolist()]
 
-    def kth_largest(self, values: Tensor, k: int) -> float:
-        """The k-th largest of all ranks' `values [n_local]` (float32), exact; 1 <= k <= their number."""
+    def kth_largest(self, values: Float[Tensor, "N"], k: int) -> float:
+        """Return the k-th largest of all ranks' `values`, as float32, exact; 1 <= k <= their number."""
         keys = _ordered_bits(-values.float())
         return -self._order_statistics(keys, [k - 1])[0]
 
     def _order_statistics(self, keys: Tensor, ranks: list[int]) -> list[float]:
-        """The elements of the given ranks, counted from 0 upwards, of all processes' `keys`."""
+        """Return the elements of the given ranks, counted from 0 upwards, of all processes' `keys`."""
         remaining, prefixes = list(ranks), [0] * len(ranks)
         for shift in (24, 16, 8, 0):
             histograms = []
@@ -121,11 +126,11 @@ class Reducer:
         return [_from_ordered_bits(key) for key in prefixes]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank."""
+        """Tell whether the flag is set on some rank."""
         return bool(self.max(torch.tensor([int(flag)], dtype=torch.int64, device=self.device)))
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, on every rank.
+        """Return every rank's picklable value, in rank order, on every rank.
 
         The first collective brings the sizes and what fits behind them, a second one the rest of larger values.
         """
@@ -141,7 +146,7 @@ class Reducer:
         return [value if i == rank else pickle.loads(parts[i, 8:size].data) for i, size in enumerate(sizes)]
 
     def _gather(self, values: Tensor) -> Tensor:
-        """`[ranks, *values.shape]`."""
+        """Return every rank's values: [R, *values.shape]."""
         if self.size == 1:
             return values[None]
         flat = torch.empty((self.size * values.numel(),), dtype=values.dtype, device=values.device)
@@ -189,7 +194,7 @@ def _dumps(value: Any) -> bytes:
 
 
 def _best(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values (NaN above all), ties by smaller id: sorting by id first makes the stable sort do that."""
+    """Return the k largest values, NaN above all, ties by smaller id: sorted by id first, a stable sort keeps that."""
     if 0 < k < values.numel():  # sort only what can win
         contenders = ~(values < values.topk(k).values[-1])  # NaN stays in: every rank must offer its k slots
         values, ids = values[contenders], ids[contenders]

@@ -101,7 +101,7 @@ def watch_collectives(report: Report) -> Iterator[None]:
 
 
 def clock_offset(world: Reducer, rank: int, machine: str) -> float:
-    """Seconds to add to this rank's monotonic clock to get rank 0's. A collective.
+    """Return the seconds to add to this rank's monotonic clock to get rank 0's. A collective.
 
     Processes of one `machine` (its boot id) share the clock: exactly 0. Between machines: the median difference right
     after a few gathers, good to about the time of one.

@@ -8,6 +8,7 @@ every rank the exact statistics of the whole vocabulary; the backward pass needs
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +18,29 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_rl import device
+from megatron_rl.shapes import Float, Float64, Int64, Shaped
 from megatron_rl.types import TokenStats
 
 # e^x is exactly 0 in float64 below -746; a finite exponent is one that 0 can be multiplied with
 _LOWEST_EXPONENT = -1.0e4
 
 
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """The columns of the vocabulary that this rank holds."""
+
+    group: ProcessGroup | None  # the ranks that hold the other shards too; None: this rank holds the whole vocabulary
+    start: int  # global id of this rank's first column
+    vocab_size: int  # the real one: columns with a global id >= vocab_size are padding
+
+    def real_columns(self, width: int) -> int:
+        """Return how many of this rank's `width` columns are no padding."""
+        return min(max(self.vocab_size - self.start, 0), width)
+
+
 def vocab_parallel_stats(
-    logits: Tensor,
-    labels: Tensor,
+    logits: Float[Tensor, "T V"],
+    labels: Int64[Tensor, "T"],
     *,
     group: ProcessGroup | None,
     vocab_start: int,
@@ -34,19 +49,19 @@ def vocab_parallel_stats(
     with_sum_p2: bool = False,
     block_rows: int | None = None,
 ) -> TokenStats:
-    """Exact statistics of pi = softmax(logits / temperature) over the whole, sharded vocabulary.
+    """Return exact statistics of pi = softmax(logits / temperature) over the whole, sharded vocabulary.
 
     THE LOGITS ARE CONSUMED: backward writes their gradient over their own storage. After backward `logits` holds the
     gradient, no other code may use their values, and a second backward raises. Beyond the logits no tensor of
-    `[T, V_local]` exists in any dtype, only `block_rows` rows of it at a time.
+    [T, V] exists in any dtype, only `block_rows` rows of it at a time.
 
     `logprobs` and `entropy` are differentiable, `sum_p2` and `sum_p2_logp` are not. With unscaled logits x and
     temperature tau: d logp / dx_a = (1[a = label] - pi_a) / tau and dH / dx_a = -pi_a (log pi_a + H) / tau.
 
     Args:
-        logits: `[T, V_local]`, this rank's columns before the temperature; contiguous float32, bfloat16 or float16 (the
+        logits: this rank's columns before the temperature; contiguous float32, bfloat16 or float16 (the
             statistics are float32), or float64 (float64). -inf masks a token. T is equal on all ranks of `group`.
-        labels: `[T]` int64 global token ids, equal on all ranks of `group`. Positions without a target carry any valid
+        labels: global token ids, equal on all ranks of `group`. Positions without a target carry any valid
             id (0 by convention). A label outside [0, vocab_size) gets logprob -inf, which makes the loss non-finite:
             to raise here would stall the device on every call.
         group: the ranks that hold the shards; None when `logits` holds the whole vocabulary.
@@ -58,7 +73,7 @@ def vocab_parallel_stats(
         block_rows: rows that the torch path works on at once; its scratch memory is two such blocks of float32. None:
             as many as stay in a CPU's cache. The GPU's kernel needs no scratch memory.
 
-    Returns: TokenStats of `[T]` tensors, nats, the same on every rank of `group`. A row whose logits are -inf on all
+    Returns: TokenStats of [T] tensors, nats, the same on every rank of `group`. A row whose logits are -inf on all
     ranks has no distribution and gives NaN.
 
     Raises: ValueError for logits, labels or temperature that cannot work; RuntimeError at a second backward.
@@ -67,18 +82,18 @@ def vocab_parallel_stats(
     first moment of the exponents beside the normaliser.
     """
     _check(logits, labels, temperature, block_rows)
-    real_columns = min(max(vocab_size - vocab_start, 0), logits.shape[1])
-    outputs = _VocabParallelStats.apply(
-        logits, labels - vocab_start, group, real_columns, float(temperature), with_sum_p2, block_rows
+    shard = VocabShard(group, vocab_start, vocab_size)
+    values = _VocabParallelStats.apply(  # type: ignore[no-untyped-call]
+        logits, labels, shard, float(temperature), with_sum_p2, block_rows
     )
-    return TokenStats(*outputs)
+    return TokenStats(*values)
 
 
 def _check(logits: Tensor, labels: Tensor, temperature: float, block_rows: int | None) -> None:
     if logits.ndim != 2 or not logits.is_contiguous() or not logits.is_floating_point():
         raise ValueError(
             f"logits: got shape {tuple(logits.shape)}, strides {logits.stride()}, {logits.dtype}; expected a "
-            "contiguous floating-point [T, V_local], whose storage the gradient may overwrite"
+            "contiguous floating-point [T, V], whose storage the gradient may overwrite"
         )
     check_labels(labels, logits.shape[0])
     if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
@@ -91,8 +106,8 @@ def _check(logits: Tensor, labels: Tensor, temperature: float, block_rows: int |
         raise ValueError(f"block_rows: got {block_rows}, expected at least 1")
 
 
-def check_labels(labels: Tensor, tokens: int) -> None:
-    """Raises: ValueError unless labels are int64 `[tokens]`."""
+def check_labels(labels: Shaped[Tensor, "..."], tokens: int) -> None:
+    """Check that labels are int64 [tokens]. Raises: ValueError."""
     if labels.shape != (tokens,) or labels.dtype != torch.int64:
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, {labels.dtype}; expected int64 [{tokens}], one per token"
@@ -100,7 +115,7 @@ def check_labels(labels: Tensor, tokens: int) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises: ValueError unless it is finite and positive."""
+    """Check that it is finite and positive. Raises: ValueError."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(
             f"temperature: got {temperature}, expected a finite number > 0; decode greedily with argmax instead"
@@ -112,16 +127,16 @@ class _VocabParallelStats(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        columns: Tensor,
-        group: ProcessGroup | None,
-        real_columns: int,
+        labels: Tensor,
+        shard: VocabShard,
         temperature: float,
         with_sum_p2: bool,
         block_rows: int | None,
     ) -> tuple[Tensor, ...]:
+        columns, real_columns = labels - shard.start, shard.real_columns(logits.shape[1])
         kernels = device.vocab_kernels(logits)
         local = kernels.shard_stats(logits, columns, real_columns, temperature, with_sum_p2, block_rows)
-        maximum, log_s, *outputs = merge_shards(local, group, temperature)
+        maximum, log_s, *outputs = merge_shards(local, shard.group, temperature)
         ctx.save_for_backward(logits, columns, maximum, log_s, outputs[1])
         ctx.real_columns, ctx.temperature, ctx.block_rows, ctx.consumed = real_columns, temperature, block_rows, False
         ctx.set_materialize_grads(False)  # None tells that an output is unused, and then its terms cost nothing
@@ -145,11 +160,11 @@ class _VocabParallelStats(torch.autograd.Function):
             device.vocab_kernels(grad).write_gradient(
                 grad, columns, ctx.real_columns, maximum, *factors, ctx.temperature, ctx.block_rows
             )
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def _all_gather(local: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`[ranks, T, 4 or 6]`. The one collective of this file."""
+    """Return every rank's statistics: [R, T, 4 or 6]. The one collective of this file."""
     if group is None or group.size() == 1 or local.numel() == 0:
         return local[None]
     gathered = local.new_empty(group.size(), *local.shape)
@@ -157,17 +172,19 @@ def _all_gather(local: Tensor, group: ProcessGroup | None) -> Tensor:
     return gathered
 
 
-def merge_shards(local: Tensor, group: ProcessGroup | None, temperature: float) -> tuple[Tensor, ...]:
-    """Statistics of the whole vocabulary from those of every rank's shard (`kernels`' `shard_stats`); one collective.
+def merge_shards(
+    local: Float[Tensor, "T C"], group: ProcessGroup | None, temperature: float
+) -> tuple[Float[Tensor, "T"], ...]:
+    """Merge the statistics of all ranks' shards (`kernels`' `shard_stats`) into the whole vocabulary's; one collective.
 
-    Returns: `[T]` global maximum (before the temperature), log S, logprobs, entropy and, when `local` has 6 columns,
-        sum_p2 and sum_p2_logp, in the dtype of `local`.
+    Returns: the global maximum (before the temperature), log S, logprobs, entropy and, when `local` has 6 columns and
+        not 4, sum_p2 and sum_p2_logp, in the dtype of `local`.
     """
     return tuple(x.to(local.dtype) for x in merge_stacked(_all_gather(local, group), temperature))
 
 
-def merge_stacked(shards: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    """What `merge_shards` returns, in float64, from the statistics of all shards, `[ranks, T, 4 or 6]`.
+def merge_stacked(shards: Float[Tensor, "R T C"], temperature: float) -> tuple[Float64[Tensor, "T"], ...]:
+    """Return what `merge_shards` does, in float64, from the statistics of all shards.
 
     The maximum and log S stay apart: their sum, one log-sum-exp, has no bits left for log S when logits are large.
     """
@@ -188,13 +205,13 @@ def merge_stacked(shards: Tensor, temperature: float) -> tuple[Tensor, ...]:
 
 
 def gradient_coefficients(
-    log_s: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
+    log_s: Float[Tensor, "T"],
+    entropy: Float[Tensor, "T"],
+    grad_logprobs: Float[Tensor, "T"] | None,
+    grad_entropy: Float[Tensor, "T"] | None,
     temperature: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`[T]` a, b and at_target: the logits' gradient is e^d (a + b d), plus at_target at the target. None is 0.
+) -> tuple[Float[Tensor, "T"], Float[Tensor, "T"] | None, Float[Tensor, "T"] | None]:
+    """Return a, b and at_target: the logits' gradient is e^d (a + b d), plus at_target at the target. None is 0.
 
     pi = e^d / S, d logp / dx = (1[target] - pi) / temperature, dH / dx = -pi (log pi + H) / temperature.
     """

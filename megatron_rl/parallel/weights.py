@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from megatron_rl.models.mapping import Row, experts_per_rank, find_row, from_shards
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reduce import Reducer, all_gather_flat
+from megatron_rl.shapes import Shaped
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +40,20 @@ class _Entry:
 
 
 def weight_stream(
-    parameters: list[tuple[str, Tensor]],
+    parameters: list[tuple[str, Shaped[Tensor, "..."]]],
     hf: PretrainedConfig,
     groups: Groups,
     *,
     bucket_bytes: int = 512 * 2**20,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Shaped[Tensor, "..."]]]:
     """Yield (hf_name, full tensor) of the whole model on every rank, in the same order; a collective: all ranks must
     exhaust it.
 
     parameters: this rank's (Megatron name, shard) pairs, layers numbered over the whole model. bucket_bytes: bound on a
     gathered bucket (one parameter at least).
     """
-    mine = [_entry(name, parameter, hf, groups) for name, parameter in parameters]
-    stages: list[list[_Entry]] = Reducer(groups.pp, parameters[0][1].device).gather_objects(mine)
+    local = [_entry(name, parameter, hf, groups) for name, parameter in parameters]
+    stages: list[list[_Entry]] = Reducer(groups.pp, parameters[0][1].device).gather_objects(local)
     sent: set[str] = set()
     for stage, entries in enumerate(stages):
         start = 0
@@ -63,9 +64,9 @@ def weight_stream(
                 if entry.rows[0].hf[0] in sent:  # a tied output layer is the embedding again
                     continue
                 whole = [[tensor] for tensor in tensors] if entry.is_dealt else [tensors]
-                for row, of_row in zip(entry.rows, whole, strict=True):
+                for row, row_shards in zip(entry.rows, whole, strict=True):
                     sent.update(row.hf)
-                    yield from zip(row.hf, from_shards(row, of_row, hf), strict=True)
+                    yield from zip(row.hf, from_shards(row, row_shards, hf), strict=True)
 
 
 def _entry(name: str, parameter: Tensor, hf: PretrainedConfig, groups: Groups) -> _Entry:

@@ -28,7 +28,7 @@ def leave_world() -> None:
 
 
 def all_reduce_bandwidth(world: Reducer, *, nbytes: int, repeats: int) -> tuple[float, bool]:
-    """(bus bandwidth of an all-reduce of `nbytes` over `world`, bytes/s; whether the sums were right).
+    """Return the bus bandwidth of an all-reduce of `nbytes` over `world`, bytes/s, and whether the sums were right.
 
     Bus bandwidth is 2 (n - 1) / n * nbytes / seconds, which for large messages is that of the slowest link whatever n
     is, and 0 for one rank. Source: nccl-tests, doc/PERFORMANCE.md.

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from megatron_rl.config import Config
-from megatron_rl.models.facts import head_width, is_moe, num_experts, read_hf_config
+from megatron_rl.config import AlgorithmConfig, Config, ModelConfig
+from megatron_rl.config.loss import LossBase
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.models.facts import read_hf_config
+from megatron_rl.plan.shapes import count_parameters
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class BatchPlan:
 def batch_plan(config: Config) -> BatchPlan:
     """The batch arithmetic of one step."""
     train, samples = config.train, config.rollout.samples_per_prompt
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = config.max_sequence_tokens
     per_update = train.prompts_per_minibatch * samples
     per_rank = math.ceil(per_update / config.parallel.dp)
     fit_longest = max(1, train.micro_batch_tokens // longest)
@@ -45,38 +48,6 @@ def batch_plan(config: Config) -> BatchPlan:
         min_micro_batches=1,
         max_micro_batches=math.ceil(per_rank / fit_longest),
     )
-
-
-def count_parameters(config: Config) -> tuple[int, int]:
-    """(in the decoder layers and the final norm, in the embedding and the output layer).
-
-    By arithmetic on the Hugging Face config; the second is 0 when the vocabulary size is the tokenizer's to say.
-    """
-    hf = read_hf_config(config.model)
-    kind, hidden, layers = hf["model_type"], hf["hidden_size"], hf["num_hidden_layers"]
-    heads = hf["num_attention_heads"]
-    groups = hf.get("num_key_value_heads") or heads
-    head_dim = head_width(hf)
-    qkv_width = (heads + 2 * groups) * head_dim
-    attention = hidden * qkv_width + heads * head_dim * hidden
-    if kind == "qwen2":
-        attention += qkv_width
-    elif hf.get("attention_bias", False):
-        attention += qkv_width + hidden
-    if kind in ("qwen3", "qwen3_moe"):
-        attention += 2 * head_dim
-    mlp = 3 * hidden * hf["intermediate_size"]
-    if kind == "llama" and hf.get("mlp_bias", False):
-        mlp += 2 * hf["intermediate_size"] + hidden
-    mlps = layers * mlp
-    if is_moe(hf):
-        skipped, sparse_step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step", 1)
-        num_moe = sum(layer not in skipped and (layer + 1) % sparse_step == 0 for layer in range(layers))
-        expert_layer = (num_experts(hf) or 0) * (3 * hidden * hf["moe_intermediate_size"] + hidden)  # and its router
-        mlps += num_moe * (expert_layer - mlp)
-    decoder = layers * (attention + 2 * hidden) + mlps + hidden
-    embeddings = hf.get("vocab_size", 0) * hidden * (1 if hf.get("tie_word_embeddings", False) else 2)
-    return decoder, embeddings
 
 
 def plan_table(config: Config) -> Table:
@@ -118,16 +89,16 @@ def plan_rows(config: Config) -> list[tuple[str, str]]:
     total = train.num_steps * batch.updates_per_step
     return [
         ("processes", f"{parallel.processes} ({layout})"),
-        ("model", _model_text(config)),
+        ("model", _model_text(config.model)),
         ("data", f"{config.data.type}, reward {config.reward.function}"),
         ("warm start", f"{config.warm_start.steps} supervised updates" if config.warm_start else "none"),
         ("step", step),
         ("update", update),
         ("updates", f"{batch.updates_per_step} per step x {train.num_steps} steps = {total:,}"),
         ("micro-batches", micro),
-        ("rollout", _rollout_text(config)),
-        ("advantage", _advantage_text(config)),
-        ("loss", _loss_text(config)),
+        ("rollout", _rollout_text(config.rollout)),
+        ("advantage", _advantage_text(config.algorithm)),
+        ("loss", _loss_text(config.loss)),
         (
             "optimizer",
             f"lr {config.optimizer.lr:g} {config.optimizer.schedule}, gradient clip {config.optimizer.clip_grad:g}",
@@ -136,19 +107,18 @@ def plan_rows(config: Config) -> list[tuple[str, str]]:
     ]
 
 
-def _model_text(config: Config) -> str:
-    hf = read_hf_config(config.model)
-    decoder, embeddings = count_parameters(config)
+def _model_text(model: ModelConfig) -> str:
+    hf = read_hf_config(model)
+    decoder, embeddings = count_parameters(hf)
     if embeddings:
         size = f"{_short(decoder + embeddings)} parameters, {_short(embeddings)} of them in embeddings"
     else:
         size = f"{_short(decoder)} parameters and the embeddings of the task's tokenizer"
-    source = config.model.path or "random weights"
-    return f"{hf['model_type']}, {hf['num_hidden_layers']} layers, {size}, {config.model.dtype}, from {source}"
+    source = model.path or "random weights"
+    return f"{hf['model_type']}, {hf['num_hidden_layers']} layers, {size}, {model.dtype}, from {source}"
 
 
-def _rollout_text(config: Config) -> str:
-    rollout = config.rollout
+def _rollout_text(rollout: RolloutConfig) -> str:
     cuts = [f"top_p {rollout.top_p:g}"] * (rollout.top_p < 1) + [f"top_k {rollout.top_k}"] * (rollout.top_k > 0)
     parts = [
         rollout.engine,
@@ -159,14 +129,12 @@ def _rollout_text(config: Config) -> str:
     return ", ".join(parts)
 
 
-def _advantage_text(config: Config) -> str:
-    sampling = config.algorithm.dynamic_sampling
-    text = config.algorithm.advantage
+def _advantage_text(algorithm: AlgorithmConfig) -> str:
+    text, sampling = algorithm.advantage, algorithm.dynamic_sampling
     return f"{text}, dynamic sampling (at most {sampling.max_batches} batches)" if sampling.enabled else text
 
 
-def _loss_text(config: Config) -> str:
-    loss = config.loss
+def _loss_text(loss: LossBase) -> str:
     options = loss.model_dump(exclude={"type", "aggregation"}, exclude_none=True)
     shown = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in options.items()]
     return f"{loss.type}, {loss.aggregation}; {', '.join(shown)}"

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.config import Config, load_config
+from megatron_rl.config import Config, ModelConfig, load_config
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
@@ -109,14 +109,15 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
         f"old log-probabilities median {scores['forward'].text()}; sync, optimizer and reward not scored\n"
         f"{step.tokens_per_gpu:,.0f} tokens/s/GPU over the step, MFU {step.mfu:.2f} over the "
         f"{update:.0f} s of updates (causal attention counted once), {step.micro_batches} micro-batches an update, "
-        f"pipeline bubble {step.bubble:.2f} of the work, weight sync {_sync_text(config)}\n"
+        f"pipeline bubble {step.bubble:.2f} of the work, weight sync {_sync_text(config.model)}\n"
         f"assumed: mean prompt {load.prompt:g}, mean response {load.response:g} tokens, {load.batches:g} generation "
         f"batches a step on {hardware.name}; nothing was measured on a GPU of this project"
     )
 
 
-def _sync_text(config: Config) -> str:
-    return f"{sync_bytes(shape_of(read_hf_config(config.model), COUNTDOWN_VOCAB), width_of(config)) / GIB:.1f} GiB"
+def _sync_text(model: ModelConfig) -> str:
+    shape = shape_of(read_hf_config(model), COUNTDOWN_VOCAB)
+    return f"{sync_bytes(shape, width_of(model)) / GIB:.1f} GiB"
 
 
 def _print_fit(console: Console, step: StepPlan, fixes: list[Proposal]) -> None:

@@ -219,7 +219,7 @@ def _memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hard
         for parts in phases.values():
             parts["reference weights"] = 2 * parts["weights"]  # the copy, and the current ones while it is in use
     faults: tuple[str, ...] = ()
-    if config.rollout.engine == "transformers":
+    if config.rollout.is_embedded:
         _add_replica(config, shape, layout, phases, width)
     elif on_gpu and not config.rollout.server.urls and config.rollout.weight_sync.mode == "colocated":
         faults = _add_servers(config, shape, phases, width, hardware)
@@ -239,18 +239,13 @@ def micro_batch_tokens(config: Config, layout: Layout) -> int:
     sequences = math.ceil(config.train.prompts_per_minibatch * config.rollout.samples_per_prompt / layout.dp)
     if config.warm_start is not None:
         sequences = max(sequences, math.ceil(config.warm_start.batch_size / layout.dp))
-    return min(config.train.micro_batch_tokens, sequences * longest_sequence(config))
+    return min(config.train.micro_batch_tokens, sequences * config.max_sequence_tokens)
 
 
 def update_micro_batches(config: Config, layout: Layout) -> int:
     """Micro-batches of one update on a rank when every sequence is of the longest length."""
     sequences = math.ceil(config.train.prompts_per_minibatch * config.rollout.samples_per_prompt / layout.dp)
-    return math.ceil(sequences / max(1, config.train.micro_batch_tokens // longest_sequence(config)))
-
-
-def longest_sequence(config: Config) -> int:
-    """Tokens of prompt and response at their limits."""
-    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    return math.ceil(sequences / max(1, config.train.micro_batch_tokens // config.max_sequence_tokens))
 
 
 def _gathered(config: Config, shape: ModelShape, layout: Layout, width: int, on_gpu: bool) -> float:
@@ -260,7 +255,7 @@ def _gathered(config: Config, shape: ModelShape, layout: Layout, width: int, on_
     bucket = min(GATHER_BYTES, stage)
     copies = 1 + 1 / layout.tp + (not on_gpu and layout.tp > 1)
     largest = min(stage, width * shape.vocab * shape.hidden)
-    servers = 2 * config.rollout.weight_sync.bucket_mib * 2**20 if config.rollout.engine != "transformers" else 0
+    servers = 0 if config.rollout.is_embedded else 2 * config.rollout.weight_sync.bucket_mib * 2**20
     return bucket * copies + largest + min(servers, 2 * width * parameters(shape))
 
 
@@ -272,7 +267,7 @@ def _add_replica(config: Config, shape: ModelShape, layout: Layout, phases: dict
     for parts in phases.values():
         parts["engine weights"] = width * parameters(shape)
     entries = together * shape.vocab
-    phases["generation"]["KV cache"] = together * longest_sequence(config) * kv_bytes_per_token(shape, width)
+    phases["generation"]["KV cache"] = together * config.max_sequence_tokens * kv_bytes_per_token(shape, width)
     phases["generation"]["sampling"] = 4.0 * entries + 32.0 * min(entries, SAMPLING_ENTRIES)
 
 
@@ -293,7 +288,7 @@ def _add_servers(
         if generating and server.share_memory:
             parts["gradients"] = 0.0
             parts["optimizer"] = 0.0 if width == 2 else parts["optimizer"]
-    needed = weights + longest_sequence(config) * kv_bytes_per_token(shape, width) / min(server.tp, shape.groups)
+    needed = weights + config.max_sequence_tokens * kv_bytes_per_token(shape, width) / min(server.tp, shape.groups)
     if pool >= needed:
         return ()
     return (

@@ -11,7 +11,6 @@ from megatron_rl.config import Config, parse_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.facts import is_moe, num_experts, read_hf_config
 from megatron_rl.models.hardware import Hardware
-from megatron_rl.plan.memory import longest_sequence
 from megatron_rl.plan.seconds import Constants
 from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.plan.step import Load, StepPlan, plan_step
@@ -76,7 +75,7 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
     tps = _divisors(min(world, hardware.gpus_per_node))
     pps = _divisors(world)
     eps = _divisors(num_experts(hf) or 1) if is_moe(hf) else [1]
-    servers = config.rollout.engine != "transformers" and not config.rollout.server.urls
+    servers = not config.rollout.is_embedded and not config.rollout.server.urls
     engines = _divisors(config.rollout.server.tp * config.rollout.server.count) if servers else [None]
     # not selective: flash attention keeps no scores, so that it saves next to nothing
     for tp, pp, cp, ep, recompute, engine_tp in itertools.product(tps, pps, tps, eps, ("none", "full"), engines):
@@ -101,7 +100,7 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
 
 def remedies(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> list[Proposal]:
     """Single changes after which the config fits, the fastest first."""
-    parallel, server, longest = config.parallel, config.rollout.server, longest_sequence(config)
+    parallel, server, longest = config.parallel, config.rollout.server, config.max_sequence_tokens
     singles: list[Changes] = [
         {"model.recompute": "selective"},
         {"model.recompute": "full"},
@@ -113,7 +112,7 @@ def remedies(config: Config, hardware: Hardware, constants: Constants, load: Loa
         {"train.micro_batch_tokens": max(longest, config.train.micro_batch_tokens // 2)},
         {"train.micro_batch_tokens": longest},
     ]
-    if config.rollout.engine == "transformers":
+    if config.rollout.is_embedded:
         singles += [{"rollout.batch_size": max(1, config.rollout.batch_size // 4)}]
     else:
         singles += [

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config import Config
-from megatron_rl.models.facts import head_width, is_moe, num_experts
+from megatron_rl.models.facts import ARCHITECTURES, Architecture, head_width, moe_layers, num_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,26 +108,25 @@ def bubble(layout: Layout, micro_batches: int) -> float:
 
 def shape_of(hf: dict[str, Any], vocab: int | None = None) -> ModelShape:
     """From the contents of a config.json; `vocab` where it does not say."""
-    kind, heads = hf["model_type"], hf["num_attention_heads"]
-    sparse, skipped = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
-    layers = hf["num_hidden_layers"]
-    moe = is_moe(hf)
+    # plain GPT, with two matrices in its MLP, appears among the published rows alone
+    kind = ARCHITECTURES.get(hf["model_type"], Architecture())
+    heads = hf["num_attention_heads"]
     return ModelShape(
-        layers=layers,
+        layers=hf["num_hidden_layers"],
         hidden=hf["hidden_size"],
         heads=heads,
         groups=hf.get("num_key_value_heads") or heads,
         head_dim=head_width(hf),
         ffn=hf["intermediate_size"],
         vocab=hf.get("vocab_size") or vocab or 0,
-        tied=hf.get("tie_word_embeddings", False),
-        gated=kind != "gpt",  # plain GPT appears among the published rows alone
-        qkv_bias=kind == "qwen2" or hf.get("attention_bias", False),
-        qk_norm=kind in ("qwen3", "qwen3_moe"),
-        moe_layers=sum(i not in skipped and (i + 1) % sparse == 0 for i in range(layers)) if moe else 0,
-        experts=(num_experts(hf) or 0) if moe else 0,
-        experts_per_token=hf["num_experts_per_tok"] if moe else 0,
-        expert_ffn=hf["moe_intermediate_size"] if moe else 0,
+        tied=bool(hf.get("tie_word_embeddings")),
+        gated=hf["model_type"] in ARCHITECTURES,
+        qkv_bias=kind.qkv_bias,
+        qk_norm=kind.qk_norm,
+        moe_layers=len(moe_layers(hf)),
+        experts=(num_experts(hf) or 0) if kind.is_moe else 0,
+        experts_per_token=hf["num_experts_per_tok"] if kind.is_moe else 0,
+        expert_ffn=hf["moe_intermediate_size"] if kind.is_moe else 0,
     )
 
 
@@ -170,6 +169,14 @@ def rank_parameters(
 def parameters(shape: ModelShape) -> float:
     """Of the whole model, its vocabulary not padded."""
     return rank_parameters(shape, Layout(), first=True, last=True, vocab_multiple=1).total
+
+
+def count_parameters(hf: dict[str, Any], vocab: int = 0) -> tuple[int, int]:
+    """Return the parameters of the decoder layers with the final norm, and those of the embedding and the output layer,
+    from the contents of a config.json; `vocab` where it does not say."""
+    shape = shape_of(hf, vocab)
+    embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    return round(parameters(shape)) - embeddings, embeddings
 
 
 def matrix_parameters(shape: ModelShape) -> tuple[float, float]:

@@ -84,7 +84,7 @@ def plan_step(
         )
 
     forward, backward = a_pass(False), a_pass(True)
-    chosen = updates - 1 if getattr(config.loss, "cov_logprobs", "old") == "current" else 0
+    chosen = updates - 1 if config.loss.needs_current_statistics else 0
     references = 2 if config.loss.ref_kl_coef > 0 else 1
     seconds = {
         "weight sync": sync_seconds(config, shape, layout, hardware),
@@ -93,7 +93,7 @@ def plan_step(
         "old logprobs": updates * references * forward,
         "selection": chosen * forward,
         "forward and backward": updates * backward,
-        "optimizer": updates * optimizer_seconds(shape, layout, hardware, width_of(config)),
+        "optimizer": updates * optimizer_seconds(shape, layout, hardware, width_of(config.model)),
     }
     if config.train.entropy_probe:
         seconds["entropy probe"] = forward
@@ -107,10 +107,10 @@ def rollout_seconds(
     config: Config, shape: ModelShape, layout: Layout, hardware: Hardware, constants: Constants, load: Load
 ) -> float:
     """One generation batch. Servers that the run does not start count as as many as it would start."""
-    width = width_of(config)
+    width = width_of(config.model)
     sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
     server = config.rollout.server
-    if config.rollout.engine == "transformers":
+    if config.rollout.is_embedded:
         engines, tp, together, share = layout.gpus, 1, config.rollout.batch_size, 1.0
     else:
         nodes = max(1, layout.gpus // hardware.gpus_per_node)

@@ -5,15 +5,15 @@ Data-sheet bandwidths, not fitted: published rows do not tell these apart. They 
 
 from __future__ import annotations
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, ModelConfig
 from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import stages
 from megatron_rl.plan.shapes import Layout, ModelShape, parameters
 
 
-def width_of(config: Config) -> int:
+def width_of(model: ModelConfig) -> int:
     """Bytes of one weight."""
-    return 2 if config.model.dtype == "bfloat16" else 4
+    return 2 if model.dtype == "bfloat16" else 4
 
 
 def data_link(layout: Layout, hardware: Hardware) -> float:
@@ -51,14 +51,14 @@ def sync_seconds(config: Config, shape: ModelShape, layout: Layout, hardware: Ha
     across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state moves to the
     host and back.
     """
-    width = width_of(config)
+    width = width_of(config.model)
     model = sync_bytes(shape, width)
     spread = layout.gpus > hardware.gpus_per_node
     seconds = model * (layout.tp - 1) / layout.tp / hardware.node_link
     if layout.pp > 1:
         seconds += model * (layout.pp - 1) / layout.pp / (hardware.network if spread else hardware.node_link)
     server = config.rollout.server
-    if config.rollout.engine == "transformers":
+    if config.rollout.is_embedded:
         return seconds + 2 * model / hardware.bandwidth
     if config.rollout.weight_sync.mode == "colocated":
         seconds += 2 * model / server.tp / hardware.bandwidth

@@ -43,9 +43,11 @@ def restore_step_0(optimizer: dict[str, Any]) -> None:
 
 
 def let_torch_adam_load() -> None:
-    """Without Transformer Engine the distributed optimizer runs torch's AdamW, and 0.16.1 cannot load its state:
-    restoring expects a `step`, and then all parameters share one `step` tensor, which AdamW would count once per
-    parameter."""
+    """Mend how Megatron-Core 0.16.1 loads the distributed optimizer where torch's AdamW replaces another.
+
+    Its restoring expects a `step`, and then all parameters share one `step` tensor, which AdamW would count once per
+    parameter.
+    """
     if getattr(DistributedOptimizer, "_loads_torch_adam", False):
         return
     DistributedOptimizer._loads_torch_adam = True
@@ -69,7 +71,7 @@ def let_torch_adam_load() -> None:
 
 
 def host_options() -> dict[str, Any]:
-    """For Megatron's OptimizerConfig: all of the optimizer's state on the host."""
+    """Return what Megatron's OptimizerConfig needs to keep all of the optimizer's state on the host."""
     return {
         "optimizer_cpu_offload": True,
         "optimizer_offload_fraction": 1.0,

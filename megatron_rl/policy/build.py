@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -28,6 +27,7 @@ from megatron_rl.models.architecture import head_dim, resolve_hf_config
 from megatron_rl.models.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
 from megatron_rl.parallel.groups import Groups, expert_tp
 from megatron_rl.policy.adam import fuse_torch_adam, host_options, use_main_weights
+from megatron_rl.policy.cpu_layers import RememberedPacks, block_spec
 from megatron_rl.policy.replay import replay_routes
 
 # with Megatron's defaults, batched exchanges, the gradients of interleaved stages are silently wrong over gloo
@@ -46,13 +46,8 @@ class Model:
     ddp: list[DistributedDataParallel]
     vocab_size: int  # real
     vocab_start: int  # first global column of this rank's logits shard
-    inv_freq: (
-        torch.Tensor | None
-    )  # [d/2], of RoPE, where core attention applies it (cpu_layers.py); None: Megatron does
+    packs: RememberedPacks | None  # on a CPU, whose attention rotates queries and keys itself; None: Megatron does it
     hands_over_hidden: bool  # the last stage returns hidden states, and the output layer belongs to the statistics
-    # where attention finds the sequences of a micro-batch, by its tokens and for as long as these live: it goes through
-    # the model at least twice
-    packed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -63,7 +58,7 @@ class Model:
         return gpt.output_layer.weight
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[int, Any]:
-        """What a checkpoint keeps of each chunk. Its keys number the layers over the whole model."""
+        """Return what a checkpoint keeps of each chunk. Its keys number the layers over the whole model."""
         # no list: Megatron cannot merge lists of different lengths, as another layout's would be
         return {index: chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.chunks)}
 
@@ -182,8 +177,8 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups, *
         _count_padding(ddp[-1])
     tconfig.finalize_model_grads_func = finalize_model_grads
     vocab_start = groups.tp_rank * (vocab // groups.tp_size)
-    inv_freq = None if device.ON_GPU else _inv_freq(hf)
-    return Model(hf, tconfig, chunks, ddp, hf.vocab_size, vocab_start, inv_freq, fuse_output_layer)
+    packs = None if device.ON_GPU else RememberedPacks(_inv_freq(hf))
+    return Model(hf, tconfig, chunks, ddp, hf.vocab_size, vocab_start, packs, fuse_output_layer)
 
 
 def _chunk(
@@ -191,8 +186,6 @@ def _chunk(
 ) -> GPTModel:
     """The rank's model chunk number `chunk`: the first of the first stage embeds, the last of the last has the
     output."""
-    from megatron_rl.policy.cpu_layers import block_spec
-
     vp_stage = chunk if chunks > 1 else None
     gpt = GPTModel(
         tconfig,

@@ -39,7 +39,6 @@ from megatron_rl.config import dump_config
 from megatron_rl.convert.save_hf import fsync_tree, write_hf_extras
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.adam import begin_torch_adam, let_torch_adam_load, refresh_host_weights, restore_step_0
 from megatron_rl.policy.policy import MegatronPolicy
 
@@ -68,7 +67,7 @@ class CheckpointStore:
         """`folder` need not exist; all nodes must see it, and room is looked up from rank 0's. `tokenizer` travels in
         hf/; None: hf/ holds the model's part alone."""
         self.folder, self.policy, self.groups, self.tokenizer = folder, policy, groups, tokenizer
-        self._world = Reducer(groups.world, device.device())
+        self._world = groups.all_ranks
         self._background = AsyncCallsQueue()
         self._unfinished: _Save | None = None
         if not device.ON_GPU:
@@ -79,7 +78,7 @@ class CheckpointStore:
         return max(self._finished(), default=None)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint after `step` steps is, or would be."""
+        """Return where the checkpoint after `step` steps is, or would be."""
         return self.folder / f"step_{step:08d}"
 
     def save(self, step: int, extra: dict[str, Any], *, is_best: bool = False) -> Path:
@@ -168,7 +167,7 @@ class CheckpointStore:
             "distrib_optim_sharding_type": "fully_reshardable",
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
-            "dp_cp_group": self.groups.dp,
+            "dp_cp_group": self.groups.dp_cp,
         }
         begin_torch_adam(self.policy.optimizer)
         model = self.policy.model.sharded_state_dict(metadata)
@@ -186,7 +185,7 @@ class CheckpointStore:
         }
 
     def _bytes_of(self, state: dict[str, Any]) -> int:
-        """What all ranks together will write, a little overestimated."""
+        """Return the bytes that all ranks together will write, a little overestimated."""
         shards = [v for v in nested_values(state) if isinstance(v, ShardedBase) and is_main_replica(v.replica_id)]
         tensors = [shard.data for shard in shards if isinstance(shard.data, torch.Tensor)]
         mine = sum(tensor.numel() * tensor.itemsize + _OVERHEAD_BYTES_PER_TENSOR for tensor in tensors)
@@ -281,7 +280,7 @@ class CheckpointStore:
 
 
 def _remove(path: Path) -> None:
-    """Under its own name a checkpoint is whole at every moment, also while it goes."""
+    """Remove a checkpoint: under its own name it is whole at every moment, also while it goes."""
     shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
 
 
@@ -331,8 +330,8 @@ def _write_files(transforms: list[Any], parent: int | None, rank: int, buckets: 
 
 
 def _random_states() -> dict[str, Any]:
-    """Of every generator that a step could draw from: Megatron's and torch's (dropout), and those of Python and NumPy,
-    which a reward function may use. The trainer's own randomness is a hash, which has no state."""
+    """Return the state of every generator that a step could draw from: Megatron's and torch's (dropout), and those of
+    Python and NumPy, which a reward function may use. The trainer's own randomness is a hash, which has no state."""
     tracked = {name: state.clone() for name, state in get_all_rng_states().items()}
     states = {"megatron": tracked, "python": random.getstate(), "numpy": np.random.get_state()}
     return states | {"torch": torch.get_rng_state(), "device": _device_generator().get_rng_state()}
@@ -351,6 +350,6 @@ def _device_generator() -> Any:
 
 
 def _reasons(error: BaseException) -> str:
-    """What went wrong, without the tracebacks of all ranks that torch puts into its message."""
+    """Return what went wrong, without the tracebacks of all ranks that torch puts into its message."""
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause in causes}))

@@ -18,11 +18,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_rl import device
 from megatron_rl.parallel.context import gather_tokens, local_tokens
 from megatron_rl.policy.replay import RoutedSequences
 from megatron_rl.types import Inputs
+
+_PACKS_KEPT = 8  # attention masks of long sequences would fill the memory
 
 
 @dataclass
@@ -51,6 +54,26 @@ def packed_sequences(
         sin=torch.cat([-sin, sin], dim=-1),
         prefixes=inputs.prefixes,
     )
+
+
+class RememberedPacks:
+    """The sequences of micro-batches, prepared for attention once: a micro-batch goes through the model at least twice,
+    for its log-probabilities and for its update. Each is kept as long as its tokens live."""
+
+    def __init__(self, inv_freq: Tensor) -> None:
+        """`inv_freq`: `[d/2]`, the inverse frequencies of the rotary embedding."""
+        self._inv_freq = inv_freq
+        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def of(self, inputs: Inputs, context_size: int, routes: Tensor | None) -> PackedSequences:
+        """Return what `packed_sequences` makes of the inputs."""
+        known = self._known.get(inputs.token_ids) if routes is None else None
+        if known is not None:
+            return known
+        packed = packed_sequences(inputs, self._inv_freq, context_size, routes)
+        if routes is None and len(self._known) < _PACKS_KEPT:
+            self._known[inputs.token_ids] = packed
+        return packed
 
 
 class PackedAttention(MegatronModule):
@@ -139,8 +162,8 @@ def _rows(packed: PackedSequences, query: Tensor, key: Tensor, rank: int, size: 
 
 
 def _tokens(packed: PackedSequences, rank: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Of each block: tokens that ask `[S, longest]`, which of them are real, tokens that they meet `[S, longest key]`,
-    and which of those each sees; None: those before it, which keeps the padding out of every real query's sight.
+    """Return for each block: tokens that ask `[S, longest]`, which of them are real, tokens that they meet `[S, longest
+    key]`, and which of those each sees; None: those before it, which keeps the padding out of every real query's sight.
 
     `rank`, `size`: in the context-parallel group."""
     cu_seqlens, prefixes = packed.cu_seqlens_q.long(), packed.prefixes

@@ -3,8 +3,6 @@ weights, and how alike the directions of two losses are."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
@@ -12,16 +10,18 @@ from torch import Tensor
 
 from megatron_rl import device
 from megatron_rl.algorithms.kl import masked_sum_count
+from megatron_rl.algorithms.losses import LossFunction
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.policy.policy import LossFunction, MegatronPolicy
+from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.types import LossInputs, LossOutputs, MiniBatch
 
 Flat = list[Tensor]  # per optimizer of Megatron's chain: the elements of which this rank owns the only copy, float32
 
 
-def gradient(policy: MegatronPolicy, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any) -> Flat:
-    """Of the mini-batch's mean loss, over all ranks and micro-batches, unclipped; nothing moves. Collective."""
-    policy.backward(mini_batch, loss, loss_config)
+def gradient(policy: MegatronPolicy, mini_batch: MiniBatch, loss: LossFunction) -> Flat:
+    """Return the gradient of the mini-batch's mean loss, over all ranks and micro-batches, unclipped; nothing moves.
+    Collective."""
+    policy.backward(mini_batch, loss)
     policy.optimizer.prepare_grads()
     parts = [_concat([p.grad for p in parameters if p.grad is not None]) for parameters in _owned(policy)]
     policy.clear_gradients()
@@ -29,18 +29,19 @@ def gradient(policy: MegatronPolicy, mini_batch: MiniBatch, loss: LossFunction, 
 
 
 def entropy_gradient(policy: MegatronPolicy, mini_batch: MiniBatch) -> Flat:
-    """Of the mean entropy over the mini-batch's response tokens, whatever the losses' aggregation. Collective."""
+    """Return the gradient of the mean entropy over the mini-batch's response tokens, whatever the losses' aggregation.
+    Collective."""
 
-    def entropy(inputs: LossInputs, _: object) -> LossOutputs:
+    def entropy(inputs: LossInputs) -> LossOutputs:
         counted = torch.where(inputs.loss_mask, inputs.entropy, 0.0)
         return LossOutputs(counted.sum(), {"entropy": masked_sum_count(counted, inputs.loss_mask)})
 
     by_token = [m.replace(loss_denominator=m.num_tokens) for m in mini_batch.micro_batches]
-    return gradient(policy, MiniBatch(mini_batch.index, tuple(by_token)), entropy, None)
+    return gradient(policy, MiniBatch(mini_batch.index, tuple(by_token)), entropy)
 
 
 def inner(policy: MegatronPolicy, a: Flat, b: Flat) -> float:
-    """The product of two vectors over all ranks, in float64. Collective, the same on every rank."""
+    """Return the product of two vectors over all ranks, in float64. Collective, the same on every rank."""
     total = 0.0
     for optimizer, x, y in zip(policy.optimizer.chained_optimizers, a, b, strict=True):
         group = Reducer(optimizer.get_grad_stats_parallel_group(), device.device())
@@ -62,7 +63,7 @@ class EntropyTangent:
         self._weights = _weights(policy)
 
     def change(self) -> float:
-        """By the movement since, nats."""
+        """Return the entropy's change by the weights' movement since this was made, in nats per token."""
         moved = [now - then for now, then in zip(_weights(self._policy), self._weights, strict=True)]
         return inner(self._policy, self._gradient, moved)
 
@@ -72,8 +73,8 @@ def _weights(policy: MegatronPolicy) -> Flat:
 
 
 def _owned(policy: MegatronPolicy) -> list[list[Tensor]]:
-    """The optimizers' parameters, without those that another rank of the statistics group counts, as in Megatron's own
-    gradient norm."""
+    """Return the optimizers' parameters, without those that another rank of the statistics group counts, as in
+    Megatron's own gradient norm."""
     return [
         [
             parameter

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.algorithms.losses import loss_inputs
+from megatron_rl.algorithms.control import needs_current_stats
+from megatron_rl.algorithms.losses import LossFunction
 from megatron_rl.config import Config
 from megatron_rl.convert.hf import Source, folder_source, random_source
 from megatron_rl.errors import UserError
@@ -19,29 +19,19 @@ from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.models.mapping import global_name, load_weights
 from megatron_rl.parallel.fused_linear import linear_stats
 from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
-from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.parallel.vocab import vocab_parallel_stats
+from megatron_rl.parallel.vocab import VocabShard, vocab_parallel_stats
 from megatron_rl.parallel.weights import weight_stream
 from megatron_rl.policy.build import build_model, build_optimizer, padded_vocab_size
+from megatron_rl.policy.kept_forward import KeptForward
 from megatron_rl.policy.schedule import run_schedule
-from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, MiniBatch, TokenStats
+from megatron_rl.types import MicroBatch, MiniBatch, TokenStats, TrainBatch, UpdateResult
 
-LossFunction = Callable[[LossInputs, Any], LossOutputs]
+if TYPE_CHECKING:
+    from megatron_rl.config.loss import LossBase
 
 
 class NonFiniteError(UserError):
     """The loss or the gradient stopped being finite; the weights are those of the last good update."""
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateResult:
-    """What one optimizer update reports: identical on every rank but `sums`, which holds this data-parallel rank's
-    part."""
-
-    sums: dict[str, Tensor]  # metric -> float64 [2], (sum, count)
-    grad_norm: float
-    learning_rate: float
-    skipped: bool  # a non-finite gradient (grad_norm says so) or no counted token on any rank: the weights did not move
 
 
 class MegatronPolicy:
@@ -62,7 +52,7 @@ class MegatronPolicy:
         self.model = build_model(raw_hf_config, config, groups, fuse_output_layer=fuse_output_layer)
         self.hf_config = self.model.hf_config
         self.temperature = config.rollout.temperature
-        self.context = Reducer(groups.cp, device.device()) if groups.cp_size > 1 else None
+        self.context = groups.context_ranks
         path = config.model.path
         hf = self.hf_config
         self.load(folder_source(path, hf) if path is not None else random_source(hf, config.seed))
@@ -70,11 +60,11 @@ class MegatronPolicy:
         self.reset_optimizer()
         self._reference: list[Tensor] | None = None
         self.skipped_in_a_row = 0
-        self._ahead: tuple[Tensor, Tensor] | None = None  # a micro-batch's tokens, and its forward pass with the graph
+        self._kept = KeptForward()
 
     @property
     def parameters(self) -> list[tuple[str, Tensor]]:
-        """This rank's (Megatron name, shard) pairs, layers numbered over the whole model."""
+        """Return this rank's (Megatron name, shard) pairs, layers numbered over the whole model."""
         return [
             (global_name(name, chunk.decoder.layers[0].layer_number - 1), parameter)
             for chunk in self.model.chunks
@@ -82,11 +72,11 @@ class MegatronPolicy:
         ]
 
     def reset_optimizer(self) -> None:
-        """A fresh optimizer and schedule, with main weights copied from the current parameters."""
+        """Build a fresh optimizer and schedule, with main weights copied from the current parameters."""
         self.optimizer, self.scheduler = build_optimizer(self.model, self.config, self._total_updates)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Of the next update only: the schedule sets it again after that."""
+        """Set that of the next update only: the schedule sets it again after that."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
@@ -110,20 +100,37 @@ class MegatronPolicy:
         """Stream the full (hf_name, tensor) pairs to every rank."""
         return weight_stream(self.parameters, self.hf_config, self.groups)
 
-    def stats(
-        self, mini_batch: MiniBatch, *, with_sum_p2: bool = False, before_update: bool = False
-    ) -> list[TokenStats]:
-        """Forward only: statistics of each micro-batch's tokens under the current weights, on every pipeline stage.
+    def with_old_logprobs(self, batch: TrainBatch) -> TrainBatch:
+        """Return the batch with the statistics and log-probabilities of the current weights, and with those of the
+        reference policy where one is kept.
 
-        `before_update`: what the policy does next is to update on this mini-batch. If that is one micro-batch on one
-        stage, its update then begins with this pass instead of the same one again.
+        Each mini-batch is computed as its update will compute it: before the weights move, old and current
+        log-probabilities are the same bits, and KL-Cov's |difference| has no gradient then instead of the sign of a
+        rounding error.
         """
-        keep = before_update and self.groups.pp_size == 1 and len(mini_batch.micro_batches) == 1
-        self._ahead = None
+        if self._reference is not None:
+            batch = batch.with_ref_logprobs(self.ref_logprobs(batch.mini_batches))
+        first, *others = batch.mini_batches
+        later = [self.stats(mini_batch, with_sum_p2=True) for mini_batch in others]
+        # last, so that nothing comes between this pass and the update that may begin with it
+        return batch.with_old_stats([self.stats(first, with_sum_p2=True, keep=True), *later])
+
+    def with_selection_stats(self, mini_batch: MiniBatch, loss: LossBase) -> MiniBatch:
+        """Return the mini-batch with the statistics by which `loss` marks tokens: those of the current weights where it
+        asks for them and they have moved, at the price of a forward pass, else those that it has."""
+        if not needs_current_stats(loss, mini_batch.index):
+            return mini_batch
+        return mini_batch.with_stats(self.stats(mini_batch, with_sum_p2=True))
+
+    def stats(self, mini_batch: MiniBatch, *, with_sum_p2: bool = False, keep: bool = False) -> list[TokenStats]:
+        """Return statistics of each micro-batch's tokens under the current weights, on every pipeline stage; forward
+        only. `keep`: see KeptForward."""
+        keep = keep and self.groups.pp_size == 1 and len(mini_batch.micro_batches) == 1
+        self._kept.forget()
 
         def collect(output: Tensor, micro_batch: MicroBatch) -> TokenStats:
             if keep:
-                self._ahead = micro_batch.token_ids, output
+                self._kept.keep(micro_batch, output)
             with torch.no_grad():
                 return self._token_stats(output, micro_batch, with_sum_p2)
 
@@ -155,8 +162,8 @@ class MegatronPolicy:
         self._reference = [parameter.detach().clone() for _, parameter in self.parameters]
 
     def ref_logprobs(self, mini_batches: Sequence[MiniBatch]) -> list[list[Tensor]]:
-        """Log-probabilities `[T]` under the reference, which is another model and routes by itself, per mini-batch and
-        micro-batch. Raises: RuntimeError when none was kept."""
+        """Return log-probabilities `[T]` under the reference, which is another model and routes by itself, per
+        mini-batch and micro-batch. Raises: RuntimeError when none was kept."""
         if self._reference is None:
             raise RuntimeError("no reference policy: call keep_reference() first")
         current = [parameter.detach().clone() for _, parameter in self.parameters]
@@ -167,8 +174,8 @@ class MegatronPolicy:
         finally:
             self._set_parameters(current)
 
-    def update(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any, spans: Spans = OFF) -> UpdateResult:
-        """One optimizer update: forward, backward, clip, step; `spans` sees the first two and the last two.
+    def update(self, mini_batch: MiniBatch, loss: LossFunction, spans: Spans = OFF) -> UpdateResult:
+        """Make one optimizer update: forward, backward, clip, step; `spans` sees the first two and the last two.
 
         A non-finite gradient leaves weights, moments and schedule alone and is reported as skipped. So does a
         mini-batch without a counted token (overlong filtering can mask all of it): its mean is 0/0, and Adam's momentum
@@ -176,7 +183,7 @@ class MegatronPolicy:
         Raises: NonFiniteError when more than train.max_nonfinite_updates gradients in a row were not finite.
         """
         with spans("forward_backward"):
-            sums = self.backward(mini_batch, loss, loss_config)
+            sums = self.backward(mini_batch, loss)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         with spans("optimizer"):
             grad_norm, skipped = self._step(mini_batch)
@@ -187,22 +194,22 @@ class MegatronPolicy:
             self.scheduler.step(increment=1)
         return UpdateResult(sums, grad_norm, learning_rate, skipped)
 
-    def backward(self, mini_batch: MiniBatch, loss: LossFunction, loss_config: Any) -> dict[str, Tensor]:
-        """Gradients of the mean loss, in Megatron's buffers; returns this data-parallel rank's part of the metrics."""
+    def backward(self, mini_batch: MiniBatch, loss: LossFunction) -> dict[str, Tensor]:
+        """Leave the gradients of the mean loss in Megatron's buffers; returns this data-parallel rank's part of the
+        metrics."""
 
         def on_output(output: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             stats = self._token_stats(output, micro_batch, False)
-            outputs = loss(loss_inputs(micro_batch, stats, self.context), loss_config)
+            outputs = loss(micro_batch.loss_inputs(stats, self.context))
             count = torch.tensor(micro_batch.loss_denominator, dtype=torch.int32, device=output.device)
             return outputs.loss_sum, count, outputs.metrics
 
-        ahead, self._ahead = self._ahead, None
-        output = ahead[1] if ahead and ahead[0] is mini_batch.micro_batches[0].token_ids else None
         self.clear_gradients()
+        output = self._kept.take(mini_batch)
         collected = run_schedule(self.model, mini_batch, on_output, forward_only=False, output=output)
         sums = _add_up(collected)
         if self.groups.pp_size > 1:
-            sums = Reducer(self.groups.pp, device.device()).gather_objects(sums)[-1]
+            sums = self.groups.stage_ranks.gather_objects(sums)[-1]
         return sums
 
     def clear_gradients(self) -> None:
@@ -212,7 +219,8 @@ class MegatronPolicy:
         self.optimizer.zero_grad()  # without it the distributed optimizer steps on stale gradients from update 2 on
 
     def _step(self, mini_batch: MiniBatch) -> tuple[float, bool]:
-        """What ChainedOptimizer.step does, with a look at the norm before anything moves: (norm, whether skipped)."""
+        """Do what ChainedOptimizer.step does, with a look at the norm before anything moves: (norm, whether
+        skipped)."""
         self.optimizer.prepare_grads()  # its overflow flag belongs to fp16 loss scaling
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm) or (grad_norm == 0 and self._is_empty(mini_batch)):
@@ -227,9 +235,9 @@ class MegatronPolicy:
         return grad_norm, False
 
     def _is_empty(self, mini_batch: MiniBatch) -> bool:
-        """Whether no data-parallel rank has a counted token."""
+        """Return whether no rank has a counted token."""
         counted = any(micro_batch.loss_denominator for micro_batch in mini_batch.micro_batches)
-        return not Reducer(self.groups.dp, device.device()).any(counted)
+        return not self.groups.token_ranks.any(counted)
 
     def _count_skipped(self, mini_batch: MiniBatch, grad_norm: float, sums: dict[str, Tensor]) -> None:
         self.skipped_in_a_row += 1
@@ -244,17 +252,20 @@ class MegatronPolicy:
             )
 
     def _token_stats(self, output: Tensor, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
-        options: dict[str, Any] = {
-            "group": self.groups.tp if self.groups.tp_size > 1 else None,
-            "vocab_start": self.model.vocab_start,
-            "vocab_size": self.model.vocab_size,
-            "temperature": self.temperature,
-            "with_sum_p2": with_sum_p2,
-        }
+        group = self.groups.tp if self.groups.tp_size > 1 else None
+        options: dict[str, Any] = {"temperature": self.temperature, "with_sum_p2": with_sum_p2}
         if self.model.hands_over_hidden:
-            return linear_stats(output, self.model.output_weight, micro_batch.labels, **options)
-        rows = self.config.model.logits_block_rows
-        return vocab_parallel_stats(output, micro_batch.labels, **options, block_rows=rows)
+            shard = VocabShard(group, self.model.vocab_start, self.model.vocab_size)
+            return linear_stats(output, self.model.output_weight, micro_batch.labels, shard, **options)
+        return vocab_parallel_stats(
+            output,
+            micro_batch.labels,
+            group=group,
+            vocab_start=self.model.vocab_start,
+            vocab_size=self.model.vocab_size,
+            block_rows=self.config.model.logits_block_rows,
+            **options,
+        )
 
     def _on_every_stage(self, stats: TokenStats | None, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
         fields = ["logprobs", "entropy", *(["sum_p2", "sum_p2_logp"] if with_sum_p2 else [])]

@@ -61,7 +61,7 @@ def replay_routes(chunks: list[GPTModel], hf: Any, groups: Groups) -> None:
 
 
 def _set_routes(which: int, tp_part: int) -> Callable[..., None]:
-    """Before a layer runs: the routes of mixture layer `which`, of the part of the tokens that this rank has under
+    """Set, before a layer runs, the routes of mixture layer `which`, of the part of the tokens that this rank has under
     sequence parallelism."""
 
     def hook(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -10,15 +10,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rl.policy.build import Model
-from megatron_rl.policy.cpu_layers import packed_sequences
 from megatron_rl.policy.replay import RoutedSequences
 from megatron_rl.types import Inputs, MicroBatch, MiniBatch
 
 # from (logits shard [T, V/TP], or hidden states [T, H] where the model hands them over; micro-batch) to Megatron's
 # triple (loss sum, count, what to collect) or, forward only, to any value
 OutputFunction = Callable[[Tensor, MicroBatch], Any]
-
-_PACKED_KEPT = 8  # attention masks of long sequences would fill the memory
 
 
 def run_schedule(
@@ -79,14 +76,8 @@ def _packed(inputs: Inputs, routes: Tensor | None, model: Model) -> RoutedSequen
     """Boundaries of the whole sequences. Padding inside them counts as tokens, whose keys no real query can see."""
     context_size = model.config.context_parallel_size
     routes = None if routes is None else routes.to(inputs.cu_seqlens.device)
-    if model.inv_freq is not None:
-        known = model.packed.get(inputs.token_ids) if routes is None else None
-        if known is not None:
-            return known
-        packed = packed_sequences(inputs, model.inv_freq, context_size, routes)
-        if routes is None and len(model.packed) < _PACKED_KEPT:
-            model.packed[inputs.token_ids] = packed
-        return packed
+    if model.packs is not None:
+        return model.packs.of(inputs, context_size, routes)
     cu_seqlens = inputs.cu_seqlens * context_size
     # the true longest sequence: Megatron takes a RoPE table as long as the whole pack for per-token positions
     longest = int(cu_seqlens.diff().max())

@@ -1,4 +1,4 @@
-"""What one rank finds on its node. Nothing here fails: a fault is a text, for `lines.py` to put together."""
+"""Facts that one rank finds on its node. Nothing here fails: a fault is a text, for `checks.py` to put together."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from megatron_rl import device, launch
 from megatron_rl.config import Config
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.data import build_tokenizer, load_prompts, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_hf_config, require_model
@@ -31,7 +32,7 @@ _PROBE_SECONDS = 120.0  # for the engine's interpreter to name its version, from
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Of one rank; those marked node are looked up by the node's first rank alone."""
+    """Facts of one rank; those marked node are looked up by the node's first rank alone."""
 
     rank: int
     local_rank: int
@@ -51,7 +52,7 @@ class Facts:
 
 
 def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
-    """This rank's. `shared`: a file that rank 0 wrote; `hosts`: the names of all nodes."""
+    """Return this rank's facts. `shared`: a file that rank 0 wrote; `hosts`: the names of all nodes."""
     versions = {"python": sys.version.split()[0]}
     versions |= {name: version for name in _SHOWN if (version := _installed(name))} | device.gpu_versions()
     facts = Facts(
@@ -64,7 +65,7 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
     )
     if launch.local_rank() != 0:
         return facts
-    engine_version, engine_fault = _engine_version(config)
+    engine_version, engine_fault = _engine_version(config.rollout)
     data, data_fault = _data(config)
     return dataclasses.replace(
         facts,
@@ -81,11 +82,12 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
 
 
 def requirements(extra: str = "") -> list[Requirement]:
-    """What the project's own metadata asks for, always or with an extra. Raises: PackageNotFoundError."""
-    found = [Requirement(text) for text in importlib.metadata.requires("megatron-rl") or []]
+    """Return the requirements in the project's own metadata, those without an extra or those of one. Raises:
+    PackageNotFoundError."""
+    wanted = [Requirement(text) for text in importlib.metadata.requires("megatron-rl") or []]
     return [
         requirement
-        for requirement in found
+        for requirement in wanted
         if (requirement.marker is None) == (extra == "")
         and (requirement.marker is None or requirement.marker.evaluate({"extra": extra}))
     ]
@@ -115,19 +117,19 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _engine_version(config: Config) -> tuple[str, str]:
-    engine, server = config.rollout.engine, config.rollout.server
-    if engine == "transformers" or server.urls:
+def _engine_version(rollout: RolloutConfig) -> tuple[str, str]:
+    engine, server = rollout.engine, rollout.server
+    if rollout.is_embedded or server.urls:
         return "", ""
     code = f"import importlib.metadata as m; print(m.version({engine!r}))"
     try:
         python = engine_python(engine, server.python)
-        found = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=_PROBE_SECONDS)
+        answer = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=_PROBE_SECONDS)
     except (UserError, OSError, subprocess.TimeoutExpired) as error:
         return "", str(error)
-    if found.returncode:
-        return "", f"{python} has no {engine}: {found.stderr.strip().splitlines()[-1:]}"
-    version = found.stdout.strip()
+    if answer.returncode:
+        return "", f"{python} has no {engine}: {answer.stderr.strip().splitlines()[-1:]}"
+    version = answer.stdout.strip()
     try:
         wanted = {requirement.name: requirement.specifier for requirement in requirements(engine)}
     except importlib.metadata.PackageNotFoundError:

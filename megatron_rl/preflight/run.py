@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from megatron_rl.parallel.reduce import Reducer
-    from megatron_rl.preflight.lines import Line
+    from megatron_rl.preflight.checks import Check
 
 _MARKS = {True: "ok", False: "FAIL", None: "-"}
 
@@ -37,7 +37,7 @@ def preflight(
     Under torchrun or Slurm over all ranks; else over those that this machine can hold.
     """
     resolved = load_config(config, overrides or [])
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if launch.is_rank():
         launch.run_worker(lambda: check_rank(resolved), config.parent)
         return
     from megatron_rl import device
@@ -52,7 +52,7 @@ def preflight(
 
 
 def check_rank(config: Config) -> None:
-    """All checks, as one rank of a world. Raises: UserError on rank 0 when a check failed."""
+    """Run all checks as one rank of a world. Raises: UserError on rank 0 when a check failed."""
     from megatron_rl import device
     from megatron_rl.parallel.world import all_reduce_bandwidth, join_world, leave_world
 
@@ -61,26 +61,27 @@ def check_rank(config: Config) -> None:
             f"rank {os.environ['RANK']} on {socket.gethostname()} has no GPU: {device.local_gpus()} are visible there; "
             "ask for as many GPUs as processes of a node (--gpus-per-node), or lower parallel.world_size"
         )
+    launch.check_address()
     world = join_world()
     # large enough on GPUs for the links' full speed; on CPUs it only shows that the ranks reach each other
     bandwidth, is_right = all_reduce_bandwidth(world, nbytes=2**28 if device.ON_GPU else 2**22, repeats=5)
-    lines = _check(config, world, bandwidth, is_right)
-    failed = [line.what for line in lines if line.is_ok is False]
+    checks = _check(config, world, bandwidth, is_right)
+    failed = [check.name for check in checks if check.is_ok is False]
     leave_world()
     if failed and world_rank() == 0:
         raise UserError(f"preflight: {', '.join(failed)} to be mended, see above")
 
 
 def world_rank() -> int:
-    """This process's number in the world."""
+    """Return this process's number in the world."""
     return int(os.environ["RANK"])
 
 
-def _check(config: Config, world: Reducer, bandwidth: float, is_right: bool) -> list[Line]:
-    """On every rank; rank 0 prints."""
+def _check(config: Config, world: Reducer, bandwidth: float, is_right: bool) -> list[Check]:
+    """Check on every rank, and return the checks; rank 0 prints them."""
     from megatron_rl.data import build_tokenizer, vocab_size
+    from megatron_rl.preflight.checks import Check, bandwidth_check, fact_checks
     from megatron_rl.preflight.facts import gather_facts
-    from megatron_rl.preflight.lines import Line, bandwidth_line, fact_lines
 
     hosts = sorted(set(world.gather_objects(socket.gethostname())))
     runs = config.run_dir.parent
@@ -99,50 +100,50 @@ def _check(config: Config, world: Reducer, bandwidth: float, is_right: bool) -> 
     except UserError:
         vocabulary = 0  # told among the facts
     existing = len(list((config.run_dir / "checkpoints").glob("step_*")))
-    lines = fact_lines(config, facts, vocabulary, existing)
+    checks = fact_checks(config, facts, vocabulary, existing)
     nodes = sum(fact.local_rank == 0 for fact in facts)
-    lines.insert(3, bandwidth_line(world.size, nodes, bandwidth, is_right))
-    _print(lines)
-    if any(line.is_ok is False for line in lines):
-        last = Line("engine start", "not tried: mend the lines above first", None)
+    checks.insert(3, bandwidth_check(world.size, nodes, bandwidth, is_right))
+    _print(checks)
+    if any(check.is_ok is False for check in checks):
+        last = Check("engine start", "not tried: mend what is above first", None)
     else:
         last = _engine_start(config, world, shared.with_suffix(".engine"))
     _print([last])
-    return [*lines, last]
+    return [*checks, last]
 
 
-def _print(lines: list[Line]) -> None:
+def _print(checks: list[Check]) -> None:
     if world_rank() != 0:
         return
-    for line in lines:
-        first, *rest = line.finding.splitlines() or [""]
-        print(f"{_MARKS[line.is_ok]:<5} {line.what:<13} {first}")
-        for text in [*rest, *([f"-> {line.remedy}"] if line.remedy else [])]:
+    for check in checks:
+        first, *rest = check.finding.splitlines() or [""]
+        print(f"{_MARKS[check.is_ok]:<5} {check.name:<13} {first}")
+        for text in [*rest, *([f"-> {check.remedy}"] if check.remedy else [])]:
             print(" " * 20 + text)
     sys.stdout.flush()
 
 
 @dataclass(frozen=True)
-class _Model:
-    """A policy's description without the policy."""
+class _Description:
+    """A policy as the engines' folder describes it, without the policy."""
 
     config: Config
     hf_config: PretrainedConfig
 
 
-def _engine_start(config: Config, world: Reducer, folder: Path) -> Line:
+def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
     """Start every node's servers as training does, without weights, and stop them."""
-    from megatron_rl.preflight.lines import Line
+    from megatron_rl.preflight.checks import Check
     from megatron_rl.rollout.engine import EngineError, Place
 
-    if config.rollout.engine == "transformers":
-        return Line("engine start", "embedded: nothing to start", None)
+    if config.rollout.is_embedded:
+        return Check("engine start", "embedded: nothing to start", None)
     from megatron_rl.rollout.build import DIALECTS, start_fleet, write_model_dir
     from megatron_rl.rollout.servers.engine import Loop
 
     elsewhere = config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(folder)})})
     if world_rank() == 0:
-        write_model_dir(folder / "engine_model", _Model(config, _architecture(config)), _tokenizer(config))
+        write_model_dir(folder / "engine_model", _Description(config, _architecture(config)), _tokenizer(config))
     world.gather_objects(None)
     place = Place(world_rank(), world.size, launch.local_rank(), world.gather_objects)
     began, fleet, problem = time.monotonic(), None, ""
@@ -164,10 +165,10 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Line:
     world.gather_objects(None)
     if problems:
         remedy = f"the servers' logs are in {folder / 'logs'}"
-        return Line("engine start", "\n".join(dict.fromkeys(problems)), False, remedy)
+        return Check("engine start", "\n".join(dict.fromkeys(problems)), False, remedy)
     if world_rank() == 0:
         shutil.rmtree(folder)
-    return Line("engine start", f"{len(servers)} servers ready after {time.monotonic() - began:.0f} s, stopped again")
+    return Check("engine start", f"{len(servers)} servers ready after {time.monotonic() - began:.0f} s, stopped again")
 
 
 def _tokenizer(config: Config) -> Any:

@@ -100,12 +100,12 @@ def _letters(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Without LaTeX's commands, which copies of a problem write differently: \\le and \\leq, \\ldots and \\dots."""
+    """Drop LaTeX's commands, which copies of a problem write differently: \\le and \\leq, \\ldots and \\dots."""
     return _COMMAND.sub(" ", text)
 
 
 def _same(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, set[int]]:
-    """Problem -> training rows, by all letters and digits."""
+    """Return problem -> training rows, by all letters and digits."""
     by_key: dict[str, set[int]] = {}
     for j, row in enumerate(rows):
         by_key.setdefault(overlap_key(row), set()).add(j)
@@ -113,7 +113,7 @@ def _same(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, set[int]]:
 
 
 def _near(rows: Sequence[Row], problems: Sequence[Row], threshold: float) -> dict[int, set[int]]:
-    """Problem -> training rows with the same numbers and `threshold` of the word triples."""
+    """Return problem -> training rows with the same numbers and `threshold` of the word triples."""
     members: dict[object, list[int]] = {numbers(problem.text): [] for problem in problems}
     for j, row in enumerate(rows):
         if (block := numbers(row.text)) in members:
@@ -130,8 +130,8 @@ def _near(rows: Sequence[Row], problems: Sequence[Row], threshold: float) -> dic
 
 
 def _contained(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, set[int]]:
-    """Problem -> training rows within whose letters and digits those of the problem stand, literally: without LaTeX's
-    commands, or with them where little else is left."""
+    """Return problem -> training rows within whose letters and digits those of the problem stand, literally: without
+    LaTeX's commands, or with them where little else is left."""
     bare: dict[str, list[int]] = {}
     full: dict[str, list[int]] = {}
     for i, problem in enumerate(problems):
@@ -149,7 +149,7 @@ def _contained(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, set[in
 
 
 def _literal_pairs(texts: Sequence[str], keys: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """(number of a text, key) for each key that stands in a text."""
+    """Yield (number of a text, key) for each key that stands in a text."""
     # a piece from the middle, where problems differ most; only texts with that piece are searched for the whole
     anchors: dict[int, dict[str, list[str]]] = {length: {} for length in _ANCHORS}
     for key in keys:
@@ -165,7 +165,7 @@ def _literal_pairs(texts: Sequence[str], keys: Iterable[str]) -> Iterator[tuple[
 
 
 def _shared_grams(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, dict[int, float]]:
-    """Problem -> {training row: share of the problem's 8-grams that stand in the row}, from PARTIAL on."""
+    """Return problem -> {training row: share of the problem's 8-grams that stand in the row}, from PARTIAL on."""
     copies: dict[str, list[int]] = {}
     for i, problem in enumerate(problems):
         copies.setdefault(overlap_key(problem), []).append(i)

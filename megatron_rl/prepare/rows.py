@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 from megatron_rl.data.records import INSTALL_PARQUET, Record, read_records
 from megatron_rl.data.rows import Row, answer_text, column, to_row
 from megatron_rl.errors import DataError
+from megatron_rl.files import naming, write_atomically
 from megatron_rl.prepare.presets import Preset
 
 _SOLUTION = "solution"  # the column whose text is a way to the answer; others hold the answer itself
@@ -84,8 +84,8 @@ def _row(record: Record, preset: Preset, where: str, number: str) -> Row:
 
 
 def _answer(record: Record, columns: tuple[str, ...], where: str) -> str:
-    """The final answer: of a text its last box, or what GSM8K writes behind ####; of a list all parts. Empty: a
-    solution without either."""
+    """Return the final answer: of a text its last box, or what GSM8K writes behind ####; of a list all parts. Empty:
+    a solution without either."""
     name = next(name for name in columns if column(record, (name,), where) is not None)
     value: Any = column(record, (name,), where)
     if isinstance(value, list):
@@ -139,15 +139,8 @@ def with_unique_ids(rows: Iterable[Row]) -> tuple[list[Row], int]:
     return kept, renamed
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """Write JSON lines that readers see whole or not at all. Raises: OSError; no draft is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write JSON lines that readers see whole or not at all. Raises: OSError; the former file is then unchanged."""
+    with naming(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))

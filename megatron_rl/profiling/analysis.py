@@ -1,4 +1,4 @@
-"""What the ranks' records add up to. Seconds are means over the measured steps, of one step.
+"""Sums over the ranks' records. Seconds are those of one step, as means over the measured steps.
 
 A span's own seconds are its duration without its children's, so that the phases of a rank add up to its step but for
 what no span covers (`untracked`). A step's wall time is counted without its checkpoint, which few steps have.
@@ -25,7 +25,7 @@ STRAGGLER_FRACTION = 0.05
 
 @dataclass(frozen=True, slots=True)
 class RankRecord:
-    """What one rank wrote down."""
+    """The record of one rank."""
 
     rank: int
     place: dict[str, int]  # rank inside tp, pp and dp
@@ -73,13 +73,13 @@ class Summary:
     rates: dict[str, float | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the summary as plain data."""
         return asdict(self)
 
 
 def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:
-    """The summary without rates. On a GPU collectives leave the host at once, so that what its clock says of
-    communication, waiting and bubbles is left out: the trace has it.
+    """Return the summary without rates. On a GPU the host does not wait for collectives, so its clock says nothing
+    about communication, waiting and bubbles: these are left out, and the trace has them.
 
     Raises: ValueError without a measured step, or when ranks measured different ones.
     """
@@ -91,22 +91,24 @@ def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:
     walls = [[_wall(record) for record in rank.steps] for rank in ranks]
     phases: dict[str, Cost] = defaultdict(Cost)
     by_rank: list[dict[str, float]] = []
-    for of_rank in costs:
-        mine: dict[str, float] = defaultdict(float)
-        for of_step in of_rank:
-            for name, cost in of_step.items():
+    for steps_of_rank in costs:
+        own: dict[str, float] = defaultdict(float)
+        for phases_of_step in steps_of_rank:
+            for name, cost in phases_of_step.items():
                 if name != "checkpoint":
                     phases[name].add(cost, 1 / (len(steps) * len(ranks)))
-                    mine[name] += cost.seconds / len(steps)
+                    own[name] += cost.seconds / len(steps)
         longest = max(
-            (of_step["checkpoint"] for of_step in of_rank if "checkpoint" in of_step), key=_seconds, default=None
+            (phases_of_step["checkpoint"] for phases_of_step in steps_of_rank if "checkpoint" in phases_of_step),
+            key=_seconds,
+            default=None,
         )
         if longest is not None:
             phases["checkpoint"].add(longest, 1 / len(ranks))
-            mine["checkpoint"] = longest.seconds
-        by_rank.append(dict(mine))
+            own["checkpoint"] = longest.seconds
+        by_rank.append(dict(own))
     wall = statistics.mean(value for row in walls for value in row)
-    tracked = [sum(s for name, s in mine.items() if name != "checkpoint") for mine in by_rank]
+    tracked = [sum(s for name, s in own.items() if name != "checkpoint") for own in by_rank]
     untracked = max(1 - part / statistics.mean(row) for part, row in zip(tracked, walls, strict=True))
     stepwise = [cost for name, cost in phases.items() if name != "checkpoint"]
     threshold = statistics.mean(caused) + STRAGGLER_FRACTION * wall
@@ -126,7 +128,8 @@ def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:
 
 
 def bubble_fraction(ranks: Sequence[RankRecord]) -> float:
-    """Share of the pipelines' time in forward and backward passes in which a stage does no work; 0 without a pipeline.
+    """Return the share of the pipelines' time in forward and backward passes in which a stage does no work; 0 without a
+    pipeline.
 
     For each pass of each pipeline: 1 - (busy seconds of its stages, added up) / (stages * the time from the first
     stage's start to the last stage's end), where a stage is busy while it is in the pass and not blocked in a send or a
@@ -148,7 +151,7 @@ def bubble_fraction(ranks: Sequence[RankRecord]) -> float:
 
 
 def _passes(stage: RankRecord, index: int) -> list[tuple[float, float, float]]:
-    """(start, end, seconds blocked in sends and receives) of each forward-backward pass, on rank 0's clock."""
+    """Return (start, end, seconds blocked in sends and receives) of each forward-backward pass, on rank 0's clock."""
     record = stage.steps[index]
     blocked: dict[int, float] = defaultdict(float)
     for c in record.collectives:
@@ -162,7 +165,7 @@ def _passes(stage: RankRecord, index: int) -> list[tuple[float, float, float]]:
 
 
 def waiting(ranks: Sequence[RankRecord]) -> tuple[dict[int, float], list[float]]:
-    """(seconds that a rank waited in a collective, by the id of the Collective; what each rank caused, mean of a step).
+    """Return (seconds waited in each Collective, by its id(); seconds a step that the others waited for each rank).
 
     Waiting ends when the last rank calls. A send or a receive is all waiting.
     """
@@ -189,7 +192,7 @@ def waiting(ranks: Sequence[RankRecord]) -> tuple[dict[int, float], list[float]]
 
 
 def _costs(rank: RankRecord, index: int, waits: dict[int, float]) -> dict[str, Cost]:
-    """By phase, of one step. Spans of other threads run beside the step and are no part of it."""
+    """Return the cost of each phase in one step. Spans of other threads run beside the step and are no part of it."""
     record = rank.steps[index]
     own = [Cost(s.end - s.start, s.device_seconds or 0.0, peak_bytes=s.peak_bytes or 0) for s in record.spans]
     for span in record.spans:
@@ -214,13 +217,13 @@ def _wall(record: StepRecord) -> float:
 
 
 def _operations(ranks: Sequence[RankRecord]) -> dict[str, tuple[float, float]]:
-    found: dict[str, list[float]] = defaultdict(list)
+    seconds_of: dict[str, list[float]] = defaultdict(list)
     for rank in ranks:
         for record in rank.steps:
             for c in record.collectives:
-                found[c.name].append(c.end - c.start)
+                seconds_of[c.name].append(c.end - c.start)
     count = len(ranks) * len(ranks[0].steps)
-    return {name: (len(seconds) / count, sum(seconds) / count) for name, seconds in sorted(found.items())}
+    return {name: (len(seconds) / count, sum(seconds) / count) for name, seconds in sorted(seconds_of.items())}
 
 
 def _seconds(cost: Cost) -> float:
@@ -228,5 +231,5 @@ def _seconds(cost: Cost) -> float:
 
 
 def order(name: str) -> tuple[int, str]:
-    """Sorts phases as a step has them, others behind."""
+    """Return a sort key: phases in the order of a step, others behind."""
     return (PHASES.index(name) if name in PHASES else len(PHASES), name)

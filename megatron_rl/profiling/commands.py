@@ -12,12 +12,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.errors import UserError
+from megatron_rl.files import write_atomically
 
 
 class _RunByDefault(TyperGroup):
-    """What is no command's name is the config of `run`, so that `profile CONFIG` needs no further word."""
+    """Takes a word that names no command as the config of `run`, so that `profile CONFIG` needs no further word."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -46,7 +48,7 @@ def run(
 ) -> None:
     """Train a few steps as CONFIG says, into a folder of their own, and write down where their time goes."""
     resolved = load_config(config, overrides or [])
-    in_world = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    in_world = launch.is_rank()
     if out is None:
         if in_world:
             raise UserError("the ranks of a world must agree on the profile's folder: give it with --out")
@@ -68,7 +70,7 @@ def compare(
     first: Annotated[Path, typer.Argument(help="folder that `profile` wrote", show_default=False)],
     second: Annotated[Path, typer.Argument(help="another one", show_default=False)],
 ) -> None:
-    """Two profiles side by side, phase by phase; ratios above 1 mean that the second took longer."""
+    """Show two profiles side by side, phase by phase; ratios above 1 mean that the second took longer."""
     from rich.console import Console
 
     from megatron_rl.profiling.tables import compare_table
@@ -77,7 +79,7 @@ def compare(
 
 
 def load_profile(folder: Path) -> dict[str, Any]:
-    """The contents of profile.json. Raises: UserError when the folder holds no finished profile."""
+    """Return the contents of profile.json. Raises: UserError when the folder holds no finished profile."""
     path = folder / "profile.json"
     if not path.is_file():
         raise UserError(f"{folder}: no profile.json in it; expected a folder that `megatron-rl profile` wrote")
@@ -85,8 +87,6 @@ def load_profile(folder: Path) -> dict[str, Any]:
 
 
 def _run(config: Config, out: Path, options: list[str], *, steps: int, warmup: int, trace: bool) -> int:
-    from megatron_rl import launch
-
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to the terminal
     path = out / "profiled.yaml"
 
@@ -101,7 +101,7 @@ def _run(config: Config, out: Path, options: list[str], *, steps: int, warmup: i
         out,
         processes=config.parallel.processes,
         grace_seconds=config.train.grace_seconds,
-        prepare=lambda: launch.write_atomically(path, dump_config(config)),
+        prepare=lambda: write_atomically(path, dump_config(config)),
     )
 
 

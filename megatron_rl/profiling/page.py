@@ -50,7 +50,7 @@ DEFINITIONS = (
 def write_page(
     path: Path, facts: dict[str, Any], summary: Summary, ranks: Sequence[RankRecord], config_text: str
 ) -> None:
-    """Write the page. `facts`: of profile.json."""
+    """Write the page. `facts`: those of profile.json."""
     profile = {"facts": facts, "summary": summary.to_json()}
     plots: dict[str, Any] = {}
     step = median_step(ranks)
@@ -83,15 +83,15 @@ def write_page(
 
 
 def median_step(ranks: Sequence[RankRecord]) -> int:
-    """The measured step of median length on rank 0 (of an even number: the shorter middle one)."""
+    """Return the measured step of median length on rank 0 (of an even number: the shorter middle one)."""
     lengths = [(record.end - record.start, record.step) for record in ranks[0].steps]
     middle = statistics.median_low([length for length, _ in lengths])
     return next(step for length, step in lengths if length == middle)
 
 
 def timeline_figure(ranks: Sequence[RankRecord], step: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Plotly's traces and layout: one horizontal bar a stretch, one trace a name, time in seconds from the first rank's
-    start."""
+    """Return Plotly's traces and layout: one horizontal bar a stretch, one trace a name, time in seconds from the first
+    rank's start."""
     records = [next(record for record in rank.steps if record.step == step) for rank in ranks]
     origin = min(record.start + rank.clock_offset for rank, record in zip(ranks, records, strict=True))
     length = max(record.end + rank.clock_offset for rank, record in zip(ranks, records, strict=True)) - origin
@@ -126,7 +126,7 @@ def timeline_figure(ranks: Sequence[RankRecord], step: int) -> tuple[list[dict[s
 
 
 def bars_figure(summary: Summary) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One stacked bar a rank, of the phases' own seconds; waiting is within them."""
+    """Return Plotly's traces and layout: one stacked bar a rank, of the phases' own seconds, waiting included."""
     labels = [f"rank {rank}" for rank in range(len(summary.by_rank))]
     traces = [
         {
@@ -134,7 +134,7 @@ def bars_figure(summary: Summary) -> tuple[list[dict[str, Any]], dict[str, Any]]
             "orientation": "h",
             "name": name,
             "y": labels,
-            "x": [mine.get(name, 0.0) for mine in summary.by_rank],
+            "x": [seconds_of.get(name, 0.0) for seconds_of in summary.by_rank],
             "marker": {"color": COLOURS.get(name, OTHER_COLOUR)},
             "hovertemplate": f"{name}: %{{x:.3f}} s",
         }
@@ -153,7 +153,7 @@ def bars_figure(summary: Summary) -> tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 def rank_rows(summary: Summary, ranks: Sequence[RankRecord], *, on_gpu: bool) -> list[list[str]]:
-    """Header, then one row a rank: its place and what the others waited for it, seconds of a step."""
+    """Return a header, then one row a rank: its place, and the seconds a step that the others waited for it."""
     rows = [["rank", "tp, pp, dp", "host", "others waited for it, s"]]
     for rank, caused in zip(ranks, summary.caused_waiting, strict=True):
         place = f"{rank.place['tp']}, {rank.place['pp']}, {rank.place['dp']}"

@@ -19,14 +19,13 @@ from megatron_rl import device, train
 from megatron_rl.config import Config
 from megatron_rl.data import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import write_atomically
 from megatron_rl.metrics.jsonl import read_rows
 from megatron_rl.metrics.spans import Recorder, from_json, to_json
 from megatron_rl.models.architecture import resolve_hf_config
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import datasheet_flops
 from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
-from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.parallel.traffic import clock_offset, watch_collectives
 from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.policy.build import DTYPES
@@ -37,12 +36,14 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def record(config: Config, *, warmup: int, trace: bool) -> None:
-    """One rank's part, on the world that torchrun's environment describes. `config`: as `profile_config` makes it; its
-    first `warmup` steps (2 at least) are not measured, and the last but one is traced: ranks need a step to come
-    together again after writing their traces, which takes them differently long."""
+    """Train and record as one rank of the world that torchrun's environment describes.
+
+    `config`: as `profile_config` makes it; its first `warmup` steps (2 at least) are not measured, and the last but one
+    of them is traced: writing traces takes the ranks differently long, and they need a step to come together again.
+    """
     folder = config.run_dir
     groups = init_groups(config.parallel, config.seed)
-    world = Reducer(groups.world, device.device())
+    world = groups.all_ranks
     place = f"rank{groups.rank}"
     traced = warmup - 2 if trace else None
     trace_path = folder / "traces" / f"{place}.json.gz"
@@ -56,7 +57,7 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     device.record_memory_history()
     train.train(config, groups, recorder)
     device.save_memory_snapshot(folder / "memory" / f"{place}.pickle")
-    mine = {
+    rank_record = {
         "rank": groups.rank,
         "place": {"tp": groups.tp_rank, "pp": groups.pp_rank, "dp": groups.dp_rank},
         "host": platform.node(),
@@ -65,7 +66,7 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
         "steps": to_json(recorder.records),
     }
     (folder / "ranks").mkdir(exist_ok=True)
-    write_atomically(folder / "ranks" / f"{place}.json", json.dumps(mine))
+    write_atomically(folder / "ranks" / f"{place}.json", json.dumps(rank_record))
     barrier(groups)
     if groups.rank == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it was saved to be timed
@@ -97,8 +98,8 @@ def conclude(config: Config, groups: Groups, facts: dict[str, Any]) -> None:
 
 
 def profile_config(config: Config, folder: Path, *, steps: int, warmup: int) -> Config:
-    """The config of the profile's run: `warmup + steps` steps from the initial weights into `folder`, no evaluation,
-    one checkpoint after the last step where the config would ever save one."""
+    """Return the config of the profile's run: `warmup + steps` steps from the initial weights into `folder`, no
+    evaluation, one checkpoint after the last step where the config would ever save one."""
     train_options = config.train
     saves = bool(train_options.save_every or train_options.save_final or train_options.keep_best)
     changes = {
@@ -116,7 +117,7 @@ def profile_config(config: Config, folder: Path, *, steps: int, warmup: int) -> 
 
 
 def load_ranks(folder: Path) -> list[RankRecord]:
-    """All ranks' records, by rank. Raises: UserError when the folder is no profile."""
+    """Read all ranks' records, by rank. Raises: UserError when the folder is no profile."""
     paths = sorted((folder / "ranks").glob("rank*.json"), key=lambda path: int(path.stem.removeprefix("rank")))
     if not paths:
         raise UserError(f"{folder}: no ranks/rank*.json in it; expected a folder that `megatron-rl profile` wrote")
@@ -125,7 +126,7 @@ def load_ranks(folder: Path) -> list[RankRecord]:
 
 
 def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics: list[dict[str, Any]]) -> None:
-    """Tokens/s and model FLOPs utilisation, from the tokens that the measured steps logged.
+    """Add tokens/s and model FLOPs utilisation, from the tokens that the measured steps logged.
 
     `mfu_*`: FLOPs of the model on the tokens that the trainer computes (a shared prompt once), those of recomputation
     and of selection left out, over seconds * the processes' peak.
@@ -157,18 +158,18 @@ def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics
 
 
 def trace_collectives(path: Path) -> dict[str, tuple[int, float]]:
-    """What torch's trace says of collectives: name -> (events, seconds added up), of NCCL's kernels on a GPU and gloo's
-    work on a CPU; empty without a trace."""
+    """Return {collective: (events, seconds in all)} from torch's trace: NCCL's kernels on a GPU, gloo's work on a CPU;
+    empty without a trace."""
     import gzip
 
     if not path.is_file():
         return {}
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
-    found: dict[str, tuple[int, float]] = {}
+    totals: dict[str, tuple[int, float]] = {}
     for event in events:
         name = str(event.get("name", ""))
         if event.get("ph") == "X" and name.startswith(("ncclDevKernel", "ncclKernel", "gloo:")):
-            count, seconds = found.get(name, (0, 0.0))
-            found[name] = (count + 1, seconds + event["dur"] / 1e6)
-    return found
+            count, seconds = totals.get(name, (0, 0.0))
+            totals[name] = (count + 1, seconds + event["dur"] / 1e6)
+    return totals

@@ -27,7 +27,8 @@ ASYNCHRONOUS = "not measured: the device runs asynchronously, see the trace"
 
 
 def phase_rows(profile: dict[str, Any]) -> list[list[str]]:
-    """Header, one row a phase, and their sum; `slowest` rank (its seconds), MiB at the peak, "–": not measured."""
+    """Return a header, one row a phase, and their sum; `slowest` is the rank (its seconds), MiB the peak, "–" not
+    measured."""
     summary = profile["summary"]
     wall, on_gpu = summary["step_seconds"], profile["facts"]["on_gpu"]
     rows = [["phase", "s", "share", "device s", "comm s", "wait s", "slowest", "MiB"]]
@@ -58,7 +59,7 @@ def phase_rows(profile: dict[str, Any]) -> list[list[str]]:
 
 
 def rate_rows(profile: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what, value) of rates and fractions, in reading order."""
+    """Return (name, value) of rates and fractions, in reading order."""
     summary, facts = profile["summary"], profile["facts"]
     peak = summary["peak_flops"]
     source = facts["peak_source"]
@@ -77,7 +78,7 @@ def rate_rows(profile: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def summary_table(profile: dict[str, Any]) -> Table:
-    """The phases and, in its caption, the rates."""
+    """Return a table of the phases, with the rates in its caption."""
     facts, (header, *rows) = profile["facts"], phase_rows(profile)
     caption = "\n".join(f"{label}: {value}" for label, value in rate_rows(profile))
     title = f"{facts['name']}: {len(profile['summary']['steps'])} steps, {facts['layout']}, {facts['device']}"
@@ -90,7 +91,7 @@ def summary_table(profile: dict[str, Any]) -> Table:
 
 
 def compare_rows(first: dict[str, Any], second: dict[str, Any]) -> list[list[str]]:
-    """Header, one row a phase, the step and the rates: what, first, second, second / first."""
+    """Return a header and rows (name, first, second, second / first): phases, the step, the rates."""
 
     def row(name: str, values: Iterable[float | None], style: str = "{:.3f}") -> list[str]:
         a, b = values
@@ -112,7 +113,7 @@ def compare_rows(first: dict[str, Any], second: dict[str, Any]) -> list[list[str
 
 
 def compare_table(first: dict[str, Any], second: dict[str, Any], name: str, other: str) -> Table:
-    """`compare_rows`, and in the caption what else differs between the two."""
+    """Return `compare_rows` as a table, with what else differs between the two in its caption."""
     header, *rows = compare_rows(first, second)
     keys = ("device", "torch", "processes", "layout")
     differing = [key for key in keys if first["facts"][key] != second["facts"][key]]

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_rl.config.benchmarks import PRESETS
-from megatron_rl.report.figures import Built, Custom, Trace, colour
-from megatron_rl.report.runs import Evaluation, Run
+from megatron_rl.report.figures import Built, CustomPlot, Trace, colour
+from megatron_rl.report.runs import Evaluation, LoggedRun
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
-def benchmarks(runs: Sequence[Run]) -> list[Custom]:
-    """A figure for each evaluation set that a run logged as eval/SET/accuracy, and one with all side by side."""
+def benchmarks(runs: Sequence[LoggedRun]) -> list[CustomPlot]:
+    """Return a figure for each evaluation set that a run logged as eval/SET/accuracy, and one with all side by side."""
     return [*(_course(name) for name in _logged(runs)), BY_BENCHMARK]
 
 
-def _logged(runs: Sequence[Run]) -> list[str]:
+def _logged(runs: Sequence[LoggedRun]) -> list[str]:
     parts = {tuple(name.split("/")) for run in runs for name in run.metrics()}
     return sorted("/".join(part) for part in parts if len(part) == 3 and part[0] == "eval" and part[2] == "accuracy")
 
 
-def _course(metric: str) -> Custom:
-    def built(runs: Sequence[Run]) -> Built:
+def _course(metric: str) -> CustomPlot:
+    def built(runs: Sequence[LoggedRun]) -> Built:
         traces: list[Trace] = []
         for index, run in enumerate(runs):
             steps, values = run.series(metric)
@@ -39,18 +39,20 @@ def _course(metric: str) -> Custom:
         return traces, {**axes, "hovermode": "x unified"}, []
 
     why = "Held-out accuracy with its interval: runs whose bars overlap are not told apart by this set."
-    return Custom(f"Accuracy on {_title(metric.split('/')[1])}", why, metric, built)
+    return CustomPlot(f"Accuracy on {_title(metric.split('/')[1])}", why, metric, built)
 
 
-def _side_by_side(runs: Sequence[Run]) -> Built:
-    found = [(i, evaluation) for i, run in enumerate(runs) for evaluation in (*_last_logged(run), *run.evaluations)]
-    if not found:
+def _side_by_side(runs: Sequence[LoggedRun]) -> Built:
+    evaluations = [
+        (i, evaluation) for i, run in enumerate(runs) for evaluation in (*_last_logged(run), *run.evaluations)
+    ]
+    if not evaluations:
         return None
     several = len(runs) > 1
-    titles = list(dict.fromkeys(title for _, evaluation in found for title in evaluation.accuracy))
+    titles = list(dict.fromkeys(title for _, evaluation in evaluations for title in evaluation.accuracy))
     traces: list[Trace] = []
     rows = [["evaluation", *titles]]
-    for number, (index, evaluation) in enumerate(found):
+    for number, (index, evaluation) in enumerate(evaluations):
         name = f"{runs[index].label}: {evaluation.name}" if several else evaluation.name
         here = [title for title in titles if title in evaluation.accuracy]
         values = [evaluation.accuracy[title][0] for title in here]
@@ -68,7 +70,7 @@ def _side_by_side(runs: Sequence[Run]) -> Built:
     return traces, layout, rows
 
 
-BY_BENCHMARK = Custom(
+BY_BENCHMARK = CustomPlot(
     "Accuracy by benchmark",
     "The last evaluation in training, and those that megatron-rl eval left in the run's folder, with their intervals: "
     "what overlaps is not told apart.",
@@ -77,8 +79,8 @@ BY_BENCHMARK = Custom(
 )
 
 
-def _last_logged(run: Run) -> list[Evaluation]:
-    """The newest evaluation in training that has all that were logged with it, as one more evaluation."""
+def _last_logged(run: LoggedRun) -> list[Evaluation]:
+    """Return the newest evaluation in training, all its sets together, in a list; an empty one without any."""
     metrics = _logged([run])
     if not metrics:
         return []
@@ -100,8 +102,8 @@ def _bars(values: Sequence[float], ends: Sequence[tuple[float, float]]) -> Trace
 
 
 def _cell(evaluation: Evaluation, title: str) -> str:
-    found = evaluation.accuracy.get(title)
-    return "–" if found is None else "{:.3f} [{:.3f}, {:.3f}]".format(*found)
+    estimate = evaluation.accuracy.get(title)
+    return "–" if estimate is None else "{:.3f} [{:.3f}, {:.3f}]".format(*estimate)
 
 
 def _title(name: str) -> str:

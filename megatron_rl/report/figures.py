@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_rl.metrics.entropy_law import LineFit, fit_law, fit_line
-from megatron_rl.report.runs import Run
+from megatron_rl.report.runs import LoggedRun
 
 RUN_COLOURS = ("#4269d0", "#e8780c", "#2f9e62", "#c3489b", "#8a63d2", "#0f9fb5", "#b08900", "#d1495b")
 PHASE_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e")
@@ -20,7 +20,7 @@ Built = tuple[list[Trace], dict[str, Any], list[list[str]]] | None  # traces, la
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class LinePlot:
     """A figure of metrics over steps. `metrics`: (name, meaning) pairs, told apart by their dashes."""
 
     title: str
@@ -32,18 +32,18 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Custom:
+class CustomPlot:
     """A figure with a builder of its own. The builder returns None when no run has `needs`."""
 
     title: str
     why: str
     needs: str
-    build: Callable[[Sequence[Run]], Built]
+    build: Callable[[Sequence[LoggedRun]], Built]
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What the page shows in one card, or why it cannot (`missing`)."""
+    """A card of the page, or the reason why it cannot be shown (`missing`)."""
 
     title: str
     why: str
@@ -56,15 +56,15 @@ class Figure:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred moving average over about a twelfth of the run (at most 21 points), narrower at the ends."""
+    """Return the centred moving average over about a twelfth of the run (at most 21 points), narrower at the ends."""
     half = min(10, len(values) // 24)
     windows = ((max(0, i - half), i + half + 1) for i in range(len(values)))
     return [sum(part) / len(part) for part in (values[start:stop] for start, stop in windows)]
 
 
-def build(spec: Line | Custom, runs: Sequence[Run]) -> Figure:
-    """The figure of a spec. Runs that lack a metric are noted; when all lack it the figure is only that note."""
-    if isinstance(spec, Line):
+def build(spec: LinePlot | CustomPlot, runs: Sequence[LoggedRun]) -> Figure:
+    """Return the figure of a spec. Runs that lack a metric are noted; when all lack it the figure is only that note."""
+    if isinstance(spec, LinePlot):
         return _line_figure(spec, runs)
     built = spec.build(runs)
     if built is None:
@@ -74,11 +74,11 @@ def build(spec: Line | Custom, runs: Sequence[Run]) -> Figure:
 
 
 def colour(index: int) -> str:
-    """Of the run at that place in the report."""
+    """Return the colour of the run at that place in the report."""
     return RUN_COLOURS[index % len(RUN_COLOURS)]
 
 
-def _line_figure(spec: Line, runs: Sequence[Run]) -> Figure:
+def _line_figure(spec: LinePlot, runs: Sequence[LoggedRun]) -> Figure:
     present = [pair for pair in spec.metrics if any(run.series(pair[0])[0] for run in runs)]
     names = ", ".join(name for name, _ in spec.metrics)
     if not present:
@@ -118,15 +118,15 @@ def _line_figure(spec: Line, runs: Sequence[Run]) -> Figure:
     return Figure(spec.title, spec.why, traces, layout, keys, notes=tuple(notes))
 
 
-def _predicted_change(runs: Sequence[Run]) -> Built:
+def _predicted_change(runs: Sequence[LoggedRun]) -> Built:
     return _against_realised("entropy/predicted_change", runs)
 
 
-def _first_order_change(runs: Sequence[Run]) -> Built:
+def _first_order_change(runs: Sequence[LoggedRun]) -> Built:
     return _against_realised("entropy/first_order_change", runs)
 
 
-def _against_realised(metric: str, runs: Sequence[Run]) -> Built:
+def _against_realised(metric: str, runs: Sequence[LoggedRun]) -> Built:
     traces: list[Trace] = []
     table = [["run", "slope", "correlation", "steps"]]
     for index, run in enumerate(runs):
@@ -147,7 +147,7 @@ def _against_realised(metric: str, runs: Sequence[Run]) -> Built:
     return traces, _axes(*titles, zeroline=True), table
 
 
-def _law(runs: Sequence[Run]) -> Built:
+def _law(runs: Sequence[LoggedRun]) -> Built:
     traces: list[Trace] = []
     table = [["run", "a", "b", "ceiling b − a", "R²"]]
     for index, run in enumerate(runs):
@@ -170,7 +170,7 @@ def _law(runs: Sequence[Run]) -> Built:
     return (traces, _axes("entropy H, nats", "reward R"), table) if traces else None
 
 
-def _law_residuals(runs: Sequence[Run]) -> Built:
+def _law_residuals(runs: Sequence[LoggedRun]) -> Built:
     traces: list[Trace] = []
     table = [["run", "σ", "alarm"]]
     for index, run in enumerate(runs):
@@ -184,8 +184,8 @@ def _law_residuals(runs: Sequence[Run]) -> Built:
     return (traces, _axes("entropy H, nats", "R − fit", zeroline=True), table) if traces else None
 
 
-def _phase_times(runs: Sequence[Run]) -> Built:
-    """Mean seconds a step: a phase that runs on few steps (evaluation) is spread over all of them."""
+def _phase_times(runs: Sequence[LoggedRun]) -> Built:
+    """Draw the mean seconds a step: a phase that runs on few steps (evaluation) is spread over all of them."""
     logged = {name.removeprefix("time/") for run in runs for name in run.metrics() if name.startswith("time/")}
     phases = [*(p for p in PHASES if p in logged), *sorted(logged - {*PHASES, "total"})]
     if not logged:
@@ -209,7 +209,7 @@ def _phase_times(runs: Sequence[Run]) -> Built:
     return traces, layout, []
 
 
-def _points(index: int, run: Run, xs: Sequence[float], ys: Sequence[float]) -> Trace:
+def _points(index: int, run: LoggedRun, xs: Sequence[float], ys: Sequence[float]) -> Trace:
     marker = {"size": 6, "opacity": 0.45, "color": colour(index)}
     hover = "%{x:.4g}, %{y:.4g}"
     base = {"type": "scatter", "mode": "markers", "meta": index, "name": run.label, "marker": marker}
@@ -246,7 +246,7 @@ def _line_cells(fit: LineFit) -> list[str]:
     return [f"{fit.slope:.3g}", correlation, str(fit.num_points)]
 
 
-PREDICTED = Custom(
+PREDICTED = CustomPlot(
     "Predicted against realised entropy change",
     "Each point is a step: what the covariance predicts for the entropy against what the updates did to it; a high "
     "correlation means "
@@ -254,13 +254,13 @@ PREDICTED = Custom(
     "both entropy/predicted_change and entropy/realised_change",
     _predicted_change,
 )
-FIRST_ORDER = Custom(
+FIRST_ORDER = CustomPlot(
     "First-order change along the real update against realised change",
     "The entropy's derivative times the parameters' actual step, optimiser included: what it misses is curvature.",
     "both entropy/first_order_change (train.entropy_tangent) and entropy/realised_change",
     _first_order_change,
 )
-LAW = Custom(
+LAW = CustomPlot(
     "Reward bought with entropy: R = −a·eᴴ + b",
     "The empirical law of the Entropy Mechanism, with training accuracy as R: it is traded for entropy along one "
     "curve, and entropy 0 ends it at b − a; a run that "
@@ -268,14 +268,14 @@ LAW = Custom(
     "entropy/mean together with reward/accuracy or reward/mean",
     _law,
 )
-LAW_RESIDUALS = Custom(
+LAW_RESIDUALS = CustomPlot(
     "Residuals of the law",
     "Reward minus the fitted law: scatter without a pattern means that the law describes the run, a bend that it "
     "does not. σ: their standard deviation; alarm: from the third step in a row outside of the law's 95% band.",
     "a fitted law",
     _law_residuals,
 )
-PHASE_TIMES = Custom(
+PHASE_TIMES = CustomPlot(
     "Time per phase",
     "Where a step's wall time goes, averaged over the run: the price of the selection (select) and of the "
     "realised-change probe shows "

@@ -13,12 +13,13 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from megatron_rl import __version__
-from megatron_rl.launch import write_atomically
+from megatron_rl.files import write_atomically
+from megatron_rl.launch import say
 from megatron_rl.metrics.write import format_duration
 from megatron_rl.report.catalogue import sections
 from megatron_rl.report.figures import Figure, build, colour
 from megatron_rl.report.panels import config_differences, samples_section, shadow_section, table_html
-from megatron_rl.report.runs import ENDS, NotYet, Run, evaluation_tables, load_runs, summary_of
+from megatron_rl.report.runs import ENDS, LoggedRun, NotYet, evaluation_tables, load_runs, summary_of
 
 ASSETS = Path(__file__).parent / "assets"
 # Map figures would load from these; the report has none, and nothing in it may name a CDN.
@@ -54,10 +55,10 @@ def build_report(run_dirs: Sequence[Path], out: Path | None = None, reload_secon
     return out
 
 
-def keep_current(run_dirs: Sequence[Path], out: Path | None, seconds: int, say: Callable[[str], None] = print) -> None:
+def keep_current(run_dirs: Sequence[Path], out: Path | None, seconds: int, tell: Callable[[str], None] = say) -> None:
     """Write the page, and again every `seconds` when a run grew, until Ctrl-C; then once more without reloading.
 
-    Runs that have not begun are waited for: `say` tells what is missing, and so does the page where its folder exists.
+    Runs that have not begun are waited for: `tell` gets what is missing, and the page shows it where its folder exists.
     Raises: UserError when a folder holds something else than a run.
     """
     seen, said = None, ""
@@ -70,7 +71,7 @@ def keep_current(run_dirs: Sequence[Path], out: Path | None, seconds: int, say: 
             if state != seen or len(state) < len(files):
                 text = _refresh(run_dirs, out, seconds)
                 if text != said:
-                    say(text)
+                    tell(text)
                 seen, said = state, text
             time.sleep(seconds)
     except KeyboardInterrupt:
@@ -79,7 +80,7 @@ def keep_current(run_dirs: Sequence[Path], out: Path | None, seconds: int, say: 
 
 
 def _refresh(run_dirs: Sequence[Path], out: Path | None, seconds: int) -> str:
-    """Write the page or its stand-in; returns the page's path, or what is waited for."""
+    """Write the page or its stand-in; return the page's path, or what is waited for."""
     try:
         return str(build_report(run_dirs, out, seconds))
     except NotYet as missing:
@@ -100,8 +101,8 @@ def _reload(seconds: int) -> str:
     return f"<script>const RELOAD_SECONDS = {seconds};</script>"
 
 
-def render(runs: Sequence[Run], reload_seconds: int = 0) -> str:
-    """The whole page."""
+def render(runs: Sequence[LoggedRun], reload_seconds: int = 0) -> str:
+    """Return the whole page as HTML."""
     plots: dict[str, Any] = {}
     body = [_header(runs), _summary(runs), _notes(runs)]
     for title, specs in sections(runs):
@@ -117,7 +118,8 @@ def render(runs: Sequence[Run], reload_seconds: int = 0) -> str:
 
 
 def document(title: str, body: Sequence[str], plots: Mapping[str, Any]) -> str:
-    """A self-contained page: `body` is HTML; `plots` are Plotly figures by the id of the element that shows them."""
+    """Return a self-contained page: `body` is HTML; `plots` are Plotly figures by the id of the element that shows
+    them."""
     data = json.dumps(plots, allow_nan=False).replace("</", "<\\/")
     return "\n".join(
         [
@@ -141,7 +143,7 @@ def _plotly() -> str:
     return source
 
 
-def _header(runs: Sequence[Run]) -> str:
+def _header(runs: Sequence[LoggedRun]) -> str:
     chips = "".join(
         f'<button class="chip" data-run="{i}" aria-pressed="true" title="show or hide this run in every figure">'
         f'<span style="background:{colour(i)}"></span>{escape(run.label)}</button>'
@@ -155,7 +157,7 @@ def _header(runs: Sequence[Run]) -> str:
     )
 
 
-def _summary(runs: Sequence[Run]) -> str:
+def _summary(runs: Sequence[LoggedRun]) -> str:
     rows = []
     for i, run in enumerate(runs):
         row = summary_of(run)
@@ -173,13 +175,13 @@ def _summary(runs: Sequence[Run]) -> str:
     )
 
 
-def _notes(runs: Sequence[Run]) -> str:
+def _notes(runs: Sequence[LoggedRun]) -> str:
     items = "".join(f"<li><b>{escape(run.label)}</b>: {escape(note)}</li>" for run in runs for note in run.notes)
     return f'<ul class="notes">{items}</ul>' if items else ""
 
 
 def card(figure: Figure, plots: dict[str, Any]) -> str:
-    """The figure as an article; its plot goes into `plots` for `document`."""
+    """Return the figure as an HTML article; its plot goes into `plots` for `document`."""
     name = f"figure-{len(plots)}"
     plots[name] = {"traces": figure.traces, "layout": figure.layout}
     dashes = {"solid": "none", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "11 4"}
@@ -202,7 +204,7 @@ def _not_shown(figures: Sequence[Figure]) -> str:
     return f'<p class="absent">Not shown: {"; ".join(items)}.</p>' if items else ""
 
 
-def _configs(runs: Sequence[Run]) -> str:
+def _configs(runs: Sequence[LoggedRun]) -> str:
     parts = [
         f"<details><summary>{escape(run.label)} <code>{escape(str(run.path))}</code></summary>"
         f"<pre>{escape(run.config_text) or 'no config.yaml in the run folder'}</pre></details>"

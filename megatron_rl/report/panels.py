@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from megatron_rl.report.runs import Run
+from megatron_rl.report.runs import LoggedRun
 
 MAX_STEPS = 12  # of each run's samples, spread over it
 MAX_SAMPLES = 8  # of each such step
 
 
 def table_html(cells: Sequence[Sequence[str]]) -> str:
-    """A table of plain text whose first row is its header."""
+    """Return an HTML table of plain text whose first row is its header."""
     head, *rows = [[escape(cell) for cell in row] for row in cells]
     titles = "".join(f"<th>{cell}</th>" for cell in head)
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
@@ -23,8 +23,8 @@ def table_html(cells: Sequence[Sequence[str]]) -> str:
     )
 
 
-def config_differences(runs: Sequence[Run]) -> str:
-    """A table of the options that differ between the runs; nothing for one run."""
+def config_differences(runs: Sequence[LoggedRun]) -> str:
+    """Return an HTML table of the options that differ between the runs; nothing for one run."""
     known = [run for run in runs if run.config]
     if len(known) < 2:
         return ""
@@ -39,15 +39,15 @@ def config_differences(runs: Sequence[Run]) -> str:
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+    leaves: list[tuple[str, str]] = []
     for name, item in value.items():
         whole = isinstance(item, dict) and item
-        found += _flatten(item, f"{prefix}{name}.") if whole else [(prefix + str(name), str(item))]
-    return found
+        leaves += _flatten(item, f"{prefix}{name}.") if whole else [(prefix + str(name), str(item))]
+    return leaves
 
 
-def shadow_section(runs: Sequence[Run]) -> str:
-    """What `megatron-rl shadow` found last in each run: the methods on one frozen batch."""
+def shadow_section(runs: Sequence[LoggedRun]) -> str:
+    """Return the section on the newest `megatron-rl shadow` of each run: the methods on one frozen batch."""
     parts = [_shadow(run) for run in runs if run.shadow]
     missing = [run.label for run in runs if not run.shadow]
     absent = f"No replay (megatron-rl shadow RUN) of: {', '.join(missing)}." if missing else ""
@@ -57,20 +57,22 @@ def shadow_section(runs: Sequence[Run]) -> str:
     )
 
 
-def _shadow(run: Run) -> str:
+def _shadow(run: LoggedRun) -> str:
     names = list(run.shadow["losses"])
     parts = []
-    for found in run.shadow["minibatches"]:
+    for mini_batch in run.shadow["minibatches"]:
         cells = [["method", "restrained", "dH, logits", "dH, step", "gradient norm", f"cosine with {names[0]}"]]
         for i, name in enumerate(names):
-            row = found["methods"][name]
+            row = mini_batch["methods"][name]
             numbers = [row["restrained"], row["predicted_change"], row["entropy_slope"], row["grad_norm"]]
-            cells.append([name, *(_number(value) for value in [*numbers, found["cosine"][i][0]])])
-        picky = [i for i, name in enumerate(names) if found["methods"][name]["restrained"]]
+            cells.append([name, *(_number(value) for value in [*numbers, mini_batch["cosine"][i][0]])])
+        picky = [i for i, name in enumerate(names) if mini_batch["methods"][name]["restrained"]]
         overlap = [["overlap", *(names[i] for i in picky)]]
-        overlap += [[names[i], *(_number(found["overlap"][i][j]) for j in picky)] for i in picky]
-        policy = "on-policy" if found["minibatch"] == 0 else f"after {found['minibatch']} of the step's updates"
-        title = f"{run.label}: step {run.shadow['step']}, {found['tokens']} tokens, {policy}"
+        overlap += [[names[i], *(_number(mini_batch["overlap"][i][j]) for j in picky)] for i in picky]
+        policy = (
+            "on-policy" if mini_batch["minibatch"] == 0 else f"after {mini_batch['minibatch']} of the step's updates"
+        )
+        title = f"{run.label}: step {run.shadow['step']}, {mini_batch['tokens']} tokens, {policy}"
         parts.append(
             f"<article><h3>{escape(title)}</h3><p>Restrained tokens, the entropy change that each method's gradient "
             "predicts (first order, per unit step of the logits and of the parameters), and shared tokens over all of "
@@ -83,8 +85,8 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def samples_section(runs: Sequence[Run]) -> str:
-    """The sample browser; its data are JSON that report.js shows as text, never as markup."""
+def samples_section(runs: Sequence[LoggedRun]) -> str:
+    """Return the sample browser; its data are JSON that report.js shows as text, never as markup."""
     chosen = [{"label": run.label, "samples": _chosen(run)} for run in runs if run.samples]
     if not chosen:
         return '<section><h2>Samples</h2><p class="absent">No run has a samples.jsonl.</p></section>'
@@ -102,12 +104,12 @@ def samples_section(runs: Sequence[Run]) -> str:
     )
 
 
-def _chosen(run: Run) -> list[dict[str, Any]]:
+def _chosen(run: LoggedRun) -> list[dict[str, Any]]:
     steps = sorted({row["step"] for row in run.samples})
     last = len(steps) - 1
     kept = {steps[round(i * last / (MAX_STEPS - 1))] for i in range(MAX_STEPS)}
-    found: dict[int, list[dict[str, Any]]] = {step: [] for step in kept}
+    rows_of: dict[int, list[dict[str, Any]]] = {step: [] for step in kept}
     for row in run.samples:
-        if row["step"] in kept and len(found[row["step"]]) < MAX_SAMPLES:
-            found[row["step"]].append(row)
-    return [row for step in sorted(found) for row in found[step]]
+        if row["step"] in kept and len(rows_of[row["step"]]) < MAX_SAMPLES:
+            rows_of[row["step"]].append(row)
+    return [row for step in sorted(rows_of) for row in rows_of[step]]

@@ -1,4 +1,4 @@
-"""Reading run folders: config.yaml and metrics.jsonl; where present ledger.jsonl, samples.jsonl, shadow/*.json and
+"""Read run folders: config.yaml and metrics.jsonl; where present ledger.jsonl, samples.jsonl, shadow/*.json and
 eval/*/table.json."""
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class NotYet(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Of one model on several sets."""
+    """An evaluation of one model on several sets."""
 
     name: str
     accuracy: dict[str, tuple[float, float, float]]  # by the set's title: value and ends of its interval, fractions
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One run as its folder tells it."""
+class LoggedRun:
+    """A run as its folder tells it."""
 
     path: Path
     name: str
@@ -48,26 +48,27 @@ class Run:
     evaluations: tuple[Evaluation, ...] = ()  # by `megatron-rl eval`, oldest first; those in training are metrics
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric where it was logged and finite; two empty lists when it never was."""
-        found = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
-        return [step for step, _ in found], [float(value) for _, value in found]
+        """Return steps and values of a metric where it was logged and finite; two empty lists when it never was."""
+        logged = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
+        return [step for step, _ in logged], [float(value) for _, value in logged]
 
     def pairs(self, first: str, second: str) -> tuple[list[float], list[float]]:
-        """Two metrics at the steps that have both."""
+        """Return the values of two metrics at the steps that have both."""
         xs, ys = dict(zip(*self.series(first), strict=True)), dict(zip(*self.series(second), strict=True))
         both = [step for step in xs if step in ys]
         return [xs[step] for step in both], [ys[step] for step in both]
 
     def metrics(self) -> set[str]:
-        """Names with at least one finite value."""
+        """Return the names of metrics with at least one finite value."""
         return {name for row in self.rows for name, value in row.items() if isinstance(value, int | float)} - {"step"}
 
     def reward_metric(self) -> str:
-        """What stands for R: accuracy where the run logs it, else the mean reward (penalties included)."""
+        """Return the name of the metric that stands for R in the law: accuracy where the run logs it, else the mean
+        reward (penalties included)."""
         return "reward/accuracy" if self.series("reward/accuracy")[0] else "reward/mean"
 
 
-def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
+def load_runs(run_dirs: Sequence[Path]) -> list[LoggedRun]:
     """Read every folder, in the order given. Raises: UserError when one is not a run, NotYet when it may become one."""
     if not run_dirs:
         raise UserError("no run folders were given; name at least one folder that `megatron-rl train` wrote")
@@ -77,7 +78,7 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
 
 
 def summarise(run_dirs: Sequence[Path]) -> list[dict[str, Any]]:
-    """One row per run; a number is None where its metric is missing.
+    """Return one row per run; a number is None where its metric is missing.
 
     `entropy_first`, `entropy_last` (nats), `accuracy_first`, `accuracy_last` (fraction): means over the first and last
     10 steps; `eval_first`, `eval_last`: single evaluations; `wall_seconds`, `tokens_per_second`; `law_a`, `law_b`,
@@ -88,8 +89,8 @@ def summarise(run_dirs: Sequence[Path]) -> list[dict[str, Any]]:
     return [summary_of(run) for run in load_runs(run_dirs)]
 
 
-def summary_of(run: Run) -> dict[str, Any]:
-    """The row of `summarise` for a loaded run."""
+def summary_of(run: LoggedRun) -> dict[str, Any]:
+    """Return the row of `summarise` for a loaded run."""
     entropy, accuracy = run.series("entropy/mean")[1], run.series("reward/accuracy")[1]
     evaluations, seconds = run.series("eval/accuracy")[1], run.series("time/total")[1]
     law = fit_law(*run.pairs("entropy/mean", run.reward_metric()))
@@ -112,7 +113,7 @@ def summary_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _load_run(path: Path) -> Run:
+def _load_run(path: Path) -> LoggedRun:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         what = "no such folder" if not path.is_dir() else "no metrics.jsonl in it"
@@ -141,7 +142,7 @@ def _load_run(path: Path) -> Run:
     shadow = _newest_shadow(path / "shadow", notes)
     evaluations = _evaluations(path, notes)
     texts = (name, kind, label, config_text)
-    return Run(path, *texts, ordered, tuple(notes), config, ledger, samples, shadow, evaluations)
+    return LoggedRun(path, *texts, ordered, tuple(notes), config, ledger, samples, shadow, evaluations)
 
 
 def _optional_rows(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
@@ -157,21 +158,22 @@ def _newest_shadow(folder: Path, notes: list[str]) -> dict[str, Any]:
     if not files:
         return {}
     try:
-        found: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+        replay: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         notes.append(f"shadow/{files[-1].name} is not JSON and was skipped: {error}")
         return {}
-    return found
+    return replay
 
 
 def evaluation_tables(run: Path) -> list[Path]:
-    """What `megatron-rl eval` wrote into a run's folder, oldest first; step_N folders are of the run itself."""
-    found = [path for path in (run / "eval").glob("*/table.json") if not path.parent.name.startswith("step_")]
-    return sorted(found, key=lambda path: (path.stat().st_mtime, path))
+    """Return the tables that `megatron-rl eval` wrote into a run's folder, oldest first; step_N folders are of the run
+    itself."""
+    tables = [path for path in (run / "eval").glob("*/table.json") if not path.parent.name.startswith("step_")]
+    return sorted(tables, key=lambda path: (path.stat().st_mtime, path))
 
 
 def _evaluations(run: Path, notes: list[str]) -> tuple[Evaluation, ...]:
-    found = []
+    evaluations = []
     for path in evaluation_tables(run):
         try:
             sets = json.loads(path.read_text(encoding="utf-8"))["sets"].values()
@@ -180,8 +182,8 @@ def _evaluations(run: Path, notes: list[str]) -> tuple[Evaluation, ...]:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             notes.append(f"eval/{path.parent.name}/table.json is no table of an evaluation and was skipped: {error!r}")
             continue
-        found.append(Evaluation(path.parent.name, accuracy))
-    return tuple(found)
+        evaluations.append(Evaluation(path.parent.name, accuracy))
+    return tuple(evaluations)
 
 
 def _load_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:

@@ -5,31 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_rl.report.figures import Built, Custom, colour
-from megatron_rl.report.runs import Run
+from megatron_rl.report.figures import Built, CustomPlot, colour
+from megatron_rl.report.runs import LoggedRun
 
 TOP_TOKENS = 12
-Groups = dict[str, float]
+Spending = dict[str, float]
 
 
-def _by_token(row: dict[str, Any], spent: int) -> Groups:
+def _by_token(row: dict[str, Any], spent: int) -> Spending:
     return {repr(text)[1:-1]: values[spent] for text, _, *values in row["tokens"]}
 
 
-def _by_position(row: dict[str, Any], spent: int) -> Groups:
+def _by_position(row: dict[str, Any], spent: int) -> Spending:
     return {
         f"{first}–{last}" if last > first else str(first): values[spent] for first, last, *values in row["positions"]
     }
 
 
-def _by_covariance(row: dict[str, Any], spent: int) -> Groups:
+def _by_covariance(row: dict[str, Any], spent: int) -> Spending:
     edges = [0.0, *row["quantiles"], 1.0]
     names = [f"{100 * a:g}–{100 * b:g}%" for a, b in zip(edges, edges[1:], strict=False)]
     return {name: values[spent] for name, (_, *values) in zip(names, row["covariance"], strict=True)}
 
 
-def _ledger(title: str, why: str, axis: str, groups: Callable[[dict[str, Any], int], Groups], top: int = 0) -> Custom:
-    def built(runs: Sequence[Run]) -> Built:
+def _ledger(
+    title: str, why: str, axis: str, groups: Callable[[dict[str, Any], int], Spending], top: int = 0
+) -> CustomPlot:
+    def built(runs: Sequence[LoggedRun]) -> Built:
         spent = [_shares(run, groups) for run in runs]
         if not any(spent):
             return None
@@ -46,12 +48,13 @@ def _ledger(title: str, why: str, axis: str, groups: Callable[[dict[str, Any], i
         y = {"title": {"text": "share of all spending"}, "zeroline": True}
         return traces, {"xaxis": x, "yaxis": y, "barmode": "group", "hovermode": "x unified"}, []
 
-    return Custom(title, why, "a ledger.jsonl (logging.ledger_every)", built)
+    return CustomPlot(title, why, "a ledger.jsonl (logging.ledger_every)", built)
 
 
-def _shares(run: Run, groups: Callable[[dict[str, Any], int], Groups]) -> Groups:
-    """By group, the first-order spending of all logged steps over the sum of the covariance groups' magnitudes."""
-    sums: Groups = {}
+def _shares(run: LoggedRun, groups: Callable[[dict[str, Any], int], Spending]) -> Spending:
+    """Return {group: its first-order spending over all logged steps, as a share of the covariance groups'
+    magnitudes}."""
+    sums: Spending = {}
     scale = 0.0
     for row in run.ledger:
         spent = row["columns"].index("spent")

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron_rl.grading.pool import GradingPool
 from megatron_rl.grading.registry import REWARDS as REWARDS
 from megatron_rl.grading.registry import RewardError as RewardError
@@ -42,7 +40,7 @@ def response_text(rollout: Rollout, tokenizer: Any) -> str:
     """Return what the verifiers see: the response without the stop token that ended it. Other special tokens keep
     their text, so that a policy cannot hide words in tokens that decoding drops. Token ids without a text, as those
     that pad a model's vocabulary beyond its tokenizer's, add nothing: they hide no words either."""
-    token_ids = rollout.token_ids[rollout.loss_mask].tolist()
+    token_ids = rollout.response_ids.tolist()
     if rollout.finish_reason == "stop":
         token_ids = token_ids[:-1]
     return tokenizer.decode(token_ids)
@@ -109,8 +107,8 @@ def shape_rewards(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
 
 
 def _length_rewards(rollouts: Sequence[Rollout]) -> list[float]:
-    """In [-0.5, 0.5], from the longest response of the prompt to the shortest; at most 0 for wrong ones (score below
-    1). 0 when all are of one length.
+    """Return values in [-0.5, 0.5], from the longest response of the prompt to the shortest; at most 0 for wrong ones
+    (score below 1). 0 when all are of one length.
 
     Source: Kimi k1.5, arXiv 2501.12599, section 2.3.3.
     """
@@ -139,15 +137,11 @@ def _overlong_penalty(rollout: Rollout, config: Config) -> float:
 
 
 def filter_overlong(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
-    """With `overlong.filter`, responses that were cut get an all-False loss mask: no loss, no share of the
+    """Return the rollouts; with `overlong.filter`, those that were cut no longer count: no loss, no share of the
     denominators.
 
-    Their rewards stay, so the other samples of the group are still compared with them. `response_length` is 0
-    afterwards: take length metrics before.
+    Their rewards stay, so the other samples of the prompt are still compared with them.
     """
     if not config.algorithm.overlong.filter:
         return list(rollouts)
-    return [
-        rollout.replace(loss_mask=torch.zeros_like(rollout.loss_mask)) if rollout.finish_reason == "length" else rollout
-        for rollout in rollouts
-    ]
+    return [rollout.replace(counts=False) if rollout.finish_reason == "length" else rollout for rollout in rollouts]

@@ -18,7 +18,15 @@ from megatron_rl.rollout.servers.fleet import Fleet, address_for
 from megatron_rl.rollout.servers.http import Server
 from megatron_rl.rollout.servers.processes import free_port
 from megatron_rl.rollout.servers.protocol import Dialect
-from megatron_rl.rollout.servers.weight_sync import Buffers, Channel, Colocated, Disaggregated, Disk, expected_weights
+from megatron_rl.rollout.servers.weight_sync import (
+    Buffers,
+    Channel,
+    Colocated,
+    Disaggregated,
+    Disk,
+    Sender,
+    expected_weights,
+)
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -40,8 +48,8 @@ DIALECTS: dict[str, Callable[[], Dialect]] = {"sglang": _sglang, "vllm": _vllm}
 
 
 def write_model_dir(folder: Path, policy: Described, tokenizer: Any) -> None:
-    """What the run's own servers start from: config.json and tokenizer, without weights and without end-of-sequence
-    tokens, because the requests alone say what ends a response."""
+    """Write what the run's own servers start from: config.json and tokenizer, without weights and without
+    end-of-sequence tokens, because the requests alone say what ends a response."""
     write_hf_extras(folder, policy, tokenizer)
     (folder / "generation_config.json").unlink(missing_ok=True)
     raw = json.loads((folder / "config.json").read_text())
@@ -81,13 +89,14 @@ def _channel(config: Config, setup: EngineSetup, dialect: Dialect, loop: Loop, f
         folder = Path(options.folder) if options.folder else config.run_dir / "engine_weights"
         return Disk(dialect, folder, loop.submit, place.rank, setup.model_dir)
     buffers = Buffers(shapes, options.bucket_mib * 2**20, getattr(torch, config.model.dtype).itemsize)
+    sender = Sender(dialect, shapes, buffers, loop.submit, place.rank)
     if options.mode == "colocated":
-        return Colocated(dialect, shapes, buffers, loop.submit, place.gather, place.rank, lambda: fleet.readers)
+        return Colocated(sender, place.gather, lambda: fleet.readers)
 
     def address(server: Server) -> tuple[str, int]:
         return options.host or address_for(server.url), free_port()
 
-    return Disaggregated(dialect, shapes, buffers, loop.submit, place.rank, address)
+    return Disaggregated(sender, address)
 
 
 def _transformers(config: Config, setup: EngineSetup) -> RolloutEngine:

@@ -14,8 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.data import PromptCursor
 from megatron_rl.errors import UserError
@@ -23,6 +21,7 @@ from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.reward import check_failures, filter_overlong, graded, shape_rewards, submit
+from megatron_rl.rollout.answers import Answers
 from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
 from megatron_rl.types import CollectResult, Prompt, Rollout
 
@@ -37,31 +36,6 @@ class CollectError(RuntimeError, UserError):
     """A step's rollouts cannot be completed."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    """What this rank's requests brought."""
-
-    rollouts: list[Rollout]  # graded; those that servers lost are missing
-    problem: str  # why no more can come
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travels as one tensor of each kind for all rollouts instead of three for each."""
-        rollouts = self.rollouts
-        whole = [torch.cat([getattr(r, name) for r in rollouts]) if rollouts else None for name in _PER_TOKEN]
-        rest = [tuple(getattr(r, name) for name in _PER_ROLLOUT) for r in rollouts]
-        return _answers, (whole, [len(r.token_ids) for r in rollouts], rest, self.problem)
-
-
-_PER_TOKEN = ("token_ids", "rollout_logprobs", "loss_mask")
-_PER_ROLLOUT = tuple(field.name for field in dataclasses.fields(Rollout) if field.name not in _PER_TOKEN)
-
-
-def _answers(whole: list[Any], sizes: list[int], rest: list[tuple[Any, ...]], problem: str) -> _Answers:
-    fields = zip(*(values.split(sizes) for values in whole), strict=True) if sizes else ()
-    named = [dict(zip(_PER_TOKEN + _PER_ROLLOUT, (*a, *b), strict=True)) for a, b in zip(fields, rest, strict=True)]
-    return _Answers([Rollout(**values) for values in named], problem)
-
-
 @dataclass(slots=True)
 class _Pending:
     """Prompts that were drawn, and this rank's part of the work on them."""
@@ -70,7 +44,7 @@ class _Pending:
     requests: list[Request]  # all ranks'
     share: list[Request]  # this rank's
     cursor_before: dict[str, int] = dataclasses.field(default_factory=dict)
-    answers: Future[_Answers] | None = None  # when begun ahead of time
+    answers: Future[Answers] | None = None  # when begun ahead of time
 
 
 class Collector:
@@ -209,7 +183,7 @@ class Collector:
         rank, size = self._place.rank, self._place.world_size
         return requests[len(requests) * rank // size : len(requests) * (rank + 1) // size]
 
-    def _generate(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> _Answers:
+    def _generate(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> Answers:
         """Generate, and grade each response beside the generation of the rest. Faults are returned: all ranks must hear
         of them before one raises."""
         answers, problem = {prompt.prompt_id: prompt.answer for prompt in prompts}, ""
@@ -223,9 +197,9 @@ class Collector:
             problem = str(error)
         try:
             with self._spans.light("reward"):  # what grading takes beyond the generation that it ran beside
-                return _Answers([graded(rollout, verdict.result()) for rollout, verdict in begun], problem)
+                return Answers([graded(rollout, verdict.result()) for rollout, verdict in begun], problem)
         except RewardError as error:
-            return _Answers([], problem or str(error))
+            return Answers([], problem or str(error))
 
     def _take(self, pending: _Pending, oldest: int = 0) -> tuple[list[list[Rollout]], int]:
         """One group of scored rollouts per prompt, in the prompts' order, the same on every rank; and how many were
@@ -260,7 +234,7 @@ class Collector:
 
 
 def sampling_params(config: Config, tokenizer: Any, step: int) -> SamplingParams:
-    """How training rollouts of RL step `step` are sampled. Raises: CollectError without a stop token."""
+    """Return how training rollouts of RL step `step` are sampled. Raises: CollectError without a stop token."""
     rollout = config.rollout
     stops, seed = stop_token_ids(config, tokenizer), _seed(config, _TRAIN_STREAM, step)
     return SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, stops, seed)

@@ -85,9 +85,6 @@ class RolloutEngine(Protocol):
     def wake(self) -> None:
         """Undo `sleep`; nothing happens when awake."""
 
-    def flush_cache(self) -> None:
-        """Forget key-value entries that older weights computed."""
-
     def abort(self) -> None:
         """End a running `generate` soon, from another thread or a signal handler; it raises EngineAborted."""
 
@@ -109,7 +106,7 @@ class Place:
 
     @property
     def owns_servers(self) -> bool:
-        """Whether this rank starts its node's servers."""
+        """Tell whether this rank starts its node's servers."""
         return self.local_rank == 0
 
 

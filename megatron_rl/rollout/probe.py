@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_rl import device
-from megatron_rl.packing import pack_supervised
-from megatron_rl.parallel.groups import packing_options
-from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.packing import Layout, pack_supervised
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.rollout.engine import EngineError, Request, RolloutEngine, SamplingParams
 from megatron_rl.types import Prompt, Rollout
@@ -19,7 +17,7 @@ _TOKENS = 8  # of a continuation
 _MAX_ERROR = {"float32": 1e-3, "bfloat16": 0.1}  # nats, mean over tokens
 
 
-def probe_engine(engine: RolloutEngine, policy: MegatronPolicy, world: Reducer, prompts: Sequence[Prompt]) -> None:
+def probe_engine(engine: RolloutEngine, policy: MegatronPolicy, layout: Layout, prompts: Sequence[Prompt]) -> None:
     """Let the engine continue a few prompts, one per rank of the world, and score its tokens with the policy.
 
     A collective. Raises: EngineError, on every rank, when the mean difference of the log-probabilities exceeds
@@ -34,26 +32,22 @@ def probe_engine(engine: RolloutEngine, policy: MegatronPolicy, world: Reducer, 
         (mine,) = engine.generate([Request(prompt.prompt_id, groups.rank, prompt.token_ids, sampling)])
     except EngineError as error:
         mine = type(error)(f"the probe after a weight update failed: {error}")
-    answers: list[Rollout | EngineError] = world.gather_objects(mine)
+    answers: list[Rollout | EngineError] = groups.all_ranks.gather_objects(mine)
     for answer in answers:
         if isinstance(answer, EngineError):
             raise answer
     rollouts = [answer for answer in answers if isinstance(answer, Rollout)]
-    pairs = [(r.token_ids[~r.loss_mask].tolist(), r.token_ids[r.loss_mask].tolist()) for r in rollouts]
-    mini_batch = pack_supervised(
-        pairs,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        **packing_options(groups, config.parallel),
-    ).to(device.device())
+    pairs = [(r.token_ids[~r.sampled].tolist(), r.response_ids.tolist()) for r in rollouts]
+    mini_batch = pack_supervised(pairs, layout).to(device.device())
     total = torch.zeros(2, dtype=torch.float64, device=device.device())
     for micro_batch, stats in zip(mini_batch.micro_batches, policy.stats(mini_batch), strict=True):
         mask = micro_batch.loss_mask
         for index in micro_batch.prompt_ids[mask].unique().tolist():
-            of_it = mask & (micro_batch.prompt_ids == index)
-            predicted = micro_batch.position_ids[of_it].cpu() + 1
-            difference = stats.logprobs[of_it] - rollouts[index].rollout_logprobs[predicted].to(stats.logprobs)
-            total += torch.stack([difference.abs().double().sum(), of_it.double().sum()])
-    distance, count = Reducer(groups.dp, device.device()).sum(total).tolist()
+            response = mask & (micro_batch.prompt_ids == index)
+            predicted = micro_batch.position_ids[response].cpu() + 1
+            difference = stats.logprobs[response] - rollouts[index].rollout_logprobs[predicted].to(stats.logprobs)
+            total += torch.stack([difference.abs().double().sum(), response.double().sum()])
+    distance, count = groups.token_ranks.sum(total).tolist()
     limit = config.rollout.weight_sync.max_probe_error or _MAX_ERROR[config.model.dtype]
     if not distance / count <= limit:
         raise EngineError(

@@ -14,11 +14,12 @@ import torch
 import transformers
 from torch import Tensor
 from transformers.initialization import no_init_weights
+from typing_extensions import override
 
 from megatron_rl.convert.hf import hub_views
 from megatron_rl.device import fast_linear_layers, row_multiple
 from megatron_rl.rollout.cache import roomy_cache
-from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, SamplingParams
+from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, SamplingParams
 from megatron_rl.rollout.recorder import RouteRecorder
 from megatron_rl.rollout.sampling import sample_tokens, uniforms
 from megatron_rl.types import Rollout
@@ -33,7 +34,7 @@ _SHORT = 64
 _GROUPED = "grouped_sdpa"  # attention, by the name that transformers knows it by
 
 
-class TransformersEngine:
+class TransformersEngine(RolloutEngine):
     """`RolloutEngine` over a replica of the policy in this process."""
 
     def __init__(self, hf_config: dict[str, Any], *, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
@@ -55,8 +56,9 @@ class TransformersEngine:
         self._asleep = False
         self._abort = threading.Event()
 
+    @override
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """See `RolloutEngine`. A tied weight may come under one of its names or under both, then with equal values."""
+        # a tied weight may come under one of its names or under both, then with equal values
         if self._asleep:
             raise EngineError("update_weights: the engine sleeps; call wake first")
         self._trouble = "its last update_weights failed and left a mixture of weights; update again"
@@ -90,8 +92,8 @@ class TransformersEngine:
             raise EngineError(f"update_weights: {len(missing)} weights did not come: {_some(missing)}")
         self.weight_version, self._trouble = weight_version, ""
 
+    @override
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Rollout]]:
-        """See `RolloutEngine`: batch by batch."""
         self.health()
         self._abort.clear()
         self._check_requests(requests)
@@ -103,37 +105,34 @@ class TransformersEngine:
                 batch = indices[start : start + self._batch_size]
                 yield from zip(batch, self._decode([requests[i] for i in batch], sampling), strict=True)
 
+    @override
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """See `RolloutEngine`."""
         rollouts = dict(self.stream(requests))
         return [rollouts[i] for i in range(len(requests))]
 
+    @override
     def sleep(self) -> None:
-        """See `RolloutEngine`: the replica moves to host memory."""
-        self.model.to("cpu")
+        self.model.to("cpu")  # on a GPU its memory is free then
         self._asleep = True
 
+    @override
     def wake(self) -> None:
-        """See `RolloutEngine`."""
         self.model.to(self._device)
         self._asleep = False
 
-    def flush_cache(self) -> None:
-        """See `RolloutEngine`: nothing to do, no key-value entry outlives a `generate`."""
-
+    @override
     def abort(self) -> None:
-        """See `RolloutEngine`: takes effect before the next token."""
-        self._abort.set()
+        self._abort.set()  # takes effect before the next token
 
+    @override
     def health(self) -> None:
-        """See `RolloutEngine`."""
         if self._trouble:
             raise EngineError(f"the transformers engine cannot generate: {self._trouble}")
         if self._asleep:
             raise EngineError("the transformers engine cannot generate: it sleeps; call wake first")
 
+    @override
     def close(self) -> None:
-        """See `RolloutEngine`."""
         self._trouble = "it was closed"
         self.model.to("meta")
 
@@ -261,7 +260,7 @@ class TransformersEngine:
                     sample_index=request.sample_index,
                     token_ids=ids,
                     rollout_logprobs=logprobs,
-                    loss_mask=mask,
+                    sampled=mask,
                     finish_reason="stop" if stop else "length",
                     weight_version=self.weight_version,
                     spans=((self.weight_version, length),),

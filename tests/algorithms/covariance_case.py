@@ -11,7 +11,7 @@ from megatron_rl.algorithms.covariance import select_tokens
 from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.types import LossInputs, MicroBatch, MiniBatch, TokenStats
+from megatron_rl.types import MicroBatch, MiniBatch, TokenStats
 
 ALONE = Reducer(None)
 LENGTHS = [14, 9, 20, 5, 17, 11, 8, 16]
@@ -42,7 +42,7 @@ def sequence(index: int, length: int, seed: int = 0) -> dict[str, Tensor]:
 def build(bins: list[list[int]], seed: int = 0, index: int = 0) -> tuple[MiniBatch, list[TokenStats]]:
     """A mini-batch whose micro-batch b packs the sequences `bins[b]` in that order, with two positions of padding."""
     pairs = [_micro_batch([sequence(i, LENGTHS[i], seed) for i in chosen]) for chosen in bins]
-    return MiniBatch(index, tuple(mb for mb, _ in pairs)), [stats for _, stats in pairs]
+    return MiniBatch(index, tuple(mb.replace(stats=stats) for mb, stats in pairs)), [stats for _, stats in pairs]
 
 
 def _micro_batch(sequences: list[dict[str, Tensor]]) -> tuple[MicroBatch, TokenStats]:
@@ -90,7 +90,7 @@ def by_hand(
     fields |= {"logprobs": torch.tensor(logprobs), "advantages": torch.tensor(advantages)}
     fields |= {"old_logprobs": torch.tensor(old or logprobs)}
     micro_batch, stats = _micro_batch([fields])
-    return MiniBatch(0, (micro_batch.replace(num_sequences=2),)), [stats]
+    return MiniBatch(0, (micro_batch.replace(num_sequences=2, stats=stats),)), [stats]
 
 
 def select(
@@ -99,21 +99,17 @@ def select(
     *,
     seed: int = 1,
     step: int = 0,
-    updates: int = 8,
 ) -> tuple[MiniBatch, set[int], dict[str, float]]:
     """The marked mini-batch, the selected global ids and the metrics, on one process."""
-    mini_batch, metrics = select_tokens(*batch, loss, ALONE, seed=seed, step=step, updates_per_step=updates)
+    mini_batch = select_tokens(batch[0].with_stats(batch[1]), loss, ALONE, seed=seed, step=step)
     for micro_batch in mini_batch.micro_batches:
         assert not (micro_batch.selected & ~micro_batch.loss_mask).any()
     ids = set(mini_batch.cat("token_ids_global")[mini_batch.cat("selected")].tolist())
-    return mini_batch, ids, metrics
+    return mini_batch, ids, dict(mini_batch.selection)
 
 
 def loss_sum(micro_batch: MicroBatch, stats: TokenStats, loss: ClipCovLoss | KlCovLoss) -> float:
-    names = ("old_logprobs", "rollout_logprobs", "advantages", "loss_mask", "token_weights", "cu_seqlens", "selected")
-    fields = {name: getattr(micro_batch, name) for name in names}
-    inputs = LossInputs(logprobs=stats.logprobs, entropy=stats.entropy, ref_logprobs=None, **fields)
-    return float(LOSSES[loss.type](inputs, loss).loss_sum)
+    return float(LOSSES[loss.type](micro_batch.loss_inputs(stats), loss).loss_sum)
 
 
 def numpy_view(batch: tuple[MiniBatch, list[TokenStats]]) -> dict[str, np.ndarray]:

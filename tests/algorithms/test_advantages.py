@@ -12,6 +12,7 @@ import torch
 
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.config import AlgorithmConfig
+from tests import shape_checks
 
 # two interleaved prompts: 5 has rewards 1, 0, 0 and 9 has 2, 4, 6
 REWARDS = torch.tensor([1.0, 2.0, 0.0, 4.0, 0.0, 6.0])
@@ -113,7 +114,7 @@ def test_refuses_a_prompt_with_one_sample_among_others(name: str) -> None:
 def test_refuses_bad_rewards(name: str) -> None:
     with pytest.raises(ValueError, match="2 of 4 rewards are not finite"):
         estimate(name, torch.tensor([1.0, float("nan"), 0.0, -float("inf")]), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"got \[3\] and \[2\]"):
+    with shape_checks.off(), pytest.raises(ValueError, match=r"got \[3\] and \[2\]"):
         estimate(name, torch.ones(3), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="B > 0"):
         estimate(name, torch.ones(0), torch.zeros(0, dtype=torch.int64))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.types import TokenStats
 
 
@@ -30,7 +30,7 @@ def test_two_actions_by_hand() -> None:
     # sum_a pi_a^2 (log pi_a + H) = 9/16 * l/4 - 1/16 * 3/4 l = 6/64 l. Token 0: 3/4 * l/4 = 12/64 l; token 1: -12/64 l.
     logits = torch.tensor([[math.log(3.0), 0.0]] * 3, dtype=torch.float64)
     stats = dense_stats(logits, torch.tensor([0, 1, 0]))
-    got = entropy_loss_per_step(stats, torch.tensor([1.0, 1.0, -2.0]))
+    got = entropy_spent(stats, torch.tensor([1.0, 1.0, -2.0]))
     unit = math.log(3.0) / 64
     # reinforcing the likely action spends entropy, reinforcing the unlikely one buys it
     torch.testing.assert_close(got, torch.tensor([6 * unit, -18 * unit, -12 * unit], dtype=torch.float64))
@@ -38,11 +38,9 @@ def test_two_actions_by_hand() -> None:
 
 def test_uniform_policy_and_zero_advantage_change_nothing_to_first_order() -> None:
     stats = dense_stats(torch.zeros(2, 5, dtype=torch.float64), torch.tensor([0, 3]))
-    torch.testing.assert_close(
-        entropy_loss_per_step(stats, torch.tensor([4.0, -4.0])), torch.zeros(2, dtype=torch.float64)
-    )
+    torch.testing.assert_close(entropy_spent(stats, torch.tensor([4.0, -4.0])), torch.zeros(2, dtype=torch.float64))
     peaked = dense_stats(torch.randn(2, 5, dtype=torch.float64), torch.tensor([0, 3]))
-    assert entropy_loss_per_step(peaked, torch.zeros(2)).tolist() == [0.0, 0.0]
+    assert entropy_spent(peaked, torch.zeros(2)).tolist() == [0.0, 0.0]
 
 
 def test_a_step_that_is_really_taken_changes_the_entropy_as_predicted() -> None:
@@ -50,7 +48,7 @@ def test_a_step_that_is_really_taken_changes_the_entropy_as_predicted() -> None:
     logits = 2 * torch.randn(40, 9, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 9, (40,), generator=generator)
     advantages = 2 * torch.randn(40, generator=generator, dtype=torch.float64)
-    predicted = -entropy_loss_per_step(dense_stats(logits, labels), advantages)
+    predicted = -entropy_spent(dense_stats(logits, labels), advantages)
     one_hot = torch.nn.functional.one_hot(labels, 9).double()
     direction = advantages[:, None] * (one_hot - torch.softmax(logits, dim=1))  # of A log pi_y in the logits
     eta = 1e-5
@@ -72,7 +70,7 @@ def test_the_expectation_over_actions_is_theorem_1() -> None:
     advantages = torch.randn(7, generator=generator, dtype=torch.float64)
     advantages = advantages - (p * advantages).sum()  # E_pi[A] = 0
     stats = dense_stats(logits.expand(7, 7), torch.arange(7))  # one row for each action
-    expected_loss = (p * entropy_loss_per_step(stats, advantages)).sum()
+    expected_loss = (p * entropy_spent(stats, advantages)).sum()
     step = p * advantages
     covariance = (p * logp * step).sum() - (p * logp).sum() * (p * step).sum()
     torch.testing.assert_close(expected_loss, covariance, rtol=1e-12, atol=1e-14)
@@ -81,11 +79,11 @@ def test_the_expectation_over_actions_is_theorem_1() -> None:
 
 def test_float32_statistics_give_float64_products() -> None:
     stats = TokenStats(*(torch.full((3,), x, dtype=torch.float32) for x in (-1.0, 0.5, 0.4, -0.3)))
-    got = entropy_loss_per_step(stats, torch.ones(3, dtype=torch.float32))
+    got = entropy_spent(stats, torch.ones(3, dtype=torch.float32))
     assert got.dtype == torch.float64
     assert got[0].item() == pytest.approx(math.exp(-1.0) * -0.5 - (-0.3 + 0.5 * 0.4), abs=1e-7)
 
 
 def test_statistics_without_the_sums_are_refused() -> None:
     with pytest.raises(ValueError, match="with_sum_p2=True"):
-        entropy_loss_per_step(TokenStats(torch.zeros(2), torch.zeros(2)), torch.ones(2))
+        entropy_spent(TokenStats(torch.zeros(2), torch.zeros(2)), torch.ones(2))

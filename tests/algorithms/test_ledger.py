@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.ledger import ledger
 from megatron_rl.types import TokenStats, TrainBatch
 from tests.algorithms.covariance_case import ALONE, build, by_hand
@@ -17,8 +17,8 @@ def test_groups_by_hand() -> None:
     labels = torch.tensor([7, 8, 7, 7, 9, 0, 0])  # two positions of padding at the end
     mini_batch = mini_batch.replace_each("labels", [labels])
     after = [TokenStats(stats.logprobs, stats.entropy + torch.tensor([0.5, -0.25, 0, 0, -1.0, 8, 8]))]
-    entry = ledger(TrainBatch(0, (mini_batch,)), [[stats]], after, ALONE)
-    spent = entropy_loss_per_step(stats, micro_batch.advantages)[:5].tolist()
+    entry = ledger(TrainBatch(0, (mini_batch,)), after, ALONE)
+    spent = entropy_spent(stats, micro_batch.advantages)[:5].tolist()
     by_token = {row[0]: row[1:] for row in entry["tokens"]}
     assert {i: (row[0], row[2]) for i, row in by_token.items()} == {7: (3, 3), 8: (1, 1), 9: (1, 1)}
     expected = {7: spent[0] + spent[2] + spent[3], 8: spent[1], 9: spent[4]}
@@ -37,9 +37,9 @@ def test_the_packing_does_not_matter_and_nothing_is_lost() -> None:
     """The mini-batches of a step share one covariance; only the first is probed."""
     entries = []
     for bins in ([list(range(8))], [[0, 4], [], [3, 1, 2], [7, 6, 5]]):
-        (first, before), (second, later) = build(bins), build(bins, seed=1, index=1)
+        (first, before), (second, _) = build(bins), build(bins, seed=1, index=1)
         after = [TokenStats(s.logprobs, s.entropy * 0.9) for s in before]
-        entries.append(ledger(TrainBatch(0, (first, second)), [before, later], after, ALONE))
+        entries.append(ledger(TrainBatch(0, (first, second)), after, ALONE))
     one, several = entries
     for part in ("total", "tokens", "positions", "covariance"):
         np.testing.assert_allclose(
@@ -49,4 +49,4 @@ def test_the_packing_does_not_matter_and_nothing_is_lost() -> None:
         total = table[..., -4:] if part == "total" else table[:, -4:].sum(0)
         np.testing.assert_allclose(total, one["total"], rtol=1e-9)
     assert one["total"][2] * 2 == one["total"][0]
-    assert ledger(TrainBatch(0, (build([[]])[0],)), [build([[]])[1]], None, ALONE) == {}
+    assert ledger(TrainBatch(0, (build([[]])[0],)), None, ALONE) == {}

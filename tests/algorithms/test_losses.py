@@ -338,7 +338,7 @@ def test_refuses_missing_inputs() -> None:
 def test_sft_is_the_weighted_negative_log_likelihood() -> None:
     nan, mask = [math.nan] * 3, torch.tensor([True, True, False])
     inputs = tokens([-1.0, -2.0, math.nan], nan, nan, loss_mask=mask, token_weights=torch.tensor([1.0, 0.5, math.inf]))
-    outputs = sft(dataclasses.replace(inputs, logprobs=inputs.logprobs.requires_grad_()), None)
+    outputs = sft(dataclasses.replace(inputs, logprobs=inputs.logprobs.requires_grad_()))
     outputs.loss_sum.backward()
     assert outputs.loss_sum.item() == pytest.approx(2.0)
     assert inputs.logprobs.grad is not None and inputs.logprobs.grad.tolist() == [-1.0, -0.5, 0.0]

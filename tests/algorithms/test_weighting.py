@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.covariance import covariance_metrics
-from megatron_rl.algorithms.entropy import entropy_loss_per_step
+from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
 from megatron_rl.algorithms.weighting import WEIGHTINGS, mark_tokens
 from megatron_rl.config.loss import (
@@ -33,9 +33,9 @@ LOSSES: list[LossBase] = [ForkingLoss(), SteerLoss(weight_min=0.4), GaussianCovL
 
 def mark(batch: Batch, loss: LossBase) -> tuple[MiniBatch, np.ndarray, dict[str, float]]:
     """The marked mini-batch, its weights by rising global id, and metrics."""
-    mini_batch, metrics = mark_tokens(*batch, loss, ALONE, seed=1, step=0, updates_per_step=8)
+    mini_batch = mark_tokens(batch[0].with_stats(batch[1]), loss, ALONE, seed=1, step=0)
     weights = mini_batch.cat("surrogate_weights")[mini_batch.cat("token_ids_global").argsort()]
-    return mini_batch, weights.numpy(), metrics
+    return mini_batch, weights.numpy(), dict(mini_batch.selection)
 
 
 def with_entropy(batch: Batch, entropy: list[float]) -> Batch:
@@ -121,10 +121,10 @@ PREDICTED: list[Any] = [
 def test_effective_advantages(loss: Any) -> None:
     """A times the ratio; 0 where clipped or dropped, times the weight, less kl_coef sign(log ratio) where selected."""
     batch = build(FOUR)
-    mini_batch, _ = mark_tokens(*batch, loss, ALONE, seed=1, step=0, updates_per_step=8)
-    pairs = list(zip(mini_batch.micro_batches, batch[1], strict=True))
-    got = torch.cat([effective_advantages([pair], loss)[pair[0].loss_mask] for pair in pairs]).numpy()
-    together = effective_advantages(pairs, loss)[torch.cat([m.loss_mask for m, _ in pairs])]
+    mini_batch = mark_tokens(batch[0], loss, ALONE, seed=1, step=0)
+    parts = mini_batch.micro_batches
+    got = torch.cat([effective_advantages([part], loss)[part.loss_mask] for part in parts]).numpy()
+    together = effective_advantages(parts, loss)[torch.cat([part.loss_mask for part in parts])]
     np.testing.assert_array_equal(together.numpy(), got)
     view = numpy_view(batch)
     expected = ratio(view) * view["advantages"]
@@ -144,17 +144,19 @@ def test_effective_advantages(loss: Any) -> None:
 
 def test_predicted_change_is_the_mean_over_all_tokens() -> None:
     batch = build(FOUR)
-    pairs = list(zip(batch[0].micro_batches, batch[1], strict=True))
+    off_policy = batch[0]
+    parts = off_policy.micro_batches
     loss = PpoClipLoss(eps_low=1, eps_high=100)
-    exact = torch.cat([entropy_loss_per_step(s, effective_advantages([(m, s)], loss))[m.loss_mask] for m, s in pairs])
-    assert predicted_change([batch], loss, ALONE) == pytest.approx(-float(exact.mean()))
-    on_policy = MiniBatch(0, tuple(m.replace(old_logprobs=s.logprobs) for m, s in pairs))
-    metrics = covariance_metrics([(on_policy, batch[1])], ALONE)
-    change = predicted_change([(on_policy, batch[1])], loss, ALONE)
+    exact = torch.cat([entropy_spent(m.stats, effective_advantages([m], loss))[m.loss_mask] for m in parts])
+    assert predicted_change([off_policy], loss, ALONE) == pytest.approx(-float(exact.mean()))
+    on_policy = off_policy.replace_each("old_logprobs", [stats.logprobs for stats in batch[1]])
+    metrics = covariance_metrics([on_policy], ALONE)
+    change = predicted_change([on_policy], loss, ALONE)
     assert change == pytest.approx(-metrics["cov/vocab_mean"], rel=1e-6)
-    nothing = MiniBatch(2, tuple(m.replace(loss_mask=torch.zeros_like(m.loss_mask)) for m, _ in pairs))
-    updates = [batch, (nothing, batch[1]), (on_policy, batch[1])]
-    assert predicted_change(updates, loss, ALONE) == pytest.approx(change - float(exact.mean()))
+    nothing = off_policy.replace_each("loss_mask", [torch.zeros_like(m.loss_mask) for m in parts])
+    assert predicted_change([off_policy, nothing, on_policy], loss, ALONE) == pytest.approx(
+        change - float(exact.mean())
+    )
 
 
 def ratio(view: dict[str, np.ndarray]) -> np.ndarray:

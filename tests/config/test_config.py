@@ -271,7 +271,7 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ),
     ({"rollout__engine": "vllm", HF + "head_dim": 16}, "vLLM's Qwen2 ignores head_dim"),
     ({"data": {"type": "jsonl", "train_path": "x"}, "warm_start": {"steps": 1}}, "warm_start needs a task with known"),
-    ({"model": {"path": "nonesuch"}}, "cannot read nonesuch/config.json"),
+    ({"model": {"path": "nonesuch"}}, "model.path=nonesuch: no such folder here; download"),
     ({"model": {}}, "set model.path, or model.hf_config for random weights"),
 ]
 
@@ -295,7 +295,7 @@ def test_layouts_that_no_mixture_of_experts_has_are_refused(parallel: dict[str, 
 
 def test_key_value_heads_may_be_fewer_than_the_ranks_if_their_rows_can_be_cut() -> None:
     hf = BASE["model"]["hf_config"]
-    parse_config(raw(parallel={"tp": 6}, model={"hf_config": hf | {"head_dim": 3}}))
+    parse_config(raw(parallel={"tp": 6}, model={"hf_config": hf | {"head_dim": 6}}))
     message = refusal(raw(parallel={"tp": 6}, model={"hf_config": hf | {"head_dim": 8}}))
     assert (
         "num_key_value_heads=2 of width 8 cannot be cut into parallel.tp=6 equal parts; choose tp from [1, 2]"

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl import cli
-from megatron_rl.algorithms.losses import ppo_clip
+from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.convert import torch_dist
 from megatron_rl.convert.check import compare_logits, compare_tensors
 from megatron_rl.convert.hf import hub_views
@@ -124,7 +124,7 @@ def _through_megatron(cases: list[tuple[Path, Path, Path | None, dict[str, Any]]
 
             for _, parameter in policy.parameters:
                 parameter.data.zero_()
-            metadata = {"singleton_local_shards": False, "dp_cp_group": policy.groups.dp}
+            metadata = {"singleton_local_shards": False, "dp_cp_group": policy.groups.dp_cp}
             wanted = {"model": policy.model.chunks[0].sharded_state_dict(metadata=metadata)}
             state, unread, absent = dist_checkpointing.load(wanted, str(megatron), strict="return_all")
             assert not absent, absent
@@ -134,7 +134,7 @@ def _through_megatron(cases: list[tuple[Path, Path, Path | None, dict[str, Any]]
             if target is not None:
                 policy.reset_optimizer()
                 batch = make_batch(config, policy.groups)
-                policy.update(batch.mini_batches[0], ppo_clip, config.loss)
+                policy.update(batch.mini_batches[0], policy_loss(config.loss))
                 weights["trained"] = weights_of(policy)
                 CheckpointStore(target, policy, policy.groups).save(1, {})
         with policy_of(make_config(megatron, parallel=layout)) as policy:

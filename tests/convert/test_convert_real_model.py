@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import queue
 import shutil
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_rl.convert.to_hf import megatron_to_hf
 from megatron_rl.convert.to_megatron import hf_to_megatron
-from megatron_rl.packing import pack_supervised
+from megatron_rl.packing import Layout, pack_supervised
 from tests.convert.smollm import download
 from tests.policy.tiny import make_config, policy_of, same_bits
 from tests.worlds import Worlds
@@ -56,14 +57,12 @@ def _through_layouts(
     for layout, target in zip(layouts, targets, strict=True):
         config = make_config(megatron, parallel=layout)
         with policy_of(config) as policy:
-            batch = pack_supervised(
-                [(sequence[:1], sequence[1:]) for sequence in sequences],
+            layout = dataclasses.replace(
+                Layout.of(config),
                 micro_batch_tokens=max(map(len, sequences)),
-                dp_rank=0,
-                dp_size=1,
-                pad_multiple=1,
                 equal_lengths=policy.groups.pp_size > 1,
             )
+            batch = pack_supervised([(sequence[:1], sequence[1:]) for sequence in sequences], layout)
 
             def full(logits: Tensor, micro_batch: Any, tp: Any = policy.groups.tp) -> tuple[int, Tensor]:
                 shards = [torch.empty_like(logits) for _ in range(tp.size())]
@@ -81,7 +80,7 @@ def _through_layouts(
                 target.mkdir()
             dist.barrier()
             filesystem_async._results_queue = queue.SimpleQueue()  # the default is a manager process a rank
-            metadata = {"singleton_local_shards": False, "dp_cp_group": policy.groups.dp}
+            metadata = {"singleton_local_shards": False, "dp_cp_group": policy.groups.dp_cp}
             dist_checkpointing.save(
                 {"model": policy.model.chunks[0].sharded_state_dict(metadata=metadata)}, str(target)
             )

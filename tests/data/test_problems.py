@@ -3,7 +3,6 @@ from __future__ import annotations
 import ast
 import copy
 import json
-import logging
 import subprocess
 import sys
 from collections import Counter
@@ -187,15 +186,14 @@ def test_jsonl_chat_template_and_system_prompt(jsonl, tokenizer):
     assert tokenizer.decode(list(got.train[0].token_ids)) == "(0:1+1*2="
 
 
-def test_jsonl_overlong_prompts(jsonl, caplog):
+def test_jsonl_overlong_prompts(jsonl, capsys):
     lines = [row("1"), row("12345"), row("3")]
     with pytest.raises(DataError, match=r"line 2: the prompt has 5 tokens.*overlong_prompts=drop"):
         jsonl(lines, max_prompt_tokens=4)
-    with caplog.at_level(logging.WARNING):
-        got = jsonl(lines, [row("9")], max_prompt_tokens=4, overlong_prompts="drop")
+    got = jsonl(lines, [row("9")], max_prompt_tokens=4, overlong_prompts="drop")
     # dropping does not renumber, so sampling seeds stay with their problems
     assert [p.prompt_id for p in got.train + got.eval] == [0, 2, 3]
-    assert "dropped 1 of 3 prompts" in caplog.text
+    assert "dropped 1 of 3 prompts above data.max_prompt_tokens=4" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"all 1 prompts exceed .*longest 5"):
         jsonl([row("12345")], max_prompt_tokens=4, overlong_prompts="drop")
 
@@ -277,18 +275,17 @@ def test_plain_prompts_keep_what_stands_before_and_not_what_ends_a_text(tokenize
     assert own.decode(list(encode_prompt("1", None, own))) == expected
 
 
-def test_answers_that_the_grader_cannot_read_are_counted_and_shown(tmp_path, tokenizer, caplog):
+def test_answers_that_the_grader_cannot_read_are_counted_and_shown(tmp_path, tokenizer, capsys):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row("1", answer)) + "\n" for answer in ("2", "}{", "3", "")))
     config = make_config({"type": "jsonl", "train_path": str(path)}, vocab_size=100)
-    with caplog.at_level(logging.WARNING):
-        load_prompts(config, tokenizer)
-        assert not caplog.messages
-        load_prompts(config, tokenizer, is_readable=str.isdigit)
-    assert caplog.messages == [
+    load_prompts(config, tokenizer)
+    assert not capsys.readouterr().out
+    load_prompts(config, tokenizer, is_readable=str.isdigit)
+    assert capsys.readouterr().out == (
         f"{path}: the grader cannot read 2 of 4 answers, so no response to these problems will be right; first "
-        f"{path}, line 2: '}}{{'"
-    ]
+        f"{path}, line 2: '}}{{'\n"
+    )
 
 
 def test_reading_files_alone_needs_no_torch():

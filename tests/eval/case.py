@@ -125,7 +125,7 @@ class KnowingEngine:
                     sample_index=request.sample_index,
                     token_ids=torch.tensor([*request.token_ids, *tokens]),
                     rollout_logprobs=torch.zeros(length),
-                    loss_mask=torch.arange(length) >= len(request.token_ids),
+                    sampled=torch.arange(length) >= len(request.token_ids),
                     finish_reason="stop",
                     weight_version=0,
                     spans=((0, len(tokens)),),

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from megatron_rl.config.benchmarks import PAPER_SETS, PUBLISHED, prompts
 from megatron_rl.data import DataError
 from megatron_rl.errors import ConfigError
 from megatron_rl.eval.store import EvalError
+from tests.browser import CHROMIUM
 from tests.eval.case import any_text, byte_tokenizer, resolved, run_knowing, write_config, write_model, write_set
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -184,17 +184,15 @@ def test_faults_of_files_and_options_come_with_their_remedy(home: Path, tmp_path
     fails(DataError, "the id '1' comes twice", "eval.sets=[mine]", f"eval.options.mine.path={double}")
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium")
 def test_the_pages_run_in_a_browser(home: Path, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium here")
     out = tmp_path / "out"
     run_knowing(
         config_of(home, out, "eval.sets=[amc]", "eval.options.amc.samples=2"), lambda g, i: f"</script><b>{i}</b>"
     )
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
     for page, text in {"sets/amc/browse.html": "&lt;/script&gt;&lt;b&gt;1&lt;/b&gt;", "index.html": "52.2"}.items():
-        command = [browser, *options, (out / page).as_uri()]
+        command = [str(CHROMIUM), *options, (out / page).as_uri()]
         found = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert text in found.stdout and "CONSOLE" not in found.stderr, found.stderr
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.metrics.jsonl import cut_from_step, read_rows, to_line
 from megatron_rl.metrics.write import RunLogger, format_duration
 from tests.packing.test_pack import make_config
+from tests.worlds import ROOT
 
 
 def quiet() -> Console:
@@ -76,6 +78,31 @@ def test_the_ledger_names_tokens_and_is_cut_with_the_rest(tmp_path: Path) -> Non
         pass
     (row,) = read_rows(tmp_path / "ledger.jsonl")[0]
     assert row == {"step": 0, "total": [3, 0.123457], "tokens": [["<7>", 7, 2, None]], "edges": [None]}
+
+
+def test_a_full_disk_is_named_once_and_hides_nothing(tmp_path: Path) -> None:
+    """In a process of its own, whose files take no byte more at one moment."""
+    code = f"""
+import resource
+from pathlib import Path
+from megatron_rl.files import refusal
+from megatron_rl.metrics.write import RunLogger
+from tests.metrics.test_write import make_config, quiet
+folder = Path({str(tmp_path)!r})
+try:
+    with RunLogger(folder, make_config(), console=quiet()) as logger:
+        logger.log(0, {{"reward/mean": 1.0}})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        logger.log_samples(0, [{{"text": "a"}}])
+except OSError as error:
+    print(error.filename, error.__context__.filename, refusal(error, folder))
+"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert told.stdout.startswith(
+        f"{tmp_path}/samples.jsonl None cannot use {tmp_path}/samples.jsonl: File too large; "
+    )
+    assert told.stdout.rstrip().endswith("Nothing was saved yet: the same command starts from the beginning")
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")[0]] == [0]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

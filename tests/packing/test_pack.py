@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
 from megatron_rl.config import Config, parse_config
-from megatron_rl.packing import computed, pack, pack_supervised, packing_metrics
+from megatron_rl.packing import Layout, computed, pack_supervised, packing_metrics
+from megatron_rl.packing import pack as pack_step
 from megatron_rl.packing.balance import Work, deal
 from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
@@ -41,6 +43,13 @@ def make_config(
     return parse_config({**raw, **sections})
 
 
+def pack(
+    rollouts: list[Rollout], advantages: torch.Tensor, config: Config, *, step: int = 0, **changes: int
+) -> TrainBatch:
+    """`changes`: to the layout of a process alone."""
+    return pack_step(rollouts, advantages, dataclasses.replace(Layout.of(config), **changes), step=step)
+
+
 def make_rollout(prompt_id: int, sample_index: int, prompt: list[int], response: list[int]) -> Rollout:
     length = len(prompt) + len(response)
     mask = torch.arange(length) >= len(prompt)
@@ -66,7 +75,7 @@ def make_rollouts(config: Config, seed: int = 0, one_prompt: bool = False) -> li
 
 
 def micro_batches(batch: TrainBatch) -> list[MicroBatch]:
-    return [mb for mini in batch.minibatches() for mb in mini.micro_batches]
+    return [mb for mini in batch.mini_batches for mb in mini.micro_batches]
 
 
 def two_sequences() -> tuple[Config, list[Rollout]]:
@@ -79,7 +88,7 @@ def test_two_sequences_by_hand() -> None:
     config, rollouts = two_sequences()
     (mini,) = pack(
         rollouts, torch.tensor([0.5, -2.0]), config, step=3, dp_rank=0, dp_size=1, pad_multiple=5
-    ).minibatches()
+    ).mini_batches
     (mb,) = mini.micro_batches
     assert mb.token_ids.tolist() == [11, 12, 13, 14, 15, 21, 22, 0, 0, 0]
     assert mb.labels.tolist() == [0, 13, 14, 15, 0, 22, 0, 0, 0, 0]
@@ -139,7 +148,7 @@ def test_a_shared_prompt_by_hand() -> None:
     # tokens; pairs 1 + 2 + 3 + 4; positions; response tokens
     assert computed(TrainBatch(3, (MiniBatch(0, (mb,)),))).tolist() == [4, 10, 8, 3]
     longer = [make_rollout(7, s, [11, 12, 13], [14 + s, 16, 17]) for s in (0, 1)]
-    apart = pack(longer, torch.zeros(2), config, num_micro_batches=2, **options)
+    apart = pack(longer, torch.zeros(2), config, count_multiple=2, **options)
     parts = [mb.model_inputs() for mb in micro_batches(apart)]
     assert [part.token_ids.tolist() for part in parts] == [[11, 12, 13, 14, 16], [11, 12, 13, 15, 16]]
     assert [part.rows.tolist() for part in parts] == [[2, 3, 4]] * 2  # type: ignore
@@ -162,7 +171,7 @@ def test_a_sample_of_which_nothing_counts_is_not_computed() -> None:
         prompts=1, per_minibatch=1, samples=3, share_prompts=True, algorithm={"overlong": {"filter": True}}
     )
     rollouts = [make_rollout(7, s, [11, 12], [13, 14 + s]) for s in range(3)]
-    cut = [r.replace(loss_mask=torch.zeros(4, dtype=torch.bool), finish_reason="length") for r in rollouts]
+    cut = [r.replace(counts=False, finish_reason="length") for r in rollouts]
     options = {"step": 0, "dp_rank": 0, "dp_size": 1}
     (mb,) = micro_batches(pack([rollouts[0], cut[1], rollouts[2]], torch.ones(3), config, **options))
     assert mb.model_inputs().token_ids.tolist() == [11, 12, 13, 13] and mb.labels.tolist() == [13, 14, 13, 16]
@@ -182,18 +191,16 @@ def test_groups_stay_together_as_far_as_that_balances() -> None:
     assert one.load([0, 1, 2, 3]) == 8 + 4 * 2 and one.load([0]) == 10
     # a prefix and four samples fill 16 tokens, with all eight 24
     assert deal(one, 16, 0, 1) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    with pytest.raises(ValueError, match="num_micro_batches=1 over 1 .* needs 24 tokens .* 20 are allowed"):
-        deal(one, 20, 0, 1, num_micro_batches=1)
+    with pytest.raises(ValueError, match="a sample of 10 tokens exceeds the 9 of a micro-batch"):
+        deal(one, 9, 0, 1)
 
 
 def test_interleaved_pipelines_get_a_multiple_of_micro_batches() -> None:
     config = make_config(prompts=1, per_minibatch=1, samples=3, budget=30)
     rollouts = [make_rollout(7, i, [11], [12] * 19) for i in range(3)]  # 20 tokens: one to a micro-batch
     options = {"step": 0, "dp_rank": 0, "dp_size": 1, "equal_lengths": True}
-    (mini,) = pack(rollouts, torch.zeros(3), config, count_multiple=2, **options).minibatches()
+    (mini,) = pack(rollouts, torch.zeros(3), config, count_multiple=2, **options).mini_batches
     assert [mb.num_sequences for mb in mini.micro_batches] == [1, 1, 1, 0]
-    with pytest.raises(ValueError, match="num_micro_batches=3 must be at least 1, the second a multiple of 2"):
-        pack(rollouts, torch.zeros(3), config, count_multiple=2, num_micro_batches=3, **options)
     with pytest.raises(ValueError, match="pad_multiple=2 must be a multiple of 4 tokens"):
         pack(rollouts, torch.zeros(3), config, cp_size=2, pad_multiple=2, **options)
 
@@ -210,7 +217,7 @@ def test_every_token_exactly_once(
     advantages = torch.arange(len(rollouts)) - 5.5
     ranks = [
         pack(rollouts, advantages, config, step=0, dp_rank=rank, dp_size=dp_size, pad_multiple=pad_multiple,
-             equal_lengths=equal_lengths, num_micro_batches=forced)
+             equal_lengths=equal_lengths, count_multiple=forced or 1)
         for rank in range(dp_size)
     ]  # fmt: skip
     for j in range(2):
@@ -234,7 +241,7 @@ def test_every_token_exactly_once(
         expected = {}
         for i in range(12 * j, 12 * j + 12):
             rollout = rollouts[i]
-            for position in torch.nonzero(rollout.loss_mask).flatten().tolist():
+            for position in torch.nonzero(rollout.sampled).flatten().tolist():
                 expected[30 * i + position] = (
                     int(rollout.token_ids[position]), float(advantages[i]), float(rollout.rollout_logprobs[position]),
                     rollout.prompt_id, rollout.sample_index)  # fmt: skip
@@ -261,7 +268,7 @@ def test_shared_inputs_are_the_samples_without_their_last_tokens(forced: int | N
     """A sequence behind its prefix is a sample's beginning, and each prediction is made where its token is."""
     config = make_config(budget=96, share_prompts=True)
     rollouts = make_rollouts(config, one_prompt=True)
-    options = {"step": 0, "dp_rank": 1, "dp_size": 2, "pad_multiple": 16, "num_micro_batches": forced}
+    options = {"step": 0, "dp_rank": 1, "dp_size": 2, "pad_multiple": 16, "count_multiple": forced or 1}
     whole = {tuple(rollout.token_ids[:-1].tolist()) for rollout in rollouts}
     shared = 0
     for mb in micro_batches(pack(rollouts, torch.zeros(24), config, **options)):
@@ -285,7 +292,7 @@ def test_no_empty_micro_batch_while_another_has_two() -> None:
         mb.num_sequences
         for rank in range(2)
         for mb in pack(
-            make_rollouts(config), torch.zeros(24), config, step=0, dp_rank=rank, dp_size=2, num_micro_batches=6
+            make_rollouts(config), torch.zeros(24), config, step=0, dp_rank=rank, dp_size=2, count_multiple=6
         ).mini_batches[0].micro_batches
     ]  # fmt: skip
     assert counts == [1] * 12
@@ -294,7 +301,7 @@ def test_no_empty_micro_batch_while_another_has_two() -> None:
 def test_empty_micro_batch_is_valid() -> None:
     config = make_config(prompts=1, per_minibatch=1, samples=2)
     rollouts = [make_rollout(0, s, [1, 2], [3, 4, 5]) for s in range(2)]
-    batch = pack(rollouts, torch.ones(2), config, step=0, dp_rank=0, dp_size=1, pad_multiple=4, num_micro_batches=3)
+    batch = pack(rollouts, torch.ones(2), config, step=0, dp_rank=0, dp_size=1, pad_multiple=4, count_multiple=3)
     empty = batch.mini_batches[0].micro_batches[2]
     assert empty.cu_seqlens.tolist() == [0, 4] and empty.num_sequences == 0
     assert not empty.loss_mask.any() and empty.loss_denominator == 0 and not empty.token_weights.any()
@@ -319,9 +326,7 @@ def test_balance_and_smallest_count() -> None:
     # lengths 20, 5, 5 over two micro-batches: 20 | 10, imbalance 20/15 - 1; equal lengths pad 10 to 20
     rollouts = [make_rollout(0, s, [1] * 4, [2] * n) for s, n in enumerate((16, 1, 1))]
     config = make_config(prompts=1, per_minibatch=1, samples=3, budget=300)
-    batch = pack(
-        rollouts, torch.zeros(3), config, step=0, dp_rank=0, dp_size=1, num_micro_batches=2, equal_lengths=True
-    )
+    batch = pack(rollouts, torch.zeros(3), config, step=0, dp_rank=0, dp_size=1, count_multiple=2, equal_lengths=True)
     metrics = packing_metrics(batch)
     assert metrics["packing/padding_fraction"] == pytest.approx(10 / 40)
     assert metrics["packing/imbalance"] == pytest.approx(1 / 3)
@@ -346,7 +351,7 @@ def test_lengths_are_rounded_up_to_rows_where_the_budget_allows(share_prompts: b
         options = {"step": 0, "dp_rank": 0, "dp_size": 1, "pad_multiple": 2}
         plain = pack(rollouts, torch.zeros(len(rollouts)), config, **options)
         rounded = pack(rollouts, torch.zeros(len(rollouts)), config, **options, row_multiple=24)
-        for before, after in zip(plain.minibatches(), rounded.minibatches(), strict=True):
+        for before, after in zip(plain.mini_batches, rounded.mini_batches, strict=True):
             for a, b in zip(before.micro_batches, after.micro_batches, strict=True):
                 short, long = len(a.model_inputs().token_ids), len(b.model_inputs().token_ids)
                 assert long == min(budget, -(-short // 48) * 48)
@@ -388,30 +393,21 @@ def test_errors_name_what_is_wrong() -> None:
         attempt(good, torch.zeros(3))
     with pytest.raises(ValueError, match="dp_rank=1"):
         attempt(good, dp_rank=1)
-    with pytest.raises(ValueError, match="num_micro_batches=1 over 1 .* needs 36 tokens"):
-        attempt([make_rollout(4, s, [1], [2] * 17) for s in range(2)], num_micro_batches=1)
 
 
-def test_overlong_filter_may_clear_the_mask() -> None:
+def test_a_rollout_that_does_not_count_is_packed_without_weight() -> None:
     rollouts = [make_rollout(4, s, [1, 2], [3]) for s in range(2)]
-    cut = rollouts[1].replace(loss_mask=torch.zeros(3, dtype=torch.bool), finish_reason="length")
-    sizes = {"prompts": 1, "per_minibatch": 1, "samples": 2}
-    with pytest.raises(ValueError, match="length 0"):
-        pack([rollouts[0], cut], torch.zeros(2), make_config(**sizes), step=0, dp_rank=0, dp_size=1)
-    config = make_config(**sizes, algorithm={"overlong": {"filter": True}})
-    (mb,) = micro_batches(pack([rollouts[0], cut], torch.zeros(2), config, step=0, dp_rank=0, dp_size=1))
+    config = make_config(prompts=1, per_minibatch=1, samples=2)
+    (mb,) = micro_batches(pack([rollouts[0], rollouts[1].replace(counts=False)], torch.zeros(2), config))
     assert (mb.num_sequences, mb.num_tokens, mb.loss_denominator) == (2, 1, 1)
 
 
 def test_supervised() -> None:
-    mini = pack_supervised(
-        [([5, 6], [7]), ([8], [9, 10])], micro_batch_tokens=16, dp_rank=0, dp_size=1, index=2, pad_multiple=8
-    )
-    (mb,) = mini.micro_batches
-    assert mini.index == 2
+    layout = dataclasses.replace(Layout.of(make_config(budget=31, share_prompts=True)), pad_multiple=8)
+    (mb,) = pack_supervised([([5, 6], [7]), ([8], [9, 10])], layout).micro_batches
     assert mb.labels.tolist() == [0, 7, 0, 9, 10, 0, 0, 0]
     assert mb.advantages.tolist() == mb.token_weights.tolist() == [0, 1, 0, 1, 1, 0, 0, 0]
     assert not mb.rollout_logprobs.any() and mb.loss_denominator == 3
     assert mb.prompt_ids.tolist() == [0, 0, 0, 1, 1, 1, -1, -1]
     with pytest.raises(ValueError, match="empty"):
-        pack_supervised([], micro_batch_tokens=16, dp_rank=0, dp_size=1)
+        pack_supervised([], layout)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.parallel.fused_linear import linear_stats
-from megatron_rl.parallel.vocab import vocab_parallel_stats
+from megatron_rl.parallel.vocab import VocabShard, vocab_parallel_stats
 from tests.parallel.test_vocab import _Watch
 from tests.worlds import Worlds
 
@@ -31,15 +31,16 @@ def _both(dtype: torch.dtype) -> list[list[Tensor]]:
     hidden, weight, labels, upstream = _inputs(dtype)
     rank, size = dist.get_rank(), dist.get_world_size()
     shard = weight.chunk(size)[rank]
-    options: dict[str, Any] = {"vocab_start": rank * len(shard), "vocab_size": V, "temperature": 0.7}
-    options |= {"group": dist.group.WORLD, "with_sum_p2": True}
+    place = VocabShard(dist.group.WORLD, rank * len(shard), V)
+    options: dict[str, Any] = {"temperature": 0.7, "with_sum_p2": True}
     found = []
     for fused in (False, True):
         h, w = hidden.clone().requires_grad_(), shard.clone().requires_grad_()
         if fused:
-            stats = linear_stats(h, w, labels, **options, chunk_tokens=4)
+            stats = linear_stats(h, w, labels, place, **options, chunk_tokens=4)
         else:
-            stats = vocab_parallel_stats(h @ w.t(), labels, **options)
+            place_keywords: dict[str, Any] = {"group": place.group, "vocab_start": place.start, "vocab_size": V}
+            stats = vocab_parallel_stats(h @ w.t(), labels, **place_keywords, **options)
         (stats.logprobs * upstream[0] + stats.entropy * upstream[1]).sum().backward()
         assert h.grad is not None and w.grad is not None
         dist.all_reduce(h.grad)
@@ -63,9 +64,9 @@ def test_fused_equals_apart(worlds: Worlds, size: int) -> None:
 def _watched() -> tuple[list[str], int]:
     tokens, width, chunk = 64, 500, 4
     hidden, weight = torch.randn(tokens, 8, requires_grad=True), torch.randn(width, 8, requires_grad=True)
-    options: dict[str, Any] = {"vocab_start": width * dist.get_rank(), "vocab_size": 970, "chunk_tokens": chunk}
+    shard = VocabShard(dist.group.WORLD, width * dist.get_rank(), 970)
     with _Watch(hidden) as watch:
-        stats = linear_stats(hidden, weight, torch.arange(tokens), group=dist.group.WORLD, **options)
+        stats = linear_stats(hidden, weight, torch.arange(tokens), shard, chunk_tokens=chunk)
         (stats.logprobs.sum() + stats.entropy.sum()).backward()
     return watch.collectives, max(watch.allocated.values())
 
@@ -79,10 +80,10 @@ def test_one_collective_and_never_more_than_a_chunk_of_logits(worlds: Worlds) ->
 def test_no_tokens_and_inputs_that_cannot_work() -> None:
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(6, 4, requires_grad=True)
     labels = torch.empty(0, dtype=torch.int64)
-    stats = linear_stats(hidden, weight, labels, group=None, vocab_start=0, vocab_size=6)
+    stats = linear_stats(hidden, weight, labels, VocabShard(None, 0, 6))
     stats.logprobs.sum().backward()
     assert weight.grad is not None and not weight.grad.any()
     with pytest.raises(ValueError, match=r"weight \(6, 4\).*one dtype"):
-        linear_stats(hidden.double(), weight, labels, group=None, vocab_start=0, vocab_size=6)
+        linear_stats(hidden.double(), weight, labels, VocabShard(None, 0, 6))
     with pytest.raises(ValueError, match="chunk_tokens: got 0"):
-        linear_stats(hidden, weight, labels, group=None, vocab_start=0, vocab_size=6, chunk_tokens=0)
+        linear_stats(hidden, weight, labels, VocabShard(None, 0, 6), chunk_tokens=0)

@@ -22,10 +22,10 @@ def config_of(folder: Path, parallel: dict[str, Any], dtype: str = "float32", **
 
 def update(policy: Any, config: Config, updates: range) -> list[tuple[float, float]]:
     """The numbered updates of one fixed batch: (gradient norm, learning rate) of each."""
-    from megatron_rl.algorithms.losses import ppo_clip
+    from megatron_rl.algorithms.losses import policy_loss
 
     batch = make_batch(config, policy.groups)
-    results = [policy.update(batch.mini_batches[i], ppo_clip, PpoClipLoss()) for i in updates]
+    results = [policy.update(batch.mini_batches[i], policy_loss(PpoClipLoss())) for i in updates]
     return [(result.grad_norm, result.learning_rate) for result in results]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_rl.config.loss import ForkingLoss, KlCovLoss, PpoClipLoss
-from megatron_rl.lab.compare import METHODS, Where
+from megatron_rl.lab.compare import METHODS, StepFacts
 from megatron_rl.types import TokenStats
 from tests.policy.tiny import hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of
 from tests.worlds import Worlds
@@ -25,25 +25,25 @@ SGD_LIKE = {"lr": 1e-3, "eps": 1.0, "clip_grad": 0.0}
 
 def _measure(config: Any) -> dict[str, Any]:
     """Products, a step's tangent and realised entropy change, and what `compare` says of all methods."""
-    from megatron_rl.algorithms.losses import LOSSES
+    from megatron_rl.algorithms.losses import policy_loss
     from megatron_rl.lab.compare import compare
     from megatron_rl.lab.shadow import _loss
     from megatron_rl.parallel.reduce import Reducer
     from megatron_rl.policy.gradients import EntropyTangent, gradient, inner
 
     with policy_of(config) as policy:
-        ranks = Reducer(policy.groups.dp)
+        ranks = Reducer(policy.groups.dp_cp)
         mini_batch = make_batch(config, policy.groups).mini_batches[0]
         before = weights_of(policy)
         stats = policy.stats(mini_batch, with_sum_p2=True)
-        clipped = gradient(policy, mini_batch, LOSSES["ppo_clip"], PpoClipLoss())
-        wide = gradient(policy, mini_batch, LOSSES["ppo_clip"], PpoClipLoss(eps_low=1, eps_high=100))
+        clipped = gradient(policy, mini_batch, policy_loss(PpoClipLoss()))
+        wide = gradient(policy, mini_batch, policy_loss(PpoClipLoss(eps_low=1, eps_high=100)))
         products = [inner(policy, a, b) for a, b in ((clipped, clipped), (clipped, wide), (wide, wide))]
         methods = {name: _loss(name, raw) for name, raw in METHODS.items()}
-        found = compare(policy, mini_batch, stats, methods, Where(1, 0, 4, 1.0), ranks)
+        found = compare(policy, mini_batch.with_stats(stats), methods, StepFacts(1, 0, 1.0), ranks)
         assert same_bits(weights_of(policy), before)
         tangent = EntropyTangent(policy, mini_batch)
-        norm = policy.update(mini_batch, LOSSES["ppo_clip"], PpoClipLoss()).grad_norm
+        norm = policy.update(mini_batch, policy_loss(PpoClipLoss())).grad_norm
         change = _mean(mini_batch, policy.stats(mini_batch), ranks) - _mean(mini_batch, stats, ranks)
         return {"products": products, "norm": norm, "tangent": tangent.change(), "change": change, "compared": found}
 

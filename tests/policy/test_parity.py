@@ -6,6 +6,7 @@ of the tensor's largest element), gradient norm 1.5e-7 relative.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rl.convert.hf import hub_views
 from megatron_rl.errors import ConfigError
-from megatron_rl.packing import pack_supervised
+from megatron_rl.packing import Layout, pack_supervised
 from tests.policy.tiny import HF, hf_model, make_config, policy_of, save, weights_of
 from tests.worlds import Worlds, leave_layout
 
@@ -91,7 +92,6 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
     import torch.distributed as dist
 
     from megatron_rl.algorithms.losses import sft
-    from megatron_rl.parallel.groups import packing_options
     from megatron_rl.parallel.weights import weight_stream
     from megatron_rl.policy.schedule import run_schedule
 
@@ -104,11 +104,8 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
         )
         with policy_of(config) as policy:
             groups = policy.groups
-            batch = pack_supervised(
-                [(sequence[:1], sequence[1:]) for sequence in _sequences()],
-                micro_batch_tokens=60,
-                **packing_options(groups, config.parallel),
-            )
+            layout = dataclasses.replace(Layout.of(config, groups), micro_batch_tokens=60)
+            batch = pack_supervised([(sequence[:1], sequence[1:]) for sequence in _sequences()], layout)
             assert len(batch.micro_batches) > 1 or groups.dp_size > 2
 
             def full_logits(logits: torch.Tensor, micro_batch: Any, tp: Any = groups.tp) -> torch.Tensor:
@@ -120,7 +117,7 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
                 logits = run_schedule(policy.model, batch, full_logits, forward_only=True)
             stats = policy.stats(batch, with_sum_p2=True)
             zeros = [torch.zeros_like(mb.advantages) for mb in batch.micro_batches]
-            result = policy.update(batch.replace_each("old_logprobs", zeros), sft, None)
+            result = policy.update(batch.replace_each("old_logprobs", zeros), sft)
             main_grads = [(name, parameter.main_grad) for name, parameter in policy.parameters]
             grads = weight_stream(main_grads, policy.hf_config, groups)
             found[case] = {

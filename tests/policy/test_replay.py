@@ -74,14 +74,11 @@ def _config(
 def _outcome(config: Any, rollouts: list[Rollout]) -> dict[str, Any]:
     """Log-probabilities by global token id and gradients of the first mini-batch."""
     from megatron_rl.algorithms.losses import sft
-    from megatron_rl.packing import pack
-    from megatron_rl.parallel.groups import packing_options
+    from megatron_rl.packing import Layout, pack
     from megatron_rl.parallel.weights import weight_stream
 
     with policy_of(config) as policy:
-        batch = pack(
-            rollouts, make_advantages(), config, step=0, **packing_options(policy.groups, config.parallel)
-        ).mini_batches[0]
+        batch = pack(rollouts, make_advantages(), Layout.of(config, policy.groups), step=0).mini_batches[0]
         assert len(batch.micro_batches) > 1
         stats = policy.stats(batch)
         logprobs = {
@@ -90,7 +87,7 @@ def _outcome(config: Any, rollouts: list[Rollout]) -> dict[str, Any]:
             for i, value in zip(mb.token_ids_global[mb.loss_mask].tolist(), s.logprobs[mb.loss_mask], strict=True)
         }
         zeros = [torch.zeros_like(mb.advantages) for mb in batch.micro_batches]
-        policy.update(batch.replace_each("old_logprobs", zeros), sft, None)
+        policy.update(batch.replace_each("old_logprobs", zeros), sft)
         main_grads = [(name, parameter.main_grad) for name, parameter in policy.parameters]
         grads = {name: grad.clone() for name, grad in weight_stream(main_grads, policy.hf_config, policy.groups)}
         policy.keep_reference()
@@ -128,7 +125,7 @@ def expected() -> dict[str, Any]:
         forced[:] = [rollout.routes]
         logp = model(rollout.token_ids[None]).logits[0, :-1].log_softmax(-1)
         taken = logp.gather(1, rollout.token_ids[1:, None])[:, 0]
-        logprobs |= {i * stride + t + 1: taken[t] for t in range(len(taken)) if rollout.loss_mask[t + 1]}
+        logprobs |= {i * stride + t + 1: taken[t] for t in range(len(taken)) if rollout.sampled[t + 1]}
     (-torch.stack(list(logprobs.values())).mean()).backward()
     grads = hub_views({name: parameter.grad for name, parameter in model.named_parameters()})
     return {"logprobs": {i: x.detach() for i, x in logprobs.items()}, "grads": grads}
@@ -163,7 +160,7 @@ def _replay_itself(folder: Path) -> list[dict[str, Any]]:
     engine = TransformersEngine(HF | MOE, dtype=torch.float32, device=torch.device("cpu"), batch_size=16)
     engine.update_weights(hub_views(dict(model.named_parameters())).items(), 0)
     sampling = SamplingParams(1.0, 1.0, 0, 16, (3, 4), seed=1)
-    prompts = [tuple(r.token_ids[~r.loss_mask].tolist()) for r in make_rollouts()[::4]]
+    prompts = [tuple(r.token_ids[~r.sampled].tolist()) for r in make_rollouts()[::4]]
     requests = [Request(i, j, prompt, sampling, True) for i, prompt in enumerate(prompts) for j in range(4)]
     rollouts = engine.generate(requests)
     plain = [rollout.replace(routes=None) for rollout in rollouts]

@@ -107,8 +107,8 @@ def _reference(case: str) -> tuple[dict[str, Tensor], list[float], list[float]]:
         for i in range(8 * update, 8 * update + 8):
             rollout, advantage = rollouts[i], advantages[i]
             logp = model(rollout.token_ids[None]).logits[0, :-1].log_softmax(-1)
-            logp = logp.gather(1, rollout.token_ids[1:, None])[:, 0][rollout.loss_mask[1:]]
-            ratio = (logp - rollout.rollout_logprobs[rollout.loss_mask]).exp()
+            logp = logp.gather(1, rollout.token_ids[1:, None])[:, 0][rollout.sampled[1:]]
+            ratio = (logp - rollout.rollout_logprobs[rollout.sampled]).exp()
             total = total - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum()
             count += len(logp)
         model.zero_grad()
@@ -126,9 +126,9 @@ def _reference(case: str) -> tuple[dict[str, Tensor], list[float], list[float]]:
 
 
 def _update(policy: Any, mini_batch: Any) -> Any:
-    from megatron_rl.algorithms.losses import ppo_clip
+    from megatron_rl.algorithms.losses import policy_loss
 
-    return policy.update(mini_batch, ppo_clip, LOSS)
+    return policy.update(mini_batch, policy_loss(LOSS))
 
 
 def _train(configs: dict[Any, Config]) -> dict[Any, Any]:
@@ -137,9 +137,9 @@ def _train(configs: dict[Any, Config]) -> dict[Any, Any]:
     for key, config in configs.items():
         with policy_of(config) as policy:
             batch = make_batch(config, policy.groups)
-            assert all(len(mini_batch.micro_batches) > 1 for mini_batch in batch.minibatches())
+            assert all(len(mini_batch.micro_batches) > 1 for mini_batch in batch.mini_batches)
             results, after_one = [], {}
-            for mini_batch in batch.minibatches():
+            for mini_batch in batch.mini_batches:
                 results.append(_update(policy, mini_batch))
                 after_one = after_one or weights_of(policy)
             assert not any(result.skipped for result in results)
@@ -397,12 +397,12 @@ def _begun_by_stats(configs: list[Config]) -> list[dict[str, Any]]:
                 first, second = batch.mini_batches[:2]
                 assert len(first.micro_batches) == 1
                 with mock.patch.object(module, "run_schedule", wraps=module.run_schedule) as schedule:
-                    stats = [policy.stats(first, before_update=ahead, with_sum_p2=True)[0]]
+                    stats = [policy.stats(first, keep=ahead, with_sum_p2=True)[0]]
                     # the update sees the same tokens with more known about them
                     first = first.replace_each("old_logprobs", [stats[0].logprobs])
                     results = [_update(policy, first), _update(policy, first)]
                     # of another mini-batch than the next update's: nothing to begin with
-                    stats += policy.stats(second, before_update=ahead)
+                    stats += policy.stats(second, keep=ahead)
                     results.append(_update(policy, batch.mini_batches[2]))
                     stats += policy.stats(second)
                 begun = [call.kwargs.get("output") is not None for call in schedule.call_args_list]

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.config import Config, parse_config
 from megatron_rl.models.facts import read_hf_config
-from megatron_rl.packing import pack
+from megatron_rl.packing import Layout, pack
 from megatron_rl.types import MiniBatch, Rollout, TrainBatch
 from tests.worlds import leave_layout
 
@@ -83,15 +83,7 @@ def make_advantages() -> Tensor:
 
 def make_batch(config: Config, groups: Any) -> TrainBatch:
     """This rank's share; the old logprobs are the rollouts' noise, so that ratios spread and the PPO clip bites."""
-    from megatron_rl.parallel.groups import packing_options
-
-    batch = pack(
-        make_rollouts(),
-        make_advantages(),
-        config,
-        step=0,
-        **packing_options(groups, config.parallel),
-    )
+    batch = pack(make_rollouts(), make_advantages(), Layout.of(config, groups), step=0)
     return TrainBatch(0, tuple(_with_old(mini_batch) for mini_batch in batch.mini_batches))
 
 

@@ -17,8 +17,8 @@ import yaml
 
 from megatron_rl.config import Config, parse_config
 from megatron_rl.parallel.world import all_reduce_bandwidth
+from megatron_rl.preflight.checks import Check, bandwidth_check, checkpoint_bytes, fact_checks
 from megatron_rl.preflight.facts import Facts, gather_facts, requirements
-from megatron_rl.preflight.lines import Line, bandwidth_line, checkpoint_bytes, fact_lines
 from tests.tiny import tiny_raw
 from tests.worlds import Worlds
 
@@ -48,8 +48,8 @@ def with_faults(rank: int, **fields: Any) -> list[Facts]:
     return found
 
 
-def lines(found: list[Facts], **sections: Any) -> dict[str, Line]:
-    return {line.what: line for line in fact_lines(config(**sections), found, vocabulary=21, existing_checkpoints=0)}
+def lines(found: list[Facts], **sections: Any) -> dict[str, Check]:
+    return {line.name: line for line in fact_checks(config(**sections), found, vocabulary=21, existing_checkpoints=0)}
 
 
 def test_a_sound_cluster_passes() -> None:
@@ -79,7 +79,7 @@ def test_a_sound_cluster_passes() -> None:
 )
 def test_each_fault_is_found_and_named(what: str, rank: int, fields: dict[str, Any], finding: str, remedy: str) -> None:
     found = lines(with_faults(rank, **fields), rollout=SGLANG)
-    assert [line.what for line in found.values() if line.is_ok is False] == [what]
+    assert [line.name for line in found.values() if line.is_ok is False] == [what]
     assert finding in found[what].finding and remedy in found[what].remedy
 
 
@@ -90,10 +90,10 @@ def test_a_fault_of_all_nodes_is_said_once() -> None:
 
 def test_checkpoints_that_are_there_need_no_more_room() -> None:
     """Of three (two are kept, and one is written before the oldest goes) a folder that holds two needs one."""
-    one = checkpoint_bytes(config(), vocabulary=21)
+    one = checkpoint_bytes(config().model, vocabulary=21)
     found = [dataclasses.replace(fact, free_bytes=2 * one) for fact in facts()]
-    of = [fact_lines(config(), found, vocabulary=21, existing_checkpoints=existing)[-1] for existing in (0, 2)]
-    assert [(line.what, line.is_ok) for line in of] == [("disk", False), ("disk", True)]
+    of = [fact_checks(config(), found, vocabulary=21, existing_checkpoints=existing)[-1] for existing in (0, 2)]
+    assert [(line.name, line.is_ok) for line in of] == [("disk", False), ("disk", True)]
 
 
 def test_a_machine_without_gpu_says_so() -> None:
@@ -104,9 +104,9 @@ def test_a_machine_without_gpu_says_so() -> None:
 
 
 def test_wrong_sums_fail() -> None:
-    assert bandwidth_line(16, 2, 1e9, False).is_ok is False
-    assert bandwidth_line(16, 2, 2.5e9, True).finding == "2.50 GB/s bus bandwidth, 16 ranks on 2 nodes"
-    assert bandwidth_line(1, 1, 0.0, True).is_ok is None
+    assert bandwidth_check(16, 2, 1e9, False).is_ok is False
+    assert bandwidth_check(16, 2, 2.5e9, True).finding == "2.50 GB/s bus bandwidth, 16 ranks on 2 nodes"
+    assert bandwidth_check(1, 1, 0.0, True).is_ok is None
 
 
 def test_what_is_supported_is_what_the_package_asks_for() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from megatron_rl import cli
 from megatron_rl.config import dump_config
 from megatron_rl.errors import UserError
 from megatron_rl.metrics.entropy_law import fit_law, fit_line
@@ -272,6 +273,21 @@ def test_missing_metrics_are_noted_not_fatal(tmp_path: Path) -> None:
     (bare / "metrics.jsonl").write_text('{"step": 0}\n')
     text = build_report([bare]).read_text()
     assert figures_of(text) == {} and "no config.yaml" in text
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"), [("folder", "folder: Is a directory"), ("file/x.html", "file: File exists")]
+)
+def test_a_page_that_cannot_be_written_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], page: str, reason: str
+) -> None:
+    run = write_run(tmp_path / "run", steps=3)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        cli.main(lambda: build_report([run], tmp_path / page))
+    assert end.value.code == 1 and not list(tmp_path.glob(".folder*"))
+    assert capsys.readouterr().err == f"error: cannot use {tmp_path}/{reason}; mend it, or name another place\n"
 
 
 def test_broken_folders(tmp_path: Path) -> None:

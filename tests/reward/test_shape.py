@@ -115,7 +115,7 @@ def make_rollout(prompt_id=0, response=(1, 2, 9), reason="stop", **fields):
         sample_index=0,
         token_ids=torch.tensor([5, 6, *response]),
         rollout_logprobs=torch.zeros(length),
-        loss_mask=torch.arange(length) >= 2,
+        sampled=torch.arange(length) >= 2,
         finish_reason=reason,
         weight_version=0,
         **fields,
@@ -195,5 +195,5 @@ def test_without_buffer_the_reward_is_the_score():
 def test_overlong_filter_masks_cut_responses_only_and_keeps_their_reward():
     rollouts = [make_rollout(reward=1.0), make_rollout(reason="length", reward=0.5)]
     whole, cut = filter_overlong(rollouts, make_config(algorithm={"overlong": {"filter": True}}))
-    assert whole.loss_mask.sum() == 3 and cut.loss_mask.sum() == 0 and cut.reward == 0.5
-    assert filter_overlong(rollouts, make_config())[1].loss_mask.sum() == 3
+    assert whole.counts and not cut.counts and cut.reward == 0.5 and cut.response_length == 3
+    assert filter_overlong(rollouts, make_config())[1].counts

@@ -23,20 +23,22 @@ def _train_ahead(raw: dict[str, Any]) -> dict[str, Any]:
     from megatron_rl import train
     from megatron_rl.parallel.groups import init_groups
     from megatron_rl.rollout.collect import Collector
+    from megatron_rl.rollout.served import Served
 
     config, weights, rollouts, prompts = parse_config(raw), {}, [], []
-    sync_weights, collect, go_ahead = train.sync_weights, Collector.collect, Collector.go_ahead
+    sync, collect, go_ahead = Served.sync, Collector.collect, Collector.go_ahead
     put_off, seconds = list[tuple[Collector, int]](), list[float]()
 
-    def keep_weights(run: Any) -> None:
-        weights[run.weight_version] = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
-        weights["config"] = run.policy.hf_config
+    def keep_weights(served: Any) -> None:
+        policy = served._weights
+        weights[served.weight_version] = {name: tensor.clone() for name, tensor in policy.hf_weights()}
+        weights["config"] = policy.hf_config
         if put_off:
             # As if training had taken a part of the time that responses take: the update meets them half-way, however
             # long either takes on this machine at this moment.
             go_ahead(*put_off.pop())
             time.sleep(0.1 * seconds[0])
-        sync_weights(run)
+        sync(served)
 
     def note(collector: Any, step: int) -> Any:
         began = time.monotonic()
@@ -48,7 +50,7 @@ def _train_ahead(raw: dict[str, Any]) -> dict[str, Any]:
 
     try:
         with (
-            mock.patch.object(train, "sync_weights", keep_weights),
+            mock.patch.object(Served, "sync", keep_weights),
             mock.patch.object(Collector, "collect", note),
             mock.patch.object(Collector, "go_ahead", lambda collector, step: put_off.append((collector, step))),
         ):
@@ -58,10 +60,10 @@ def _train_ahead(raw: dict[str, Any]) -> dict[str, Any]:
     worst, stale, spans = 0.0, 0.0, []
     for step, of_step in enumerate(rollouts):
         for rollout in of_step[::4]:
-            response = int(rollout.loss_mask.sum())
+            response = int(rollout.sampled.sum())
             assert sum(count for _, count in rollout.spans) == response
             spans.append((step, rollout.spans))
-            reported, start = rollout.rollout_logprobs[rollout.loss_mask], 0
+            reported, start = rollout.rollout_logprobs[rollout.sampled], 0
             for version, count in rollout.spans:
                 mine = score(weights["config"], weights[version], rollout.token_ids.tolist())[-response:]
                 worst = max(worst, float((mine - reported)[start : start + count].abs().max()))

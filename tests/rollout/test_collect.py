@@ -12,7 +12,8 @@ from megatron_rl.config import parse_config
 from megatron_rl.data import DataError, PromptCursor
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import InProcess
-from megatron_rl.rollout.collect import CollectError, Collector, _Answers, rollout_metrics, sampling_params
+from megatron_rl.rollout.answers import Answers
+from megatron_rl.rollout.collect import CollectError, Collector, rollout_metrics, sampling_params
 from megatron_rl.rollout.engine import EngineError, Place, ServersLost
 from megatron_rl.types import Prompt, Rollout
 
@@ -66,7 +67,7 @@ class FakeEngine:
             sample_index=r.sample_index,
             token_ids=torch.tensor([*r.token_ids, r.prompt_id, r.sample_index, 1]),
             rollout_logprobs=torch.zeros(len(r.token_ids) + 3),
-            loss_mask=torch.arange(len(r.token_ids) + 3) >= len(r.token_ids),
+            sampled=torch.arange(len(r.token_ids) + 3) >= len(r.token_ids),
             finish_reason="length" if r.prompt_id == 0 else "stop",
             weight_version=self.weight_version,
             spans=((self.weight_version, 3),),
@@ -131,7 +132,7 @@ def test_answers_travel_whole():
             sample_index=index,
             token_ids=torch.arange(length),
             rollout_logprobs=-torch.arange(length).float(),
-            loss_mask=torch.arange(length) > 1,
+            sampled=torch.arange(length) > 1,
             finish_reason="stop",
             weight_version=3,
             **more,
@@ -142,7 +143,7 @@ def test_answers_travel_whole():
         ]
     ]
     for sent in (rollouts, []):
-        answers = pickle.loads(pickle.dumps(_Answers(sent, "lost")))
+        answers = pickle.loads(pickle.dumps(Answers(sent, "lost")))
         assert answers.problem == "lost" and len(answers.rollouts) == len(sent)
         for got, want in zip(answers.rollouts, sent, strict=True):
             for name in (f.name for f in dataclasses.fields(Rollout)):
@@ -250,7 +251,7 @@ def test_stop_tokens():
 def test_overlong_filter_masks_after_the_metrics():
     config = make_config(prompts=5, algorithm={"overlong": {"filter": True}})
     ((result,), _) = run(config, PromptCursor(prompts(5), 3))
-    assert {r.prompt_id for r in result.rollouts if not r.loss_mask.any()} == {0}
+    assert {r.prompt_id for r in result.rollouts if not r.sampled.any()} == {0}
     assert result.metrics["response/length_min"] == 3 and result.metrics["response/truncated_fraction"] == 1 / 5
 
 

@@ -13,7 +13,7 @@ from tests.worlds import Worlds
 
 
 def _probe(parallel: dict[str, Any]) -> list[str]:
-    from megatron_rl.parallel.reduce import Reducer
+    from megatron_rl.packing import Layout
     from megatron_rl.rollout.engine import EngineError
     from megatron_rl.rollout.probe import probe_engine
     from megatron_rl.rollout.transformers import TransformersEngine
@@ -22,13 +22,13 @@ def _probe(parallel: dict[str, Any]) -> list[str]:
     answers = []
     with policy_of(make_config(None, parallel=parallel)) as policy:
         engine = TransformersEngine(HF, dtype=torch.float32, device=torch.device("cpu"), batch_size=8)
-        world = Reducer(policy.groups.world)
+        layout = Layout.of(policy.config, policy.groups)
         prompts = [Prompt(i, tuple(range(1, 3 + i)), "", "") for i in range(3)]
         for scale in (1.0, 1.5):
             stream = [(name, tensor * scale) for name, tensor in policy.hf_weights()]
             engine.update_weights(iter(stream), 0)
             try:
-                probe_engine(engine, policy, world, prompts)
+                probe_engine(engine, policy, layout, prompts)
                 answers.append("accepted")
             except EngineError as error:
                 answers.append(str(error))

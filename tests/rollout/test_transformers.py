@@ -64,7 +64,7 @@ def test_rollouts_are_complete_and_in_request_order(rollouts):
         prompt, length = len(request.token_ids), len(rollout.token_ids)
         assert (rollout.prompt_id, rollout.sample_index) == (request.prompt_id, request.sample_index)
         assert tuple(rollout.token_ids[:prompt].tolist()) == request.token_ids
-        assert rollout.loss_mask.tolist() == [False] * prompt + [True] * (length - prompt)
+        assert rollout.sampled.tolist() == [False] * prompt + [True] * (length - prompt)
         assert rollout.rollout_logprobs.dtype == torch.float32 and not rollout.rollout_logprobs[:prompt].any()
         assert rollout.weight_version == 7
         response = rollout.token_ids[prompt:].tolist()
@@ -85,7 +85,7 @@ def test_logprobs_equal_a_plain_forward(model, temperature, longest):
         with torch.no_grad():
             logits = model(rollout.token_ids[None]).logits[0, :-1]
         expected = (logits / (temperature or 1.0)).log_softmax(-1).gather(-1, rollout.token_ids[1:, None])[:, 0]
-        mask = rollout.loss_mask[1:]
+        mask = rollout.sampled[1:]
         torch.testing.assert_close(rollout.rollout_logprobs[1:][mask], expected[mask], atol=1e-5, rtol=1e-5)
         if temperature == 0:
             assert torch.equal(rollout.token_ids[1:][mask], logits.argmax(-1)[mask])
@@ -205,7 +205,6 @@ def test_lifecycle(model, rollouts):
     with pytest.raises(EngineError, match="sleeps"):
         engine.update_weights(model.named_parameters(), 8)
     engine.wake()
-    engine.flush_cache()
     same(engine.generate(make_requests()), rollouts)
     engine.close()
     with pytest.raises(EngineError, match="closed"):
@@ -265,8 +264,8 @@ def test_experts_come_one_by_one():
     rollout = engine.generate(make_requests(1, 1))[0]
     with torch.inference_mode():
         logprobs = (model(rollout.token_ids[None]).logits[0, :-1] / SAMPLING.temperature).log_softmax(-1)
-    expected = logprobs.gather(1, rollout.token_ids[1:, None])[:, 0][rollout.loss_mask[1:]]
-    torch.testing.assert_close(rollout.rollout_logprobs[rollout.loss_mask], expected, atol=1e-5, rtol=0)
+    expected = logprobs.gather(1, rollout.token_ids[1:, None])[:, 0][rollout.sampled[1:]]
+    torch.testing.assert_close(rollout.rollout_logprobs[rollout.sampled], expected, atol=1e-5, rtol=0)
 
 
 def test_routes_are_those_of_a_plain_forward():

@@ -1,4 +1,4 @@
-"""A response that comes in parts: what is left to ask for, the parts put together, and the check of the whole."""
+"""Responses that come in parts: the request for the rest, the parts put together, the check of the whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_rl.types import Rollout
 
 
 def rest(request: Request, done: Completion) -> Request:
-    """What is left to generate of a response that was cut short."""
+    """Return the request for the rest of a response that was cut short: `done` counts as its prompt."""
     count = len(done.token_ids)
     if not count:
         return request
@@ -28,8 +28,11 @@ def rest(request: Request, done: Completion) -> Request:
 
 
 def joined(done: Completion, part: Completion, weight_version: int) -> Completion:
-    """`part` after `done`; `weight_version` is that of the part when the server does not tell. The last part has the
-    routes of the whole: its server fed all tokens before it anew."""
+    """Return `done` followed by `part`.
+
+    weight_version: of the part, where the server does not tell. The routes are those of `part`: its server computed all
+    earlier tokens anew, so they cover the whole.
+    """
     spans = part.spans if part.spans is not None else ((weight_version, len(part.token_ids)),)
     merged = list(done.spans or ())
     for version, count in spans:
@@ -49,7 +52,10 @@ def joined(done: Completion, part: Completion, weight_version: int) -> Completio
 
 
 def as_rollout(request: Request, done: Completion, hf: Any) -> Rollout:
-    """`hf`: the policy's transformers config. Raises: EngineError when the answer cannot be that of the request."""
+    """Return the rollout of an answer. `hf`: the policy's transformers config.
+
+    Raises: EngineError when the answer cannot be that of the request.
+    """
     sampled, name = torch.tensor(done.logprobs), f"prompt {request.prompt_id}, sample {request.sample_index}"
     limit, counted = request.sampling.max_response_tokens, sum(count for _, count in done.spans or ())
     if not 0 < len(done.token_ids) <= limit or {len(done.logprobs), counted} != {len(done.token_ids)}:
@@ -80,7 +86,7 @@ def as_rollout(request: Request, done: Completion, hf: Any) -> Rollout:
         sample_index=request.sample_index,
         token_ids=torch.tensor([*request.token_ids, *done.token_ids]),
         rollout_logprobs=torch.cat([torch.zeros(prompt), sampled]),
-        loss_mask=torch.arange(prompt + len(done.token_ids)) >= prompt,
+        sampled=torch.arange(prompt + len(done.token_ids)) >= prompt,
         finish_reason="stop" if stopped else "length",  # servers differ on a stop token at the limit
         weight_version=min(version for version, _ in done.spans or ()),
         spans=done.spans or (),
@@ -89,7 +95,7 @@ def as_rollout(request: Request, done: Completion, hf: Any) -> Rollout:
 
 
 def too_late(request: Request, seconds: float, error: Exception) -> str:
-    """The message of a response that did not come in time."""
+    """Return the error message for a response that did not come in time."""
     return (
         f"generate: prompt {request.prompt_id}, sample {request.sample_index} had no answer within "
         f"rollout.server.request_seconds={seconds:g}: {error}. Raise it, lower rollout.server.max_concurrency, or add "

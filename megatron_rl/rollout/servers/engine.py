@@ -21,8 +21,9 @@ from typing import Any
 
 import aiohttp
 from torch import Tensor
+from typing_extensions import override
 
-from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, ServersLost
+from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, ServersLost
 from megatron_rl.rollout.servers.answers import as_rollout, joined, rest, too_late
 from megatron_rl.rollout.servers.fleet import Fleet
 from megatron_rl.rollout.servers.http import Server, ServerBusy, ServerFailed, ServerLost
@@ -48,7 +49,7 @@ class Loop:
     """An event loop in a thread, and the HTTP session that lives on it."""
 
     def __init__(self) -> None:
-        """Starts the thread."""
+        """Start the thread."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-servers", daemon=True)
         self._thread.start()
@@ -58,7 +59,7 @@ class Loop:
         return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Run it on the loop."""
+        """Run the coroutine on the loop; return a future of its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
@@ -68,11 +69,12 @@ class Loop:
         self._thread.join()
 
 
-class ServerEngine:
-    """`RolloutEngine` over one or more servers of one dialect."""
+class ServerEngine(RolloutEngine):
+    """Generates with one or more servers of one dialect."""
 
     def __init__(self, dialect: Dialect, loop: Loop, fleet: Fleet, channel: Channel, hf_config: Any) -> None:
-        """`hf_config`: the policy's transformers config; the servers must serve the same model."""
+        """Prepare; nothing is started or asked yet. `hf_config`: the policy's transformers config; the servers must
+        serve the same model."""
         self.weight_version = -1
         self._dialect, self._loop, self._fleet, self._channel = dialect, loop, fleet, channel
         self._hf_config, self._place = hf_config, fleet.place
@@ -91,8 +93,9 @@ class ServerEngine:
 
     # ------------------------------------------------------------------------------------------------- generation
 
+    @override
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Rollout]]:
-        """See `RolloutEngine`; may run on several threads at once.
+        """Yield responses as they finish; may run on several threads at once.
 
         Raises: ServersLost at the end, when requests are left that no living server can answer.
         """
@@ -113,8 +116,8 @@ class ServerEngine:
         if lost:
             raise ServersLost(f"{len(lost)} of {len(requests)} responses were lost: {lost[0]}")
 
+    @override
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """See `RolloutEngine`."""
         rollouts = dict(self.stream(requests))
         return [rollouts[index] for index in range(len(requests))]
 
@@ -173,7 +176,8 @@ class ServerEngine:
         return as_rollout(request, done, self._hf_config)
 
     async def _acquire(self) -> _Target:
-        """The living server with the fewest of this rank's requests, once it has room and no update is going on."""
+        """Wait for room and for the end of an update; return the living server with the fewest requests of this
+        rank."""
         async with self._room:
             while True:
                 alive = [target for target in self._targets if not target.is_lost]
@@ -190,7 +194,7 @@ class ServerEngine:
             self._room.notify_all()
 
     async def _look_after(self, target: _Target) -> None:
-        """A connection broke: the server may be dead, or only that connection."""
+        """Ask a server whose connection broke whether it lives; mark it as lost when it does not answer."""
         try:
             await asyncio.wait_for(self._dialect.health(target.server), _HEALTH_SECONDS)
         except (TimeoutError, EngineError):
@@ -200,8 +204,9 @@ class ServerEngine:
         with contextlib.suppress(EngineError, TimeoutError):  # it is gone, or will finish for nobody
             await asyncio.wait_for(self._dialect.abort(server, rid), _HEALTH_SECONDS)
 
+    @override
     def abort(self) -> None:
-        """See `RolloutEngine`: of this rank's requests."""
+        """End the running requests of this rank."""
         self._loop.submit(self._cancel_all()).result()
 
     async def _cancel_all(self) -> None:
@@ -210,8 +215,9 @@ class ServerEngine:
 
     # --------------------------------------------------------------------------------------------------- weights
 
+    @override
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """See `RolloutEngine`; call it on all ranks. Requests in flight wait, and go on with the new weights.
+        """Send the servers new weights; call it on all ranks. Requests in flight wait, then go on with the new weights.
 
         Raises: ServersLost, on every rank, when a server died on the way: call it again, and it is restarted first.
         """
@@ -240,7 +246,7 @@ class ServerEngine:
             raise
 
     def _agree(self, action: Any) -> None:
-        """Run it on every rank, and fail on all when it fails on one."""
+        """Run `action` on every rank, and fail on all ranks when it fails on one."""
         problem: tuple[bool, str] | None = None
         try:
             action()
@@ -252,7 +258,7 @@ class ServerEngine:
             raise (ServersLost if is_lost else EngineError)("\n".join(dict.fromkeys(text for _, text in problems)))
 
     def _prepare(self, servers: list[Server]) -> None:
-        """Everything up to the first byte."""
+        """Open the update on every server and the channel to them, on rank 0."""
         if self._place.rank == 0:
             self._loop.submit(self._on_each(servers, self._open_update)).result()
             self._channel.open(servers)
@@ -271,7 +277,7 @@ class ServerEngine:
             self._loop.submit(self._on_each(servers, finish)).result()
 
     def _all_alive(self, servers: list[Server]) -> bool:
-        """On every rank, whether every server answers."""
+        """Return, on every rank, whether every server answers."""
         alive = True
         if self._place.rank == 0:
             try:
@@ -281,7 +287,7 @@ class ServerEngine:
         return self._place.gather(alive)[0]
 
     def _settle(self, servers: list[Server]) -> None:
-        """After a failure: close the update that living servers have open, so that another can begin."""
+        """Close, after a failure, the update that living servers have open, so that another can begin."""
 
         async def settle(server: Server) -> None:
             for action in (self._dialect.end_update(server, -1), self._dialect.resume(server)):
@@ -315,35 +321,34 @@ class ServerEngine:
 
     # ------------------------------------------------------------------------------------------------------ life
 
+    @override
     def sleep(self) -> None:
-        """See `RolloutEngine`: rank 0 tells the servers."""
+        """Have rank 0 put the servers to sleep."""
         if not self._asleep:
             self._asleep, self._trouble = True, "it sleeps; call wake and update_weights"
             self._agree(lambda: self._tell(self._dialect.sleep))
 
+    @override
     def wake(self) -> None:
-        """See `RolloutEngine`: the weights must come again."""
+        """Have rank 0 wake the servers; their weights must be sent again."""
         if self._asleep:
             self._asleep = False
             self._agree(lambda: self._tell(self._dialect.wake))
-
-    def flush_cache(self) -> None:
-        """See `RolloutEngine`."""
-        self._tell(self._dialect.flush)
 
     def _tell(self, action: Any) -> None:
         if self._place.rank == 0:
             servers = [target.server for target in self._targets]
             self._loop.submit(self._on_each(servers, action)).result()
 
+    @override
     def health(self) -> None:
-        """See `RolloutEngine`."""
         if self._trouble:
             raise EngineError(f"the {self._dialect.name} engine cannot generate: {self._trouble}")
         self._tell(self._dialect.health)
 
+    @override
     def close(self) -> None:
-        """See `RolloutEngine`: the servers that this rank started are stopped. Once is enough."""
+        """Stop the servers that this rank started; a second call does nothing."""
         if self._closed:
             return
         self._closed, self._trouble = True, "it was closed"

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_rl import device
 from megatron_rl.config import Config
+from megatron_rl.launch import say
 from megatron_rl.rollout.engine import EngineError, Place
 from megatron_rl.rollout.servers.processes import EngineProcess, free_port
 from megatron_rl.rollout.servers.protocol import Dialect, LaunchSpec
@@ -89,8 +90,11 @@ class Fleet:
         return [owned.url for owned in self._owned]
 
     def _readers_of(self, host: str, servers: int, facts: Sequence[tuple[Any, ...]]) -> list[list[int]]:
-        """Worker w of a node's server i runs on the node's device i * tp + w, as the trainer's local rank of that
-        number does; more workers than ranks (CPUs) share."""
+        """Return, by server and worker, the trainer rank whose buffer it reads: the one on its own device.
+
+        Worker w of a node's server i runs on the node's device i * tp + w, as does the trainer's local rank of that
+        number. Where there are more workers than ranks (on CPUs), workers share a rank.
+        """
         ranks = [rank for _, rank in sorted((fact[1], rank) for rank, fact in enumerate(facts) if fact[0] == host)]
         tp = self.config.rollout.server.tp
         return [[ranks[(index * tp + worker) % len(ranks)] for worker in range(tp)] for index in range(servers)]
@@ -101,7 +105,7 @@ class Fleet:
             if not owned.healthy or (owned.process.alive() and self._answers(owned.url)):
                 continue
             died += 1
-            print(f"{self.dialect.name} server {owned.url} died: {owned.process.obituary()}", flush=True)
+            say(f"{self.dialect.name} server {owned.url} died: {owned.process.obituary()}", every_rank=True)
             owned.process.stop()
             if self.failures + died <= self.config.rollout.server.max_failures:
                 self._owned[index] = self._launch(index)
@@ -135,12 +139,13 @@ class Fleet:
                     ) from error
                 if waited - said > 10:
                     said = waited
-                    print(f"waiting for the {self.dialect.name} server {url}: {waited:.0f} s", flush=True)
+                    say(f"waiting for the {self.dialect.name} server {url}: {waited:.0f} s", every_rank=True)
             time.sleep(_RETRY_SECONDS)
         if owned is not None:
             self.settle_in(url)
             owned.healthy = True
-            print(f"{self.dialect.name} server {url} is ready after {time.monotonic() - began:.0f} s", flush=True)
+            seconds = time.monotonic() - began
+            say(f"{self.dialect.name} server {url} is ready after {seconds:.0f} s", every_rank=True)
 
     def _launch(self, index: int) -> _Owned:
         config, server = self.config, self.config.rollout.server
@@ -155,7 +160,7 @@ class Fleet:
             tp=server.tp,
             dtype=config.model.dtype,
             devices=tuple(devices),
-            context_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            context_tokens=config.max_sequence_tokens,
             max_concurrency=server.max_concurrency,
             kv_tokens=server.kv_tokens,
             memory_fraction=server.memory_fraction,
@@ -171,7 +176,7 @@ class Fleet:
 
 
 def engine_python(engine: str, configured: str | None) -> Path:
-    """The interpreter to start `engine` with. Raises: EngineError with the command that installs it."""
+    """Return the interpreter to start `engine` with. Raises: EngineError with the command that installs it."""
     local = Path(".engines") / engine / "bin" / "python"
     if configured is not None:
         path = Path(configured)
@@ -188,7 +193,7 @@ def engine_python(engine: str, configured: str | None) -> Path:
 
 
 def address_for(url: str) -> str:
-    """This machine's address as the server at `url` can reach it."""
+    """Return this machine's address as the server at `url` can reach it."""
     parts = urllib.parse.urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname or "", parts.port or 80))  # sends nothing: it asks for the route

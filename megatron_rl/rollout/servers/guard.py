@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(parent: int, command: list[str]) -> int:
-    """Run `command` until it ends or has to. Returns: the exit code."""
+    """Run `command` until it ends or has to be ended; return its exit code."""
     asked: list[int] = []
 
     def note(signum: int, _frame: FrameType | None) -> None:

@@ -14,7 +14,7 @@ class ServerRefused(EngineError):
     """The server answered with an error: the request was understood and not carried out."""
 
     def __init__(self, message: str, status: int) -> None:
-        """`status`: of the HTTP answer."""
+        """Keep the message and the HTTP answer's `status`."""
         super().__init__(message)
         self.status = status
 
@@ -35,19 +35,19 @@ class Server:
     """One server's address. All methods run on the event loop that owns `session`."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
-        """`url`: as in http://10.0.0.7:30000, without a path."""
+        """Keep the address. `url`: as in http://10.0.0.7:30000, without a path."""
         self.url = url.rstrip("/")
         self._session = session
 
     async def post(self, path: str, body: dict[str, Any] | None = None, *, seconds: float, **params: str) -> Any:
-        """The decoded answer to a JSON body (text when it is not JSON). `params` go into the query.
+        """Post a JSON body and return the decoded answer (text when it is not JSON). `params` go into the query.
 
         Raises: ServerRefused, ServerBusy; ServerLost after `seconds` without an answer, or without a connection.
         """
         return await self._request("POST", path, seconds, json=body, params=params)
 
     async def get(self, path: str, *, seconds: float, **params: str) -> Any:
-        """As `post`, without a body."""
+        """Get the decoded answer, as `post` does, without sending a body."""
         return await self._request("GET", path, seconds, params=params)
 
     async def _request(self, method: str, path: str, seconds: float, **options: Any) -> Any:

@@ -24,7 +24,7 @@ class EngineProcess:
     """A server under a guard (guard.py), which ends it with all its workers when it is told to or this process dies."""
 
     def __init__(self, argv: list[str], env: dict[str, str], log: Path) -> None:
-        """Starts `argv` with `env` on top of this process's environment; output is appended to `log`. An empty value
+        """Start `argv` with `env` on top of this process's environment; output is appended to `log`. An empty value
         removes a variable. Raises: OSError when it cannot be started."""
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -45,36 +45,36 @@ class EngineProcess:
             )
 
     def alive(self) -> bool:
-        """Whether the server's main process runs."""
+        """Return whether the server's main process runs."""
         return self._process.poll() is None
 
     def obituary(self) -> str:
-        """How it ended, with the last lines of its log."""
+        """Return a text on how it ended, with the last lines of its log."""
         code = self._process.poll()
         if code is None:
-            how = "it runs, but does not answer"
+            ending = "it runs, but does not answer"
         elif code < 0 or code > 128:
-            how = f"killed by {signal.Signals(-code if code < 0 else code - 128).name}"
+            ending = f"killed by {signal.Signals(-code if code < 0 else code - 128).name}"
         else:
-            how = f"exit code {code}"
+            ending = f"exit code {code}"
         with self.log.open("rb") as log:
             log.seek(self._began)
             lines = log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-        return "\n".join([f"{how}; the last lines of {self.log}:", *(f"  {line}" for line in lines)])
+        return "\n".join([f"{ending}; the last lines of {self.log}:", *(f"  {line}" for line in lines)])
 
     def terminate(self) -> None:
-        """Ask it to end, without waiting; it ends its workers itself, in its own order."""
+        """Ask it to end, without waiting for it; it ends its own workers."""
         if self.alive():
             self._process.terminate()
 
     def stop(self) -> None:
-        """End it and all its descendants; returns when they are gone."""
+        """End it and all its descendants; return when they are gone."""
         self.terminate()
         self._process.wait()
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
+    """Return a TCP port that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What differs between engine servers: how each is started, asked for tokens, and given weights."""
+"""The protocol of engine servers: how each kind is started, asked for tokens and given weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LaunchSpec:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a bucket of weights holds: Hugging Face names, full shapes and dtypes (as in "float32"), in order."""
+    """The contents of a bucket of weights: Hugging Face names, full shapes and dtypes (as in "float32"), in order."""
 
     names: list[str]
     shapes: list[list[int]]
@@ -63,22 +63,20 @@ class Dialect(Protocol):
     name: str
 
     def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
-        """The argument vector and the environment variables to add. Raises: EngineError for what cannot be served."""
+        """Return the argument vector and the environment variables to add. Raises: EngineError for what cannot be
+        served."""
 
     async def health(self, server: Server) -> None:
-        """Returns when the server is ready for requests."""
+        """Return when the server is ready for requests."""
 
     async def settle_in(self, server: Server) -> None:
-        """Called once when a server of the run is ready."""
+        """Prepare a server that the run started; called once, when it is ready."""
 
     async def generate(self, server: Server, request: Request, rid: str, *, seconds: float) -> Completion:
-        """One response. `rid` names it for `abort`; `seconds` is the deadline of the whole call."""
+        """Return one response. `rid` names it for `abort`; `seconds` is the deadline of the whole call."""
 
     async def abort(self, server: Server, rid: str) -> None:
         """End one request early; nothing happens when it is unknown."""
-
-    async def abort_all(self, server: Server) -> None:
-        """End every request early."""
 
     async def pause(self, server: Server) -> None:
         """Stop decoding in a way that loses no token: requests stay and are computed anew from their tokens after
@@ -97,18 +95,18 @@ class Dialect(Protocol):
         """Take the memory again; the weights are undefined until the next update."""
 
     async def hf_config(self, server: Server) -> dict[str, Any]:
-        """The config.json of the model that it serves. Raises: EngineError when it cannot be known."""
+        """Return the config.json of the model that it serves. Raises: EngineError when it cannot be known."""
 
     async def weight_version(self, server: Server) -> int:
-        """Of the weights that it serves; -1 before the first update."""
+        """Return the version of the weights that it serves; -1 before the first update."""
 
     async def num_workers(self, server: Server) -> int:
-        """Processes that receive weights: its tensor-parallel size."""
+        """Return the number of processes that receive weights: its tensor-parallel size."""
 
     async def open_group(
         self, server: Server, *, host: str, port: int, rank_offset: int, world_size: int, name: str, backend: str
     ) -> None:
-        """Make its workers join a process group as ranks rank_offset .. rank_offset + num_workers - 1; returns when the
+        """Make its workers join a process group as ranks rank_offset .. rank_offset + num_workers - 1; return when the
         group stands. Rank 0 is the trainer."""
 
     async def close_group(self, server: Server, name: str) -> None:
@@ -121,7 +119,7 @@ class Dialect(Protocol):
         """Receive one flat uint8 bucket broadcast by rank 0 of `group`, tensor after tensor, and load it."""
 
     def shared_object(self, manifest: Manifest, flat: Tensor) -> Any:
-        """What to pickle for `receive_shared`: holds the flat uint8 bucket, in the form that the server unpickles."""
+        """Return what to pickle for `receive_shared`: the flat uint8 bucket, in the form that the server unpickles."""
 
     async def receive_shared(self, server: Server, manifest: Manifest, payloads: list[bytes]) -> None:
         """Load one bucket from memory that this machine shares: `payloads[i]` is for worker i, torch's ForkingPickler's

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_rl import device
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_config_json
 from megatron_rl.rollout.engine import EngineError, Request
 from megatron_rl.rollout.servers.http import Server
-from megatron_rl.rollout.servers.protocol import Completion, LaunchSpec, Manifest
+from megatron_rl.rollout.servers.protocol import Completion, Dialect, LaunchSpec, Manifest
 
 _SHIMS = Path(__file__).parent / "shims" / "sglang"
 _CONTROL_SECONDS = 60.0  # for what should answer at once
@@ -30,13 +31,13 @@ _INITIAL_VERSION = "default"  # what a server that never got weights reports
 _RESERVED_TOKENS = 8
 
 
-class SGLang:
-    """`Dialect` of an SGLang server."""
+class SGLang(Dialect):
+    """Speaks to an SGLang server."""
 
     name = "sglang"
 
+    @override
     def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
-        """See `Dialect`."""
         longest = spec.context_tokens + _RESERVED_TOKENS
         argv = [str(spec.python), "-m", "sglang.launch_server", "--model-path", str(spec.model_dir)]
         argv += ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", spec.dtype]
@@ -68,17 +69,22 @@ class SGLang:
             }
         return [*argv, *spec.extra_args], env
 
+    @override
     async def health(self, server: Server) -> None:
-        """See `Dialect`: the server listens once its model is loaded, and ends itself when a worker of it dies. /health
-        would make a server that was started by someone else sample a token, which fails while it is paused."""
+        """Ask /model_info: the server answers once its model is loaded, and ends itself when one of its workers dies.
+
+        Not /health, which makes a server that someone else started sample a token, and so fails during a pause.
+        """
         await server.get("/model_info", seconds=10)
 
+    @override
     async def settle_in(self, server: Server) -> None:
-        """See `Dialect`: every flush collects garbage, for a quarter of a second while the imported modules count."""
+        """Exempt the objects made so far from garbage collection: each flush collects garbage, which then takes 0.25 s
+        less."""
         await server.post("/freeze_gc", seconds=_CONTROL_SECONDS)
 
+    @override
     async def generate(self, server: Server, request: Request, rid: str, *, seconds: float) -> Completion:
-        """See `Dialect`."""
         answer = await server.post("/generate", generate_body(request, rid), seconds=seconds)
         meta = answer["meta_info"]
         reason = meta["finish_reason"]
@@ -100,38 +106,45 @@ class SGLang:
         routes = torch.frombuffer(bytearray(base64.b64decode(routes)), dtype=torch.int32) if routes else None
         return Completion([row[1] for row in rows], logprobs, reason["type"], tuple(spans), routes)
 
+    @override
     async def abort(self, server: Server, rid: str) -> None:
-        """See `Dialect`."""
         await server.post("/abort_request", {"rid": _whole(rid)}, seconds=_CONTROL_SECONDS)
 
-    async def abort_all(self, server: Server) -> None:
-        """See `Dialect`."""
-        await server.post("/abort_request", {"abort_all": True}, seconds=_CONTROL_SECONDS)
-
+    @override
     async def pause(self, server: Server) -> None:
-        """See `Dialect`: requests give their cache up and are computed anew, so that none mixes two models' entries."""
+        """Stop decoding; requests give up their cache and are computed anew, so that none mixes entries of two
+        models."""
         await server.post("/pause_generation", {"mode": "retract"}, seconds=_CONTROL_SECONDS)
 
+    @override
     async def resume(self, server: Server) -> None:
-        """See `Dialect`."""
         await server.post("/continue_generation", {}, seconds=_CONTROL_SECONDS)
 
+    @override
     async def flush(self, server: Server) -> None:
-        """See `Dialect`: without SGLang's `timeout`, which waits for requests that a pause keeps, too."""
+        """Forget all key-value entries, without SGLang's `timeout`: it would wait for requests that a pause holds
+        back."""
         await server.post("/flush_cache", {}, seconds=_CONTROL_SECONDS)
 
+    @override
     async def sleep(self, server: Server) -> None:
-        """See `Dialect`. Raises: ServerRefused when requests do not end; SGLang would die with them."""
+        """Wait until no request runs, then give the memory back: SGLang dies when it sleeps with requests.
+
+        Raises: ServerRefused when requests have not ended after 30 s.
+        """
         await server.post("/flush_cache", {}, seconds=_CONTROL_SECONDS, timeout=str(_IDLE_SECONDS))
         await server.post("/release_memory_occupation", {}, seconds=_CONTROL_SECONDS)
 
+    @override
     async def wake(self, server: Server) -> None:
-        """See `Dialect`."""
         await server.post("/resume_memory_occupation", {}, seconds=_CONTROL_SECONDS)
 
+    @override
     async def hf_config(self, server: Server) -> dict[str, Any]:
-        """See `Dialect`: the server tells a folder, and not what is in it. It is that of the start: /model_info names
-        the one of the last `load_folder`, which may be gone."""
+        """Read config.json in the folder that the server was started from: it names the folder, not its contents.
+
+        Not /model_info, which names the folder of the last `load_folder`: that one may be gone.
+        """
         path = (await server.get("/server_info", seconds=_CONTROL_SECONDS))["model_path"]
         try:
             return read_config_json(Path(path))
@@ -141,37 +154,38 @@ class SGLang:
                 "would kill it; start it from a folder that the trainer sees under the same path"
             ) from error
 
+    @override
     async def weight_version(self, server: Server) -> int:
-        """See `Dialect`."""
         return _version((await server.get("/model_info", seconds=_CONTROL_SECONDS))["weight_version"])
 
+    @override
     async def num_workers(self, server: Server) -> int:
-        """See `Dialect`."""
         return int((await server.get("/server_info", seconds=_CONTROL_SECONDS))["tp_size"])
 
+    @override
     async def open_group(
         self, server: Server, *, host: str, port: int, rank_offset: int, world_size: int, name: str, backend: str
     ) -> None:
-        """See `Dialect`."""
         body = {"master_address": host, "master_port": port, "rank_offset": rank_offset, "world_size": world_size}
         await _checked(server, "/init_weights_update_group", body | {"group_name": name, "backend": backend})
 
+    @override
     async def close_group(self, server: Server, name: str) -> None:
-        """See `Dialect`."""
         await _checked(server, "/destroy_weights_update_group", {"group_name": name})
 
+    @override
     async def begin_update(self, server: Server) -> None:
-        """See `Dialect`."""
         await _checked(server, "/begin_weight_update", {})
 
+    @override
     async def receive_broadcast(self, server: Server, manifest: Manifest, group: str) -> None:
-        """See `Dialect`."""
         body = {"names": manifest.names, "dtypes": manifest.dtypes, "shapes": manifest.shapes, "group_name": group}
         body |= {"load_format": "flattened_bucket", "flush_cache": False}
         await _checked(server, "/update_weights_from_distributed", body)
 
+    @override
     def shared_object(self, manifest: Manifest, flat: Tensor) -> Any:
-        """See `Dialect`. The server reads attributes of the metadata, and its unpickler admits this class."""
+        """Return SGLang's flat bucket: it reads the metadata by attribute, and its unpickler admits SimpleNamespace."""
         metadata, start = [], 0
         for name, shape, dtype in zip(manifest.names, manifest.shapes, manifest.dtypes, strict=True):
             kind: torch.dtype = getattr(torch, dtype)
@@ -184,27 +198,28 @@ class SGLang:
             start += count
         return {"flattened_tensor": flat, "metadata": metadata}
 
+    @override
     async def receive_shared(self, server: Server, manifest: Manifest, payloads: list[bytes]) -> None:
-        """See `Dialect`."""
         body = {"serialized_named_tensors": [base64.b64encode(payload).decode() for payload in payloads]}
         await _checked(
             server, "/update_weights_from_tensor", body | {"load_format": "flattened_bucket", "flush_cache": False}
         )
 
+    @override
     async def load_folder(self, server: Server, path: Path, weight_version: int) -> None:
-        """See `Dialect`."""
         body = {"model_path": str(path), "load_format": "auto", "weight_version": str(weight_version)}
         await _checked(server, "/update_weights_from_disk", body)
 
+    @override
     async def end_update(self, server: Server, weight_version: int) -> None:
-        """See `Dialect`."""
         await _checked(server, "/end_weight_update", {})
         body = {"new_version": str(weight_version), "abort_all_requests": False}
         await _checked(server, "/update_weight_version", body)
 
 
 def generate_body(request: Request, rid: str) -> dict[str, Any]:
-    """The body of POST /generate. SGLang ignores unknown fields in silence, except among the sampling parameters."""
+    """Return the body of POST /generate. SGLang ignores unknown fields in silence, except among the sampling
+    parameters."""
     sampling = request.sampling
     return {
         "rid": _whole(rid),
@@ -225,7 +240,7 @@ def generate_body(request: Request, rid: str) -> dict[str, Any]:
 
 
 def _whole(rid: str) -> str:
-    """SGLang aborts every request whose name begins with the given one: 1-2 would end 1-20."""
+    """Return a name that begins no other: SGLang aborts all requests that begin with a name, so 1-2 would end 1-20."""
     return f"{rid}."
 
 

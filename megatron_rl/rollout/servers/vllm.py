@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_rl import device
 from megatron_rl.models.facts import head_width, read_config_json
 from megatron_rl.rollout.engine import EngineError, Request
 from megatron_rl.rollout.servers.http import Server
-from megatron_rl.rollout.servers.protocol import Completion, LaunchSpec, Manifest
+from megatron_rl.rollout.servers.protocol import Completion, Dialect, LaunchSpec, Manifest
 
 _SHIMS = Path(__file__).parent / "shims" / "vllm"
 _CONTROL_SECONDS = 60.0  # for what should answer at once
@@ -25,13 +26,13 @@ _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _INITIAL_VERSION = "default"  # what a server that never got weights reports
 
 
-class VLLM:
-    """`Dialect` of a vLLM server."""
+class VLLM(Dialect):
+    """Speaks to a vLLM server."""
 
     name = "vllm"
 
+    @override
     def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
-        """See `Dialect`."""
         argv = [str(spec.python), "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(spec.model_dir)]
         argv += ["--load-format", "dummy", "--dtype", spec.dtype, "--served-model-name", "policy"]
         argv += ["--host", spec.host, "--port", str(spec.port), "--tensor-parallel-size", str(spec.tp)]
@@ -58,15 +59,16 @@ class VLLM:
             env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[i % len(cores)]) for i in range(spec.tp))
         return [*argv, *spec.extra_args], env
 
+    @override
     async def health(self, server: Server) -> None:
-        """See `Dialect`."""
         await server.get("/health", seconds=10)
 
+    @override
     async def settle_in(self, server: Server) -> None:
-        """See `Dialect`: nothing to do."""
+        """Do nothing: vLLM needs no preparation."""
 
+    @override
     async def generate(self, server: Server, request: Request, rid: str, *, seconds: float) -> Completion:
-        """See `Dialect`."""
         answer = await server.post("/inference/v1/generate", generate_body(request, rid), seconds=seconds)
         choice = answer["choices"][0]
         tokens = choice["token_ids"] or []
@@ -74,93 +76,92 @@ class VLLM:
         spans = [(_version(span["version"]), span["end"] - span["start"]) for span in choice["weight_versions"] or ()]
         return Completion(tokens, [row["logprob"] for row in rows], choice["finish_reason"], tuple(spans) or None)
 
+    @override
     async def abort(self, server: Server, rid: str) -> None:
-        """See `Dialect`."""
         await server.post("/abort_requests", {"request_ids": [rid]}, seconds=_CONTROL_SECONDS)
 
-    async def abort_all(self, server: Server) -> None:
-        """See `Dialect`."""
-        await server.post("/abort_requests", {}, seconds=_CONTROL_SECONDS)
-
+    @override
     async def pause(self, server: Server) -> None:
-        """See `Dialect`: requests stay, and the flush that follows makes them be computed anew."""
+        """Stop decoding; requests stay, and the flush that follows has them computed anew."""
         await server.post("/pause", seconds=_CONTROL_SECONDS, mode="keep")
 
+    @override
     async def resume(self, server: Server) -> None:
-        """See `Dialect`."""
         await server.post("/resume", seconds=_CONTROL_SECONDS)
 
+    @override
     async def flush(self, server: Server) -> None:
-        """See `Dialect`."""
         answer = await server.post("/reset_prefix_cache", seconds=_CONTROL_SECONDS, reset_running_requests="true")
         if not answer["success"]:
             raise EngineError(f"{server.url} did not reset its prefix cache")
 
+    @override
     async def sleep(self, server: Server) -> None:
-        """See `Dialect`: level 2 keeps no copy of the weights."""
+        """Give the memory back; at level 2 vLLM keeps no copy of the weights either."""
         await server.post("/sleep", seconds=_CONTROL_SECONDS, level="2")
 
+    @override
     async def wake(self, server: Server) -> None:
-        """See `Dialect`."""
         await server.post("/wake_up", seconds=_CONTROL_SECONDS)
 
+    @override
     async def hf_config(self, server: Server) -> dict[str, Any]:
-        """See `Dialect`."""
         return (await _rpc(server, "megatron_rl_hf_config"))[0]
 
+    @override
     async def weight_version(self, server: Server) -> int:
-        """See `Dialect`."""
         return _version((await server.get("/weight_info", seconds=_CONTROL_SECONDS))["weight_version"])
 
+    @override
     async def num_workers(self, server: Server) -> int:
-        """See `Dialect`."""
         return len(await _rpc(server, "megatron_rl_hf_config"))
 
+    @override
     async def open_group(
         self, server: Server, *, host: str, port: int, rank_offset: int, world_size: int, name: str, backend: str
     ) -> None:
-        """See `Dialect`."""
         info = {"host": host, "port": port, "rank_offset": rank_offset, "world_size": world_size}
         body = {"init_info": info | {"name": name, "backend": backend}}
         await server.post("/init_weight_transfer_engine", body, seconds=_LOAD_SECONDS)
 
+    @override
     async def close_group(self, server: Server, name: str) -> None:
-        """See `Dialect`."""
         await server.post("/shutdown_weight_transfer_engine", seconds=_CONTROL_SECONDS)
 
+    @override
     async def begin_update(self, server: Server) -> None:
-        """See `Dialect`."""
         await server.post("/start_weight_update", seconds=_LOAD_SECONDS)
 
+    @override
     async def receive_broadcast(self, server: Server, manifest: Manifest, group: str) -> None:
-        """See `Dialect`."""
         await server.post("/update_weights", {"update_info": _bucket(manifest)}, seconds=_LOAD_SECONDS)
 
+    @override
     def shared_object(self, manifest: Manifest, flat: Tensor) -> Any:
-        """See `Dialect`."""
         return flat
 
+    @override
     async def receive_shared(self, server: Server, manifest: Manifest, payloads: list[bytes]) -> None:
-        """See `Dialect`."""
         infos = [_bucket(manifest) | {"payload": base64.b64encode(payload).decode()} for payload in payloads]
         await server.post("/update_weights", {"update_info": infos}, seconds=_LOAD_SECONDS)
 
+    @override
     async def load_folder(self, server: Server, path: Path, weight_version: int) -> None:
-        """See `Dialect`."""
         await _rpc(server, "megatron_rl_load_folder", path=str(path))
         body = {"new_version": str(weight_version)}
         await server.post("/update_weight_version", body, seconds=_CONTROL_SECONDS)
 
+    @override
     async def end_update(self, server: Server, weight_version: int) -> None:
-        """See `Dialect`."""
         body = {"weight_version": str(weight_version)}
         await server.post("/finish_weight_update", body, seconds=_LOAD_SECONDS)
 
 
 def generate_body(request: Request, rid: str) -> dict[str, Any]:
-    """The body of POST /inference/v1/generate.
+    """Return the body of POST /inference/v1/generate.
 
-    Without a seed: on a CPU vLLM 0.32 dies when it computes a seeded request anew, after a pause or for want of cache.
+    No seed goes along: on a CPU vLLM 0.32 dies when it computes a seeded request anew, after a pause or when its cache
+    runs full.
     """
     sampling = request.sampling
     return {
@@ -190,7 +191,8 @@ def _bucket(manifest: Manifest) -> dict[str, Any]:
 
 
 def _cache_bytes(hf: dict[str, Any], spec: LaunchSpec) -> int:
-    """Keys and values of `kv_tokens` tokens on one worker, rounded up to vLLM's blocks of 128 tokens."""
+    """Return the bytes of the keys and values of `kv_tokens` tokens on one worker, rounded up to vLLM's blocks of 128
+    tokens."""
     heads = math.ceil((hf.get("num_key_value_heads") or hf["num_attention_heads"]) / spec.tp)
     itemsize = getattr(torch, spec.dtype).itemsize
     tokens = math.ceil(spec.kv_tokens / 128) * 128

@@ -19,6 +19,7 @@ import shutil
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.multiprocessing
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_rl import device
 from megatron_rl.convert.save_hf import SHARD_BYTES, write_shards
@@ -59,13 +61,16 @@ class Channel(Protocol):
 
 
 def expected_weights(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of a model, from its config alone."""
+    """Return {name: shape} of every weight of a model, from its config alone."""
     return {name: shape for row in model_rows(hf) for name, shape in zip(row.hf, expected_shapes(row, hf), strict=True)}
 
 
-def check_same_model(mine: PretrainedConfig, theirs: PretrainedConfig, url: str) -> None:
-    """Raises: EngineError naming a weight of another name or shape; a server that is sent one dies or serves noise."""
-    ours, served = expected_weights(mine), expected_weights(theirs)
+def check_same_model(policy: PretrainedConfig, theirs: PretrainedConfig, url: str) -> None:
+    """Check that a server has the policy's weights: one that is sent others dies, or serves noise.
+
+    Raises: EngineError naming a weight of another name or shape.
+    """
+    ours, served = expected_weights(policy), expected_weights(theirs)
     for name in ours.keys() | served.keys():
         if ours.get(name) != served.get(name):
             raise EngineError(
@@ -77,7 +82,7 @@ def check_same_model(mine: PretrainedConfig, theirs: PretrainedConfig, url: str)
 def pack_buckets(
     stream: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], buffers: Callable[[int], Tensor]
 ) -> Iterator[tuple[Manifest, Tensor]]:
-    """Copy the stream into flat buckets: (what it holds, `[bytes]` uint8 view of a buffer).
+    """Copy the stream into flat buckets; yield (what a bucket holds, `[bytes]` uint8 view of its buffer).
 
     `buffers(i)` is bucket i's buffer; it is asked for when the first tensor goes in. Raises: EngineError when the
     stream brings a weight that `shapes` does not have so, twice, or not at all.
@@ -112,13 +117,13 @@ class Buffers:
     tensor."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], bucket_bytes: int, itemsize: int) -> None:
-        """`itemsize`: bytes of an element of the stream's widest dtype."""
+        """Set the size. `itemsize`: bytes of an element of the stream's widest dtype."""
         sizes = [torch.Size(shape).numel() * itemsize for shape in shapes.values()]
         self.nbytes = max(max(sizes), min(bucket_bytes, sum(sizes)))
         self._flats: list[Tensor] = []
 
     def __call__(self, number: int) -> Tensor:
-        """That of bucket `number`; its former contents must have been read."""
+        """Return the buffer of bucket `number`; its former contents must have been read."""
         while len(self._flats) <= min(number, 1):
             self._flats.append(torch.empty(self.nbytes, dtype=torch.uint8, device=device.device()))
         return self._flats[number % 2]
@@ -128,101 +133,101 @@ class Buffers:
         self._flats.clear()
 
 
-class Colocated:
-    """Shared memory on one machine, see the module's docstring."""
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """The trainer's side of a channel that sends buckets."""
+
+    dialect: Dialect
+    shapes: dict[str, tuple[int, ...]]  # of every weight, by its Hugging Face name
+    buffers: Buffers
+    submit: Submit
+    rank: int  # this process's number in the trainer's world
+
+
+class Colocated(Channel):
+    """Sends through shared memory on one machine, see the module's docstring."""
 
     def __init__(
-        self,
-        dialect: Dialect,
-        shapes: dict[str, tuple[int, ...]],
-        buffers: Buffers,
-        submit: Submit,
-        gather: Callable[[Any], Sequence[Any]],
-        rank: int,
-        readers: Callable[[], list[list[int]]],
+        self, sender: Sender, gather: Callable[[Any], Sequence[Any]], readers: Callable[[], list[list[int]]]
     ) -> None:
-        """`gather`: an all-gather of objects over all ranks. `readers()[s][w]`: the trainer rank whose buffer worker w
-        of server s reads."""
-        self._dialect, self._shapes, self._buffers, self._submit = dialect, shapes, buffers, submit
-        self._gather, self._rank, self._readers = gather, rank, readers
+        """Keep the parts. `gather`: an all-gather of objects over all ranks. `readers()[s][w]`: the trainer rank whose
+        buffer worker w of server s reads."""
+        self._sender, self._gather, self._readers = sender, gather, readers
         self._servers: Sequence[Server] = ()
 
+    @override
     def open(self, servers: Sequence[Server]) -> None:
-        """See `Channel`. Raises: EngineError when shared memory is too small: writing would kill the process."""
+        """Check that shared memory is large enough: writing beyond it kills the process. Raises: EngineError."""
         first, self._servers = not self._servers, servers
         if first and not device.ON_GPU:
             ranks = len({rank for workers in self._readers() for rank in workers})
-            needed, free = 2 * self._buffers.nbytes * ranks, shutil.disk_usage(_SHARED_MEMORY).free
+            needed, free = 2 * self._sender.buffers.nbytes * ranks, shutil.disk_usage(_SHARED_MEMORY).free
             if needed > free:
                 raise EngineError(
                     f"rollout.weight_sync.mode=colocated needs {needed:,} bytes of shared memory, {_SHARED_MEMORY} has "
                     f"{free:,} free; lower rollout.weight_sync.bucket_mib, or set mode to disaggregated or disk"
                 )
 
+    @override
     def send(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """See `Channel`. A rank refills a buffer once it has left the gather of the next bucket, and rank 0 enters
-        that gather only when the servers have loaded the buffer."""
+        """Send the stream through shared memory.
+
+        A rank refills a buffer once it has left the gather of the next bucket, and rank 0 enters that gather only when
+        the servers have loaded the buffer.
+        """
         readers = self._readers()
-        copies = sum(workers.count(self._rank) for workers in readers)
+        copies = sum(workers.count(self._sender.rank) for workers in readers)
         loading: Future[None] | None = None
         failure: BaseException | None = None
-        for manifest, flat in pack_buckets(stream, self._shapes, self._buffers):
+        for manifest, flat in pack_buckets(stream, self._sender.shapes, self._sender.buffers):
             device.synchronize()  # the copies into the buffer, before another process reads it
-            shared = self._dialect.shared_object(manifest, flat)
+            shared = self._sender.dialect.shared_object(manifest, flat)
             failure = failure or _outcome(loading)
             payloads = self._gather([share(shared) for _ in range(copies)])
-            if self._rank == 0 and failure is None:
-                loading = self._submit(self._receive(manifest, payloads, readers))
+            if self._sender.rank == 0 and failure is None:
+                loading = self._sender.submit(self._receive(manifest, payloads, readers))
         failure = failure or _outcome(loading)
         if failure is not None:
             raise failure
 
     async def _receive(self, manifest: Manifest, payloads: Sequence[list[bytes]], readers: list[list[int]]) -> None:
-        left = [list(of_rank) for of_rank in payloads]
+        left = [list(payloads_of_rank) for payloads_of_rank in payloads]
         calls = [
-            self._dialect.receive_shared(server, manifest, [left[rank].pop() for rank in workers])
+            self._sender.dialect.receive_shared(server, manifest, [left[rank].pop() for rank in workers])
             for server, workers in zip(self._servers, readers, strict=True)
         ]
         await asyncio.gather(*calls)
 
+    @override
     def close(self) -> None:
-        """See `Channel`."""
-        self._buffers.free()
+        self._sender.buffers.free()
 
 
-class Disaggregated:
-    """Broadcast from rank 0, see the module's docstring."""
+class Disaggregated(Channel):
+    """Sends by a broadcast from rank 0, see the module's docstring."""
 
-    def __init__(
-        self,
-        dialect: Dialect,
-        shapes: dict[str, tuple[int, ...]],
-        buffers: Buffers,
-        submit: Submit,
-        rank: int,
-        address: Callable[[Server], tuple[str, int]],
-    ) -> None:
-        """`address(server)`: the host and free port at which that server can reach this process."""
-        self._dialect, self._shapes, self._buffers, self._submit = dialect, shapes, buffers, submit
-        self._rank, self._address = rank, address
+    def __init__(self, sender: Sender, address: Callable[[Server], tuple[str, int]]) -> None:
+        """Keep the parts. `address(server)`: the host and free port at which that server can reach this process."""
+        self._sender, self._address = sender, address
         self._servers: Sequence[Server] = ()
         self._group: Any = None
         self._name = ""
         # a thread of its own: a broadcast blocks, and must not stop the event loop that speaks to the servers
         self._thread = ThreadPoolExecutor(1, "weight-broadcast", initializer=device.use_local_device)
 
+    @override
     def open(self, servers: Sequence[Server]) -> None:
-        """See `Channel`. Raises: EngineError when the servers' workers do not join."""
-        if self._rank or (self._group is not None and list(servers) == list(self._servers)):
+        """Make the servers' workers join a new group. Raises: EngineError when they do not join."""
+        if self._sender.rank or (self._group is not None and list(servers) == list(self._servers)):
             return
         self.close()
         self._servers = servers
         # a server may still have the group of a trainer that was killed, and an older group's store keys stay
         self._name = f"megatron_rl_{uuid.uuid4().hex[:12]}"
-        self._submit(self._join()).result()
+        self._sender.submit(self._join()).result()
 
     async def _join(self) -> None:
-        workers = await asyncio.gather(*(self._dialect.num_workers(server) for server in self._servers))
+        workers = await asyncio.gather(*(self._sender.dialect.num_workers(server) for server in self._servers))
         host, port = self._address(self._servers[0])
         world_size, offsets = 1 + sum(workers), [1 + sum(workers[:i]) for i in range(len(workers))]
 
@@ -232,7 +237,7 @@ class Disaggregated:
             )
 
         joins = [
-            self._dialect.open_group(
+            self._sender.dialect.open_group(
                 server,
                 host=host,
                 port=port,
@@ -250,20 +255,20 @@ class Disaggregated:
                 raise
             raise EngineError(f"the servers' workers did not join the trainer at {host}:{port}: {error}") from error
 
+    @override
     def send(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """See `Channel`."""
-        if self._rank:
+        if self._sender.rank:
             _exhaust(stream)
             return
         loading: Future[None] | None = None
         failure: BaseException | None = None
         stream = iter(stream)
         try:
-            for manifest, flat in pack_buckets(stream, self._shapes, self._buffers):
+            for manifest, flat in pack_buckets(stream, self._sender.shapes, self._sender.buffers):
                 device.synchronize()
                 failure = failure or _outcome(loading)
                 if failure is None:
-                    loading = self._submit(self._broadcast(manifest, flat))
+                    loading = self._sender.submit(self._broadcast(manifest, flat))
         finally:
             _exhaust(stream)
             failure = failure or _outcome(loading)
@@ -272,42 +277,43 @@ class Disaggregated:
             raise failure if isinstance(failure, EngineError) else EngineError(f"the broadcast failed: {failure}")
 
     async def _broadcast(self, manifest: Manifest, flat: Tensor) -> None:
-        calls = [self._dialect.receive_broadcast(server, manifest, self._name) for server in self._servers]
+        calls = [self._sender.dialect.receive_broadcast(server, manifest, self._name) for server in self._servers]
         await asyncio.gather(self._in_thread(lambda: broadcast_bucket(flat, self._group)), *calls)
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     def _leave(self) -> None:
-        """Closes the connections too: a worker that waits for a broadcast then fails instead of hanging."""
+        """Leave the group and close its connections: a worker that waits for a broadcast then fails instead of
+        hanging."""
         group, self._group, self._servers = self._group, None, ()
         if group is not None:
             self._thread.submit(leave_engine_group, group).result()
 
+    @override
     def close(self) -> None:
-        """See `Channel`."""
         if self._group is not None:
-            calls = [self._dialect.close_group(server, self._name) for server in self._servers]
-            self._submit(_all_settled(calls)).result()
+            calls = [self._sender.dialect.close_group(server, self._name) for server in self._servers]
+            self._sender.submit(_all_settled(calls)).result()
         self._leave()
-        self._buffers.free()
+        self._sender.buffers.free()
 
 
-class Disk:
-    """A folder, see the module's docstring."""
+class Disk(Channel):
+    """Sends through a folder, see the module's docstring."""
 
     def __init__(self, dialect: Dialect, folder: Path, submit: Submit, rank: int, model_dir: Path) -> None:
-        """`model_dir`: config.json and the tokenizer, copied beside the weights."""
+        """Keep the folder. `model_dir`: config.json and the tokenizer, copied beside the weights."""
         self._dialect, self._folder, self._submit = dialect, folder, submit
         self._rank, self._model_dir = rank, model_dir
         self._servers: Sequence[Server] = ()
 
+    @override
     def open(self, servers: Sequence[Server]) -> None:
-        """See `Channel`."""
         self._servers = servers
 
+    @override
     def send(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """See `Channel`."""
         if self._rank:
             _exhaust(stream)
             return
@@ -328,13 +334,16 @@ class Disk:
         calls = [self._dialect.load_folder(server, self._folder.resolve(), weight_version) for server in self._servers]
         await asyncio.gather(*calls)
 
+    @override
     def close(self) -> None:
-        """See `Channel`."""
+        pass  # nothing is open
 
 
 def share(value: Any) -> bytes:
-    """A pickle in which tensors are handles to shared memory: CUDA IPC, or a shared-memory file that processes which
-    are not relatives can open (torch's default passes file descriptors to relatives alone)."""
+    """Return a pickle in which tensors are handles to shared memory: CUDA IPC, or a shared-memory file.
+
+    Any process can open the file by its name; torch's default, a file descriptor, reaches relatives alone.
+    """
     former = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:

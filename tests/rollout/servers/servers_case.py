@@ -117,8 +117,7 @@ def train_and_compare(raws: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _train_and_compare(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    from megatron_rl import device, train
-    from megatron_rl.metrics import Timers
+    from megatron_rl import train
     from megatron_rl.metrics.write import RunLogger
     from megatron_rl.parallel.groups import init_groups
     from tests.worlds import leave_layout
@@ -126,17 +125,15 @@ def _train_and_compare(raw: dict[str, Any]) -> list[dict[str, Any]]:
     config, found = parse_config(raw), []
     try:
         run = train.set_up(config, init_groups(config.parallel, config.seed))
-        timers = Timers(device.synchronize)
         with RunLogger(config.run_dir, config, rank=run.groups.rank, start_step=0) as logger:
             before: dict[str, Tensor] | None = None
             for step in range(config.train.num_steps):
-                metrics = train.run_step(run, step, timers, logger)
-                with train.generating(run, timers):
+                metrics = train.run_step(run, step, logger)
+                with run.served.session(run.timers):
                     weights = {name: tensor.clone() for name, tensor in run.policy.hf_weights()}
                     found.append(compare(run, weights, before) | {"mismatch": metrics["mismatch/abs_max"]})
                 before = weights
-        run.collector.close()
-        run.engine.close()
+        run.close()
     finally:
         leave_layout()
     return found
@@ -147,12 +144,12 @@ def compare(run: Any, weights: dict[str, Tensor], before: dict[str, Tensor] | No
     equal, the largest difference of log-probabilities, and that to the weights before the last update."""
     sampling = SamplingParams(0.0, 1.0, 0, 12, (), seed=0)
     prompts = [prompt.token_ids for prompt in run.collector.cursor.prompts[:3]]
-    rollouts = run.engine.generate([Request(i, 0, prompt, sampling) for i, prompt in enumerate(prompts)])
+    rollouts = run.served.engine.generate([Request(i, 0, prompt, sampling) for i, prompt in enumerate(prompts)])
     same, worst, stale = True, 0.0, 0.0
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         tokens, logprobs = greedy(run.policy.hf_config, weights, prompt, 12)
         same &= rollout.token_ids.tolist() == [*prompt, *tokens]
-        engine = rollout.rollout_logprobs[rollout.loss_mask]
+        engine = rollout.rollout_logprobs[rollout.sampled]
         worst = max(worst, float((engine - logprobs).abs().max()))
         if before is not None:
             old = score(run.policy.hf_config, before, [*prompt, *tokens])[-12:]

@@ -70,7 +70,7 @@ def test_the_server_dies_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from tests.rollout import test_processes as me
+from tests.rollout.servers import test_processes as me
 me.start(Path({str(tmp_path)!r}), me.TREE)
 time.sleep(600)
 """

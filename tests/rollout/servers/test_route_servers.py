@@ -35,9 +35,8 @@ MOE: dict[str, Any] = HF | {
 def _steps(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """Per step of a run that starts its own server: (token, layer) pairs whose reported experts, as a set, are not
     transformers', all pairs, and the largest difference of log-probabilities."""
-    from megatron_rl import device, train
+    from megatron_rl import train
     from megatron_rl.convert.hf import hub_views
-    from megatron_rl.metrics import Timers
     from megatron_rl.metrics.write import RunLogger
     from megatron_rl.parallel.groups import init_groups
     from tests.worlds import leave_layout
@@ -46,7 +45,6 @@ def _steps(raw: dict[str, Any]) -> list[dict[str, Any]]:
     run = train.set_up(config, init_groups(config.parallel, config.seed))
     collect = run.collector.collect
     run.collector.collect = lambda step: collected.append(collect(step)) or collected[-1]  # type: ignore[func-returns-value]
-    timers = Timers(device.synchronize)
     with RunLogger(config.run_dir, config, rank=0, start_step=0) as logger:
         for step in range(config.train.num_steps):
             model, seen = AutoModelForCausalLM.from_config(run.policy.hf_config, dtype=torch.float32).eval(), []
@@ -56,7 +54,7 @@ def _steps(raw: dict[str, Any]) -> list[dict[str, Any]]:
                     views[name].copy_(tensor)
             for layer in model.model.layers:
                 layer.mlp.gate.register_forward_hook(lambda gate, inputs, output, seen=seen: seen.append(output[2]))
-            metrics = train.run_step(run, step, timers, logger)
+            metrics = train.run_step(run, step, logger)
             other = total = 0
             for rollout in collected[-1].rollouts:
                 seen.clear()
@@ -66,8 +64,7 @@ def _steps(raw: dict[str, Any]) -> list[dict[str, Any]]:
                 differ = (rollout.routes[:-1].long().sort(-1).values != expected).any(-1)
                 other, total = other + int(differ.sum()), total + differ.numel()
             found.append({"other": other, "total": total, "mismatch": metrics["mismatch/abs_max"]})
-    run.collector.close()
-    run.engine.close()
+    run.close()
     leave_layout()
     return found
 

@@ -107,7 +107,7 @@ def requests(count: int) -> list[Request]:
 
 def test_an_answer_becomes_a_rollout(engine_of: Any) -> None:
     (rollout,) = engine_of({"http://a": whole}).generate(requests(1))
-    assert rollout.token_ids.tolist() == [4, 5, 1, 2, STOP] and rollout.loss_mask.tolist() == [0, 0, 1, 1, 1]
+    assert rollout.token_ids.tolist() == [4, 5, 1, 2, STOP] and rollout.sampled.tolist() == [0, 0, 1, 1, 1]
     assert rollout.rollout_logprobs.tolist() == [0, 0, -1, -2, -3] and rollout.finish_reason == "stop"
     assert (rollout.weight_version, rollout.spans) == (3, ((3, 3),))
 

@@ -58,14 +58,14 @@ def _train(raw: dict[str, Any], fault: str) -> dict[str, Any]:
         error = str(failure)
     finally:
         for run in runs:
-            run.engine.close()
+            run.served.engine.close()
         leave_layout()
     failures, busy = runs[0].engine._fleet.failures, getattr(runs[0].engine, "turned_away", 0)
     return {"steps": steps, "failures": failures, "error": error, "turned away": busy}
 
 
 def _server_pid(run: Any) -> int:
-    guard = run.engine._fleet._owned[0].process._process.pid
+    guard = run.served.engine._fleet._owned[0].process._process.pid
     return psutil.Process(guard).children()[0].pid
 
 
@@ -87,7 +87,7 @@ def _provoke(fault: str, run: Any) -> None:
     if fault == "killed in generation":
 
         def kill() -> None:
-            while sum(target.in_flight for target in engine._targets) < 4 or run.weight_version < 1:
+            while sum(target.in_flight for target in engine._targets) < 4 or run.served.weight_version < 1:
                 time.sleep(0.005)
             time.sleep(0.3)
             os.kill(_server_pid(run), signal.SIGKILL)

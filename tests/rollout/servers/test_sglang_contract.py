@@ -79,7 +79,7 @@ def test_sglang_understands_every_request(tmp_path: Path) -> None:
         lambda s: DIALECT.generate(s, Request(0, 0, (1, 2), GREEDY), "r", seconds=1),
         lambda s: DIALECT.generate(s, Request(0, 0, (1, 2), SAMPLED, with_routes=True), "r", seconds=1),
         lambda s: DIALECT.abort(s, "r"),
-        *(DIALECT.abort_all, DIALECT.pause, DIALECT.resume, DIALECT.flush, DIALECT.sleep, DIALECT.wake),
+        *(DIALECT.pause, DIALECT.resume, DIALECT.flush, DIALECT.sleep, DIALECT.wake),
         *(DIALECT.weight_version, DIALECT.num_workers, DIALECT.begin_update),
         lambda s: DIALECT.open_group(s, **group),
         lambda s: DIALECT.close_group(s, "g"),

@@ -17,6 +17,7 @@ from megatron_rl.rollout.servers import weight_sync
 from megatron_rl.rollout.servers.weight_sync import (
     Buffers,
     Colocated,
+    Sender,
     check_same_model,
     expected_weights,
     pack_buckets,
@@ -119,7 +120,7 @@ def test_too_little_shared_memory_is_an_error_and_no_crash(monkeypatch: pytest.M
     nothing: Any = None
 
     def channel() -> Colocated:
-        return Colocated(nothing, {}, buffers, nothing, nothing, 0, lambda: [[0], [1]])
+        return Colocated(Sender(nothing, {}, buffers, nothing, 0), nothing, lambda: [[0], [1]])
 
     server: Any = object()
     monkeypatch.setattr(weight_sync.shutil, "disk_usage", lambda path: SimpleNamespace(free=(16 << 20) - 1))

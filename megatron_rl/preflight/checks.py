@@ -1,0 +1,176 @@
+"""Checks of all ranks' facts: each passes or names the remedy. Pure: no device, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from megatron_rl.config import Config, ModelConfig, ParallelConfig
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.models.facts import read_hf_config
+from megatron_rl.plan.shapes import count_parameters
+from megatron_rl.preflight.facts import Facts
+
+_MOSTLY_FREE = 0.9  # of a GPU's memory, before anything is loaded
+_BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 14}  # weights, and in float32 main weights and two moments
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check. `is_ok` None: there is nothing to check here."""
+
+    name: str
+    finding: str
+    is_ok: bool | None = True
+    remedy: str = ""
+
+
+def fact_checks(config: Config, facts: list[Facts], vocabulary: int, existing_checkpoints: int) -> list[Check]:
+    """Return all checks that follow from the facts. `vocabulary`: the tokenizer's size."""
+    return [
+        _ranks(config.parallel, facts),
+        _versions(facts),
+        _gpus(facts),
+        _hosts(config.rollout, facts),
+        _engine_version(config.rollout, facts),
+        _on_nodes("model", facts, lambda fact: fact.model_fault, config.model.path or "random weights"),
+        _data(facts),
+        _on_nodes("reward", facts, lambda fact: fact.reward_fault, config.reward.function),
+        _folder(config, facts),
+        _room(config, facts, vocabulary, existing_checkpoints),
+    ]
+
+
+def bandwidth_check(ranks: int, nodes: int, bytes_per_second: float, is_right: bool) -> Check:
+    """Return the check of the all-reduce: its sums, and its bandwidth in bytes/s."""
+    if ranks == 1:
+        return Check("all-reduce", "one rank alone", None)
+    where = f"{ranks} ranks on {nodes} node{'s' * (nodes > 1)}"
+    if not is_right:
+        remedy = "a link or a GPU computes wrong sums: find it with nccl-tests, node by node, and exclude its node"
+        return Check("all-reduce", f"wrong sums over {where}", False, remedy)
+    return Check("all-reduce", f"{bytes_per_second / 1e9:.2f} GB/s bus bandwidth, {where}")
+
+
+def checkpoint_bytes(model: ModelConfig, vocabulary: int) -> int:
+    """Return the bytes of one checkpoint: weights and optimizer state, without Megatron's bookkeeping. `vocabulary`
+    where the model does not say its own."""
+    return sum(count_parameters(read_hf_config(model), vocabulary)) * _BYTES_PER_PARAMETER[model.dtype]
+
+
+def _nodes(facts: Iterable[Facts]) -> list[Facts]:
+    return [fact for fact in facts if fact.local_rank == 0]
+
+
+def _each(faults: Iterable[tuple[str, str]], total: int) -> str:
+    """Return a text with the faults by node; said once when all nodes have the same."""
+    named = [(host, fault) for host, fault in faults if fault]
+    if len({fault for _, fault in named}) == 1 and len(named) == total:
+        return named[0][1]
+    return "\n".join(f"{host}: {fault}" for host, fault in named)
+
+
+def _on_nodes(what: str, facts: list[Facts], fault_of: Callable[[Facts], str], fine: str) -> Check:
+    nodes = _nodes(facts)
+    faults = _each(((fact.host, fault_of(fact)) for fact in nodes), len(nodes))
+    return Check(what, fine) if not faults else Check(what, faults, False)
+
+
+def _ranks(parallel: ParallelConfig, facts: list[Facts]) -> Check:
+    wanted, running, nodes = parallel.processes, len(facts), len(_nodes(facts))
+    text = f"{running} of {wanted} on {nodes} node{'s' * (nodes > 1)}"
+    if running < wanted:
+        return Check("ranks", f"{text}: those that this machine can hold; a job checks them all", None)
+    return Check("ranks", text)
+
+
+def _versions(facts: list[Facts]) -> Check:
+    first = facts[0].versions
+    shown = ", ".join(f"{name} {version}" for name, version in first.items())
+    faults = _each(((fact.host, "; ".join(fact.version_faults)) for fact in _nodes(facts)), len(_nodes(facts)))
+    if faults:
+        return Check("versions", faults, False, "install what is supported: pip install -e '.[gpu]' on a GPU machine")
+    others = [f"{fact.host}: {_difference(first, fact.versions)}" for fact in _nodes(facts) if fact.versions != first]
+    if others:
+        finding = "\n".join([f"{facts[0].host}: {shown}", *others])
+        return Check("versions", finding, False, "use one environment, or one container, on all nodes")
+    return Check("versions", shown)
+
+
+def _difference(first: dict[str, str], other: dict[str, str]) -> str:
+    names = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+    return ", ".join(f"{name} {other.get(name, 'is missing')}" for name in names)
+
+
+def _gpus(facts: list[Facts]) -> Check:
+    gpus = [(fact.host, fact.local_rank, *fact.gpu) for fact in facts if fact.gpu is not None]
+    if not gpus:
+        return Check("GPUs", "no GPU here: the ranks run on CPUs, over gloo", None)
+    bare = sorted({fact.host for fact in facts if fact.gpu is None})
+    if bare:
+        remedy = "ask Slurm for GPUs on every node, or take the node out: sbatch --exclude"
+        return Check("GPUs", f"no GPU on {', '.join(bare)}", False, remedy)
+    full = [
+        f"{host} GPU {index}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        for host, index, _, free, total in gpus
+        if free < _MOSTLY_FREE * total
+    ]
+    if full:
+        remedy = "end the processes that hold it (nvidia-smi names them), or take the node out: sbatch --exclude"
+        return Check("GPUs", "\n".join(full), False, remedy)
+    kinds = sorted({name for _, _, name, _, _ in gpus})
+    if len(kinds) > 1:
+        return Check("GPUs", f"of several kinds: {', '.join(kinds)}", False, "ask for one kind: sbatch --constraint")
+    least = min(free for *_, free, _ in gpus)
+    return Check("GPUs", f"{len(gpus)} x {kinds[0]}, at least {least / 2**30:.1f} GiB free on each")
+
+
+def _hosts(rollout: RolloutConfig, facts: list[Facts]) -> Check:
+    nodes = _nodes(facts)
+    if len(nodes) == 1 or rollout.is_embedded:
+        return Check("node names", "the engines' addresses stay on their node", None)
+    faults = [(fact.host, f"cannot resolve {', '.join(fact.unknown_hosts)}") for fact in nodes if fact.unknown_hosts]
+    if faults:
+        remedy = "engines are reached by their node's hostname: add the nodes to DNS or /etc/hosts"
+        return Check("node names", _each(faults, len(nodes)), False, remedy)
+    return Check("node names", "every node resolves every other")
+
+
+def _engine_version(rollout: RolloutConfig, facts: list[Facts]) -> Check:
+    if rollout.is_embedded:
+        return Check("engine", "transformers, embedded", None)
+    versions = sorted({fact.engine_version for fact in _nodes(facts)})
+    offer = ", ".join(versions) if any(versions) else f"at {', '.join(rollout.server.urls)}"
+    return _on_nodes("engine", facts, lambda fact: fact.engine_fault, f"{rollout.engine} {offer}")
+
+
+def _data(facts: list[Facts]) -> Check:
+    check = _on_nodes("data", facts, lambda fact: fact.data_fault, facts[0].data)
+    nodes = _nodes(facts)
+    if check.is_ok and len({fact.data for fact in nodes}) > 1:
+        finding = "\n".join(f"{fact.host}: {fact.data}" for fact in nodes)
+        return Check("data", finding, False, "the nodes read different files: put the data on a disk that all share")
+    return check
+
+
+def _folder(config: Config, facts: list[Facts]) -> Check:
+    blind = [fact.host for fact in _nodes(facts) if not fact.sees_shared]
+    if blind:
+        remedy = "put logging.run_dir (MEGATRON_RL_RUNS) on a disk that all nodes share"
+        finding = f"{config.run_dir.parent} is not the same folder on {', '.join(blind)}"
+        return Check("run folder", finding, False, remedy)
+    return Check("run folder", f"{config.run_dir}, seen by every node")
+
+
+def _room(config: Config, facts: list[Facts], vocabulary: int, existing: int) -> Check:
+    one = checkpoint_bytes(config.model, vocabulary)
+    more = max(1, config.train.keep_checkpoints + 1 - existing)  # the newest is written before the oldest goes
+    free = min(fact.free_bytes for fact in _nodes(facts))
+    finding = f"{_gib(one)} a checkpoint, room for {more} more asked, {_gib(free)} free"
+    if free < more * one:
+        return Check("disk", finding, False, "make room, lower train.keep_checkpoints, or move logging.run_dir")
+    return Check("disk", finding)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,128 @@
+"""The policy in its rollout engine: who has which weights, and when the engine may generate."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_rl import device
+from megatron_rl.config import Config
+from megatron_rl.metrics.collect import Timers
+from megatron_rl.rollout.build import build_engine, write_model_dir
+from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine, ServersLost
+
+
+class Weights(Protocol):
+    """What the engine is to serve: the policy in training, or the tensors of a folder."""
+
+    @property
+    def config(self) -> Config:
+        """Return the run's config."""
+
+    @property
+    def hf_config(self) -> PretrainedConfig:
+        """Return the model's architecture."""
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all (Hugging Face name, full tensor) pairs on every rank. A collective."""
+
+
+class SharesMemory(Protocol):
+    """The policy, as far as it makes room on the accelerator that it shares with the engine."""
+
+    def offload(self) -> None:
+        """Move gradients and optimizer state to the host."""
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+
+
+class Served:
+    """An engine and the weights that it has or shall have. Every method is a collective.
+
+    `weight_version` counts the training steps whose updates the weights contain; the engine is brought up to it by
+    `session` and `sync`, which is the only way that weights reach it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        place: Place,
+        weights: Weights,
+        tokenizer: object,
+        *,
+        prove: Callable[[RolloutEngine], None] | None = None,
+        shares_memory: SharesMemory | None = None,
+    ) -> None:
+        """`prove`: called after each update of a server's weights, raises when they are not served. `shares_memory`:
+        who makes room while the engine is awake (rollout.server.share_memory)."""
+        self._config, self._place, self._weights, self._tokenizer = config, place, weights, tokenizer
+        self._prove = None if config.rollout.is_embedded else prove
+        self._shares_memory = shares_memory if config.rollout.server.share_memory else None
+        self._engine: RolloutEngine | None = None
+        self._engine_version: int | None = None  # of the weights that the engine has
+        self.weight_version = 0
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """Return the engine, started at the first call, when servers begin to come up; `sync` gives it weights."""
+        if self._engine is None:
+            model_dir = self._config.run_dir / "engine_model"
+            if not self._config.rollout.is_embedded:
+                if self._place.rank == 0:
+                    write_model_dir(model_dir, self._weights, self._tokenizer)
+                self._place.gather(None)  # no server may start before the folder is whole
+            setup = EngineSetup(self._weights.hf_config, model_dir, device.device(), self._place)
+            self._engine = build_engine(self._config, setup)
+        return self._engine
+
+    @contextlib.contextmanager
+    def session(self, timers: Timers) -> Iterator[RolloutEngine]:
+        """Lend the engine with its memory and the current weights; where it shares the accelerator with the trainer,
+        gradients and optimizer state are on the host meanwhile."""
+        sharing = self._shares_memory
+        with timers("sync"):
+            if sharing is not None:
+                sharing.offload()
+                with contextlib.suppress(ServersLost):  # the update restarts what died asleep
+                    self.engine.wake()
+            self.sync()
+        yield self.engine
+        with timers("sync"):
+            if sharing is not None:
+                self.engine.sleep()
+                self._engine_version = None
+                sharing.reload()
+
+    def sync(self) -> None:
+        """Give the engine the current weights, unless it has them, and prove that it serves them.
+
+        Raises: EngineError when more servers died than the config allows, or one serves other weights than it was sent.
+        """
+        tries = 0
+        while self._engine_version != self.weight_version:
+            try:
+                self.engine.update_weights(self._weights.hf_weights(), self.weight_version)
+                if self._prove is not None:
+                    self._prove(self.engine)
+                self._engine_version = self.weight_version
+            except ServersLost as error:  # the next update restarts the dead, or ends the run when too many died
+                tries += 1
+                if tries > self._config.rollout.server.max_failures + 1:  # they live, and yet the connection breaks
+                    raise
+                if self._place.rank == 0:
+                    print(f"weights again, because a server was lost: {error}", flush=True)
+
+    def revive(self) -> None:
+        """Restart servers that died in generation, and send the weights again."""
+        self._engine_version = None
+        self.sync()
+
+    def close(self) -> None:
+        """Stop the engine, if it was started."""
+        if self._engine is not None:
+            self._engine.close()

@@ -1,0 +1,126 @@
+"""The parts of a run, and how they are built from the config."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_rl import device, launch
+from megatron_rl.algorithms.control import LossController
+from megatron_rl.config import Config
+from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
+from megatron_rl.eval.benchmarks import Benchmark, load_benchmarks
+from megatron_rl.eval.evaluator import Evaluator
+from megatron_rl.metrics import Timers
+from megatron_rl.metrics.entropy_law import LawMonitor
+from megatron_rl.metrics.spans import OFF, Spans
+from megatron_rl.models.facts import read_hf_config, require_model
+from megatron_rl.models.hardware import with_memory
+from megatron_rl.packing import Layout
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.plan.memory import fuses_output_layer
+from megatron_rl.plan.shapes import layout_of, shape_of
+from megatron_rl.policy.gradients import EntropyTangent
+from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.reward import build_grader
+from megatron_rl.rollout.collect import Collector
+from megatron_rl.rollout.engine import Place, RolloutEngine
+from megatron_rl.rollout.probe import probe_engine
+from megatron_rl.rollout.served import Served
+from megatron_rl.types import MiniBatch, Prompt
+from megatron_rl.warm_start import warm_start
+
+
+@dataclass
+class Run:
+    """Everything that a step needs."""
+
+    config: Config
+    groups: Groups
+    world: Reducer  # over all ranks
+    ranks: Reducer  # over those that hold different tokens
+    layout: Layout
+    tokenizer: Any
+    policy: MegatronPolicy
+    served: Served
+    collector: Collector
+    controller: LossController
+    timers: Timers
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    evaluator: Evaluator
+    benchmarks: list[Benchmark]
+    best_accuracy: float = -math.inf  # of the evaluations so far
+    law: LawMonitor = field(default_factory=LawMonitor)
+
+    def entropy_tangent(self, mini_batch: MiniBatch) -> EntropyTangent:
+        """Return the tangent of the mini-batch's entropy at the current weights. A collective."""
+        return EntropyTangent(self.policy, mini_batch)
+
+    def close(self) -> None:
+        """End the rollouts ahead, the grading and the engine."""
+        self.collector.close()
+        self.served.close()
+
+
+def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
+    """Build the data, the policy (warm-started when asked) and the engine.
+
+    Raises: UserError for what the config names and this machine lacks, before anything slow.
+    """
+    require_model(config.model)
+    layout = Layout.of(config, groups)
+    grader = build_grader(config.reward)
+    tokenizer = build_tokenizer(config)
+    problems = load_prompts(config, tokenizer)
+    benchmarks = load_benchmarks(config, tokenizer) if config.train.eval_every and config.eval.sets else []
+    raw_hf_config = read_hf_config(config.model)
+    raw_hf_config.setdefault("vocab_size", vocab_size(tokenizer))
+    world, ranks = groups.all_ranks, groups.token_ranks
+    policy = MegatronPolicy(
+        raw_hf_config,
+        config,
+        groups,
+        total_updates=config.train.num_steps * config.minibatches_per_step,
+        fuse_output_layer=_fuses_output_layer(raw_hf_config, config, world),
+    )
+    cursor = PromptCursor(problems.train, config.seed)
+
+    def prove(engine: RolloutEngine) -> None:
+        probe_engine(engine, policy, layout, cursor.prompts)
+
+    place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
+    served = Served(config, place, policy, tokenizer, prove=prove, shares_memory=policy)
+    engine = served.engine  # its servers come up while the policy warms up
+    if config.warm_start is not None:
+        warm_start(policy, problems.train, layout, tokenizer)
+    if config.loss.ref_kl_coef > 0:
+        policy.keep_reference()
+    return Run(
+        config=config,
+        groups=groups,
+        world=world,
+        ranks=ranks,
+        layout=layout,
+        tokenizer=tokenizer,
+        policy=policy,
+        served=served,
+        collector=Collector(engine, cursor, grader, tokenizer, config, place, served.revive, spans),
+        controller=LossController(config.loss, ranks),
+        timers=Timers(device.synchronize, spans),
+        train_prompts=problems.train,
+        eval_prompts=problems.eval,
+        evaluator=Evaluator(lambda: engine, grader, tokenizer, config, place, revive=served.revive),
+        benchmarks=benchmarks,
+    )
+
+
+def _fuses_output_layer(raw_hf_config: dict[str, Any], config: Config, world: Reducer) -> bool:
+    """Ask the planner, for the rank with the least memory; the same answer on every rank."""
+    least = -world.max(torch.tensor([-device.memory_bytes()], device=device.device()))
+    hardware = with_memory(float(least), on_gpu=device.ON_GPU)
+    return fuses_output_layer(config, shape_of(raw_hf_config), layout_of(config), hardware)
