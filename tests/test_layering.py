@@ -40,8 +40,8 @@ RIDDLES = set(
 # folders and files whose docstrings are written so
 PLAIN_PROSE = (
     "cluster/ data/ eval/benchmarks.py eval/browse.py eval/commands.py eval/during_training.py eval/evaluator.py "
-    "eval/run.py eval/store.py eval/table.py kernels/ launch.py metrics/entropy_law.py metrics/jsonl.py metrics/spans.py "
-    "metrics/write.py preflight/ prepare/ profiling/ report/ rollout/servers/"
+    "eval/run.py eval/store.py eval/table.py kernels/ launch.py metrics/entropy_law.py metrics/jsonl.py "
+    "metrics/spans.py metrics/write.py preflight/ prepare/ profiling/ report/ rollout/servers/"
 ).split()
 # From the ground up. A room (a folder, or a module beside the folders) imports rooms of lower floors and its own files,
 # never a floor above or a neighbour on its own.

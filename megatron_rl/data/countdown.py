@@ -125,7 +125,7 @@ def _expressions_by_target(numbers: tuple[int, ...]) -> dict[Fraction, tuple[str
 
 @cache
 def _expressions(numbers: tuple[int, ...]) -> tuple[tuple[str, Fraction, int], ...]:
-    """Return all (text, value, precedence) that use each number once; precedence: 0 for + -, 1 for * /, 2 for a number."""
+    """Return all (text, value, precedence) that use each number once. Precedence: 0 of + -, 1 of * /, 2 of a number."""
     if len(numbers) == 1:
         return ((str(numbers[0]), Fraction(numbers[0]), 2),)
     found: dict[str, tuple[str, Fraction, int]] = {}

@@ -133,7 +133,7 @@ class NearTexts:
     """
 
     def __init__(self, threshold: float, texts: Iterable[str]) -> None:
-        """`threshold`: above 0. `texts`: found once they are added, by their place among these."""
+        """Learn what is rare among `texts`; each is found by its place among them, once added. `threshold`: above 0."""
         self._threshold = threshold
         self.shingles = [shingles(text) for text in texts]
         self._counts = Counter(shingle for some in self.shingles for shingle in some)
