@@ -7,6 +7,29 @@ sequence predicts nothing and has `loss_mask` False.
 
 One spelling for four policies: bare `logprobs` (the current weights), `old_` (at the start of the step), `rollout_`
 (as the engine sampled), `ref_` (the frozen reference). All log-probabilities and entropies are in nats.
+
+Shapes in signatures: `Float[Tensor, "T V"]` is a floating-point tensor of two dimensions. Tests check them at every
+call, by jaxtyping and beartype (tests/conftest.py); a run does not, and needs neither installed.
+
+Within one call a letter stands for one length. The letters:
+
+| letter | length                                                                                              |
+|--------|-----------------------------------------------------------------------------------------------------|
+| T      | packed tokens of a micro-batch, padding included; under context parallelism this rank's             |
+| M      | tokens that the model computes for a micro-batch: fewer than T where samples share their prompt      |
+| B      | rollouts of a step                                                                                  |
+| S      | sequences of a micro-batch                                                                          |
+| E      | their S + 1 boundaries in the packed tokens (`cu_seqlens`); the S sequences themselves are "E-1"    |
+| N      | response tokens of a mini-batch: in a shape this rank's, in a formula those of all ranks            |
+| V      | columns of the vocabulary that this rank holds, padding included                                    |
+| H      | hidden size                                                                                         |
+| G      | prompts, or other groups of what is summed up                                                       |
+| R      | ranks                                                                                               |
+| k      | selected                                                                                            |
+| C      | columns of a table                                                                                  |
+
+"..." is any shape, "" a scalar, and a number that number. `Float` is any floating-point type, `Int` any integer type,
+`Shaped` any type at all; a number behind the name is the number of bits.
 """
 
 from __future__ import annotations
@@ -15,12 +38,32 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from megatron_rl.shapes import Bool, Float, Float32, Float64, Int32, Int64
+if TYPE_CHECKING:  # `as`: for the files that import them from here
+    from jaxtyping import Bool as Bool
+    from jaxtyping import Float as Float
+    from jaxtyping import Float32 as Float32
+    from jaxtyping import Float64 as Float64
+    from jaxtyping import Int as Int
+    from jaxtyping import Int32 as Int32
+    from jaxtyping import Int64 as Int64
+    from jaxtyping import Shaped as Shaped
+else:
+    try:
+        from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64, Shaped
+    except ImportError:
+
+        class _Unchecked:
+            """Stands for all of them: `_Unchecked[Tensor, "T V"]` is Tensor."""
+
+            def __class_getitem__(cls, tensor_and_shape: tuple[type, str]) -> type:
+                return tensor_and_shape[0]
+
+        Bool = Float = Float32 = Float64 = Int = Int32 = Int64 = Shaped = _Unchecked
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Checks the shapes in signatures at every call of the folders where they are written: megatron_rl/shapes.py."""
+"""Checks the shapes in signatures at every call of the folders where they are written: megatron_rl/types.py."""
 
 from __future__ import annotations
 

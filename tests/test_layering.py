@@ -25,12 +25,12 @@ MANY_PARAMETERS = ("packing/pack.py", "parallel/fused_linear.py", "parallel/voca
 # Messages go through launch.say. These print what a command was asked for,
 PRINTS_RESULTS = (
     "convert/commands.py eval/run.py failures.py kernels/aot.py lab/shadow.py launch.py plan/command.py "
-    "preflight/run.py prepare/commands.py profiling/commands.py"
+    "preflight/run.py prepare/commands.py profiling/commands.py files.py"
 ).split()
 # silence another library's messages,
 SILENCES_OTHERS = ("grading/symbolic.py",)
 # or have a channel of their own still.
-OTHER_CHANNELS = ("algorithms/covariance.py", "train.py", "warm_start.py")
+OTHER_CHANNELS = ()
 # A docstring begins with a verb, or with what the thing is; one that begins so is a riddle.
 RIDDLES = set(
     "about after around as at before behind beside besides between by during for from how if in into like of on once "
@@ -39,17 +39,14 @@ RIDDLES = set(
 )
 # folders and files whose docstrings are written so
 PLAIN_PROSE = (
-    "cluster/ eval/benchmarks.py eval/browse.py eval/commands.py eval/during_training.py eval/evaluator.py eval/run.py "
-    "eval/store.py eval/table.py kernels/ launch.py metrics/entropy_law.py metrics/jsonl.py metrics/spans.py "
-    "metrics/write.py preflight/ profiling/ report/ rollout/servers/"
+    "algorithms/ cli.py cluster/ device.py files.py kernels/ lab/ launch.py metrics/ packing/ parallel/ policy/ "
+    "preflight/ profiling/ report/ resume.py reward/ rollout/ run.py train.py types.py warm_start.py"
 ).split()
 # From the ground up. A room (a folder, or a module beside the folders) imports rooms of lower floors and its own files,
 # never a floor above or a neighbour on its own.
 FLOORS = (
-    "errors shapes",
-    "types",
+    "errors types",
     "files",
-    "failures",
     "launch",
     "kernels",
     "device",
@@ -84,7 +81,6 @@ ALGORITHMS_MAY_IMPORT = {
     "math",
     "torch",
     "typing",
-    "megatron_rl.shapes",
     "megatron_rl.types",
 }
 # Megatron's own name for seeding its RNG tracker, which it needs on a CPU too

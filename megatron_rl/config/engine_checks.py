@@ -76,7 +76,7 @@ def _is_here(host: str) -> bool:
 
 
 def _memory_faults(rollout: RolloutConfig, longest: int) -> list[str]:
-    """longest: tokens of a sequence."""
+    """Return what is wrong with the servers' memory. longest: tokens of a sequence."""
     faults = []
     if rollout.server.share_memory and rollout.max_staleness:
         faults.append(

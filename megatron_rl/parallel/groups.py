@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from megatron_rl import device
 from megatron_rl.config import ParallelConfig
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.shapes import Float
+from megatron_rl.types import Float
 
 device.prepare_megatron()
 
