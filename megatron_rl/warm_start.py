@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from megatron_rl import __version__, device, launch
 from megatron_rl.algorithms.losses import sft
 from megatron_rl.config import Config, WarmStartConfig
+from megatron_rl.convert.disk import remove
 from megatron_rl.convert.hf import folder_source
 from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.data import countdown_solutions
@@ -104,4 +104,4 @@ def _publish(draft: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(draft)  # another run published the same weights first
+        remove(draft)  # another run published the same weights first

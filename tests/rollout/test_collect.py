@@ -244,14 +244,15 @@ def test_stop_tokens():
     assert sampling_params(config, Tokenizer(), 0).stop_token_ids == (4,)
     bare = Tokenizer()
     bare.eos_token_id = None
-    with pytest.raises(CollectError, match="set rollout.stop_token_ids"):
+    with pytest.raises(DataError, match="set rollout.stop_token_ids"):
         sampling_params(make_config(), bare, 0)
 
 
-def test_overlong_filter_masks_after_the_metrics():
+def test_overlong_filter_takes_out_what_was_cut_and_keeps_its_tokens():
     config = make_config(prompts=5, algorithm={"overlong": {"filter": True}})
     ((result,), _) = run(config, PromptCursor(prompts(5), 3))
-    assert {r.prompt_id for r in result.rollouts if not r.sampled.any()} == {0}
+    assert {r.prompt_id for r in result.rollouts if not r.counts} == {0}
+    assert all(r.sampled.any() for r in result.rollouts)
     assert result.metrics["response/length_min"] == 3 and result.metrics["response/truncated_fraction"] == 1 / 5
 
 
