@@ -70,18 +70,18 @@ def set_path(eval_config: EvalConfig, name: str) -> Path | str:
     options = eval_config.options.get(name)
     if options is not None and options.path is not None:
         path = Path(options.path)
-        return path if path.is_file() else f"eval.options.{name}.path={path}: no such file; name a JSON-lines file"
+        return path if path.is_file() else f"eval.options.{name}.path={path}: no such file; name JSON lines or Parquet"
     if eval_config.folder is None:
         return (
             f"eval.sets has {name}, but neither eval.folder nor eval.options.{name}.path says where its problems are; "
-            f"set one of them (JSON lines with `problem` and `answer`)"
+            f"set one of them (JSON lines with `problem` and `answer`, or Parquet)"
         )
     folder, stems = Path(eval_config.folder), PRESETS[name].stems if name in PRESETS else (name,)
-    names = [f"{prefix}{stem}.jsonl" for stem in stems for prefix in ("", "eval_")]
+    names = [f"{prefix}{stem}.{end}" for end in ("jsonl", "parquet") for stem in stems for prefix in ("", "eval_")]
     files = [folder / file for file in names if (folder / file).is_file()]
     if files:
         return files[0]
     return (
         f"eval.folder={folder} holds none of {', '.join(names)} for the set {name}; put its problems there as JSON "
-        f"lines with `problem` and `answer`, set eval.options.{name}.path, or take it out of eval.sets"
+        f"lines with `problem` and `answer` or as Parquet, set eval.options.{name}.path, or take it out of eval.sets"
     )

@@ -22,9 +22,9 @@ _MAX_SOLVER_NUMBERS = 4
 
 
 def _countdown_problems(data: CountdownData, seed: int, tokenizer: Any) -> Problems:
-    """Rows of reasoning-gym, all solvable, in its order. The first `num_eval` distinct problems are held out: no
+    """Return rows of reasoning-gym, all solvable, in its order. The first `num_eval` distinct problems are held out: no
     training row has the same numbers, in any order, and target. Training rows may repeat, as there are few small
-    problems.
+    problems. Raises: DataError when too few distinct ones are found, or a prompt is too long.
     """
     held_out: dict[tuple[Any, ...], tuple[list[int], int]] = {}
     train: list[tuple[list[int], int]] = []
@@ -91,7 +91,7 @@ def _countdown_rows(data: CountdownData, seed: int) -> Iterator[tuple[list[int],
 
 
 def countdown_solutions(prompts: Sequence[Prompt], tokenizer: Any, seed: int) -> list[tuple[int, ...]]:
-    """One correct response per countdown prompt, as token ids that end with the end-of-sequence token.
+    """Return one correct response per countdown prompt, as token ids that end with the end-of-sequence token.
 
     Drawn uniformly among all distinct solutions (expressions in minimal parentheses), so that a policy fitted to them
     keeps its entropy. The draw depends on `seed` and the prompt alone. About 0.1 ms a prompt.
@@ -125,7 +125,7 @@ def _expressions_by_target(numbers: tuple[int, ...]) -> dict[Fraction, tuple[str
 
 @cache
 def _expressions(numbers: tuple[int, ...]) -> tuple[tuple[str, Fraction, int], ...]:
-    """All (text, value, precedence) that use each number once; precedence: 0 for + -, 1 for * /, 2 for a number."""
+    """Return all (text, value, precedence) that use each number once. Precedence: 0 of + -, 1 of * /, 2 of a number."""
     if len(numbers) == 1:
         return ((str(numbers[0]), Fraction(numbers[0]), 2),)
     found: dict[str, tuple[str, Fraction, int]] = {}

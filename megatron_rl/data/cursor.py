@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,15 +10,12 @@ from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.errors import DataError
 from megatron_rl.types import Prompt
 
-if TYPE_CHECKING:
-    pass
-
 
 class PromptCursor:
     """Where the run is in its endless sequence of prompts: each epoch a new shuffle, fixed by (seed, epoch)."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        """Starts at the first epoch. Raises: DataError without prompts."""
+        """Start at the first epoch. Raises: DataError without prompts."""
         if not prompts:
             raise DataError("no training prompts")
         self._prompts, self._seed = list(prompts), seed
@@ -28,11 +24,11 @@ class PromptCursor:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """All of them, in the order of the data."""
+        """Return all of them, in the order of the data."""
         return self._prompts
 
     def take(self, count: int, exclude: Collection[int] = ()) -> list[Prompt]:
-        """The next `count` distinct prompts, passing over those whose prompt_id is in `exclude`.
+        """Return the next `count` distinct prompts, passing over those whose prompt_id is in `exclude`.
 
         Repetition is possible only where an epoch ends within a step; a prompt passed over is not made up for.
 
@@ -59,7 +55,7 @@ class PromptCursor:
         return list(taken.values())
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {
             "epoch": self._epoch,
             "position": self._position,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_rl.data.rows import Message
 from megatron_rl.errors import DataError
 from megatron_rl.models.facts import folder_hint, hf_folder, read_hf_config, require_model
 
@@ -17,7 +19,8 @@ _COUNTDOWN_CHARACTERS = "0123456789+-*/(),=:"
 
 
 def build_tokenizer(config: Config) -> Any:
-    """The Hugging Face fast tokenizer of the task: one token per character for countdown, else the configured folder's.
+    """Return the Hugging Face fast tokenizer of the task: one token per character for countdown, else the
+    configured folder's.
 
     Raises: DataError when there is no tokenizer folder, or the model's vocabulary is smaller than the tokenizer's;
     ConfigError when the model is not on this machine.
@@ -87,7 +90,8 @@ def _end_tokens(folder: Path) -> tuple[int, ...]:
 
 
 def vocab_size(tokenizer: Any) -> int:
-    """Tokens, added ones included: the model's vocabulary where its config gives none. The policy pads it."""
+    """Return the number of tokens, added ones included: the model's vocabulary where its config gives none, before the
+    policy pads it."""
     return len(tokenizer)
 
 
@@ -113,7 +117,7 @@ def character_tokenizer() -> Any:
 
 
 def pretrained_tokenizer(folder: str | Path | None) -> Any:
-    """The tokenizer of a local folder. Raises: DataError when there is none."""
+    """Return the tokenizer of a local folder. Raises: DataError when there is none."""
     from transformers import AutoTokenizer
 
     if folder is None:
@@ -124,16 +128,46 @@ def pretrained_tokenizer(folder: str | Path | None) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.tokenizer: {folder} holds no tokenizer that transformers can load: {error}") from error
+    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
+        raise DataError(
+            f"data.tokenizer: {folder} holds no tokenizer that transformers can load ({type(error).__name__}: {error})"
+        ) from error
 
 
-def encode_prompt(text: str, system_prompt: str | None, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of a prompt: by the tokenizer's chat template when it has one, else of the plain text."""
-    if tokenizer.chat_template is None:
-        return tuple(tokenizer.encode(f"{system_prompt}\n\n{text}" if system_prompt else text))
+def encode_prompt(
+    text: str, system_prompt: str | None, tokenizer: Any, turns: Sequence[Message] = (), where: str = "a prompt"
+) -> tuple[int, ...]:
+    """Return the token ids of a conversation that ends with the user's `text`, ready for the response.
+
+    The tokenizer's chat template renders it. Without a template the prompt is the plain text, behind the tokens that
+    the tokenizer puts before a text (BOS); those that it puts behind one (EOS) are left out, as the response goes on.
+    Raises: DataError, beginning with `where`, when the tokenizer or its template cannot take the conversation.
+    """
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages = [*system, {"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # the template has written the special tokens already
-    return tuple(tokenizer.encode(rendered, add_special_tokens=False))
+    messages = [*system, *turns, {"role": "user", "content": text}]
+    if tokenizer.chat_template is None and turns:
+        raise DataError(
+            f"{where}: a conversation of {len(messages)} messages needs a chat template, and the tokenizer has none; "
+            "give a tokenizer with one in data.tokenizer"
+        )
+    try:
+        if tokenizer.chat_template is None:
+            return _encode_open(f"{system_prompt}\n\n{text}" if system_prompt else text, tokenizer)
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # the template has written the special tokens already
+        return tuple(tokenizer.encode(rendered, add_special_tokens=False))
+    except Exception as error:  # templates raise what they like, tokenizers plain Exception
+        what = "chat template" if type(error).__module__.startswith("jinja2") else "tokenizer"
+        raise DataError(
+            f"{where}: the tokenizer's {what} cannot take this conversation (roles: "
+            f"{', '.join(message['role'] for message in messages)}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def _encode_open(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens of a text that goes on: special tokens before it, none behind it."""
+    plain, whole = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[: start + len(plain)])
+    raise ValueError("its special tokens stand within the text, so the prompt's end cannot be told")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.config.benchmarks import HELD_OUT, PRESETS, prompts
 from megatron_rl.config.evaluation import SetOptions, set_path
 from megatron_rl.data import DataError, encode_prompt, load_prompts
-from megatron_rl.data.problems import parse_line
+from megatron_rl.data.rows import read_rows, with_suffix
 from megatron_rl.types import Prompt
 
 if TYPE_CHECKING:
@@ -76,25 +75,29 @@ def _load(name: str, config: Config, tokenizer: Any) -> Benchmark:
     if isinstance(path, str):
         raise DataError(path)
     preset, options = PRESETS.get(name), config.eval.options.get(name, SetOptions())
-    system, suffix = options.system_prompt, options.suffix
-    if system is None and preset is not None and preset.system is not None:
-        system = prompts()["systems"][preset.system]
-    if suffix is None:
-        suffix = prompts()["suffix"] if preset is not None else ""
-    rows = _read(path)
+    system, suffix = None, ""
+    if preset is not None:
+        system, suffix = prompts()["systems"][preset.system] if preset.system else None, prompts()["suffix"]
     limit = config.data.max_prompt_tokens
     problems: dict[str, Problem] = {}
-    for number, (identifier, text, answer) in enumerate(rows[: config.eval.limit], start=1):
-        token_ids = encode_prompt(text + suffix, system or None, tokenizer)
+    num_in_file = 0
+    for where, row in read_rows(path):
+        num_in_file += 1
+        if config.eval.limit is not None and num_in_file > config.eval.limit:
+            continue
+        # the config's own words come first, then the row's, then the protocol's
+        asked_by = next(s for s in (options.system_prompt, row.system, system or "") if s is not None)
+        ending = next(s for s in (options.suffix, row.suffix, suffix) if s is not None)
+        text = with_suffix(row.problem, ending)
+        token_ids = encode_prompt(text, asked_by or None, tokenizer, row.turns, where)
         if len(token_ids) > limit:
             raise DataError(
-                f"{path}: the prompt of problem {identifier} has {len(token_ids)} tokens, data.max_prompt_tokens="
+                f"{where}: the prompt of problem {row.id} has {len(token_ids)} tokens, data.max_prompt_tokens="
                 f"{limit}; raise that limit: a benchmark without its longest problems is another one"
             )
-        if identifier in problems:
-            raise DataError(f"{path}: the id {identifier!r} comes twice, again as problem {number}; make ids unique")
-        prompt = Prompt(_digest(identifier), token_ids, answer, name)
-        problems[identifier] = Problem(identifier, text, prompt)
+        if row.id in problems:
+            raise DataError(f"{where}: the id {row.id!r} comes twice; make ids unique")
+        problems[row.id] = Problem(row.id, row.problem, Prompt(_digest(row.id), token_ids, row.answer, name))
     samples = options.samples or (preset.samples if preset else 1)
     temperature = options.temperature
     if temperature is None:
@@ -103,26 +106,12 @@ def _load(name: str, config: Config, tokenizer: Any) -> Benchmark:
         name=name,
         title=preset.title if preset else name,
         problems=tuple(problems.values()),
-        num_in_file=len(rows),
+        num_in_file=num_in_file,
         samples=samples,
         temperature=temperature,
         by_text=False,
         seed=_seed(config, name),
     )
-
-
-def _read(path: Path) -> list[tuple[str, str, str]]:
-    """Return (id, problem, answer) of each line; the id is the row's number where a line has none."""
-    rows: list[tuple[str, str, str]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                record = parse_line(line, f"{path}, line {number}")
-                answer = record["answer"] if isinstance(record["answer"], str) else json.dumps(record["answer"])
-                rows.append((str(record.get("id", len(rows))), record["problem"], answer))
-    if not rows:
-        raise DataError(f"{path}: holds no problem; expected one JSON object per line with `problem` and `answer`")
-    return rows
 
 
 def _held_out(config: Config, tokenizer: Any) -> Benchmark:

@@ -64,6 +64,8 @@ def judge(functions: Sequence[Callable[[str, str], float]], response: str, answe
     for function in functions:
         try:
             value: Any = function(response, answer)
+            if hasattr(value, "item"):
+                value = value.item()  # a scalar of numpy or torch; numpy's bool is no numbers.Real
         except Exception:
             return failed(len(functions), traceback.format_exc())
         if not isinstance(value, numbers.Real) or not math.isfinite(value):

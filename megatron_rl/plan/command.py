@@ -66,7 +66,7 @@ def plan(
         raise UserError("--search ranks by predicted seconds, which --gpu cpu has none of; choose a GPU")
     found = search(*arguments) if find else None
     if as_json:
-        print(json.dumps(_as_dict(resolved, step, load, fixes, found), indent=2))
+        print(json.dumps(_as_dict(resolved.name, step, load, fixes, found), indent=2))
         return
     _print_plan(console, resolved, hardware, step, load)
     _print_fit(console, step, fixes)
@@ -184,12 +184,12 @@ def _print_scores(console: Console, as_json: bool) -> None:
 
 
 def _as_dict(
-    config: Config, step: StepPlan, load: Load, fixes: list[Proposal], found: list[Proposal] | None
+    name: str, step: StepPlan, load: Load, fixes: list[Proposal], found: list[Proposal] | None
 ) -> dict[str, Any]:
     from megatron_rl.plan.score import stored_scores  # numpy
 
     answer = {
-        "name": config.name,
+        "name": name,
         "layout": asdict(step.layout),
         "assumed": asdict(load),
         "bytes": step.memory.phases,

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_rl.config import Config
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.models.hardware import (
     CHUNK_LOGITS,
     CPU_HEAP,
@@ -226,7 +227,7 @@ def _memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hard
         _add_replica(config, shape, layout, phases, width)
     elif on_gpu and not config.rollout.server.urls and config.rollout.weight_sync.mode == "colocated":
         faults = _add_servers(config, shape, phases, width, hardware)
-    phases["weight sync"]["buckets"] = _gathered(config, shape, layout, width, on_gpu)
+    phases["weight sync"]["buckets"] = _gathered(config.rollout, shape, layout, width, on_gpu)
     if not on_gpu:
         parts = {part: max(p.get(part, 0.0) for p in phases.values()) for parts in phases.values() for part in parts}
         parts["activations"] *= CPU_HEAP
@@ -252,14 +253,14 @@ def update_micro_batches(config: Config, layout: Layout) -> int:
     return math.ceil(sequences / max(1, config.train.micro_batch_tokens // config.max_sequence_tokens))
 
 
-def _gathered(config: Config, shape: ModelShape, layout: Layout, width: int, on_gpu: bool) -> float:
+def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Layout, width: int, on_gpu: bool) -> float:
     """Return the bytes of a weight update's buffers: a bucket over all tensor ranks, this rank's part of it as one
     piece, the largest weight whole; gloo gathers into a copy of its own. Then two of the servers' buckets."""
     stage = width * parameters(shape) / layout.pp
     bucket = min(GATHER_BYTES, stage)
     copies = 1 + 1 / layout.tp + (not on_gpu and layout.tp > 1)
     largest = min(stage, width * shape.vocab * shape.hidden)
-    servers = 0 if config.rollout.is_embedded else 2 * config.rollout.weight_sync.bucket_mib * 2**20
+    servers = 0 if rollout.is_embedded else 2 * rollout.weight_sync.bucket_mib * 2**20
     return bucket * copies + largest + min(servers, 2 * width * parameters(shape))
 
 

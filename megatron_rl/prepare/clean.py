@@ -1,4 +1,4 @@
-"""Duplicates, contradictions, and overlap with evaluation sets.
+"""Duplicates and contradictions.
 
 Three degrees of sameness of two problems:
 
@@ -8,37 +8,52 @@ Three degrees of sameness of two problems:
 - *near*: at least `threshold` of their word triples in common (Jaccard), the same numbers as often, the same answer.
   Problems that differ in a number are different problems, however alike they read; so no threshold on the text alone
   would do.
+
+A problem is all that is said of it: earlier turns of a conversation count, system messages and suffixes do not.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_rl.grading.math_answer import equal
-from megatron_rl.prepare.rows import Row
+from megatron_rl.data.rows import Row
+from megatron_rl.grading.pool import GradingPool
+from megatron_rl.grading.verdict import Verifier
+
+Agree = Callable[[Iterable[str]], bool]
 
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 _NUMBER = re.compile(r"\d+")
+_INTEGER = re.compile(r"[+-]?\d{1,400}")
 _DROPPED_BY_SPELLING = re.compile(r"[^\w+\-*/^=<>!]|_")
 _SHINGLE = 3  # words
+_SECONDS = 10.0  # for two answers to be compared
+_VERIFIER = "math"  # compares them
 
 
 def text_key(row: Row) -> str:
-    """Problems of one key are the same text."""
-    return row.problem.strip()
+    """Return what problems of the same text share."""
+    return row.text.strip()
 
 
 def spelling_key(row: Row) -> str:
-    """Problems of one key differ in spelling at most."""
-    return _DROPPED_BY_SPELLING.sub("", row.problem.casefold())
+    """Return what problems share that differ in spelling at most."""
+    return _DROPPED_BY_SPELLING.sub("", row.text.casefold())
 
 
-def overlap_key(row: Row) -> str:
-    """Letters and digits alone: coarser than the spelling, because leakage is worse than a problem less."""
-    return "".join(character for character in row.problem.lower() if character.isalnum())
+def words(text: str) -> list[str]:
+    """Return the runs of letters and the runs of digits, in lower case."""
+    return _WORD.findall(text.casefold())
+
+
+def numbers(text: str) -> tuple[tuple[str, int], ...]:
+    """Return (number, how often it occurs) for each run of digits, sorted."""
+    return tuple(sorted(Counter(_NUMBER.findall(text)).items()))
 
 
 @dataclass(frozen=True)
@@ -50,94 +65,107 @@ class Removed:
     contradictory_problems: int
 
 
-def remove_repeated(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[list[Row], Removed]:
-    """The first copy of each problem, in order; none of a problem whose copies have answers that are not equal."""
+def remove_repeated(
+    rows: Sequence[Row], key: Callable[[Row], str], agree: Agree, known: Collection[str] = ()
+) -> tuple[list[Row], Removed]:
+    """Return the first copy of each problem, in order, and what was removed: further copies, and all copies of a
+    problem whose answers do not agree, or whose key is `known` to come with such answers."""
     copies: dict[str, list[Row]] = {}
     for row in rows:
         copies.setdefault(key(row), []).append(row)
-    contradictory = {k for k, same in copies.items() if not agree([row.answer for row in same])}
+    contradictory = {k for k, same in copies.items() if k in known or not agree(row.answer for row in same)}
     kept, duplicates = [], []
-    for same in copies.values():  # in the order of their first copies
-        if key(same[0]) not in contradictory:
+    for k, same in copies.items():  # in the order of their first copies
+        if k not in contradictory:
             kept.append(same[0])
             duplicates += same[1:]
-    dropped = tuple(row for k in contradictory for row in copies[k])
+    dropped = tuple(row for k, same in copies.items() if k in contradictory for row in same)
     return kept, Removed(tuple(duplicates), tuple(sorted(dropped, key=key)), len(contradictory))
 
 
-def agree(answers: Iterable[str]) -> bool:
-    """Whether all answers are equal, as texts or as mathematics."""
-    first, *others = dict.fromkeys(answers)
-    return all(equal(other, first) for other in others)
+@contextlib.contextmanager
+def comparing_answers() -> Iterator[Agree]:
+    """Give a function that says whether all answers are equal: as texts, as integers, or as mathematics.
+
+    Mathematics may never end, so it is done in a process with a deadline, started when it is first needed; answers that
+    reach the deadline do not agree.
+    """
+    with contextlib.ExitStack() as stack:
+        pools: list[GradingPool] = []
+
+        def equal(a: str, b: str) -> bool:
+            if _INTEGER.fullmatch(a) and _INTEGER.fullmatch(b):
+                return int(a) == int(b)
+            if not pools:
+                pools.append(GradingPool([Verifier(_VERIFIER, {})], workers=1, deadline_seconds=_SECONDS))
+                stack.callback(pools[0].close)
+            return pools[0].submit(f"\\boxed{{{a}}}", b).result().values[0] == 1
+
+        def agree(answers: Iterable[str]) -> bool:
+            first, *others = dict.fromkeys(answers)
+            return all(equal(other, first) for other in others)
+
+        yield agree
 
 
 def remove_near(rows: Sequence[Row], threshold: float) -> tuple[list[Row], tuple[Row, ...]]:
-    """Without the near duplicates of earlier rows: (kept, removed), both in order.
-
-    Exact, not by hashing: only problems with the same numbers and the same answer are compared.
-    """
-    blocks: dict[tuple[object, ...], list[frozenset[tuple[str, ...]]]] = {}
-    kept, removed = [], []
-    for row in rows:
-        shingles = _shingles(row.problem)
-        block = blocks.setdefault((_numbers(row.problem), row.answer.strip()), [])
-        if any(_jaccard(shingles, other) >= threshold for other in block):
-            removed.append(row)
-        else:
-            block.append(shingles)
-            kept.append(row)
-    return kept, tuple(removed)
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Which problems of one evaluation set the training rows contain."""
-
-    name: str
-    size: int  # of the evaluation set
-    same: frozenset[int]  # indices into it, by letters and digits
-    near: frozenset[int]  # further ones, by numbers and word triples
-    training: frozenset[int]  # indices of the training rows in question
-
-
-class Index:
-    """The training rows, to be looked up from evaluation sets."""
-
-    def __init__(self, rows: Sequence[Row], threshold: float) -> None:
-        """`threshold`: of near problems; 0: none are sought."""
-        self._threshold = threshold
-        self._by_key: dict[str, list[int]] = {}
-        self._by_numbers: dict[object, list[tuple[int, frozenset[tuple[str, ...]]]]] = {}
-        for i, row in enumerate(rows):
-            self._by_key.setdefault(overlap_key(row), []).append(i)
-            if threshold:
-                self._by_numbers.setdefault(_numbers(row.problem), []).append((i, _shingles(row.problem)))
-
-    def overlap(self, name: str, evaluation: Sequence[Row]) -> Overlap:
-        """Compare with one evaluation set. Near ones need the same numbers, whatever the answer."""
-        same: set[int] = set()
-        near: set[int] = set()
-        training: set[int] = set()
-        for i, row in enumerate(evaluation):
-            exact, shingles = self._by_key.get(overlap_key(row), []), _shingles(row.problem)
-            candidates = self._by_numbers.get(_numbers(row.problem), [])
-            alike = [j for j, other in candidates if _jaccard(shingles, other) >= self._threshold]
-            if exact:
-                same.add(i)
-            elif alike:
+    """Return (kept, removed), both in order: without the near duplicates of earlier rows."""
+    blocks: dict[tuple[object, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        blocks.setdefault((numbers(row.text), row.answer.strip()), []).append(i)
+    near = set[int]()
+    for members in blocks.values():
+        index = NearTexts(threshold, [rows[i].text for i in members] if len(members) > 1 else [])
+        for place, i in enumerate(members[: len(index.shingles)]):
+            if any(True for _ in index.like(index.shingles[place])):
                 near.add(i)
-            training.update(exact, alike)
-        return Overlap(name, len(evaluation), frozenset(same), frozenset(near), frozenset(training))
+            else:
+                index.add(place)
+    kept = [row for i, row in enumerate(rows) if i not in near]
+    return kept, tuple(rows[i] for i in sorted(near))
 
 
-def _shingles(text: str) -> frozenset[tuple[str, ...]]:
-    words = _WORD.findall(text.casefold())
-    return frozenset(tuple(words[i : i + _SHINGLE]) for i in range(max(1, len(words) - _SHINGLE + 1)))
+class NearTexts:
+    """Texts to be found by their word triples: exactly those whose Jaccard similarity reaches the threshold.
+
+    Two such texts share one of the rarest triples of each, so only texts that do are compared (prefix filtering:
+    Chaudhuri, Ganti and Kaushik, ICDE 2006).
+    """
+
+    def __init__(self, threshold: float, texts: Iterable[str]) -> None:
+        """Learn what is rare among `texts`; each is found by its place among them, once added. `threshold`: above 0."""
+        self._threshold = threshold
+        self.shingles = [shingles(text) for text in texts]
+        self._counts = Counter(shingle for some in self.shingles for shingle in some)
+        self._by_shingle: dict[str, list[int]] = {}
+
+    def add(self, place: int) -> None:
+        """Let a text be found from now on."""
+        for shingle in self._rarest(self.shingles[place]):
+            self._by_shingle.setdefault(shingle, []).append(place)
+
+    def like(self, given: frozenset[str]) -> Iterator[int]:
+        """Yield the places of the texts that are near one of these triples."""
+        compared: set[int] = set()
+        for shingle in self._rarest(given):
+            for place in self._by_shingle.get(shingle, ()):
+                if place not in compared:
+                    compared.add(place)
+                    if _jaccard(given, self.shingles[place]) >= self._threshold:
+                        yield place
+
+    def _rarest(self, given: frozenset[str]) -> list[str]:
+        # near texts share threshold * len of them or more, so at least one of these; 0.7 * 10 is 7.000000000000001
+        count = len(given) - math.ceil(self._threshold * len(given) - 1e-9) + 1
+        return sorted(given, key=lambda shingle: (self._counts[shingle], shingle))[:count]
 
 
-def _numbers(text: str) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(Counter(_NUMBER.findall(text)).items()))
+def shingles(text: str) -> frozenset[str]:
+    """Return the triples of successive words; of a shorter text all its words as one."""
+    tokens = words(text)
+    return frozenset(" ".join(tokens[i : i + _SHINGLE]) for i in range(max(1, len(tokens) - _SHINGLE + 1)))
 
 
-def _jaccard(a: frozenset[tuple[str, ...]], b: frozenset[tuple[str, ...]]) -> float:
-    return len(a & b) / len(a | b)
+def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
+    shared = len(a & b)
+    return shared / (len(a) + len(b) - shared)

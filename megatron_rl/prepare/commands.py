@@ -31,7 +31,8 @@ def prepare(
     ] = None,
     keep_overlap: Annotated[bool, typer.Option("--keep-overlap", help="Report overlap, and leave it in.")] = False,
     near: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of word triples that makes near duplicates; 0: same texts only.")
+        float,
+        typer.Option(min=0, max=1, help="Share of word triples, or of 8-grams, that is near; 0: same texts only."),
     ] = 0.8,
     tokenizer: _Tokenizer = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Drop longer prompts.")] = None,
@@ -46,7 +47,12 @@ def prepare(
     for step in report["passes"]:
         print(f"{step['pass']:<45}{-step['removed']:>9,}{step['left']:>9,}")
     for found in report["overlap"]:
-        print(f"overlap with {found['name']}: {found['same']} of {found['size']} the same, {found['near']} near")
+        print(
+            f"overlap with {found['name']}, of {found['size']}: {found['same']} the same, "
+            f"{found['contained']} contained, {found['near']} near; {len(found['partial'])} in part, which stay"
+        )
+    if report["renamed_ids"]:
+        print(f"{report['renamed_ids']} rows had the id of another one and got a number behind it")
     print(f"{out}\n{out.with_suffix('.stats.md')}")
 
 
@@ -58,15 +64,18 @@ def inspect(
     download: _Download = False,
 ) -> None:
     """Tell what problem sets contain, and how they will be asked. Writes nothing."""
-    from megatron_rl.prepare.clean import remove_repeated, text_key
+    from megatron_rl.prepare.clean import comparing_answers, remove_repeated, text_key
     from megatron_rl.prepare.pipeline import prompt_lengths, read_source
     from megatron_rl.prepare.statistics import contents, statistics
 
     for source in sources:
         rows = read_source(source, download=download)
         lengths = prompt_lengths(rows, tokenizer) if tokenizer else None
-        _, removed = remove_repeated(rows, text_key)
+        with comparing_answers() as agree:
+            _, removed = remove_repeated([row for row in rows if row.answer], text_key, agree)
         counts = statistics(rows, lengths) | {"contradictory_texts": removed.contradictory_problems}
         print("\n".join([source, *contents(counts), ""]))
         for row in rows[:show]:
-            print(f"{row.id} ({row.source}), system: {row.system or 'none'}\n{row.prompt}\n-> {row.answer}\n")
+            said = [("system", row.system or "none"), *((t["role"], t["content"]) for t in row.turns)]
+            asked = "\n".join(f"{role}: {content}" for role, content in said)
+            print(f"{row.id} ({row.source}), {asked}\n{row.prompt}\n-> {row.answer or 'no boxed answer'}\n")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.data.rows import Row
+from megatron_rl.errors import DataError
 from megatron_rl.files import write_atomically
 from megatron_rl.prepare import clean
+from megatron_rl.prepare.overlap import Overlap, find_overlaps
 from megatron_rl.prepare.presets import PRESETS
-from megatron_rl.prepare.rows import PrepareError, Row, read, write
+from megatron_rl.prepare.rows import read, with_unique_ids, write
 from megatron_rl.prepare.statistics import page, statistics
 
 
@@ -27,67 +31,61 @@ class Options:
 
 
 def read_source(source: str, *, download: bool) -> list[Row]:
-    """The rows of PRESET=FILE, FILE, or (from the hub) PRESET. Raises: PrepareError."""
+    """Return the rows of PRESET=FILE, FILE, or (from the hub) PRESET. Raises: DataError."""
     name, separator, file = source.partition("=")
-    if not separator and name not in PRESETS:
+    if name not in PRESETS and (not separator or Path(source).is_file()):
         name, file = "plain", source
     if name not in PRESETS:
-        raise PrepareError(f"{source}: no preset {name!r}; known are {', '.join(PRESETS)}")
+        raise DataError(f"{source}: no preset {name!r}; known are {', '.join(PRESETS)}")
     return read(
         Path(file).stem if name == "plain" else name, PRESETS[name], Path(file) if file else None, download=download
     )
 
 
 def prepare(sources: Sequence[str], out: Path, against: Sequence[str], options: Options) -> dict[str, Any]:
-    """Write `out` (JSON lines), and beside it the report as .stats.json and .stats.md; returns the report.
+    """Write `out` (JSON lines), and beside it the report as .stats.json and .stats.md; return the report.
 
-    Raises: PrepareError when a source cannot be read, a tokenizer is missing, or nothing is left.
+    Raises: DataError when a source cannot be read, a tokenizer is missing, or nothing is left; OSError that
+    names the file when it cannot be written.
     """
     if options.max_prompt_tokens is not None and options.tokenizer is None:
-        raise PrepareError("--max-prompt-tokens needs --tokenizer, the folder of the model's tokenizer")
+        raise DataError("--max-prompt-tokens needs --tokenizer, the folder of the model's tokenizer")
+    if os.path.isdir(out):  # unlike Path.is_dir it takes names that are too long
+        raise DataError(f"--out {out} is a folder; name the file to write in it")
     evaluations = [(Path(s.partition("=")[2] or s).stem, read_source(s, download=options.download)) for s in against]
     rows = [row for source in sources for row in read_source(source, download=options.download)]
-    steps = [{"pass": "read", "removed": 0, "left": len(rows)}]
+    steps: list[dict[str, Any]] = [{"pass": "read", "removed": 0, "left": len(rows)}]
 
-    def left(name: str, kept: list[Row]) -> list[Row]:
-        steps.append({"pass": name, "removed": steps[-1]["left"] - len(kept), "left": len(kept)})  # type: ignore[operator]
-        return kept
+    def left(name: str, count: int) -> None:
+        steps.append({"pass": name, "removed": steps[-1]["left"] - count, "left": count})
 
-    unique = len({clean.text_key(row) for row in rows})
-    rows, by_text = clean.remove_repeated(rows, clean.text_key)
-    steps.append({"pass": "same text", "removed": steps[0]["left"] - unique, "left": unique})  # type: ignore[operator]
-    left("same text, different answers", rows)
-    by_spelling = clean.Removed((), (), 0)
-    near: tuple[Row, ...] = ()
-    if options.near:
-        rows, by_spelling = clean.remove_repeated(rows, clean.spelling_key)
-        left("same spelling (or then different answers)", rows)
-        rows, near = clean.remove_near(rows, options.near)
-        left(f"near, {options.near:g} of the word triples", rows)
-    index = clean.Index(rows, options.near)
-    overlaps = [index.overlap(name, evaluation) for name, evaluation in evaluations]
+    answered = [row for row in rows if row.answer]
+    unanswered = len(rows) - len(answered)
+    left("solution without a boxed answer", len(answered))
+    rows, removed, counts = _distinct(answered, options.near, left)
+    overlaps = find_overlaps(rows, evaluations, options.near)
+    report_overlap = [_overlap_report(o, rows, dict(evaluations)[o.name]) for o in overlaps]
     if options.remove_overlap and overlaps:
-        leaked = frozenset[int]().union(*(found.training for found in overlaps))
-        rows = left("in an evaluation set", [row for i, row in enumerate(rows) if i not in leaked])
+        leaked = frozenset[int]().union(*(overlap.training for overlap in overlaps))
+        rows = [row for i, row in enumerate(rows) if i not in leaked]
+        left("in an evaluation set", len(rows))
     lengths = None
     if options.tokenizer is not None:
         rows, lengths = _within(rows, options.tokenizer, options.max_prompt_tokens)
-        left("too long", rows)
+        left("too long", len(rows))
     if not rows:
-        raise PrepareError(f"nothing is left of {', '.join(sources)}")
+        taken = "; ".join(f"{step['pass']}: {step['removed']}" for step in steps if step["removed"])
+        raise DataError(f"nothing is left of {', '.join(sources)} (removed: {taken})")
+    rows, renamed = with_unique_ids(rows)
     report = {
         "output": out.name,
         "sources": list(sources),
         "passes": steps,
-        "unique_texts": unique,
-        "contradictory_texts": by_text.contradictory_problems,
-        "contradictory_spellings": by_spelling.contradictory_problems,
-        "near_duplicates": len(near),
-        "contradictions": _contradictions((*by_text.contradictory, *by_spelling.contradictory)),
-        "overlap": [
-            {"name": o.name, "size": o.size, "same": len(o.same), "near": len(o.near), "training_rows": len(o.training)}
-            for o in overlaps
-        ],
+        "unanswered": unanswered,
+        "renamed_ids": renamed,
+        **counts,
+        "contradictions": _contradictions(removed),
+        "overlap": report_overlap,
         "overlap_removed": options.remove_overlap,
         "contents": statistics(rows, lengths),
     }
@@ -95,6 +93,45 @@ def prepare(sources: Sequence[str], out: Path, against: Sequence[str], options: 
     write_atomically(out.with_suffix(".stats.json"), json.dumps(report, indent=1, ensure_ascii=False))
     write_atomically(out.with_suffix(".stats.md"), page(report, rows))
     return report
+
+
+def _distinct(
+    rows: list[Row], threshold: float, left: Callable[[str, int], None]
+) -> tuple[list[Row], tuple[Row, ...], dict[str, int]]:
+    """Return (the rows without duplicates and contradictions, the contradictory rows, counts for the report). `left`
+    notes how many rows a pass leaves."""
+    unique = len({clean.text_key(row) for row in rows})
+    left("same text", unique)
+    with clean.comparing_answers() as agree:
+        rows, by_text = clean.remove_repeated(rows, clean.text_key, agree)
+        left("same text, different answers", len(rows))
+        counts = {"unique_texts": unique, "contradictory_texts": by_text.contradictory_problems}
+        if not threshold:
+            return rows, by_text.contradictory, counts | {"contradictory_spellings": 0, "near_duplicates": 0}
+        # other spellings of a problem with contradictory answers go with it
+        known = {clean.spelling_key(row) for row in by_text.contradictory}
+        rows, by_spelling = clean.remove_repeated(rows, clean.spelling_key, agree, known)
+    left("same spelling (or then different answers)", len(rows))
+    rows, near = clean.remove_near(rows, threshold)
+    left(f"near, {threshold:g} of the word triples", len(rows))
+    counts |= {"contradictory_spellings": by_spelling.contradictory_problems, "near_duplicates": len(near)}
+    return rows, (*by_text.contradictory, *by_spelling.contradictory), counts
+
+
+def _overlap_report(overlap: Overlap, rows: Sequence[Row], evaluation: Sequence[Row]) -> dict[str, Any]:
+    degrees = {name: len(getattr(overlap, name)) for name in ("same", "contained", "near")}
+    partial = [
+        {"evaluation": evaluation[i].id, "training": rows[j].id, "shared": round(share, 3)}
+        for i, (j, share) in overlap.partial.items()
+        if j not in overlap.training
+    ]
+    return {
+        "name": overlap.name,
+        "size": overlap.size,
+        **degrees,
+        "training_rows": len(overlap.training),
+        "partial": sorted(partial, key=lambda pair: -pair["shared"]),
+    }
 
 
 def _contradictions(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -108,11 +145,11 @@ def _contradictions(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def prompt_lengths(rows: Sequence[Row], folder: Path) -> list[int]:
-    """Tokens of each prompt under the chat template of a tokenizer folder. Raises: DataError without a tokenizer."""
+    """Return the tokens of each prompt under the chat template of a tokenizer folder. Raises: DataError without one."""
     from megatron_rl.data import encode_prompt, pretrained_tokenizer
 
     tokenizer = pretrained_tokenizer(folder)
-    return [len(encode_prompt(row.prompt, row.system, tokenizer)) for row in rows]
+    return [len(encode_prompt(row.prompt, row.system, tokenizer, row.turns, f"row {row.id}")) for row in rows]
 
 
 def _within(rows: list[Row], folder: Path, limit: int | None) -> tuple[list[Row], list[int]]:

@@ -1,193 +1,146 @@
-"""Rows of any of the formats as problems."""
+"""Rows of any of the formats, with the columns of any preset, as problems; and the clean file that they become."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.errors import UserError
-from megatron_rl.grading.math_answer import last_boxes
+from megatron_rl.data.records import INSTALL_PARQUET, Record, read_records
+from megatron_rl.data.rows import Row, answer_text, column, to_row
+from megatron_rl.errors import DataError
+from megatron_rl.files import naming, write_atomically
 from megatron_rl.prepare.presets import Preset
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
-
-
-class PrepareError(ValueError, UserError):
-    """A problem set cannot be read or prepared as asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One problem as it stands in a prepared file. `suffix` and `system` belong to the prompt, not to the problem."""
-
-    id: str
-    problem: str
-    answer: str
-    source: str
-    suffix: str = ""
-    system: str | None = None
-
-    @property
-    def prompt(self) -> str:
-        """What the user's message says."""
-        return self.problem + self.suffix
-
-    def to_json(self) -> dict[str, Any]:
-        """Without the fields that are empty."""
-        return {name: value for name, value in asdict(self).items() if value not in ("", None)}
+_SOLUTION = "solution"  # the column whose text is a way to the answer; others hold the answer itself
+_THOUSANDS = re.compile(r"[+-]?\$?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
+_BOX_OR_BRACE = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<bare>[^\s{}\\$]+))"
+    r"|\\(?!\\(?:boxed|fbox)).|[{}]",  # in texts that were escaped twice two backslashes stand before a box
+    re.S,
+)
 
 
 def read(name: str, preset: Preset, path: Path | None, *, download: bool) -> list[Row]:
-    """All problems of a file, or of the preset's set on the Hugging Face hub when there is no path.
+    """Return all problems of a file, or of the preset's set on the Hugging Face hub when there is no path.
 
-    Raises: PrepareError for a file of another format, a row without problem or answer, or a set that is neither local
-        nor to be downloaded.
+    A row whose solution has no \\boxed answer comes with an empty answer: it is no problem to train on, yet one to
+    compare with.
+    Raises: DataError for a file of another format, a row without problem or answer, or a set that is neither local nor
+        to be downloaded.
     """
-    if path is None:
-        records, where = _from_hub(name, preset, download), preset.hub
-    else:
-        records, where = _from_file(path), str(path)
-    rows = [_row(record, preset, f"{where}, row {i + 1}", f"{name}-{i}") for i, record in enumerate(records)]
+    records = _from_hub(name, preset, download) if path is None else read_records(path)
+    rows = [_row(record, preset, where, f"{name}-{i}") for i, (where, record) in enumerate(records)]
     if not rows:
-        raise PrepareError(f"{where}: holds no row")
+        raise DataError(f"{path or preset.hub}: holds no row")
     return rows
 
 
-def _from_file(path: Path) -> Iterator[Mapping[str, Any]]:
-    if not path.is_file():
-        raise PrepareError(f"{path}: no such file; give {', '.join(_SUFFIXES)}, or a preset's name with --download")
-    if path.suffix == ".parquet":
-        yield from _from_parquet(path)
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _record(_parse(line, f"{path}, line {number}"), f"{path}, line {number}")
-    elif path.suffix == ".json":
-        records = _parse(path.read_text(encoding="utf-8"), str(path))
-        if not isinstance(records, list):
-            raise PrepareError(f"{path}: expected a list of objects, got {type(records).__name__}")
-        for i, record in enumerate(records):
-            yield _record(record, f"{path}, row {i + 1}")
-    else:
-        raise PrepareError(f"{path}: expected a name that ends in {', '.join(_SUFFIXES)}")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PrepareError(f"{where}: not JSON ({error})") from error
-
-
-def _record(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise PrepareError(f"{where}: expected an object, got {type(value).__name__}")
-    return value
-
-
-def _from_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise PrepareError(
-            f"{path}: Parquet needs pyarrow; install it with: pip install 'megatron-rl[data]'"
-        ) from error
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise PrepareError(f"{path}: not a Parquet file that pyarrow can read: {error}") from error
-
-
-def _from_hub(name: str, preset: Preset, download: bool) -> Iterator[Mapping[str, Any]]:
+def _from_hub(name: str, preset: Preset, download: bool) -> Iterator[tuple[str, Record]]:
     give = f"give a file, as {name}=problems.jsonl"
     if not preset.hub:
-        raise PrepareError(f"{name}: {give}{'; ' if preset.elsewhere else ''}{preset.elsewhere}")
+        raise DataError(f"{name}: {give}{'; ' if preset.elsewhere else ''}{preset.elsewhere}")
     if not download:
-        raise PrepareError(f"{name}: {give}, or --download to fetch {preset.hub} from the Hugging Face hub")
+        raise DataError(f"{name}: {give}, or --download to fetch {preset.hub} from the Hugging Face hub")
     try:
         import datasets
     except ImportError as error:
-        raise PrepareError(f"{name}: --download needs datasets (pip install 'megatron-rl[data]'); or {give}") from error
+        raise DataError(f"{name}: --download needs datasets ({INSTALL_PARQUET}); or {give}") from error
     try:
-        yield from datasets.load_dataset(preset.hub, preset.config, split=preset.split)
+        records = datasets.load_dataset(preset.hub, preset.config, split=preset.split)
     except Exception as error:  # datasets and the hub raise dozens of types, from sockets to pyarrow
-        raise PrepareError(
+        raise DataError(
             f"{name}: cannot load {preset.hub} from the hub ({type(error).__name__}: {error}). Without a network, "
-            f"{give} fetched elsewhere ({', '.join(_SUFFIXES)}), or copy HF_HOME from a machine that "
+            f"{give} fetched elsewhere (.jsonl, .json, .parquet), or copy HF_HOME from a machine that "
             "has loaded it and set HF_HUB_OFFLINE=1"
         ) from error
+    yield from ((f"{preset.hub}, row {i}", record) for i, record in enumerate(records, start=1))
 
 
-def _row(record: Mapping[str, Any], preset: Preset, where: str, number: str) -> Row:
-    problem = _problem(_first(record, preset.problem, where, "problem"))
-    found = _first(record, preset.answer, where, "answer")
-    answer = _answer(found, where)
-    for prefix, suffix in (*preset.around, ("", preset.suffix), ("", preset.suffix.strip())):
-        problem = problem.removeprefix(prefix).removesuffix(suffix)
-    if not problem.strip() or not answer:
-        raise PrepareError(f"{where}: the {'answer' if problem.strip() else 'problem'} is empty")
-    extra = record.get("extra_info")
-    own = record.get("id", extra.get("index") if isinstance(extra, dict) else None)
-    source = preset.source or str(record.get("source") or record.get("data_source") or number.rpartition("-")[0])
-    # a prepared file keeps the prompt that its rows bring
-    suffix = preset.suffix or str(record.get("suffix") or "")
-    return Row(
-        number if own is None else str(own),
-        problem.strip(),
-        answer,
-        source,
-        suffix,
-        preset.system or record.get("system"),
+def _row(record: Record, preset: Preset, where: str, number: str) -> Row:
+    for columns, what in ((preset.problem, "problem"), (preset.answer, "answer")):
+        if column(record, columns, where) is None:
+            raise DataError(
+                f"{where}: no {what} in any of {', '.join(columns)}; it has {', '.join(record) or 'no field'}"
+            )
+    name, answer = number.rpartition("-")[0], _answer(record, preset.answer, where)
+    row = to_row(record, answer, where, number, name, preset.problem)
+    problem, suffix = row.problem, (preset.suffix or None) if row.suffix is None else row.suffix
+    for before, after in (*preset.around, ("", preset.suffix), ("", preset.suffix.strip())):
+        problem = problem.removeprefix(before).removesuffix(after)
+    if not problem.strip():
+        raise DataError(f"{where}: the problem is empty")
+    return replace(
+        row,
+        problem=problem.strip(),
+        source=preset.source or row.source,
+        suffix=suffix,
+        # a row's own system message is part of what it asks; the paper's own files repeat the preset's
+        system=preset.system if row.system is None else row.system,
     )
 
 
-def _first(record: Mapping[str, Any], names: tuple[str, ...], where: str, what: str) -> Any:
-    for name in names:
-        value: Any = record
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            return value
-    raise PrepareError(f"{where}: no {what} in any of {', '.join(names)}; it has {', '.join(record) or 'no field'}")
-
-
-def _problem(value: Any) -> str:
-    if isinstance(value, list):  # chat messages
-        users = [m["content"] for m in value if isinstance(m, Mapping) and m.get("role") == "user"]
-        return str(users[-1]) if users else ""
-    return str(value)
-
-
-def _answer(value: Any, where: str) -> str:
-    """The final answer: of GSM8K after ####, of a worked solution in its last box, of a list all parts."""
+def _answer(record: Record, columns: tuple[str, ...], where: str) -> str:
+    """Return the final answer: of a text its last box, or what GSM8K writes behind ####; of a list all parts. Empty:
+    a solution without either."""
+    name = next(name for name in columns if column(record, (name,), where) is not None)
+    value: Any = column(record, (name,), where)
     if isinstance(value, list):
-        return ",".join(str(part).strip() for part in value)
-    if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)  # what a verifier such as countdown reads
-    text = str(value).strip()
-    if "####" in text:
-        return text.rpartition("####")[2].strip().replace(",", "")
-    if "\\boxed" in text and len(text) > 200:
-        boxes = last_boxes(text)
-        if not boxes:
-            raise PrepareError(f"{where}: the solution has no \\boxed answer")
-        return boxes[-1].strip()
+        return ",".join(answer_text(part, where, name).strip() for part in value)
+    text = answer_text(value, where, name).strip()
+    if isinstance(value, str | bytes):
+        if (boxed := last_box(text)) is not None:
+            return boxed
+        _, hashes, final = text.rpartition("####")
+        if hashes and "\n" not in final.strip():  # how GSM8K ends a solution
+            text = final.strip()
+            text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
+        elif name == _SOLUTION:
+            return ""
+    if not text:
+        raise DataError(f"{where}: the answer is empty")
     return text
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """Write JSON lines that readers see whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+def last_box(text: str) -> str | None:
+    """Return the content of the last \\boxed or \\fbox that closes and is not empty, of nested ones the outer; None
+    without one. Linear in the text."""
+    found = None
+    opened: list[int] = []  # where the content of an open brace starts; negative: of a brace that is no box's
+    for match in _BOX_OR_BRACE.finditer(text):
+        if match["brace"] or match[0] == "{":
+            opened.append(match.end() if match["brace"] else -1)
+        elif match["bare"]:
+            found = match["bare"]
+        elif match[0] == "}" and opened and (start := opened.pop()) >= 0 and text[start : match.start()].strip():
+            found = text[start : match.start()].strip()
+    return found
+
+
+def with_unique_ids(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """Return the rows with ids of their own, as evaluation needs them, and how many were renamed: a further row of an
+    id gets -2, -3 and so on behind it."""
+    rows = list(rows)
+    taken, copies, renamed = {row.id for row in rows}, dict[str, int](), 0
+    kept = []
+    for row in rows:
+        copies[row.id] = copies.get(row.id, 0) + 1
+        if copies[row.id] == 1:
+            kept.append(row)
+            continue
+        while (name := f"{row.id}-{copies[row.id]}") in taken:
+            copies[row.id] += 1
+        taken.add(name)
+        renamed += 1
+        kept.append(replace(row, id=name))
+    return kept, renamed
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write JSON lines that readers see whole or not at all. Raises: OSError; the former file is then unchanged."""
+    with naming(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))

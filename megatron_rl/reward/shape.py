@@ -37,8 +37,9 @@ def submit(rollout: Rollout, answer: str, grader: Grader, tokenizer: Any) -> Fut
 
 
 def response_text(rollout: Rollout, tokenizer: Any) -> str:
-    """Return what the verifiers see: the response without the stop token that ended it; any other special token stays
-    visible, so that a policy cannot hide text in tokens that decoding drops."""
+    """Return what the verifiers see: the response without the stop token that ended it. Other special tokens keep
+    their text, so that a policy cannot hide words in tokens that decoding drops. Token ids without a text, as those
+    that pad a model's vocabulary beyond its tokenizer's, add nothing: they hide no words either."""
     token_ids = rollout.response_ids.tolist()
     if rollout.finish_reason == "stop":
         token_ids = token_ids[:-1]

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
+import subprocess
+import sys
 from collections import Counter
 from itertools import permutations, product
 
@@ -9,7 +12,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_rl.config import parse_config
-from megatron_rl.data import DataError, PromptCursor, build_tokenizer, countdown_solutions, load_prompts, vocab_size
+from megatron_rl.data import (
+    DataError,
+    PromptCursor,
+    build_tokenizer,
+    countdown_solutions,
+    encode_prompt,
+    load_prompts,
+    vocab_size,
+)
 from megatron_rl.grading.rules import countdown
 from megatron_rl.types import Prompt
 
@@ -163,7 +174,7 @@ def row(problem, answer="1", **more):
 
 
 def test_jsonl_fields_ids_and_suffix(jsonl, tokenizer):
-    got = jsonl([row("1+1", source="aime"), "\n", row("2+2", 4)], [row("3", {"a": 1})], suffix="=")
+    got = jsonl([row("1+1=", source="aime"), "\n", row("2+2", 4)], [row("3", {"a": 1})], suffix="=")
     assert [(p.prompt_id, p.answer, p.source) for p in got.train] == [(0, "1", "aime"), (1, "4", "train")]
     assert [(p.prompt_id, p.answer, p.source) for p in got.eval] == [(2, '{"a": 1}', "eval")]
     assert tokenizer.decode(list(got.train[0].token_ids)) == "1+1="
@@ -193,7 +204,10 @@ def test_jsonl_overlong_prompts(jsonl, capsys):
         ([], "holds no problem"),
         ([row("1"), '{"problem": '], "line 2: not JSON"),
         (["[1]\n"], "line 1: got list"),
-        ([row("1"), {"problem": "2", "id": 3}], "line 2: lacks answer; it has problem, id"),
+        (
+            [row("1"), {"problem": "2", "id": 3}],
+            r"line 2: lacks answer \(or verl's .*\); it has problem, id",
+        ),
         ([row(" ")], "line 1: `problem` must be a text"),
     ],
 )
@@ -205,6 +219,78 @@ def test_jsonl_faults_name_the_line(jsonl, lines, message):
 def test_jsonl_missing_file(tokenizer):
     with pytest.raises(DataError, match="no such file"):
         load_prompts(make_config({"type": "jsonl", "train_path": "gone.jsonl"}, vocab_size=100), tokenizer)
+
+
+CHAT = "{% for m in messages %}{{ {'system': '(', 'user': ':', 'assistant': '='}[m.role] }}{{ m.content }}{% endfor %}="
+
+
+def test_a_row_is_asked_with_its_whole_conversation(jsonl, tokenizer):
+    turns = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    verl = {"prompt": [{"role": "system", "content": "3"}, *turns, {"role": "user", "content": "4"}],
+            "reward_model": {"ground_truth": 8.0}}  # fmt: skip
+    got = jsonl([verl, row("4", turns=turns), row("4", system="")], template=CHAT, system_prompt="0", suffix="*2")
+    texts = [tokenizer.decode(list(p.token_ids)) for p in got.train]
+    assert texts == ["(3:1+1=2:4*2=", "(0:1+1=2:4*2=", ":4*2="] and got.train[0].answer == "8"
+    with pytest.raises(DataError, match=r"line 2: a conversation of 3 messages needs a chat template"):
+        jsonl([row("4"), row("4", turns=turns)])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system role') }}", r"chat template .*roles: system, user\): TemplateError: no system"),
+        ("{{ messages[0].content + 1 }}", r"tokenizer cannot take .*TypeError"),
+        ("{% for %}", r"chat template .*TemplateSyntaxError"),
+        ("unknown", r"tokenizer cannot take this conversation .*UNK"),  # tokenizers' plain Exception
+        (None, r"tokenizer cannot take this conversation .*UNK"),
+    ],
+)
+def test_what_the_tokenizer_or_its_template_refuses_names_the_row(jsonl, template, message):
+    lines = [row("1"), row("x" if template is None else "1")]
+    with pytest.raises(DataError, match=rf"train\.jsonl, line {1 if template else 2}: the tokenizer's {message}"):
+        jsonl(lines, template=template, system_prompt="0" if template else None)
+
+
+def test_a_broken_tokenizer_is_named(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(
+        '{"version": "1.0", "added_tokens": [], "model": {"type": "Nothing"}}'
+    )  # a plain Exception
+    config = make_config({"type": "jsonl", "train_path": "x", "tokenizer": str(tmp_path)}, vocab_size=100)
+    with pytest.raises(DataError, match=r"holds no tokenizer that transformers can load \(Exception: "):
+        build_tokenizer(config)
+
+
+@pytest.mark.parametrize(
+    ("single", "expected"), [("$A", "1"), ("<bos> $A", "<bos>1"), ("$A <eos>", "1"), ("<bos> $A <eos>", "<bos>1")]
+)
+def test_plain_prompts_keep_what_stands_before_and_not_what_ends_a_text(tokenizer, single, expected):
+    from tokenizers.processors import TemplateProcessing
+
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"bos_token": "<bos>"})
+    ids = [(name, own.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+    own.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+    assert own.decode(own.encode("1")) == single.replace("$A", "1").replace(" ", "")
+    assert own.decode(list(encode_prompt("1", None, own))) == expected
+
+
+def test_answers_that_the_grader_cannot_read_are_counted_and_shown(tmp_path, tokenizer, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row("1", answer)) + "\n" for answer in ("2", "}{", "3", "")))
+    config = make_config({"type": "jsonl", "train_path": str(path)}, vocab_size=100)
+    load_prompts(config, tokenizer)
+    assert not capsys.readouterr().out
+    load_prompts(config, tokenizer, is_readable=str.isdigit)
+    assert capsys.readouterr().out == (
+        f"{path}: the grader cannot read 2 of 4 answers, so no response to these problems will be right; first "
+        f"{path}, line 2: '}}{{'\n"
+    )
+
+
+def test_reading_files_alone_needs_no_torch():
+    code = "import sys; from megatron_rl.prepare import pipeline, commands; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def make_prompts(count):
