@@ -23,8 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.failures import REPORTS, SUPERVISOR, Failure, in_order, read_failures, received, record_failure
-from megatron_rl.files import refusal
+from megatron_rl.files import REPORTS, SUPERVISOR, Failure, in_order, read_failures, received, record_failure, refusal
 
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 3.0  # after a lost connection: for the rank that caused it to be seen dead or to say why

@@ -1,4 +1,4 @@
-"""Whether, and from where, a run goes on, and what may differ from the run that wrote the checkpoint."""
+"""Decide whether, and from where, a run goes on, and what may differ from the run that wrote the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.metrics.entropy_law import LawMonitor
+from megatron_rl.models.architecture import resolve_hf_config
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.run import Run
 from megatron_rl.types import Prompt
@@ -29,6 +30,7 @@ _HARMLESS = (
     "train.grace_seconds warm_start.cache_dir reward.workers eval"
 ).split()
 _DATA = ("data", "seed")
+_DATA_PATHS = ("data.train_path", "data.eval_path", "data.tokenizer")  # what counts is what they hold: `data_digest`
 _INITIAL_POLICY = ("model.path", "warm_start")
 # of config.json: what is no part of the architecture
 _NOT_ARCHITECTURE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -41,7 +43,7 @@ class Checkpoints:
         """The checkpoints of `run`'s own folder."""
         self._run = run
         self._store = CheckpointStore(run.config.run_dir / "checkpoints", run.policy, run.groups, run.tokenizer)
-        self._data_digest = data_digest(run.train_prompts)
+        self._data_digest, self._eval_digest = data_digest(run.train_prompts), data_digest(run.eval_prompts)
 
     def restore(self) -> tuple[int, list[str]]:
         """Continue from the checkpoint that train.resume asks for; returns the first step, and what the user should
@@ -57,14 +59,8 @@ class Checkpoints:
         own = path.parent == self._store.folder
         notes = check_drift(path, config, run.policy.hf_config, own=own)
         step, state = self._store.load(path)
-        same_data = state["data_digest"] == self._data_digest and state["cursor"]["seed"] == config.seed
-        if same_data:
+        if has_same_data(path, state, self._data_digest, self._eval_digest, seed=config.seed, own=own):
             run.collector.cursor.restore(state["cursor"])
-        elif own:
-            raise UserError(
-                f"cannot go on from {path}: the training problems are not those of its run, though data and seed read "
-                f"the same; restore them, or choose another name with train.resume={path}"
-            )
         else:
             notes.append(f"other problems or another seed than {path}: they are drawn from the start")
         if own:
@@ -116,13 +112,14 @@ class Checkpoints:
             "weight_version": run.served.weight_version,
             "best_accuracy": run.best_accuracy,
             "data_digest": self._data_digest,
+            "eval_digest": self._eval_digest,
             "control": run.controller.state,
             "law": run.law.state(),
         }
 
 
 def checkpoint_to_resume(config: Config, newest: Path | None) -> Path | None:
-    """The checkpoint from which to go on; None: a new run. `newest`: of this run's own.
+    """Return the checkpoint from which to go on; None: a new run. `newest`: of this run's own.
 
     A run that began from another's checkpoint (train.resume=PATH) goes on from its own once it has one, so that the
     same command continues it.
@@ -157,7 +154,7 @@ def checkpoint_to_resume(config: Config, newest: Path | None) -> Path | None:
 
 
 def check_drift(path: Path, config: Config, hf_config: PretrainedConfig, *, own: bool) -> list[str]:
-    """Compare the config that wrote the checkpoint `path` with the one in force: what the user should know.
+    """Return what the user should know of changes between the config that wrote the checkpoint `path` and this one.
 
     `hf_config`: the policy's. `own`: of this run, which must then be the same experiment; a new
     run that starts from another's checkpoint may bring other data.
@@ -173,7 +170,7 @@ def check_drift(path: Path, config: Config, hf_config: PretrainedConfig, *, own:
     refused = _architecture_changes(path, hf_config)
     refused += [text for key, text in changed.items() if key == "model.dtype"]
     if own:
-        refused += [text for key, text in changed.items() if _is_under(key, _DATA)]
+        refused += [text for key, text in changed.items() if _is_under(key, _DATA) and key not in _DATA_PATHS]
         if config.loss.ref_kl_coef > 0:
             refused += [f"{text} (the reference)" for key, text in changed.items() if _is_under(key, _INITIAL_POLICY)]
     if refused:
@@ -192,16 +189,35 @@ def check_drift(path: Path, config: Config, hf_config: PretrainedConfig, *, own:
 
 
 def data_digest(prompts: Sequence[Prompt]) -> str:
-    """A fingerprint of the training problems as the policy sees them: rows, tokens and answers, in order."""
+    """Return a fingerprint of problems as the policy sees them, in order: rows, tokens and answers."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(repr((prompt.prompt_id, prompt.token_ids, prompt.answer)).encode())
     return digest.hexdigest()[:16]
 
 
+def has_same_data(path: Path, state: dict[str, Any], digest: str, eval_digest: str, *, seed: int, own: bool) -> bool:
+    """Return whether the checkpoint's cursor fits the training problems, of fingerprint `digest`, and the seed.
+
+    `state`: what the loop saved in `path`, a checkpoint of this run if `own`, whose held-out problems must then be the
+    same too (`eval_digest`). Raises: UserError when a run's own problems are others, wherever they lie.
+    """
+    is_same = state["data_digest"] == digest and state["cursor"]["seed"] == seed
+    if own and not is_same:
+        what, why = "training problems", "the order of its data would be another"
+    elif own and state.get("eval_digest", eval_digest) != eval_digest:
+        what, why = "held-out problems", "accuracies before and after would not compare"
+    else:
+        return is_same
+    raise UserError(
+        f"cannot go on from {path}: the {what} are not those of its run, though only paths of the options differ, and "
+        f"{why}; restore them, or choose another name with train.resume={path}"
+    )
+
+
 def _architecture_changes(path: Path, hf_config: PretrainedConfig) -> list[str]:
     raw = json.loads(_read(path, path / "hf" / "config.json"))  # without what is the default
-    saved, given = AutoConfig.for_model(raw.pop("model_type"), **raw).to_dict(), hf_config.to_dict()
+    saved, given = resolve_hf_config(raw).to_dict(), hf_config.to_dict()
     keys = sorted((saved.keys() | given.keys()) - _NOT_ARCHITECTURE)
     return [f"the model's {k}: {saved.get(k)!r} -> {given.get(k)!r}" for k in keys if saved.get(k) != given.get(k)]
 

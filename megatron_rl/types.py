@@ -7,6 +7,29 @@ sequence predicts nothing and has `loss_mask` False.
 
 One spelling for four policies: bare `logprobs` (the current weights), `old_` (at the start of the step), `rollout_`
 (as the engine sampled), `ref_` (the frozen reference). All log-probabilities and entropies are in nats.
+
+Shapes in signatures: `Float[Tensor, "T V"]` is a floating-point tensor of two dimensions. Tests check them at every
+call, by jaxtyping and beartype (tests/conftest.py); a run does not, and needs neither installed.
+
+Within one call a letter stands for one length. The letters:
+
+| letter | length                                                                                              |
+|--------|-----------------------------------------------------------------------------------------------------|
+| T      | packed tokens of a micro-batch, padding included; under context parallelism this rank's             |
+| M      | tokens that the model computes for a micro-batch: fewer than T where samples share their prompt      |
+| B      | rollouts of a step                                                                                  |
+| S      | sequences of a micro-batch                                                                          |
+| E      | their S + 1 boundaries in the packed tokens (`cu_seqlens`); the S sequences themselves are "E-1"    |
+| N      | response tokens of a mini-batch: in a shape this rank's, in a formula those of all ranks            |
+| V      | columns of the vocabulary that this rank holds, padding included                                    |
+| H      | hidden size                                                                                         |
+| G      | prompts, or other groups of what is summed up                                                       |
+| R      | ranks                                                                                               |
+| k      | selected                                                                                            |
+| C      | columns of a table                                                                                  |
+
+"..." is any shape, "" a scalar, and a number that number. `Float` is any floating-point type, `Int` any integer type,
+`Shaped` any type at all; a number behind the name is the number of bits.
 """
 
 from __future__ import annotations
@@ -15,10 +38,32 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # `as`: for the files that import them from here
+    from jaxtyping import Bool as Bool
+    from jaxtyping import Float as Float
+    from jaxtyping import Float32 as Float32
+    from jaxtyping import Float64 as Float64
+    from jaxtyping import Int as Int
+    from jaxtyping import Int32 as Int32
+    from jaxtyping import Int64 as Int64
+    from jaxtyping import Shaped as Shaped
+else:
+    try:
+        from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64, Shaped
+    except ImportError:
+
+        class _Unchecked:
+            """Stands for all of them: `_Unchecked[Tensor, "T V"]` is Tensor."""
+
+            def __class_getitem__(cls, tensor_and_shape: tuple[type, str]) -> type:
+                return tensor_and_shape[0]
+
+        Bool = Float = Float32 = Float64 = Int = Int32 = Int64 = Shaped = _Unchecked
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,53 +134,53 @@ class CollectResult:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the model computes for a micro-batch: `[M]` tokens in packed sequences."""
+    """What the model computes for a micro-batch: M tokens in packed sequences."""
 
-    token_ids: Tensor  # int64
-    position_ids: Tensor  # int64; behind a prefix they go on from it
-    cu_seqlens: Tensor  # [S + 1] int32; trailing padding forms a last sequence of its own
-    real: Tensor  # bool, no padding
-    prefixes: Tensor | None = None  # [S] int64, which sequence holds the tokens before one's own, -1: none
-    rows: Tensor | None = None  # [T] int64, which output is that of position t of the micro-batch; None: the t-th
+    token_ids: Int64[Tensor, "M"]
+    position_ids: Int64[Tensor, "M"]  # behind a prefix they go on from it
+    cu_seqlens: Int32[Tensor, "E"]  # trailing padding forms a last sequence of its own
+    real: Bool[Tensor, "M"]  # no padding
+    prefixes: Int64[Tensor, "E-1"] | None = None  # which sequence holds the tokens before one's own, -1: none
+    rows: Int64[Tensor, "T"] | None = None  # which output is that of position t of the micro-batch; None: the t-th
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """What one forward pass tells about each position: `[T]` float32, nats (the two sums are without unit)."""
+    """What one forward pass tells about each position, in nats (the two sums are without unit); float32 in a run."""
 
-    logprobs: Tensor  # log pi(labels[t])
-    entropy: Tensor  # H = -sum_a pi_a log pi_a
-    sum_p2: Tensor | None = None  # sum_a pi_a^2
-    sum_p2_logp: Tensor | None = None  # sum_a pi_a^2 log pi_a
+    logprobs: Float[Tensor, "T"]  # log pi(labels[t])
+    entropy: Float[Tensor, "T"]  # H = -sum_a pi_a log pi_a
+    sum_p2: Float[Tensor, "T"] | None = None  # sum_a pi_a^2
+    sum_p2_logp: Float[Tensor, "T"] | None = None  # sum_a pi_a^2 log pi_a
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Packed sequences of one forward pass. All tensors `[T]`, logits-aligned, unless said otherwise.
+    """Packed sequences of one forward pass. All [T] tensors are logits-aligned.
 
     Where prompts are shared, a sequence holds a sample's predictions alone: from its prompt's last token to the last
     but one of the response. Else it holds the whole sample.
     Under context parallelism T counts this rank's tokens: its two chunks of every sequence, see parallel/context.py.
     """
 
-    token_ids: Tensor  # int64
-    labels: Tensor  # int64, the next token; 0 where loss_mask is False
-    position_ids: Tensor  # int64, in the sample
-    response_positions: Tensor  # int64, which token of its response labels[t] is, from 0; 0 outside loss_mask
-    cu_seqlens: Tensor  # [S + 1] int32, boundaries in these T; trailing padding forms a last sequence of its own
-    loss_mask: Tensor  # bool, True where labels[t] was sampled by the policy and counts
-    advantages: Tensor  # float32
-    rollout_logprobs: Tensor  # float32, nats
-    token_weights: Tensor  # float32, the weight that the loss aggregation gives the token; 0 outside loss_mask
-    prompt_ids: Tensor  # int64
-    sample_indices: Tensor  # int64
-    token_ids_global: Tensor  # int64, unique in the step and independent of the layout; -1 on padding
+    token_ids: Int64[Tensor, "T"]
+    labels: Int64[Tensor, "T"]  # the next token; 0 where loss_mask is False
+    position_ids: Int64[Tensor, "T"]  # in the sample
+    response_positions: Int64[Tensor, "T"]  # which token of its response labels[t] is, from 0; 0 outside loss_mask
+    cu_seqlens: Int32[Tensor, "E"]  # boundaries in these T; trailing padding forms a last sequence of its own
+    loss_mask: Bool[Tensor, "T"]  # True where labels[t] was sampled by the policy and counts
+    advantages: Float32[Tensor, "T"]
+    rollout_logprobs: Float32[Tensor, "T"]  # nats
+    token_weights: Float32[Tensor, "T"]  # the weight that the loss aggregation gives the token; 0 outside loss_mask
+    prompt_ids: Int64[Tensor, "T"]
+    sample_indices: Int64[Tensor, "T"]
+    token_ids_global: Int64[Tensor, "T"]  # unique in the step and independent of the layout; -1 on padding
     loss_denominator: int  # what this rank's part adds to the global denominator (tokens or sequences)
     num_sequences: int  # without the padding sequence
-    old_logprobs: Tensor | None = None  # float32, nats
-    ref_logprobs: Tensor | None = None  # float32, nats
-    selected: Tensor | None = None  # bool, the tokens that Clip-Cov or KL-Cov picked
-    surrogate_weights: Tensor | None = None  # float32, of the policy-gradient term, by the weighting losses
+    old_logprobs: Float[Tensor, "T"] | None = None  # nats
+    ref_logprobs: Float[Tensor, "T"] | None = None  # nats
+    selected: Bool[Tensor, "T"] | None = None  # the tokens that Clip-Cov or KL-Cov picked
+    surrogate_weights: Float32[Tensor, "T"] | None = None  # of the policy-gradient term, by the weighting losses
     stats: TokenStats | None = None  # at the start of the step; once tokens are selected, those of the selection
     routes: Tensor | None = None  # [T, mixture layers, top_k] of token_ids, on the CPU; see models/expert_routes.py
     inputs: Inputs | None = None  # where prompts are shared; None: the model computes these sequences
@@ -277,29 +322,29 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """All that a loss may look at: one micro-batch, `[T]` float32 unless said otherwise."""
+    """All that a loss may look at: one micro-batch; float32 in a run."""
 
-    logprobs: Tensor  # with gradient
-    entropy: Tensor  # with gradient
-    old_logprobs: Tensor
-    rollout_logprobs: Tensor
-    ref_logprobs: Tensor | None
-    advantages: Tensor
-    loss_mask: Tensor  # bool
-    token_weights: Tensor  # of the aggregation; 0 outside loss_mask
-    cu_seqlens: Tensor  # [S + 1] int32
-    selected: Tensor | None  # bool
-    surrogate_weights: Tensor | None = None  # of the policy-gradient term, without gradient; None: 1
+    logprobs: Float[Tensor, "T"]  # with gradient
+    entropy: Float[Tensor, "T"]  # with gradient
+    old_logprobs: Float[Tensor, "T"]
+    rollout_logprobs: Float[Tensor, "T"]
+    ref_logprobs: Float[Tensor, "T"] | None
+    advantages: Float[Tensor, "T"]
+    loss_mask: Bool[Tensor, "T"]
+    token_weights: Float[Tensor, "T"]  # of the aggregation; 0 outside loss_mask
+    cu_seqlens: Int32[Tensor, "E"]
+    selected: Bool[Tensor, "T"] | None
+    surrogate_weights: Float[Tensor, "T"] | None = None  # of the policy-gradient term, without gradient; None: 1
     context: Ranks | None = None  # over the ranks that hold the rest of these sequences; None: they are whole
 
 
 @dataclass(frozen=True, slots=True)
 class LossOutputs:
-    """`loss_sum` is a scalar with gradient: the sum over tokens, never a mean. Each metric is a tensor `[2]`: (sum,
-    count), so that adding micro-batches and ranks and dividing once gives the exact global mean."""
+    """`loss_sum` has a gradient; it is the sum over tokens, never a mean. Each metric is (sum, count), so
+    that adding micro-batches and ranks and dividing once gives the exact global mean."""
 
-    loss_sum: Tensor
-    metrics: dict[str, Tensor]
+    loss_sum: Float[Tensor, ""]
+    metrics: dict[str, Float64[Tensor, "2"]]
 
 
 @dataclass(frozen=True, slots=True)

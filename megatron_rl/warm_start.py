@@ -7,15 +7,15 @@ import hashlib
 import json
 import os
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_rl import __version__, device
+from megatron_rl import __version__, device, launch
 from megatron_rl.algorithms.losses import sft
 from megatron_rl.config import Config, WarmStartConfig
+from megatron_rl.convert.disk import remove
 from megatron_rl.convert.hf import folder_source
 from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.data import countdown_solutions
@@ -66,8 +66,7 @@ def _train(
         result = policy.update(mini_batch.replace_each("old_logprobs", zeros), sft)
         if (step + 1) % max(1, options.steps // 5) == 0:
             total, count = groups.token_ranks.sum(result.sums["loss/nll"]).tolist()
-            if groups.rank == 0:
-                print(f"warm start  step {step + 1}/{options.steps}  nll {total / count:.3f} nats", flush=True)
+            launch.say(f"warm start  step {step + 1}/{options.steps}  nll {total / count:.3f} nats")
 
 
 def _cache_key(config: Config, num_prompts: int) -> str:
@@ -105,4 +104,4 @@ def _publish(draft: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(draft)  # another run published the same weights first
+        remove(draft)  # another run published the same weights first

@@ -1,4 +1,4 @@
-"""Checks the shapes in signatures at every call of the folders where they are written: megatron_rl/shapes.py."""
+"""Checks the shapes in signatures at every call of the folders where they are written: megatron_rl/types.py."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import beartype
 import jaxtyping
 
 FOLDERS = ["megatron_rl.algorithms", "megatron_rl.parallel"]
+DATA = "megatron_rl.types"
 
 check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is a float, as mypy sees it
 
 
 def install() -> None:
     """Check the functions of modules that are imported from here on."""
-    jaxtyping.install_import_hook(FOLDERS, f"{__name__}.check")
+    jaxtyping.install_import_hook([*FOLDERS, DATA], f"{__name__}.check")
 
 
 @contextlib.contextmanager

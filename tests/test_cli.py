@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,9 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_rl import cli
-from megatron_rl.config import Config, load_config, parse_config
-from megatron_rl.errors import ConfigError
+from megatron_rl.config import load_config, parse_config
 from megatron_rl.plan.check import batch_plan, plan_rows
 from megatron_rl.plan.shapes import count_parameters
 from tests.config.test_config import BASE, raw
@@ -24,7 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def megatron_rl(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     return subprocess.run(
         [sys.executable, "-m", "megatron_rl", *arguments],
         cwd=cwd,
@@ -49,6 +52,66 @@ def test_check_prints_the_plan_and_starts_nothing(config_path: Path, tmp_path: P
     assert "8 prompts x 4 samples = 32 sequences, at most 3,072 tokens" in result.stdout
     assert "kl_cov, token_mean" in result.stdout
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def jsonl_config(tmp_path: Path) -> Path:
+    """A config whose model folder has a tokenizer of characters with a chat template, and two tokens that stop."""
+    from megatron_rl.data.tokenizer import character_tokenizer
+
+    model = tmp_path / "model"
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}({{ m.content }}){% endfor %}={% if add_generation_prompt %}:{% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    (model / "config.json").write_text(json.dumps(BASE["model"]["hf_config"]))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 12]}))
+    (tmp_path / "train.jsonl").write_text('{"problem": "1+2", "answer": 3}\n' * 2)
+    data = {"type": "jsonl", "train_path": "train.jsonl", "max_prompt_tokens": 32, "suffix": "*4"}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw(model={"path": "model"}, data=data, parallel={})))
+    return path
+
+
+def test_check_shows_the_first_prompt_and_what_stops_a_response(jsonl_config: Path) -> None:
+    result = megatron_rl("train", "config.yaml", "data.system_prompt=9-8", "--check", cwd=jsonl_config.parent)
+    assert result.returncode == 0, result.stderr
+    plan, _, preview = result.stdout.partition("what the policy is asked")
+    assert "plan of t" in plan and "2 for training, 0 held out" in preview
+    assert "prompt (14 tokens)" in preview and " (9-8)(1+2*4)=: " in preview
+    assert "<eos> (1), + (12)" in preview
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["data.train_path=none.jsonl"], 1, "none.jsonl: no such file"),
+        (["data.max_prompt_tokens=3"], 1, "max_prompt_tokens=3"),
+        (["data.tokenizer=elsewhere"], 1, "data.tokenizer: elsewhere is no folder"),
+        (["model.path=elsewhere"], 2, "model.path=elsewhere: no such folder here; download"),
+    ],
+)
+def test_check_refuses_what_the_policy_cannot_be_asked(
+    jsonl_config: Path, overrides: list[str], code: int, message: str
+) -> None:
+    result = megatron_rl("train", "config.yaml", *overrides, "--check", cwd=jsonl_config.parent)
+    assert (result.returncode, message in result.stderr) == (code, True), result.stderr
+
+
+def test_check_of_a_recipe_whose_model_is_elsewhere_says_that_no_prompt_is_shown(jsonl_config: Path) -> None:
+    stated = f"model.hf_config={json.dumps(BASE['model']['hf_config'])}"
+    result = megatron_rl("train", "config.yaml", "model.path=elsewhere", stated, "--check", cwd=jsonl_config.parent)
+    assert result.returncode == 0, result.stderr
+    assert "not shown, and the data not read: model.path=elsewhere: no such folder here" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "preflight", "eval"])
+def test_a_rank_without_a_meeting_point_is_refused(jsonl_config: Path, command: str) -> None:
+    result = megatron_rl(command, "config.yaml", cwd=jsonl_config.parent, RANK="0", WORLD_SIZE="1")
+    assert result.returncode == 1
+    assert "RANK and WORLD_SIZE are set, MASTER_ADDR and MASTER_PORT not" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -151,10 +214,3 @@ def test_the_plan_of_a_model_without_vocabulary_size_says_so() -> None:
     hf = {name: value for name, value in BASE["model"]["hf_config"].items() if name != "vocab_size"}
     rows = dict(plan_rows(parse_config(raw(model={"hf_config": hf}))))
     assert "and the embeddings of the task's tokenizer" in rows["model"]
-
-
-def test_config_errors_inside_a_world_name_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    config: Config = parse_config(raw())
-    with pytest.raises(ConfigError, match="4 processes .* asks for 2"):
-        cli._train_rank(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl import failures, launch
+from megatron_rl import files, launch
 from megatron_rl.errors import UserError
 from megatron_rl.files import write_atomically
 
@@ -218,13 +218,13 @@ def test_the_same_worker_runs_under_torchrun(tmp_path: Path) -> None:
     ],
 )
 def test_a_lost_peer_is_told_from_a_cause(error: Exception, is_lost: bool) -> None:
-    assert failures.is_lost_peer(error) is is_lost
+    assert files.is_lost_peer(error) is is_lost
 
 
 def test_an_earlier_lost_peer_does_not_hide_the_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lost = failures.Failure(0, 1.0, "RuntimeError: Connection closed by peer", "LOST", from_user=False, lost_peer=True)
-    late = failures.Failure(2, 3.0, "ValueError: later", "LATER", from_user=False, lost_peer=False)
-    cause = failures.Failure(1, 2.0, "ValueError: boom", "CAUSE", from_user=False, lost_peer=False)
+    lost = files.Failure(0, 1.0, "RuntimeError: Connection closed by peer", "LOST", from_user=False, lost_peer=True)
+    late = files.Failure(2, 3.0, "ValueError: later", "LATER", from_user=False, lost_peer=False)
+    cause = files.Failure(1, 2.0, "ValueError: boom", "CAUSE", from_user=False, lost_peer=False)
     assert launch._conclude([lost, late, cause], {0: 1, 1: 1, 2: 1}, [], tmp_path, []) == 1
     err = capsys.readouterr().err
     assert "rank 1 failed:\nCAUSE" in err and "LOST" not in err and "LATER" not in err

@@ -262,6 +262,34 @@ def test_a_run_branches_off_from_a_checkpoint_and_then_goes_on_by_itself(worlds:
     assert [measured(row) for row in rows_of(longer)] == [measured(row) for row in rows_of(straight)[2:]]
 
 
+def test_the_same_problems_go_on_wherever_they_lie(worlds: Worlds, tmp_path: Path) -> None:
+    """A scratch folder that moved; and held-out problems that are others there."""
+    from megatron_rl.data import build_tokenizer
+
+    build_tokenizer(parse_config(tiny_raw(tmp_path))).save_pretrained(tmp_path / "a" / "tokenizer")
+    lines = [json.dumps({"problem": f"{i}+0=", "answer": str(i)}) for i in range(8)]
+    (tmp_path / "a" / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a" / "eval.jsonl").write_text("\n".join(lines[:2]))
+
+    def raw(folder: str, steps: int, name: str = "tiny") -> dict[str, Any]:
+        train = {"num_steps": steps, "save_final": True, **TRAIN}
+        raw = tiny_raw(tmp_path, name, train=train, parallel={"tp": 1})
+        paths = {f"{part}_path": str(tmp_path / folder / f"{part}.jsonl") for part in ("train", "eval")}
+        tokenizer = {"tokenizer": str(tmp_path / folder / "tokenizer")}
+        return raw | {
+            "data": {"type": "jsonl", "max_prompt_tokens": 8} | paths | tokenizer,
+            "model": {"hf_config": HF | {"vocab_size": 21}},
+        }
+
+    straight, _ = worlds.run(1, train_each, [raw("a", 3, "straight"), raw("a", 1)], timeout=LIMIT)[0]
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    resumed = worlds.run(1, train_each, [raw("b", 3)], timeout=LIMIT)[0][0]
+    assert _equal(resumed, straight)
+    (tmp_path / "b" / "eval.jsonl").write_text("\n".join(lines[1:3]))
+    found = worlds.run(1, errors_of_each, [raw("b", 4)], timeout=LIMIT)[0][0]
+    assert found[:2] == ("UserError", True) and "the held-out problems are not those of its run" in found[2]
+
+
 def test_other_problems_behind_the_same_names_are_refused(worlds: Worlds, tmp_path: Path) -> None:
     """A file that was edited between two processes: as many rows, another answer."""
     from megatron_rl.data import build_tokenizer

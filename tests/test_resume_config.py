@@ -128,6 +128,23 @@ def test_changed_options(tmp_path: Path, name: str) -> None:
         assert check_drift(path, config, _hf(), own=True) == notes
 
 
+def test_paths_of_the_data_are_no_other_data(tmp_path: Path) -> None:
+    """What they hold is compared after loading; options that change it are refused as ever."""
+
+    def config(folder: str, **data: Any) -> Config:
+        raw = tiny_raw(tmp_path, train=TRAIN)
+        paths = {name: f"{folder}/{name}" for name in ("train_path", "eval_path", "tokenizer")}
+        raw["data"] = {"type": "jsonl", "max_prompt_tokens": 16} | paths | data
+        raw["model"] = {"hf_config": HF | {"vocab_size": 21}}
+        return parse_config(raw)
+
+    path = _checkpoint(tmp_path / "run", 4, config("here"))
+    assert len(check_drift(path, config("there"), _hf(), own=True)) == 3
+    with pytest.raises(UserError, match=r"data.suffix: '' -> 'Think\.'") as caught:
+        check_drift(path, config("there", suffix="Think."), _hf(), own=True)
+    assert "there" not in str(caught.value)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_another_architecture_is_always_refused(tmp_path: Path, own: bool) -> None:
     """Also one whose shapes are the same, which the tensors would not tell."""

@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_rl import cli, failures, launch
+from megatron_rl import cli, files, launch
 from megatron_rl.config import parse_config
 from megatron_rl.errors import UserError
 from tests.tiny import errors_of_each, measured, rows_of, tiny_raw, train_each
@@ -316,7 +316,7 @@ def test_a_refused_run_leaves_the_config_of_the_one_that_goes_on(
 
 def test_whose_fault_a_user_error_is() -> None:
     """Its text may quote anything; what it was raised from decides."""
-    assert not failures.is_lost_peer(UserError("the reward function failed: server timed out, connection reset"))
+    assert not files.is_lost_peer(UserError("the reward function failed: server timed out, connection reset"))
     lost = UserError("cannot load the checkpoint")
     lost.__cause__ = RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
-    assert failures.is_lost_peer(lost)
+    assert files.is_lost_peer(lost)

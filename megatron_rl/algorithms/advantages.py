@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_rl.shapes import Float, Float32, Float64, Int64
+from megatron_rl.types import Float, Float32, Float64, Int64
 
 if TYPE_CHECKING:
     from megatron_rl.config import AlgorithmConfig

@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_rl.shapes import Bool, Float32, Int, Int64, Shaped
-from megatron_rl.types import LossInputs
+from megatron_rl.types import Bool, Float32, Int, Int64, LossInputs, Shaped
 
 
 def segment_ids(cu_seqlens: Int[Tensor, "E"], length: int) -> Int64[Tensor, "{length}"]:

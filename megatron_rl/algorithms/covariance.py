@@ -17,8 +17,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.hashing import hash_uniform
-from megatron_rl.shapes import Bool, Float, Float64, Shaped
-from megatron_rl.types import MicroBatch, MiniBatch, Ranks
+from megatron_rl.types import Bool, Float, Float64, MicroBatch, MiniBatch, Ranks, Shaped
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase

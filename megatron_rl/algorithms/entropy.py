@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_rl.shapes import Float, Float64
-from megatron_rl.types import TokenStats
+from megatron_rl.types import Float, Float64, TokenStats
 
 
 def entropy_spent(stats: TokenStats, advantages: Float[Tensor, "T"]) -> Float64[Tensor, "T"]:

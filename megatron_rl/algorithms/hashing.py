@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_rl.shapes import Float64, Int64, Shaped
+from megatron_rl.types import Float64, Int64, Shaped
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_rl.shapes import Bool, Float, Float64, Shaped
+from megatron_rl.types import Bool, Float, Float64, Shaped
 
 LOG_RATIO_LIMIT = 20.0  # nats
 

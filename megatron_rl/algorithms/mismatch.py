@@ -15,8 +15,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import sequence_sums
 from megatron_rl.algorithms.kl import k3, masked_sum_count, safe_exp
-from megatron_rl.shapes import Float, Float64
-from megatron_rl.types import LossInputs
+from megatron_rl.types import Float, Float64, LossInputs
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import RolloutCorrection

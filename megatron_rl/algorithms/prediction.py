@@ -11,8 +11,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.losses import LOSSES
-from megatron_rl.shapes import Float
-from megatron_rl.types import LossInputs, MicroBatch, MiniBatch, Ranks, TokenStats
+from megatron_rl.types import Float, LossInputs, MicroBatch, MiniBatch, Ranks, TokenStats
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import LossBase

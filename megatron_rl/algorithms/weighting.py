@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.covariance import covariance, select_tokens
-from megatron_rl.shapes import Float64
-from megatron_rl.types import MiniBatch, Ranks
+from megatron_rl.types import Float64, MiniBatch, Ranks
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import ForkingLoss, GaussianCovLoss, LossBase, SteerLoss

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_rl.failures import Failure, in_order, read_failures
-from megatron_rl.files import write_atomically
-from megatron_rl.metrics.jsonl import read_rows
+from megatron_rl.files import Failure, in_order, read_failures, write_atomically
+from megatron_rl.metrics.jsonl import iter_rows
 
 _TAIL_LINES = 40
 _OF_A_RANK = "[rank "  # begins the lines that slurm/rank.sh passes on; the others are torchrun's and Slurm's
@@ -29,8 +28,8 @@ def has_steps_left(run_dir: Path) -> bool:
     """Return whether the run is short of its `train.num_steps`."""
     num_steps = yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["num_steps"]
     rows = run_dir / "metrics.jsonl"
-    done = [row["step"] + 1 for row in read_rows(rows)[0]] if rows.is_file() else []
-    return max(done, default=0) < num_steps
+    done = max((row["step"] + 1 for _, row in iter_rows(rows, [], with_step=True)), default=0) if rows.is_file() else 0
+    return done < num_steps
 
 
 def _explain(failure: Failure, run_dir: Path) -> str:

@@ -60,5 +60,5 @@ PUBLISHED: tuple[Published, ...] = (
 
 @cache
 def prompts() -> dict[str, Any]:
-    """The paper's prompts: `suffix`, `systems` by key, and where they come from."""
+    """Return the paper's prompts: `suffix`, `systems` by key, and where they come from."""
     return json.loads((Path(__file__).parent / "prompts.json").read_text(encoding="utf-8"))

@@ -32,7 +32,11 @@ def check_consistency(config: Config) -> None:
     unsupported = architecture_faults(hf, needs_vocabulary=config.data.type != "countdown")
     faults += [f"model: {fault}" for fault in unsupported]
     if not unsupported:
-        faults += [*_model_faults(config, hf), *_expert_faults(config.parallel, hf), *model_engine_faults(config, hf)]
+        faults += [
+            *_model_faults(config, hf),
+            *_expert_faults(config.parallel, hf),
+            *model_engine_faults(config.rollout, hf),
+        ]
     faults += [*engine_faults(config), *eval_faults(config)]
     if faults:
         raise ConfigError("the config is inconsistent:\n" + "\n".join(f"  - {fault}" for fault in faults))

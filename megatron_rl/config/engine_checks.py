@@ -76,7 +76,7 @@ def _is_here(host: str) -> bool:
 
 
 def _memory_faults(rollout: RolloutConfig, longest: int) -> list[str]:
-    """longest: tokens of a sequence."""
+    """Return what is wrong with the servers' memory. longest: tokens of a sequence."""
     faults = []
     if rollout.server.share_memory and rollout.max_staleness:
         faults.append(
@@ -91,9 +91,9 @@ def _memory_faults(rollout: RolloutConfig, longest: int) -> list[str]:
     return faults
 
 
-def model_engine_faults(config: Config, hf: dict[str, Any]) -> list[str]:
+def model_engine_faults(rollout: RolloutConfig, hf: dict[str, Any]) -> list[str]:
     """Return how the model does not fit the engine. hf: a config.json without faults of its own."""
-    rollout, faults = config.rollout, []
+    faults = []
     if rollout.routing_replay and not is_moe(hf):
         faults.append(f"rollout.routing_replay=true: {hf['model_type']} has no experts to route to; set it to false")
     if rollout.is_embedded:

@@ -16,7 +16,7 @@ class UnsetVariable(ValueError):
 
 
 def expand(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
-    """`value` with the variables in all its texts replaced; an empty variable counts as unset, as in a shell.
+    """Return `value` with the variables in all its texts replaced; an empty variable counts as unset, as in a shell.
 
     Raises: UnsetVariable naming it.
     """

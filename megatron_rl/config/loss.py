@@ -104,13 +104,13 @@ class LossBase(Section):
 
     @property
     def needs_current_statistics(self) -> bool:
-        """Whether the loss chooses or weighs tokens by statistics of the current weights, a forward pass for each
-        mini-batch but the first of a step."""
+        """Return whether the loss chooses or weighs tokens by statistics of the current weights, a forward pass for
+        each mini-batch but the first of a step."""
         return False
 
     @property
     def band(self) -> EntropyBand | None:
-        """The target band that an option of the loss follows, if one does."""
+        """Return the target band that an option of the loss follows, if one does."""
         return None
 
 

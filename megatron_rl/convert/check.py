@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rl.convert.folders import load_tokenizer
 from megatron_rl.convert.to_megatron import Progress
 from megatron_rl.convert.weights import Weights, open_weights
 from megatron_rl.errors import ConfigError
@@ -90,12 +91,9 @@ def compare_logits(a: Path, b: Path, prompt: str) -> tuple[float, bool, int]:
 
 
 def _encode(first: Weights, second: Weights, prompt: str) -> Tensor:
-    from transformers import AutoTokenizer
-
     for weights in (first, second):
         if (weights.hf_folder / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(weights.hf_folder, local_files_only=True)
-            token_ids = tokenizer(prompt, return_tensors="pt").input_ids
+            token_ids = load_tokenizer(weights.hf_folder)(prompt, return_tensors="pt").input_ids
             if token_ids.shape[1] == 0:
                 raise ConfigError(f"--prompt {prompt!r}: no tokens; give a longer text")
             return token_ids

@@ -1,4 +1,4 @@
-"""Reading Hugging Face weights by name, without holding the model twice."""
+"""Read Hugging Face weights by name, without holding the model twice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -16,7 +15,7 @@ Source = Callable[[str], Tensor]
 
 
 def random_source(hf: PretrainedConfig, seed: int) -> Source:
-    """Freshly initialised float32 weights as transformers draws them: the same for every layout."""
+    """Return freshly initialised float32 weights as transformers draws them: the same for every layout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).state_dict()
@@ -24,7 +23,7 @@ def random_source(hf: PretrainedConfig, seed: int) -> Source:
 
 
 def hub_views(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a transformers model under the names that checkpoints have; they share memory with `weights`.
+    """Return a transformers model's tensors under the names that checkpoints have; they share memory with `weights`.
 
     In memory transformers 5 stacks a layer's experts: gate_up_proj `[experts, 2 * width, hidden]` and down_proj
     `[experts, hidden, width]`. On disk each expert has its own `[width, hidden]` (gate, up) and `[hidden, width]`.
@@ -43,18 +42,9 @@ def hub_views(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def folder_source(path: str | Path, hf: PretrainedConfig) -> Source:
-    """Lazily read the tensors of a model folder: Hugging Face safetensors, or a Megatron checkpoint.
+    """Return what reads a tensor of a model folder by name: of Hugging Face safetensors, or a Megatron checkpoint.
 
     Raises: ConfigError (no weights, a damaged file, an unknown, missing or mis-shaped tensor, or tied embeddings that
     are not equal).
     """
     return open_weights(path, hf).read
-
-
-def write_folder(path: Path, hf: PretrainedConfig, weights: dict[str, Tensor]) -> None:
-    """Write config.json and model.safetensors, as transformers reads them."""
-    path.mkdir(parents=True, exist_ok=True)
-    hf.save_pretrained(path)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors", {"format": "pt"}
-    )

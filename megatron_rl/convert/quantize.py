@@ -1,4 +1,4 @@
-"""Quantised export through nvidia-modelopt: the unified Hugging Face format that SGLang and vLLM load."""
+"""Export a quantised model through nvidia-modelopt: the unified Hugging Face format that SGLang and vLLM load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 
 from megatron_rl import device
 from megatron_rl.convert.check import transformers_model
-from megatron_rl.convert.folders import DTYPES, check_tokenizer, converted, copy_side_files, published
+from megatron_rl.convert.folders import DTYPES, check_tokenizer, converted, load_tokenizer, published
+from megatron_rl.convert.model_files import converted_files, write_files
 from megatron_rl.convert.to_hf import open_checkpoint
 from megatron_rl.errors import ConfigError, UserError
 
@@ -57,20 +58,22 @@ def quantize_to_hf(
                 f"nvidia-modelopt cannot make {recipe} of this {weights.hf.model_type} model on this machine: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        exported = (draft / "config.json").read_text()
-        copy_side_files(weights, draft, tensors)
-        (draft / "config.json").write_text(exported)  # with quantization_config
+        exported = json.loads((draft / "config.json").read_bytes())
+        files = converted_files(weights, tensors.values())
+        described = json.loads(files["config.json"]) | {"quantization_config": exported["quantization_config"]}
+        write_files(draft, files | {"config.json": json.dumps(described, indent=2).encode()})
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The first texts of a file: a line each, or the field `problem`, `prompt` or `text` of JSON lines.
+    """Yield the first texts of a file: a line each, or the field `problem`, `prompt` or `text` of JSON lines.
 
-    Raises: ConfigError without such a file, without a text in it, or for a JSON line without such a field.
+    Raises: ConfigError without such a file, without a text in it, for a line that is no UTF-8, or a JSON line without
+    such a field.
     """
     if not path.is_file():
         raise ConfigError(f"--calibration {path}: no such file; give texts typical of the model's use, one a line")
     count = 0
-    with path.open() as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -82,23 +85,24 @@ def read_texts(path: Path) -> Iterator[str]:
         raise ConfigError(f"--calibration {path}: the file is empty; give texts, one a line")
 
 
-def _text(line: str, path: Path, number: int) -> str:
-    if path.suffix != ".jsonl":
-        return line.strip()
+def _text(line: bytes, path: Path, number: int) -> str:
     try:
-        record = json.loads(line)
-        return str(next(record[key] for key in ("problem", "prompt", "text") if key in record))
+        text = line.decode("utf-8-sig").strip()  # some editors put a byte order mark before the first line
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}:{number}: expected text in UTF-8: {error}; save the file in UTF-8") from error
+    if path.suffix != ".jsonl":
+        return text
+    try:
+        record = json.loads(text)
+        text = str(next(record[key] for key in ("problem", "prompt", "text") if key in record))
+        text.encode()  # half of a surrogate pair is valid JSON and no text
     except (ValueError, TypeError, StopIteration) as error:
         raise ConfigError(f"{path}:{number}: expected a JSON object with problem, prompt or text") from error
+    return text
 
 
 def _batches(folder: Path, texts: list[str]) -> list[torch.Tensor]:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: --quantize needs the tokenizer to calibrate: {error}") from error
+    tokenizer = load_tokenizer(folder)
     return [tokenizer(text, return_tensors="pt", truncation=True, max_length=_MAX_TOKENS).input_ids for text in texts]
 
 

@@ -1,36 +1,22 @@
-"""Writing the policy in Hugging Face format: what stands beside the weights, and the weights as a bounded stream."""
+"""Write the policy in Hugging Face format, its weights as a bounded stream."""
 
 from __future__ import annotations
 
-import copy
+import glob
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from megatron_rl.config import Config
+from megatron_rl.convert.disk import free_bytes, fsync_tree, remove, unused
+from megatron_rl.convert.model_files import Described, policy_files, write_files
 from megatron_rl.convert.safetensors_io import TensorInfo, file_names, write_file, write_index
 from megatron_rl.errors import UserError
-from megatron_rl.models.facts import hf_folder
 from megatron_rl.parallel.groups import Groups
 
 SHARD_BYTES = 4 * 2**30
-
-
-class Described(Protocol):
-    """A model as far as its description goes: the policy, or one that is not built."""
-
-    @property
-    def config(self) -> Config:
-        """Of the run."""
-
-    @property
-    def hf_config(self) -> PretrainedConfig:
-        """Its architecture."""
 
 
 class Exported(Described, Protocol):
@@ -51,41 +37,25 @@ def save_hf(policy: Exported, tokenizer: Any, folder: Path, *, shard_bytes: int 
     least).
     Raises: UserError, on every rank, when writing fails; `folder` is then as before.
     """
-    draft, problem = folder.with_name(f".{folder.name}.draft"), None
+    problem: str | None = None
     stream = policy.hf_weights()
     if policy.groups.rank == 0:
+        for what in ("draft", "old"):  # of an export that was killed
+            for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.{what}*"):
+                remove(leftover)
+        draft = unused(folder.with_name(f".{folder.name}.draft"))
         try:
-            shutil.rmtree(draft, ignore_errors=True)
-            write_hf_extras(draft, policy, tokenizer)
+            write_files(draft, policy_files(policy, tokenizer))
             write_shards(draft, stream, shard_bytes)
             _replace(draft, folder)
-        except OSError as error:
-            place = next(parent for parent in folder.absolute().parents if parent.exists())
-            free = shutil.disk_usage(place).free
-            problem = f"cannot write the model to {folder}: {error}; {free:,} bytes are free there"
-            shutil.rmtree(draft, ignore_errors=True)
+        except (OSError, ValueError) as error:
+            problem = f"cannot write the model to {folder}: {error}; {free_bytes(folder):,} bytes are free there"
+            remove(draft)
     for _ in stream:  # a collective: every rank exhausts it, rank 0 also after a failure
         pass
     problem = policy.groups.all_ranks.gather_objects(problem)[0]
     if problem is not None:
         raise UserError(problem)
-
-
-def write_hf_extras(folder: Path, policy: Described, tokenizer: Any) -> None:
-    """Write what a model folder holds beside its weights: config.json, the tokenizer with its chat template (unless it
-    is None), and the generation config of model.path if it has one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    hf = copy.deepcopy(policy.hf_config)
-    hf.dtype = policy.config.model.dtype
-    if not hf.architectures:  # the servers choose the model's class by it
-        hf.architectures = [AutoModelForCausalLM._model_mapping[type(hf)].__name__]
-    hf.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    path = policy.config.model.path
-    generation = None if path is None else hf_folder(path) / "generation_config.json"
-    if generation is not None and generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
 
 
 def write_shards(folder: Path, stream: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
@@ -122,24 +92,12 @@ def _nbytes(tensor: Tensor) -> int:
     return _info(tensor).nbytes
 
 
-def fsync_tree(folder: Path, *, recursive: bool = True) -> None:
-    """Put a folder's names, and its files, on the disk before something else relies on them."""
-    for path in [*(folder.rglob("*") if recursive else ()), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _replace(draft: Path, folder: Path) -> None:
     fsync_tree(draft)
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        draft.rename(folder)
-        shutil.rmtree(old)
-    else:
-        draft.rename(folder)
+    old = None
+    if os.path.lexists(folder):
+        old = folder.rename(unused(folder.with_name(f".{folder.name}.old")))
+    draft.rename(folder)
     fsync_tree(folder.parent, recursive=False)
+    if old is not None:
+        remove(old)

@@ -1,4 +1,4 @@
-"""A model folder to a Hugging Face folder with sharded safetensors, one parameter at a time."""
+"""Convert a Megatron checkpoint to a Hugging Face folder with sharded safetensors, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_rl.convert.folders import cast, check_tokenizer, converted, copy_side_files, published
+from megatron_rl.convert.folders import cast, check_tokenizer, converted, published
+from megatron_rl.convert.model_files import converted_files, write_files
 from megatron_rl.convert.safetensors_io import TensorInfo, file_names, shards, write_file, write_index
 from megatron_rl.convert.to_megatron import Progress
 from megatron_rl.convert.weights import Weights, open_weights
@@ -38,7 +39,7 @@ def megatron_to_hf(
     total = sum(info.nbytes for info in tensors.values())
     with published(target, source, total + _SLACK_BYTES, force) as draft:
         _write(weights, tensors, limit, draft, lambda done: progress(done, total))
-        copy_side_files(weights, draft, tensors)
+        write_files(draft, converted_files(weights, tensors.values()))
 
 
 def open_checkpoint(source: Path) -> Weights:
@@ -50,7 +51,7 @@ def open_checkpoint(source: Path) -> Weights:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB. Raises: ConfigError."""
+    """Return the bytes of a size such as 5GB. Raises: ConfigError."""
     match = re.fullmatch(r"(\d+)(KB|MB|GB)", text.upper())
     if match is None or int(match[1]) == 0:
         raise ConfigError(f"--max-shard-size {text}: expected a number and KB, MB or GB, such as 5GB")

@@ -1,14 +1,16 @@
-"""A Hugging Face folder to a Megatron checkpoint, one parameter at a time, in one process."""
+"""Convert a Hugging Face folder to a Megatron checkpoint, one parameter at a time, in one process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_rl.convert.folders import cast, check_tokenizer, converted, copy_side_files, published
+from megatron_rl.convert.folders import cast, check_tokenizer, converted, published
+from megatron_rl.convert.model_files import converted_files, write_files
 from megatron_rl.convert.safetensors_io import TensorInfo
 from megatron_rl.convert.torch_dist import TorchDistWriter
 from megatron_rl.convert.weights import Weights, open_weights, place_of
+from megatron_rl.errors import ConfigError
 from megatron_rl.models.mapping import model_rows, to_shard
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -29,12 +31,17 @@ def hf_to_megatron(
     Raises: ConfigError when the source is refused, UserError when the target is; before anything is written.
     """
     weights = open_weights(source)
+    if weights.is_megatron:
+        raise ConfigError(
+            f"{source} is a Megatron checkpoint already; hf-to-megatron takes a Hugging Face model, as "
+            "megatron-to-hf writes it"
+        )
     tensors = converted(weights.tensors, dtype)
     check_tokenizer(weights)
     total = sum(info.nbytes for info in tensors.values())
     with published(target, source, total + _SLACK_BYTES, force) as draft:
         _write(weights, tensors, draft, lambda done: progress(done, total))
-        copy_side_files(weights, draft / "hf", tensors)
+        write_files(draft / "hf", converted_files(weights, tensors.values()))
 
 
 def _write(weights: Weights, tensors: dict[str, TensorInfo], folder: Path, report: Callable[[int], None]) -> None:

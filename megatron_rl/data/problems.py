@@ -35,7 +35,7 @@ def load_prompts(config: Config, tokenizer: Any, is_readable: Callable[[str], bo
 def _read_prompts(
     path: str, data: JsonlData, tokenizer: Any, is_readable: Callable[[str], bool], first_id: int
 ) -> tuple[list[Prompt], int]:
-    """Return the prompts of one file and its number of rows, dropped ones too, so that dropping renumbers nothing.
+    """Return the prompts of one file and its number of rows, dropped ones included: dropping renumbers nothing.
 
     A row's own suffix and system prompt, which `megatron-rl data prepare` writes, come before the config's.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,6 @@ import typer
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.config.evaluation import set_path
 from megatron_rl.errors import ConfigError
-from megatron_rl.eval.store import model_name
 from megatron_rl.files import write_atomically
 
 
@@ -40,8 +38,10 @@ def evaluation_config(path: Path, overrides: list[str], model: Path | None, out:
 
     Raises: ConfigError when there is no model, or a set has no file.
     """
+    from megatron_rl.eval.store import model_name  # torch
+
     if model is not None:
-        overrides = [*overrides, f"model.path={json.dumps(str(model))}", "model.hf_config=null"]
+        overrides = [*overrides, f"model.path={model}", "model.hf_config=null"]
     config = load_config(path, overrides)
     if config.model.path is None:
         raise ConfigError(f"{path} trains from random weights; say which model to evaluate with --model")

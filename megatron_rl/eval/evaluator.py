@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_rl.data import stop_token_ids
 from megatron_rl.errors import UserError
 from megatron_rl.eval.answers import answer_of, normalised, same_answer
 from megatron_rl.eval.benchmarks import Benchmark, Problem
@@ -26,7 +27,6 @@ from megatron_rl.eval.store import EvalError, SampleStore
 from megatron_rl.grading.math_answer import last_boxes
 from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.reward import RewardError, response_text
-from megatron_rl.rollout.collect import stop_token_ids
 from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
 from megatron_rl.types import Rollout
 

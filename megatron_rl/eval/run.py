@@ -76,7 +76,7 @@ def write_results(config: Config, results: list[SetResult]) -> str:
 
 
 def set_folder(config: Config, name: str) -> Path:
-    """Where the samples of a set are."""
+    """Return where the samples of a set are."""
     return config.run_dir / "sets" / name
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import naming
 
 
 def to_line(row: dict[str, Any]) -> str:
-    """One line of valid JSON with its newline.
+    """Return one line of valid JSON with its newline.
 
     JSON has no NaN or infinity: such values become null and their keys are listed under "non_finite".
     """
@@ -22,53 +24,83 @@ def to_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of a file, and notes about what was skipped: a last line that a killed writer left incomplete.
+def iter_rows(path: Path, notes: list[str], *, with_step: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield each line of a file with its row, one at a time, so that a file of any size can be read.
 
-    Raises: FileNotFoundError; UserError on a broken line that is not the last, naming it.
+    A last line that a killed writer left incomplete is left out, and `notes` gets a sentence about it. NaN and
+    infinity, which are no JSON but which other writers produce, become null as in `to_line`.
+    with_step: of a file whose rows all have a step.
+    Raises: OSError; UserError naming the line, on a broken line that is not the last, or a row without its step.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    complete, tail = lines[:-1], lines[-1]
-    rows, notes = [], []
-    if tail:
-        notes.append(f"{path.name}: the last line is incomplete (the writer was interrupted) and was skipped")
-    for number, line in enumerate(complete, start=1):
-        row = _parse(line)
-        if row is not None:
-            rows.append(row)
-        elif number == len(complete) and not tail:
-            notes.append(f"{path.name}: the last line is broken (the writer was interrupted) and was skipped")
+    broken: tuple[int, bytes] | None = None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if broken is not None:
+                break
+            row = parse_row(line) if line.endswith(b"\n") else None
+            if row is None:
+                broken = (number, line)
+            elif with_step and not _is_step(row.get("step")):
+                raise UserError(f'{path}, line {number}: expected an integer "step"; is this a file of a run?')
+            else:
+                yield line, row
         else:
-            raise UserError(
-                f"{path}, line {number}: expected a JSON object, got {line[:80]!r}; repair or remove the line"
-            )
-    return rows, notes
+            if broken is not None:
+                kind = "broken" if broken[1].endswith(b"\n") else "incomplete"
+                notes.append(f"{path.name}: the last line is {kind} (the writer was interrupted) and was skipped")
+            return
+    text = broken[1].decode("utf-8", errors="replace").rstrip("\n")
+    raise UserError(f"{path}, line {broken[0]}: expected a JSON object, got {text[:80]!r}; repair or remove the line")
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the rows of a file that fits into memory, and notes about what was skipped. Raises: as `iter_rows`."""
+    notes: list[str] = []
+    return [row for _, row in iter_rows(path, notes)], notes
 
 
 def cut_from_step(path: Path, start_step: int) -> int:
-    """Drop the rows with step >= start_step and an incomplete last line, atomically; returns how many rows went.
+    """Drop the rows with step >= start_step and an incomplete last line, atomically; return how many rows went.
 
-    A file that does not exist is left so. Raises: UserError as `read_rows`.
+    A file that does not exist is left so; lines that stay keep their bytes. Raises: as `iter_rows`.
     """
     if not path.exists():
         return 0
-    rows, notes = read_rows(path)
-    kept = [row for row in rows if row["step"] < start_step]
-    if len(kept) == len(rows) and not notes:
-        return 0
+    notes: list[str] = []
+    kept = kept_at_start = dropped = 0
+    for line, row in iter_rows(path, notes, with_step=True):
+        if row["step"] < start_step:
+            kept += len(line)
+            kept_at_start += 0 if dropped else len(line)
+        else:
+            dropped += 1
+    if kept == kept_at_start:  # all that goes is at the end, as a run writes it: this needs no room on the disk
+        if dropped or notes:
+            os.truncate(path, kept)
+        return dropped
     # A crash in mid-write must leave the old file or the new one, never half of it.
     draft = path.with_suffix(path.suffix + ".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in kept)
+    with naming(path), draft.open("wb") as file:
+        file.writelines(line for line, row in iter_rows(path, notes) if row["step"] < start_step)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
-    return len(rows) - len(kept)
+    return dropped
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return the row of a line, NaN and infinity as null; None where the line is no JSON object."""
+    constants: list[str] = []
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = json.loads(line.decode("utf-8", errors="replace"), parse_constant=constants.append)
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        return None
+    if constants:  # `append` returned None in their places
+        row["non_finite"] = [key for key, value in row.items() if value is None]
+    return row

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rl.parallel.reduce import all_gather_flat
-from megatron_rl.shapes import Int, Int64, Shaped
+from megatron_rl.types import Int, Int64, Shaped
 
 # torch 2.13 renamed it; the old name warns
 _reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

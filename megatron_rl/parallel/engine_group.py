@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup
 from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world
 
-from megatron_rl.shapes import Shaped
+from megatron_rl.types import Shaped
 
 
 def join_engine_group(

@@ -20,8 +20,7 @@ from megatron_rl.parallel.vocab import (
     gradient_coefficients,
     merge_shards,
 )
-from megatron_rl.shapes import Float, Int64
-from megatron_rl.types import TokenStats
+from megatron_rl.types import Float, Int64, TokenStats
 
 _CHUNK_ELEMENTS = 2**26  # 128 MiB of bfloat16 logits; at V/TP = 38,016 that is 1,765 tokens, enough to fill a GPU
 

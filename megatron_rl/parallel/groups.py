@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rl import device
 from megatron_rl.config import ParallelConfig
 from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.types import Float
 
 device.prepare_megatron()
 
@@ -157,9 +159,9 @@ def barrier(groups: Groups) -> None:
 
 
 def broadcast_from_last_stage(
-    tensors: list[torch.Tensor | None], groups: Groups, like: torch.Tensor
-) -> list[torch.Tensor]:
-    """Give every pipeline stage the last stage's tensors (all shaped and typed as `like`), in one broadcast.
+    tensors: list[Float[Tensor, "T"] | None], groups: Groups, like: Float[Tensor, "T"]
+) -> list[Float[Tensor, "T"]]:
+    """Give every pipeline stage the last stage's tensors (all typed as `like`), in one broadcast.
 
     Losses and selection then run the same code on every stage; the traffic is a few floats a token.
     """

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rl.shapes import Float, Float64, Int64, Shaped
+from megatron_rl.types import Float, Float64, Int64, Shaped
 
 # torch 2.13 renamed it; the old name warns
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

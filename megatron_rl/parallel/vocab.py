@@ -18,8 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_rl import device
-from megatron_rl.shapes import Float, Float64, Int64, Shaped
-from megatron_rl.types import TokenStats
+from megatron_rl.types import Float, Float64, Int64, Shaped, TokenStats
 
 # e^x is exactly 0 in float64 below -746; a finite exponent is one that 0 can be multiplied with
 _LOWEST_EXPONENT = -1.0e4

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from megatron_rl.models.mapping import Row, experts_per_rank, find_row, from_shards
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reduce import Reducer, all_gather_flat
-from megatron_rl.shapes import Shaped
+from megatron_rl.types import Shaped
 
 
 @dataclass(frozen=True, slots=True)

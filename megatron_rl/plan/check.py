@@ -32,7 +32,7 @@ class BatchPlan:
 
 
 def batch_plan(config: Config) -> BatchPlan:
-    """The batch arithmetic of one step."""
+    """Return the batch arithmetic of one step."""
     train, samples = config.train, config.rollout.samples_per_prompt
     longest = config.max_sequence_tokens
     per_update = train.prompts_per_minibatch * samples
@@ -51,7 +51,7 @@ def batch_plan(config: Config) -> BatchPlan:
 
 
 def plan_table(config: Config) -> Table:
-    """The plan as a table for the terminal."""
+    """Return the plan as a table for the terminal."""
     table = Table(title=f"plan of {config.name}", show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -61,7 +61,7 @@ def plan_table(config: Config) -> Table:
 
 
 def plan_rows(config: Config) -> list[tuple[str, str]]:
-    """(what, value) in reading order."""
+    """Return the rows of the plan, (what, value), in reading order."""
     parallel, train, batch = config.parallel, config.train, batch_plan(config)
     layout = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"
     if parallel.vpp > 1:

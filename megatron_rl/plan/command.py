@@ -33,9 +33,14 @@ def plan(
     ] = "h100",
     nodes: Annotated[int | None, typer.Option(min=1, help="instead of the config's processes: full nodes")] = None,
     find: Annotated[bool, typer.Option("--search", help="rank the layouts that fit")] = False,
-    mean_prompt: Annotated[float | None, typer.Option(min=1, help="tokens; default 256 or the limit")] = None,
-    mean_response: Annotated[float | None, typer.Option(min=1, help="tokens; default half the limit")] = None,
-    generation_batches: Annotated[float, typer.Option(min=1, help="a step; above 1 with dynamic sampling")] = 1.0,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NUMBER",
+            help="prompt: mean tokens (256 or the limit); response: mean tokens (half the limit); batches: generation "
+            "batches a step (1; more with dynamic sampling)",
+        ),
+    ] = None,
     score: Annotated[
         bool, typer.Option("--score", help="predict what was measured, print the errors and exit")
     ] = False,
@@ -53,7 +58,7 @@ def plan(
     hardware = HARDWARE[gpu]
     changes = [f"parallel.world_size={nodes * hardware.gpus_per_node}"] if nodes else []
     resolved = load_config(config, [*(overrides or []), *changes])
-    load = _load(resolved, mean_prompt, mean_response, generation_batches)
+    load = _load(assume or [], resolved.data.max_prompt_tokens, resolved.rollout.max_response_tokens)
     arguments = (resolved, hardware, fitted_constants(), load, COUNTDOWN_VOCAB)
     step = plan_of(*arguments)
     fixes = [] if step.memory.fits else remedies(*arguments)
@@ -61,7 +66,7 @@ def plan(
         raise UserError("--search ranks by predicted seconds, which --gpu cpu has none of; choose a GPU")
     found = search(*arguments) if find else None
     if as_json:
-        print(json.dumps(_as_dict(resolved, step, load, fixes, found), indent=2))
+        print(json.dumps(_as_dict(resolved.name, step, load, fixes, found), indent=2))
         return
     _print_plan(console, resolved, hardware, step, load)
     _print_fit(console, step, fixes)
@@ -69,13 +74,20 @@ def plan(
         _print_search(console, found)
 
 
-def _load(config: Config, prompt: float | None, response: float | None, batches: float) -> Load:
-    """Raises: UserError for a mean beyond the limit."""
-    limits = (config.data.max_prompt_tokens, config.rollout.max_response_tokens)
-    for name, mean, limit in zip(("--mean-prompt", "--mean-response"), (prompt, response), limits, strict=True):
-        if mean is not None and mean > limit:
-            raise UserError(f"{name} {mean:g} exceeds the config's limit of {limit} tokens")
-    return Load(prompt or min(256, limits[0]), response or limits[1] / 2, batches)
+def _load(assumed: list[str], prompt_limit: int, response_limit: int) -> Load:
+    """Return the load with what is assumed of it. Raises: UserError for an unknown name, no number, one below 1 or a
+    mean beyond its limit."""
+    values = {"prompt": min(256.0, prompt_limit), "response": response_limit / 2, "batches": 1.0}
+    limits = {"prompt": prompt_limit, "response": response_limit, "batches": float("inf")}
+    for text in assumed:
+        name, _, number = text.partition("=")
+        try:
+            values[name], limit = float(number), limits[name]
+        except (KeyError, ValueError):
+            raise UserError(f"--assume {text}: expected one of {', '.join(limits)}, as in prompt=200") from None
+        if not 1 <= values[name] <= limit:
+            raise UserError(f"--assume {text}: expected at least 1 and at most the config's limit of {limit:g}")
+    return Load(**values)
 
 
 def _print_plan(console: Console, config: Config, hardware: Hardware, step: StepPlan, load: Load) -> None:
@@ -172,12 +184,12 @@ def _print_scores(console: Console, as_json: bool) -> None:
 
 
 def _as_dict(
-    config: Config, step: StepPlan, load: Load, fixes: list[Proposal], found: list[Proposal] | None
+    name: str, step: StepPlan, load: Load, fixes: list[Proposal], found: list[Proposal] | None
 ) -> dict[str, Any]:
     from megatron_rl.plan.score import stored_scores  # numpy
 
     answer = {
-        "name": config.name,
+        "name": name,
         "layout": asdict(step.layout),
         "assumed": asdict(load),
         "bytes": step.memory.phases,

@@ -37,13 +37,13 @@ class Scored:
 
     @property
     def error(self) -> float:
-        """Relative, signed."""
+        """Return the relative error, signed."""
         return self.predicted / self.published - 1.0
 
 
 def fit(rows: Sequence[Row], *, generation: bool = True) -> Constants:
-    """Constants from these rows alone, those of generation only when asked for. A kind of row that is missing leaves
-    its constants neutral."""
+    """Return the constants that fit these rows alone, those of generation only when asked for. A kind of row that is
+    missing leaves its constants neutral."""
     chosen = {id(row) for row in rows}
     training = [case for case in published.training_cases() if id(case.row) in chosen]
     constants = _NEUTRAL
@@ -63,13 +63,14 @@ def fit(rows: Sequence[Row], *, generation: bool = True) -> Constants:
 
 
 def training_scores(cases: Sequence[TrainingCase], constants: Constants) -> list[Scored]:
-    """Seconds of each case."""
+    """Return the seconds of each case, published and predicted."""
     weights = np.array([constants.matrix, constants.attention, constants.elementwise, constants.tp_link])
     return [Scored(case.row, case.seconds, float(_shares(case) @ weights) * case.seconds) for case in cases]
 
 
 def forward_scores(rows: Sequence[Row], constants: Constants) -> list[Scored]:
-    """Seconds of old log-probabilities over those of the update; layers recomputed, as verl does by default."""
+    """Return each row's seconds of old log-probabilities over those of the update; layers recomputed, as verl does by
+    default."""
     scored = []
     for row in rows:
         shape, layout = published.shape(row), Layout(recompute="full")
@@ -83,12 +84,13 @@ def forward_scores(rows: Sequence[Row], constants: Constants) -> list[Scored]:
 
 
 def rl_scores(cases: Sequence[RLCase], constants: Constants) -> list[Scored]:
-    """Seconds of whole steps: generation, two forward passes (old and reference log-probabilities), update."""
+    """Return the seconds of whole steps: generation, two forward passes (old and reference log-probabilities),
+    update."""
     return [Scored(case.row, case.seconds, rl_seconds(case, constants)) for case in cases]
 
 
 def rl_seconds(case: RLCase, constants: Constants) -> float:
-    """Of one published step."""
+    """Return the predicted seconds of one published step."""
     generation = generation_seconds(case.shape, case.hardware, constants, case.generation)
     forward, update = (
         pass_seconds(
@@ -113,7 +115,7 @@ def held_out(
     *,
     generation: bool = False,
 ) -> list[Scored]:
-    """Each row predicted by constants that were fitted without any row of the same key."""
+    """Return each row as predicted by constants that were fitted without any row of the same key."""
     scored = []
     for value in sorted({key(row) for row in rows}):
         constants = fit([row for row in published.rows() if key(row) != value], generation=generation)
@@ -122,7 +124,7 @@ def held_out(
 
 
 def _shares(case: TrainingCase) -> np.ndarray:
-    """Seconds at the peaks over published seconds, by kind of work."""
+    """Return the seconds at the peaks over the published seconds, by kind of work."""
 
     def work(recompute: str) -> np.ndarray:
         layout = replace(case.layout, recompute=recompute)
@@ -134,8 +136,8 @@ def _shares(case: TrainingCase) -> np.ndarray:
 
 
 def _least_deviations(shares: np.ndarray) -> list[float]:
-    """Non-negative x that minimises sum |shares x - 1|: an optimum lies where some columns are 0 and as many rows as
-    the others fit exactly, so that trying all such points finds it."""
+    """Return the non-negative x that minimises sum |shares x - 1|: an optimum lies where some columns are 0 and as many
+    rows as the others fit exactly, so that trying all such points finds it."""
     rows, columns = shares.shape
     best, least = np.zeros(columns), float("inf")
     for count in range(1, columns + 1):
@@ -157,7 +159,7 @@ def _rl_deviation(cases: Sequence[RLCase], constants: Constants) -> float:
 
 
 def _generation_grid(constants: Constants) -> list[Constants]:
-    """decode from 1 to 3 in steps of 0.1, token_seconds from 0 to 15 ms in steps of 1 ms."""
+    """Return constants with decode from 1 to 3 in steps of 0.1, token_seconds from 0 to 15 ms in steps of 1 ms."""
     return [
         replace(constants, decode=1.0 + 0.1 * decode, token_seconds=1e-3 * step)
         for decode in range(21)

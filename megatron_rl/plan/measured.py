@@ -31,7 +31,7 @@ class MeasuredPeak:
 
 @cache
 def measured_peaks() -> tuple[MeasuredPeak, ...]:
-    """The data file."""
+    """Read the data file."""
     text = resources.files("megatron_rl.plan").joinpath("data/measured_memory.csv").read_text()
     return tuple(
         MeasuredPeak(row["name"], row["use"], json.loads(row["overrides"]), int(row["peak_bytes"]))
@@ -40,6 +40,6 @@ def measured_peaks() -> tuple[MeasuredPeak, ...]:
 
 
 def predicted_bytes(config: Config, hardware: Hardware) -> float:
-    """Peak of the fullest rank."""
+    """Return the predicted peak of the fullest rank, bytes."""
     shape = shape_of(read_hf_config(config.model), COUNTDOWN_VOCAB)
     return memory_of(config, shape, layout_of(config), hardware).peak

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_rl.config import Config
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.models.hardware import (
     CHUNK_LOGITS,
     CPU_HEAP,
@@ -43,7 +44,7 @@ class Passes:
 
 
 def layer_activations(shape: ModelShape, layout: Layout, passes: Passes) -> float:
-    """Bytes that one dense layer keeps of one micro-batch for its backward pass, on a rank.
+    """Return the bytes that one layer keeps of one micro-batch for its backward pass, on a rank.
 
     Per token, in elements: the inputs of two norms and their outputs (4 h, split by tp under sequence parallelism),
     then, split by tp, queries, keys, values and the attention's output, and the MLP's two projections and their product
@@ -67,18 +68,19 @@ def layer_activations(shape: ModelShape, layout: Layout, passes: Passes) -> floa
 
 
 def layer_input(shape: ModelShape, layout: Layout, passes: Passes) -> float:
-    """Bytes of one layer's input, all that full recomputation keeps. Source: arXiv 2205.05198, section 5."""
+    """Return the bytes of one layer's input, all that full recomputation keeps. Source: arXiv 2205.05198, section 5."""
     return passes.tokens / layout.cp * shape.hidden * passes.element_bytes / (layout.tp if layout.sp else 1)
 
 
 def working_set(shape: ModelShape, layout: Layout, passes: Passes) -> float:
-    """Bytes of temporaries inside one layer: a forward's MLP, or the gradients of a backward's."""
+    """Return the bytes of temporaries inside one layer: a forward's MLP, or the gradients of a backward's."""
     ffn = max(shape.ffn, shape.experts_per_token * shape.expert_ffn)
     return passes.tokens / layout.cp * passes.element_bytes * (shape.mlp_matrices * ffn / layout.tp + 2 * shape.hidden)
 
 
 def in_flight(layout: Layout, micro_batches: int, stage: int) -> float:
-    """Micro-batches whose activations a stage keeps at the peak of 1F1B, in units of all its layers.
+    """Return the number of micro-batches whose activations a stage keeps at the peak of 1F1B, in units of all its
+    layers.
 
     Source: arXiv 2104.04473, section 2.2; the interleaved schedule keeps (1 + (p - 1) / (p v)) times more on the first
     stage (arXiv 2205.05198, section 4.2.3).
@@ -90,7 +92,7 @@ def in_flight(layout: Layout, micro_batches: int, stage: int) -> float:
 
 
 def training_activations(shape: ModelShape, layout: Layout, passes: Passes, stage: int) -> float:
-    """Peak bytes of saved activations and temporaries on a stage, without the logits."""
+    """Return the peak bytes of saved activations and temporaries on a stage, without the logits."""
     layers = shape.layers / layout.pp * in_flight(layout, passes.micro_batches, stage)
     whole = layer_activations(shape, layout, passes)
     if layout.recompute == "full":
@@ -101,7 +103,8 @@ def training_activations(shape: ModelShape, layout: Layout, passes: Passes, stag
 
 
 def logits_bytes(shape: ModelShape, layout: Layout, passes: Passes) -> float:
-    """One `[T, V / tp]` in the model's dtype: statistics and gradient are computed in place (parallel/vocab.py)."""
+    """Return the bytes of one `[T, V / tp]` in the model's dtype: statistics and gradient are computed in place
+    (parallel/vocab.py)."""
     return passes.tokens / layout.cp * shape.vocab / layout.tp * passes.element_bytes
 
 
@@ -110,13 +113,13 @@ def _logits(shape: ModelShape, layout: Layout, passes: Passes) -> Parts:
 
 
 def _fused_logits(shape: ModelShape, layout: Layout, passes: Passes) -> Parts:
-    """A chunk of logits, and the weight's gradient, which is summed over chunks in float32."""
+    """Return the bytes of a chunk of logits, and of the weight's gradient, which is summed over chunks in float32."""
     chunk = min(logits_bytes(shape, layout, passes), CHUNK_LOGITS * passes.element_bytes)
     return {"fused logits": chunk + 4.0 * shape.vocab / layout.tp * shape.hidden}
 
 
 def state_parts(held: RankParameters, layout: Layout, element_bytes: int) -> Parts:
-    """Weights, float32 gradients, and Adam's state spread over the data-parallel ranks.
+    """Return the bytes of weights, float32 gradients, and Adam's state spread over the data-parallel ranks.
 
     In bfloat16 Adam keeps float32 weights and two moments, 12 bytes a parameter; in float32 its weights are the
     model's.
@@ -131,7 +134,8 @@ def state_parts(held: RankParameters, layout: Layout, element_bytes: int) -> Par
 
 
 def stages(shape: ModelShape, layout: Layout, vocab_multiple: int) -> dict[int, RankParameters]:
-    """The stages that can be the fullest: the first, which keeps most activations, and the last, with the logits."""
+    """Return the stages that can be the fullest: the first, which keeps most activations, and the last, with the
+    logits."""
     last = layout.pp - 1
     return {
         stage: rank_parameters(shape, layout, first=stage == 0, last=stage == last, vocab_multiple=vocab_multiple)
@@ -142,7 +146,7 @@ def stages(shape: ModelShape, layout: Layout, vocab_multiple: int) -> dict[int, 
 def trainer_phases(
     shape: ModelShape, layout: Layout, passes: Passes, vocab_multiple: int, *, fuses: bool = False
 ) -> dict[str, Parts]:
-    """The trainer's parts in each phase, on the stage that is fullest in training. Generation lists what stays.
+    """Return the trainer's parts in each phase, on the stage that is fullest in training. Generation lists what stays.
     `fuses`: logits exist in chunks alone."""
     candidates = []
     for stage, held in stages(shape, layout, vocab_multiple).items():
@@ -170,23 +174,23 @@ class Memory:
     faults: tuple[str, ...] = ()
 
     def total(self, phase: str) -> float:
-        """Bytes of a phase."""
+        """Return the bytes of a phase."""
         return sum(self.phases[phase].values())
 
     @property
     def peak(self) -> float:
-        """Bytes of the fullest phase."""
+        """Return the bytes of the fullest phase."""
         return max(map(self.total, self.phases))
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits and nothing else is wrong."""
+        """Return whether every phase fits and nothing else is wrong."""
         return self.peak <= self.room and not self.faults
 
 
 def fuses_output_layer(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> bool:
-    """Whether the statistics compute the logits themselves, in chunks (model.fused_linear_stats): with `auto`, where a
-    phase that holds the logits would not fit. They cost a product more, so not where all fits."""
+    """Return whether the statistics compute the logits themselves, in chunks (model.fused_linear_stats): with `auto`,
+    where a phase that holds the logits would not fit. They cost a product more, so not where all fits."""
     mode = config.model.fused_linear_stats
     apart = _memory_of(config, shape, layout, hardware, fuses=False)
     crowded = any("logits" in parts and apart.total(phase) > apart.room for phase, parts in apart.phases.items())
@@ -194,7 +198,7 @@ def fuses_output_layer(config: Config, shape: ModelShape, layout: Layout, hardwa
 
 
 def memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> Memory:
-    """Of a run with this layout in place of the config's.
+    """Return the memory of a run with this layout in place of the config's.
 
     Micro-batches count as full and responses as long as they may be. On a CPU the peak resident memory is predicted:
     the heap keeps what one phase freed while the next one fills other memory, so that there the phases add up.
@@ -223,7 +227,7 @@ def _memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hard
         _add_replica(config, shape, layout, phases, width)
     elif on_gpu and not config.rollout.server.urls and config.rollout.weight_sync.mode == "colocated":
         faults = _add_servers(config, shape, phases, width, hardware)
-    phases["weight sync"]["buckets"] = _gathered(config, shape, layout, width, on_gpu)
+    phases["weight sync"]["buckets"] = _gathered(config.rollout, shape, layout, width, on_gpu)
     if not on_gpu:
         parts = {part: max(p.get(part, 0.0) for p in phases.values()) for parts in phases.values() for part in parts}
         parts["activations"] *= CPU_HEAP
@@ -235,7 +239,8 @@ def _memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hard
 
 
 def micro_batch_tokens(config: Config, layout: Layout) -> int:
-    """Tokens of the fullest micro-batch: the budget, or all that a rank has of an update or of a warm-start batch."""
+    """Return the tokens of the fullest micro-batch: the budget, or all that a rank has of an update or of a warm-start
+    batch."""
     sequences = math.ceil(config.train.prompts_per_minibatch * config.rollout.samples_per_prompt / layout.dp)
     if config.warm_start is not None:
         sequences = max(sequences, math.ceil(config.warm_start.batch_size / layout.dp))
@@ -243,25 +248,25 @@ def micro_batch_tokens(config: Config, layout: Layout) -> int:
 
 
 def update_micro_batches(config: Config, layout: Layout) -> int:
-    """Micro-batches of one update on a rank when every sequence is of the longest length."""
+    """Return the micro-batches of one update on a rank when every sequence is of the longest length."""
     sequences = math.ceil(config.train.prompts_per_minibatch * config.rollout.samples_per_prompt / layout.dp)
     return math.ceil(sequences / max(1, config.train.micro_batch_tokens // config.max_sequence_tokens))
 
 
-def _gathered(config: Config, shape: ModelShape, layout: Layout, width: int, on_gpu: bool) -> float:
-    """Buffers of a weight update: a bucket over all tensor ranks, this rank's part of it as one piece, the largest
-    weight whole; gloo gathers into a copy of its own. Then two of the servers' buckets."""
+def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Layout, width: int, on_gpu: bool) -> float:
+    """Return the bytes of a weight update's buffers: a bucket over all tensor ranks, this rank's part of it as one
+    piece, the largest weight whole; gloo gathers into a copy of its own. Then two of the servers' buckets."""
     stage = width * parameters(shape) / layout.pp
     bucket = min(GATHER_BYTES, stage)
     copies = 1 + 1 / layout.tp + (not on_gpu and layout.tp > 1)
     largest = min(stage, width * shape.vocab * shape.hidden)
-    servers = 0 if config.rollout.is_embedded else 2 * config.rollout.weight_sync.bucket_mib * 2**20
+    servers = 0 if rollout.is_embedded else 2 * rollout.weight_sync.bucket_mib * 2**20
     return bucket * copies + largest + min(servers, 2 * width * parameters(shape))
 
 
 def _add_replica(config: Config, shape: ModelShape, layout: Layout, phases: dict[str, Parts], width: int) -> None:
-    """The embedded engine: a whole model on every rank at all times; a cache and the sampler's float32 logits and four
-    float64 copies while it generates."""
+    """Add the embedded engine: a whole model on every rank at all times; a cache and the sampler's float32 logits and
+    four float64 copies while it generates."""
     sequences = math.ceil(config.train.prompts_per_step * config.rollout.samples_per_prompt / layout.gpus)
     together = min(sequences, config.rollout.batch_size)
     for parts in phases.values():
@@ -274,9 +279,9 @@ def _add_replica(config: Config, shape: ModelShape, layout: Layout, phases: dict
 def _add_servers(
     config: Config, shape: ModelShape, phases: dict[str, Parts], width: int, hardware: Hardware
 ) -> tuple[str, ...]:
-    """Servers on the trainer's GPUs: `memory_fraction` of each for weights and cache, released in training when they
-    share the memory, and a process of their own. Then gradients are freed, and in bfloat16 the optimizer's state is on
-    the host, during generation (MegatronPolicy.offload)."""
+    """Add servers on the trainer's GPUs, and return what is wrong with them: `memory_fraction` of each for weights and
+    cache, released in training when they share the memory, and a process of their own. Then gradients are freed, and in
+    bfloat16 the optimizer's state is on the host, during generation (MegatronPolicy.offload)."""
     server = config.rollout.server
     weights = width * parameters(shape) / server.tp
     pool = server.memory_fraction * hardware.memory

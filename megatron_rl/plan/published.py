@@ -33,35 +33,35 @@ _SYSTEMS = {"DGX-H100": "h100", "H100 HBM3": "h100", "H100-96GB HBM2e 500W": "h1
 
 @cache
 def rows() -> tuple[Row, ...]:
-    """The data file."""
+    """Read the data file."""
     text = resources.files("megatron_rl.plan").joinpath("data/published.csv").read_text()
     return tuple(csv.DictReader(text.splitlines()))
 
 
 @cache
 def models() -> dict[str, dict[str, object]]:
-    """Sizes of the models in the rows, in the words of a config.json."""
+    """Return the sizes of the models in the rows, in the words of a config.json."""
     return json.loads(resources.files("megatron_rl.plan").joinpath("data/models.json").read_text())
 
 
 def model_name(row: Row) -> str:
-    """One name for a model that stacks spell differently."""
+    """Return one name for a model that stacks spell differently."""
     return _MODELS.get(row["model"], row["model"])
 
 
 def shape(row: Row) -> ModelShape:
-    """Of the row's model."""
+    """Return the shape of the row's model."""
     return shape_of(models()[model_name(row)])
 
 
 def hardware(row: Row) -> Hardware | None:
-    """None where the planner does not know the machine's speed."""
+    """Return the row's machine; None where the planner does not know the machine's speed."""
     name = _SYSTEMS.get(row["system"])
     return HARDWARE[name] if name else None
 
 
 def size(row: Row, column: str) -> int:
-    """A column of sizes; empty is 1."""
+    """Return a size from its column; an empty one is 1."""
     return int(row[column] or 1)
 
 
@@ -81,7 +81,7 @@ class TrainingCase:
 
 
 def training_cases() -> list[TrainingCase]:
-    """Rows of pre-training, fine-tuning and trainer steps on machines that the planner knows."""
+    """Return the rows of pre-training, fine-tuning and trainer steps on machines that the planner knows."""
     kinds = ("pretrain", "sft", "RL-trainer-step")
     return [
         _training_case(row) for row in rows() if row["kind"] in kinds and row["system"] in _SYSTEMS and _is_hopper(row)
@@ -93,10 +93,10 @@ def _is_hopper(row: Row) -> bool:
 
 
 def _training_case(row: Row) -> TrainingCase:
-    """Rules: Megatron-LM ran with sequence parallelism and, as its pipeline's depth of chunks is not published, with
-    one layer a chunk; a micro-batch is one sequence. prime-rl recomputes all layers, torchtitan all ("full AC") or half
-    ("selective"), Megatron-LM none. Sharded data parallelism hides its communication.
-    """
+    """Return the case of a row by these rules: Megatron-LM ran with sequence parallelism and, as its pipeline's depth
+    of chunks is not published, with one layer a chunk; a micro-batch is one sequence. prime-rl recomputes all layers,
+    torchtitan all ("full AC") or half ("selective"), Megatron-LM none. Sharded data parallelism hides its
+    communication."""
     model, machine = shape(row), hardware(row)
     assert machine is not None
     layout = Layout(
@@ -130,7 +130,7 @@ def _training_case(row: Row) -> TrainingCase:
 
 
 def recomputed(row: Row) -> float:
-    """Share of the layers' forward pass that the row's stack ran again."""
+    """Return the share of the layers' forward pass that the row's stack ran again."""
     if row["stack"] == "prime-rl":
         return 1.0
     if "full AC" in row["note"]:
@@ -139,7 +139,7 @@ def recomputed(row: Row) -> float:
 
 
 def _megatron_flops(model: ModelShape, length: int) -> float:
-    """Operations per trained token as Megatron-LM reports them: attention not halved for causality.
+    """Return the operations per trained token as Megatron-LM reports them: attention not halved for causality.
 
     Source: Megatron-LM r0.8.0, training.py, num_floating_point_operations.
     """
@@ -152,7 +152,7 @@ RATIO_CONTEXT = 2048.0
 
 
 def forward_rows() -> list[Row]:
-    """Rows that tell the seconds of old log-probabilities and of the update, on the same tokens."""
+    """Return the rows that tell the seconds of old log-probabilities and of the update, on the same tokens."""
     return [row for row in rows() if row["stack"] == "verl" and row["old_logp_s"] and row["update_s"]]
 
 
@@ -172,14 +172,15 @@ class RLCase:
 
 
 def rl_cases() -> list[RLCase]:
-    """NeMo-RL's on-policy steps of dense models."""
+    """Return NeMo-RL's on-policy steps of dense models."""
     return [_rl_case(row) for row in rows() if row["kind"] == "RL" and row["stack"] == "NeMo-RL"]
 
 
 def _rl_case(row: Row) -> RLCase:
-    """Rules, from NeMo-RL's recipes where the row is silent: groups of 32, a vLLM with 0.6 of the memory and at most
-    256 sequences, one sequence a micro-batch, old and reference log-probabilities each step. Rows without a layout
-    ran without tensor and pipeline parallelism. Prompt tokens are what the throughput counts beyond the responses."""
+    """Return the case of a row by these rules, from NeMo-RL's recipes where the row is silent: groups of 32, a vLLM
+    with 0.6 of the memory and at most 256 sequences, one sequence a micro-batch, old and reference log-probabilities
+    each step. Rows without a layout ran without tensor and pipeline parallelism. Prompt tokens are what the throughput
+    counts beyond the responses."""
     model, machine, gpus = shape(row), hardware(row), int(row["gpus"])
     assert machine is not None
     engine_tp = int(row["backend"].split("[TP,PP]=[")[1].split(",")[0])
@@ -225,16 +226,16 @@ class MemoryCase:
 
 
 def memory_cases() -> list[MemoryCase]:
-    """Rows of fully sharded training that tell their peak memory, on any GPU; none whose activations were offloaded."""
+    """Return the rows of fully sharded training that tell their peak memory, on any GPU; none whose activations were
+    offloaded."""
     chosen = [row for row in rows() if row["mem_gib"] and "Offload" not in row["backend"]]
     return [MemoryCase(row, float(row["mem_gib"]) * GIB, _sharded_bytes(row)) for row in chosen]
 
 
 def _sharded_bytes(row: Row) -> float:
-    """Rules: float32 weights, gradients and moments over all ranks; activations by the planner's formulas, half of them
-    where a stack recomputes half ("selective"); an eager loss, but chunks of logits too small to count in prime-rl's
-    RL.
-    """
+    """Return the bytes of a rank by these rules: float32 weights, gradients and moments over all ranks; activations by
+    the planner's formulas, half of them where a stack recomputes half ("selective"); an eager loss, but chunks of
+    logits too small to count in prime-rl's RL."""
     model, half = shape(row), recomputed(row) == 0.5
     layout = Layout(dp=size(row, "DP"), recompute="full" if recomputed(row) == 1.0 else "none")
     passes = Passes(tokens=size(row, "MBS") * int(row["seq"]), micro_batches=1, element_bytes=2)

@@ -31,21 +31,21 @@ class Score:
     worst: float
 
     def text(self) -> str:
-        """For beside a prediction."""
+        """Return the errors as a text to stand beside a prediction."""
         return f"{self.median:.0%}, worst {self.worst:.0%}"
 
 
 @cache
 def stored_scores() -> dict[str, Score]:
-    """Those that scripts/fit_planner.py wrote beside the constants, by kind: training, forward, step, memory,
-    cpu_memory."""
+    """Return the scores that scripts/fit_planner.py wrote beside the constants, by kind: training, forward, step,
+    memory, cpu_memory."""
     text = resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text()
     return {kind: Score(**score) for kind, score in json.loads(text)["scores"].items()}
 
 
 def all_errors() -> dict[str, tuple[str, str, list[tuple[str, float]]]]:
-    """kind -> (what, how held out, [(row, relative error)]). Leaves out a model at a time, as a user's model is one
-    that nobody fitted; rows of one model differ too little to tell."""
+    """Return kind -> (what, how held out, [(row, relative error)]). Leaves out a model at a time, as a user's model is
+    one that nobody fitted; rows of one model differ too little to tell."""
     training = [case.row for case in published.training_cases()]
     steps = [case.row for case in published.rl_cases()]
     return {
@@ -83,7 +83,7 @@ def all_errors() -> dict[str, tuple[str, str, list[tuple[str, float]]]]:
 
 
 def cpu_memory_errors(use: str) -> list[tuple[str, float]]:
-    """(run, relative error) of the project's own measured runs. Raises: UserError outside a source checkout."""
+    """Return (run, relative error) of the project's own measured runs. Raises: UserError outside a source checkout."""
     if not QUICKSTART.is_file():
         raise UserError(f"the measured runs are of {QUICKSTART}, which is not there; score from a source checkout")
     return [
@@ -94,7 +94,7 @@ def cpu_memory_errors(use: str) -> list[tuple[str, float]]:
 
 
 def summarise(what: str, held_out: str, errors: list[tuple[str, float]]) -> Score:
-    """Median and worst of the absolute errors."""
+    """Return the median and the worst of the absolute errors."""
     sizes = [abs(error) for _, error in errors]
     return Score(what, held_out, len(sizes), statistics.median(sizes), max(sizes))
 

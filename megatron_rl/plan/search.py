@@ -27,14 +27,14 @@ class Proposal:
 
     @property
     def overrides(self) -> list[str]:
-        """For the command line: a.b=c."""
+        """Return the changes as the command line takes them: a.b=c."""
         return [
             f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.changes.items()
         ]
 
 
 def changed(config: Config, changes: Changes) -> Config:
-    """Raises: ConfigError when the changed config is not valid."""
+    """Return the changed config. Raises: ConfigError when it is not valid."""
     raw = config.model_dump(mode="json")
     for key, value in changes.items():
         *parents, last = key.split(".")
@@ -46,15 +46,15 @@ def changed(config: Config, changes: Changes) -> Config:
 
 
 def plan_of(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> StepPlan:
-    """Of the config as it stands; `vocab` where the model's config does not say."""
+    """Return the plan of the config as it stands; `vocab` where the model's config does not say."""
     return plan_step(
         config, shape_of(read_hf_config(config.model), vocab), layout_of(config), hardware, constants, load
     )
 
 
 def search(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> list[Proposal]:
-    """Valid layouts of the config's processes that fit, fastest first. Batch, model and engine stay as they are, but
-    for the engines' tensor parallelism."""
+    """Return the valid layouts of the config's processes that fit, fastest first. Batch, model and engine stay as they
+    are, but for the engines' tensor parallelism."""
     found = []
     for changes in _candidates(config, hardware):
         try:
@@ -99,7 +99,7 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
 
 
 def remedies(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> list[Proposal]:
-    """Single changes after which the config fits, the fastest first."""
+    """Return single changes after which the config fits, the fastest first."""
     parallel, server, longest = config.parallel, config.rollout.server, config.max_sequence_tokens
     singles: list[Changes] = [
         {"model.recompute": "selective"},

@@ -44,7 +44,7 @@ ALL_REDUCE_SECONDS = 10e-6
 
 @cache
 def fitted_constants() -> Constants:
-    """The constants that fit.py made from data/published.csv."""
+    """Return the constants that fit.py made from data/published.csv."""
     text = resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text()
     return Constants(**json.loads(text)["constants"])
 
@@ -59,14 +59,15 @@ class Work:
     tp_link: float
 
     def seconds(self, constants: Constants) -> float:
-        """Weighted by what real programs reach."""
+        """Return the seconds, weighted by what real programs reach."""
         return sum(getattr(self, field.name) * getattr(constants, field.name) for field in fields(self))
 
 
 def pass_work(
     shape: ModelShape, layout: Layout, hardware: Hardware, tokens: float, context: float, *, backward: bool
 ) -> Work:
-    """Of `tokens` tokens of one data-parallel rank that attend to `context` tokens on average.
+    """Return the work of a pass over `tokens` tokens of one data-parallel rank that attend to `context` tokens on
+    average.
 
     A backward pass costs twice its forward (flash attention's 2.5 times, as it computes the scores anew), and full
     recomputation one forward of the layers more. Elementwise work reads and writes what a layer keeps. Tensor
@@ -110,7 +111,7 @@ def pass_seconds(
     micro_batches: int,
     backward: bool,
 ) -> float:
-    """One pipelined pass over a data-parallel rank's tokens, bubble included."""
+    """Return the seconds of one pipelined pass over a data-parallel rank's tokens, bubble included."""
     work = pass_work(shape, layout, hardware, tokens, context, backward=backward).seconds(constants)
     return work * (1.0 + bubble(layout, micro_batches)) * (1.0 if backward else constants.forward)
 
@@ -131,7 +132,7 @@ class Generation:
 
 
 def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constants, load: Generation) -> float:
-    """From the first prompt to the end of the longest response.
+    """Return the seconds from the first prompt to the end of the longest response.
 
     A token's step reads the weights once and the cache of all sequences in flight, or multiplies, whichever lasts
     longer. While more sequences wait than fit, the engine is full; then it drains, and its last steps serve few
@@ -165,7 +166,8 @@ def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constan
 
 
 def _cut_exponential(mean: float, limit: float) -> float:
-    """The scale m of an exponential whose values, cut at `limit`, average `mean`: m (1 - e^(-limit / m)) = mean."""
+    """Return the scale m of an exponential whose values, cut at `limit`, average `mean`: m (1 - e^(-limit / m)) =
+    mean."""
     low, high = mean / 2, 1e4 * limit
     for _ in range(100):
         middle = math.sqrt(low * high)

@@ -31,12 +31,12 @@ class ModelShape:
 
     @property
     def qkv_width(self) -> int:
-        """Width of the fused query, key and value projection."""
+        """Return the width of the fused query, key and value projection."""
         return (self.heads + 2 * self.groups) * self.head_dim
 
     @property
     def mlp_matrices(self) -> int:
-        """Matrices of one MLP."""
+        """Return the matrices of one MLP."""
         return 3 if self.gated else 2
 
 
@@ -56,34 +56,35 @@ class Layout:
 
     @property
     def gpus(self) -> int:
-        """Ranks."""
+        """Return the number of ranks."""
         return self.tp * self.pp * self.dp * self.cp
 
     @property
     def shards(self) -> int:
-        """Ranks that share a weight's optimizer state."""
+        """Return the ranks that share a weight's optimizer state."""
         return self.dp * self.cp if self.distributed_optimizer else 1
 
     @property
     def expert_tp(self) -> int:
-        """Tensor parallelism inside an expert: dealt-out experts stay whole, as parallel/groups.py builds them."""
+        """Return the tensor parallelism inside an expert: dealt-out experts stay whole, as parallel/groups.py builds
+        them."""
         return self.tp if self.ep == 1 else 1
 
     @property
     def expert_shards(self) -> int:
-        """Ranks that share an expert's optimizer state."""
+        """Return the ranks that share an expert's optimizer state."""
         copies = self.tp * self.dp * self.cp // (self.ep * self.expert_tp)
         return copies if self.distributed_optimizer else 1
 
     def text(self) -> str:
-        """For people: the sizes above 1, then the switches."""
+        """Return a text for people: the sizes above 1, then the switches."""
         sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "ep": self.ep, "dp": self.dp}
         parts = [f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("tp", "pp", "dp")]
         return ", ".join([*parts, *["sp"] * self.sp, *[f"recompute {self.recompute}"] * (self.recompute != "none")])
 
 
 def layout_of(config: Config) -> Layout:
-    """The layout that the config asks for."""
+    """Return the layout that the config asks for."""
     parallel = config.parallel
     return Layout(
         tp=parallel.tp,
@@ -99,7 +100,7 @@ def layout_of(config: Config) -> Layout:
 
 
 def bubble(layout: Layout, micro_batches: int) -> float:
-    """Idle share of a pipelined pass, relative to its work: (p - 1) / (m v).
+    """Return the idle share of a pipelined pass, relative to its work: (p - 1) / (m v).
 
     Source: Narayanan et al., arXiv 2104.04473, section 2.2.
     """
@@ -107,7 +108,7 @@ def bubble(layout: Layout, micro_batches: int) -> float:
 
 
 def shape_of(hf: dict[str, Any], vocab: int | None = None) -> ModelShape:
-    """From the contents of a config.json; `vocab` where it does not say."""
+    """Return the shape of a model from the contents of its config.json; `vocab` where it does not say."""
     # plain GPT, with two matrices in its MLP, appears among the published rows alone
     kind = ARCHITECTURES.get(hf["model_type"], Architecture())
     heads = hf["num_attention_heads"]
@@ -139,14 +140,14 @@ class RankParameters:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Return all of them."""
         return self.dense + self.experts
 
 
 def rank_parameters(
     shape: ModelShape, layout: Layout, *, first: bool, last: bool, vocab_multiple: int
 ) -> RankParameters:
-    """Of a rank on a pipeline stage that is the first, the last, both or neither.
+    """Return the parameters of a rank on a pipeline stage that is the first, the last, both or neither.
 
     The vocabulary is padded to a multiple of tp * vocab_multiple. A tied embedding lies on both ends of a pipeline.
     Source: the shapes of Megatron-Core's GPTModel, as policy/build.py asks for them.
@@ -167,7 +168,7 @@ def rank_parameters(
 
 
 def parameters(shape: ModelShape) -> float:
-    """Of the whole model, its vocabulary not padded."""
+    """Return the parameters of the whole model, its vocabulary not padded."""
     return rank_parameters(shape, Layout(), first=True, last=True, vocab_multiple=1).total
 
 
@@ -180,7 +181,7 @@ def count_parameters(hf: dict[str, Any], vocab: int = 0) -> tuple[int, int]:
 
 
 def matrix_parameters(shape: ModelShape) -> tuple[float, float]:
-    """(those in matrix products of the layers that one token meets, those of the output layer)."""
+    """Return the parameters (in matrix products of the layers that one token meets, in the output layer)."""
     attention = shape.hidden * shape.qkv_width + shape.heads * shape.head_dim * shape.hidden
     mlp = shape.mlp_matrices * shape.hidden * shape.ffn
     expert = (
@@ -191,8 +192,9 @@ def matrix_parameters(shape: ModelShape) -> tuple[float, float]:
 
 
 def forward_flops(shape: ModelShape, context: float) -> tuple[float, float]:
-    """Per token of a forward pass: (matrix products, attention). `context` is the mean number of tokens attended to,
-    half the length for causal attention over whole sequences; the backward pass costs twice as much.
+    """Return the operations per token of a forward pass, (matrix products, attention). `context` is the mean number of
+    tokens attended to, half the length for causal attention over whole sequences; the backward pass costs twice as
+    much.
 
     Source: Narayanan et al., arXiv 2104.04473, appendix, with causal attention counted as what it computes.
     """
@@ -201,5 +203,5 @@ def forward_flops(shape: ModelShape, context: float) -> tuple[float, float]:
 
 
 def kv_bytes_per_token(shape: ModelShape, element_bytes: int) -> float:
-    """Of the whole model's key-value cache."""
+    """Return the bytes that one token takes in the whole model's key-value cache."""
     return 2.0 * shape.layers * shape.groups * shape.head_dim * element_bytes

@@ -26,7 +26,7 @@ class Load:
 
     @property
     def length(self) -> float:
-        """Tokens of a sequence."""
+        """Return the tokens of a sequence."""
         return self.prompt + self.response
 
 
@@ -45,7 +45,7 @@ class StepPlan:
 
     @property
     def total(self) -> float:
-        """Seconds of a step."""
+        """Return the seconds of a step."""
         if self.overlapped:
             generation = self.seconds["rollout"] + self.seconds["reward"]
             return max(generation, sum(self.seconds.values()) - generation)
@@ -53,14 +53,14 @@ class StepPlan:
 
     @property
     def tokens_per_gpu(self) -> float:
-        """Tokens per second and GPU over the whole step."""
+        """Return the tokens per second and GPU over the whole step."""
         return self.tokens / self.total / self.layout.gpus
 
 
 def plan_step(
     config: Config, shape: ModelShape, layout: Layout, hardware: Hardware, constants: Constants, load: Load
 ) -> StepPlan:
-    """Of a config, whose own layout `layout` may replace."""
+    """Return the plan of a config, whose own layout `layout` may replace."""
     memory = memory_of(config, shape, layout, hardware)
     sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
     updates = config.minibatches_per_step
@@ -106,7 +106,8 @@ def plan_step(
 def rollout_seconds(
     config: Config, shape: ModelShape, layout: Layout, hardware: Hardware, constants: Constants, load: Load
 ) -> float:
-    """One generation batch. Servers that the run does not start count as as many as it would start."""
+    """Return the seconds of one generation batch. Servers that the run does not start count as as many as it would
+    start."""
     width = width_of(config.model)
     sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
     server = config.rollout.server

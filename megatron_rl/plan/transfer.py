@@ -12,13 +12,13 @@ from megatron_rl.plan.shapes import Layout, ModelShape, parameters
 
 
 def width_of(model: ModelConfig) -> int:
-    """Bytes of one weight."""
+    """Return the bytes of one weight."""
     return 2 if model.dtype == "bfloat16" else 4
 
 
 def data_link(layout: Layout, hardware: Hardware) -> float:
-    """Bytes/s that each rank has for a data-parallel collective: the ranks of a node that are in one ring share their
-    network ports."""
+    """Return the bytes/s that each rank has for a data-parallel collective: the ranks of a node that are in one ring
+    share their network ports."""
     inner = layout.tp * layout.cp
     if inner * layout.dp <= hardware.gpus_per_node:
         return hardware.node_link
@@ -27,7 +27,8 @@ def data_link(layout: Layout, hardware: Hardware) -> float:
 
 
 def optimizer_seconds(shape: ModelShape, layout: Layout, hardware: Hardware, width: int) -> float:
-    """Of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights. Nothing overlaps them here.
+    """Return the seconds of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights. Nothing
+    overlaps them here.
 
     Adam reads a gradient and reads and writes weight and two moments, all float32, and writes the model's weight.
     Source: ring collectives move (n - 1) / n of the bytes; arXiv 1910.02054, section 7.
@@ -42,15 +43,14 @@ def optimizer_seconds(shape: ModelShape, layout: Layout, hardware: Hardware, wid
 
 
 def sync_bytes(shape: ModelShape, width: int) -> float:
-    """Of one weight update: the whole model."""
+    """Return the bytes of one weight update: the whole model."""
     return width * parameters(shape)
 
 
 def sync_seconds(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    """Of one weight update: every rank gathers the whole model, over tensor ranks within a node and pipeline stages
-    across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state moves to the
-    host and back.
-    """
+    """Return the seconds of one weight update: every rank gathers the whole model, over tensor ranks within a node and
+    pipeline stages across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state
+    moves to the host and back."""
     width = width_of(config.model)
     model = sync_bytes(shape, width)
     spread = layout.gpus > hardware.gpus_per_node

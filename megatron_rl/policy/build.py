@@ -242,7 +242,8 @@ def _inv_freq(hf: PretrainedConfig) -> torch.Tensor:
 def build_optimizer(
     model: Model, config: Config, total_updates: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam and its learning-rate schedule, counted in optimizer updates."""
+    """Return Adam and its learning-rate schedule. Megatron counts it in optimizer updates; a run that goes on with
+    mini-batches of another size is put at the same step (checkpoint.py)."""
     options: OptimizerConfig = config.optimizer
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(

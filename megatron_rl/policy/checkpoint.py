@@ -14,16 +14,16 @@ import pickle
 import queue
 import random
 import re
-import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
@@ -36,7 +36,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl import device, launch
 from megatron_rl.config import dump_config
-from megatron_rl.convert.save_hf import fsync_tree, write_hf_extras
+from megatron_rl.convert.disk import free_bytes, fsync_tree, remove, unused
+from megatron_rl.convert.model_files import policy_files, write_files
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.adam import begin_torch_adam, let_torch_adam_load, refresh_host_weights, restore_step_0
@@ -52,12 +53,9 @@ class _Save:
     """One checkpoint on its way to the disk."""
 
     target: Path
+    draft: Path  # where it is written
     needed: int  # bytes
     is_best: bool
-
-    @property
-    def draft(self) -> Path:
-        return self.target.with_name(f".{self.target.name}")
 
 
 class CheckpointStore:
@@ -65,8 +63,10 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, policy: MegatronPolicy, groups: Groups, tokenizer: Any = None) -> None:
         """`folder` need not exist; all nodes must see it, and room is looked up from rank 0's. `tokenizer` travels in
-        hf/; None: hf/ holds the model's part alone."""
-        self.folder, self.policy, self.groups, self.tokenizer = folder, policy, groups, tokenizer
+        hf/; None: hf/ holds the model's part alone. What hf/ carries over is read now: its source may go away later."""
+        self.folder, self.policy, self.groups = folder, policy, groups
+        self._beside_weights = policy_files(policy, tokenizer) if groups.rank == 0 else {}
+        self._not_removed: set[str] = set()  # what was said already
         self._world = groups.all_ranks
         self._background = AsyncCallsQueue()
         self._unfinished: _Save | None = None
@@ -90,9 +90,9 @@ class CheckpointStore:
         """
         self.finish()
         state = self._state(is_loading=False) | {"step": step, "extra": extra}
-        save = _Save(self.path(step), self._bytes_of(state), is_best)
-        self._on_rank_0(lambda: self._prepare(save), save)
-        self._unfinished = save
+        target = self.path(step)
+        save = _Save(target, target.with_name(f".{target.name}"), self._bytes_of(state), is_best)
+        self._unfinished = save = replace(save, draft=self._on_rank_0(lambda: self._prepare(save), save))
         try:
             request = self._request(state, save.draft)
             if self.policy.config.train.async_save:
@@ -125,6 +125,7 @@ class CheckpointStore:
         Raises: UserError naming a checkpoint that cannot be read.
         """
         try:
+            written_by = yaml.safe_load((path / "config.yaml").read_text())
             strategy = get_default_load_sharded_strategy(str(path))
             wanted = self._state(is_loading=True)
             saved, layout = dist_checkpointing.load_common_state_dict(str(path))["layout"], wanted["layout"]
@@ -145,22 +146,33 @@ class CheckpointStore:
             ) from error
         self.policy.model.load_state_dict(state["model"])
         self._load_optimizer(state)
+        self._place_schedule(state["scheduler"], written_by)
         self.policy.skipped_in_a_row = state["skipped_in_a_row"]
         if "random" in state:
             _set_random_states(state["random"])
         return int(state["step"]), state["extra"]
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Moments and the number of updates. Hyper-parameters stay the config's, which may have changed since the save:
+        """Restore the moments. Hyper-parameters stay the config's, which may have changed since the save:
         Megatron would take them from the checkpoint, and the run would not be the one that its config.yaml tells."""
-        optimizer, scheduler = self.policy.optimizer, self.policy.scheduler
+        optimizer = self.policy.optimizer
         configured = [{name: group[name] for name in _HYPERPARAMETERS} for group in optimizer.param_groups]
         restore_step_0(state["optimizer"])
         optimizer.load_state_dict(state["optimizer"])
         refresh_host_weights(optimizer)
         for group, values in zip(optimizer.param_groups, configured, strict=True):
             group.update(values)
-        scheduler.step(increment=state["scheduler"]["num_steps"] - scheduler.num_steps)  # sets lr and weight_decay
+
+    def _place_schedule(self, saved: dict[str, Any], written_by: dict[str, Any]) -> None:
+        """Put the schedule where the run is, counted in steps: with mini-batches of another size that is another number
+        of updates. A warm-up that the config still asks for keeps its length in steps too."""
+        config, scheduler = self.policy.config, self.policy.scheduler
+        train = written_by["train"]
+        scale = config.minibatches_per_step / (train["prompts_per_step"] // train["prompts_per_minibatch"])
+        if written_by["optimizer"]["warmup_steps"] == config.optimizer.warmup_steps:
+            scheduler.lr_warmup_steps = saved["lr_warmup_steps"] * scale
+        place = round(saved["num_steps"] * scale)
+        scheduler.step(increment=place - scheduler.num_steps)  # sets lr and weight_decay
 
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {
@@ -203,13 +215,16 @@ class CheckpointStore:
         parent = os.getpid() if self.policy.config.train.async_save else None
         return request._replace(async_fn=partial(_write_files, transforms, parent))
 
-    def _prepare(self, save: _Save) -> None:
+    def _prepare(self, save: _Save) -> Path:
+        """Return an empty draft: of another name when what was left of an earlier one cannot be removed."""
         for leftover in self.folder.glob(".step_*"):  # of killed saves and killed removals
-            shutil.rmtree(leftover)
-        save.draft.mkdir(parents=True)
-        if shutil.disk_usage(self.folder).free < save.needed:
-            save.draft.rmdir()
+            self._remove(leftover)
+        draft = unused(save.draft)
+        draft.mkdir(parents=True)
+        if free_bytes(draft) < save.needed:
+            draft.rmdir()
             raise UserError(self._story(save, "there is no room for it"))
+        return draft
 
     def _publish(self) -> None:
         """The draft of a written save becomes a checkpoint, and those that are no longer kept go."""
@@ -219,7 +234,7 @@ class CheckpointStore:
 
     def _rename(self, save: _Save) -> None:
         (save.draft / "config.yaml").write_text(dump_config(self.policy.config))
-        write_hf_extras(save.draft / "hf", self.policy, self.tokenizer)
+        write_files(save.draft / "hf", self._beside_weights)
         fsync_tree(save.draft)
         best = self.folder / "best"
         if save.is_best:  # before the renaming: a process killed between the two comes by here again
@@ -227,33 +242,48 @@ class CheckpointStore:
             link.unlink(missing_ok=True)
             link.symlink_to(save.target.name)
             link.replace(best)
-        if save.target.exists():  # the same step again
-            _remove(save.target)
+        if os.path.lexists(save.target):  # the same step again
+            self._remove(_hidden(save.target))
         save.draft.rename(save.target)
         fsync_tree(self.folder, recursive=False)
         kept = sorted(self._finished())[-self.policy.config.train.keep_checkpoints :]
         for path in self._finished():
             if path not in kept and not (best.is_symlink() and best.readlink().name == path.name):
-                _remove(path)
+                try:
+                    hidden = _hidden(path)
+                except OSError as error:
+                    self._tell(f"cannot remove {path} ({error}); the run goes on")
+                else:
+                    self._remove(hidden)
+
+    def _remove(self, path: Path) -> None:
+        """Remove what nothing needs any longer; when that fails, say so once and go on."""
+        remove(path, self._tell)
+
+    def _tell(self, text: str) -> None:
+        if text not in self._not_removed:
+            self._not_removed.add(text)
+            launch.say(text)
 
     def _finished(self) -> list[Path]:
         return [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]
 
-    def _on_rank_0(self, work: Callable[[], None], save: _Save) -> None:
-        """Do what one rank does for all, and fail on all if it fails. Raises: UserError."""
-        problem: str | None = None
+    def _on_rank_0(self, work: Callable[[], Any], save: _Save) -> Any:
+        """Return on all ranks what one does for all, and fail on all if it fails. Raises: UserError."""
+        problem, result = None, None
         if self.groups.rank == 0:
             try:
-                work()
+                result = work()
             except UserError as error:
                 problem = str(error)
             except OSError as error:
                 problem = self._story(save, f"{type(error).__name__}: {error}")
-                shutil.rmtree(save.draft, ignore_errors=True)
-        problem = self._world.gather_objects(problem)[0]
+                self._remove(save.draft)
+        problem, result = self._world.gather_objects((problem, result))[0]
         if problem is not None:
             self._unfinished = None
             raise UserError(problem)
+        return result
 
     def _fail(self, error: CheckpointException) -> NoReturn:
         """Megatron raises it on all ranks, and tells rank 0 alone why."""
@@ -262,7 +292,7 @@ class CheckpointStore:
 
         def explain() -> None:
             story = self._story(save, _reasons(error))
-            shutil.rmtree(save.draft, ignore_errors=True)
+            self._remove(save.draft)
             raise UserError(story)
 
         self._on_rank_0(explain, save)
@@ -272,16 +302,16 @@ class CheckpointStore:
         newest, train = self.newest(), self.policy.config.train
         return (
             f"cannot save the checkpoint {save.target}: {reason}\nIt needs {save.needed:,} bytes, and "
-            f"{shutil.disk_usage(self.folder).free:,} are free there. "
+            f"{free_bytes(self.folder):,} are free there. "
             + (f"The last good checkpoint is {newest}" if newest else "There is no earlier checkpoint")
             + f"; make room, lower train.keep_checkpoints={train.keep_checkpoints} or move logging.run_dir: the same "
             "command continues"
         )
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint: under its own name it is whole at every moment, also while it goes."""
-    shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
+def _hidden(path: Path) -> Path:
+    """Hide a checkpoint that is to go, and return where: under its own name it is whole at every moment."""
+    return path.rename(unused(path.with_name(f".{path.name}.removed")))
 
 
 class _Results:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_rl.metrics.entropy_law import LineFit, fit_law, fit_line
@@ -13,6 +13,7 @@ from megatron_rl.report.runs import LoggedRun
 RUN_COLOURS = ("#4269d0", "#e8780c", "#2f9e62", "#c3489b", "#8a63d2", "#0f9fb5", "#b08900", "#d1495b")
 PHASE_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e")
 PHASES = ("rollout", "reward", "old_logprobs", "select", "update", "sync", "probe", "eval", "checkpoint")
+MAX_POINTS = 2000  # of a trace: more than a screen has columns, and few enough for a browser
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 Trace = dict[str, Any]
@@ -65,12 +66,39 @@ def smooth(values: Sequence[float]) -> list[float]:
 def build(spec: LinePlot | CustomPlot, runs: Sequence[LoggedRun]) -> Figure:
     """Return the figure of a spec. Runs that lack a metric are noted; when all lack it the figure is only that note."""
     if isinstance(spec, LinePlot):
-        return _line_figure(spec, runs)
+        return _thinned(_line_figure(spec, runs))
     built = spec.build(runs)
     if built is None:
         return Figure(spec.title, spec.why, missing=f"no run has {spec.needs}")
     traces, layout, table = built
-    return Figure(spec.title, spec.why, traces, layout, table=table)
+    return _thinned(Figure(spec.title, spec.why, traces, layout, table=table))
+
+
+def _thinned(figure: Figure) -> Figure:
+    """Return the figure with at most about MAX_POINTS points a trace, and a note on what is left of longer ones.
+
+    A line keeps the lowest and the highest value of each of MAX_POINTS / 2 equal stretches, so that no peak is lost;
+    single points are drawn one in so many, evenly.
+    """
+    notes: list[str] = []
+    traces = []
+    for trace in figure.traces:
+        count = len(trace["x"])
+        if count <= MAX_POINTS:
+            traces.append(trace)
+            continue
+        if "lines" in trace["mode"]:
+            edges = [count * i // (MAX_POINTS // 2) for i in range(MAX_POINTS // 2 + 1)]
+            ys = trace["y"]
+            stretches = [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+            places = sorted({pick(part, key=ys.__getitem__) for part in stretches for pick in (min, max)})
+            notes.append(f"of {count:,} steps each stretch of {count * 2 // MAX_POINTS} is drawn by its extremes")
+        else:
+            every = -(-count // MAX_POINTS)
+            places = list(range(0, count, every))
+            notes.append(f"one of {every} of {count:,} points is drawn; fits use them all")
+        traces.append(trace | {axis: [trace[axis][place] for place in places] for axis in ("x", "y")})
+    return replace(figure, traces=traces, notes=(*figure.notes, *dict.fromkeys(notes)))
 
 
 def colour(index: int) -> str:
@@ -107,9 +135,9 @@ def _line_figure(spec: LinePlot, runs: Sequence[LoggedRun]) -> Figure:
             traces.append({**base, "y": values, "mode": "lines", **faint})
             traces.append({**base, "y": smooth(values), "mode": "lines", "line": line})
     layout = {**_axes("step", spec.unit), "hovermode": "x unified"}
-    drawn = {float(f"{y:.9g}") for trace in traces for y in trace["y"]}  # averages differ in the last bits
-    if len(drawn) == 1 and (value := drawn.pop()) > 0:
-        layout["yaxis"]["range"] = [0, 2 * value]  # Plotly would show value - 1 to value + 1
+    lowest, highest = (pick(pick(trace["y"]) for trace in traces) for pick in (min, max))
+    if 0 < highest and highest - lowest <= 1e-9 * highest:  # averages differ in the last bits
+        layout["yaxis"]["range"] = [0, 2 * highest]  # Plotly would show value - 1 to value + 1
     if spec.log:
         layout["yaxis"].update(type="log", dtick="D2")
     keys = (
@@ -190,7 +218,7 @@ def _phase_times(runs: Sequence[LoggedRun]) -> Built:
     phases = [*(p for p in PHASES if p in logged), *sorted(logged - {*PHASES, "total"})]
     if not logged:
         return None
-    means = [{p: sum(run.series(f"time/{p}")[1]) / len(run.rows) for p in [*phases, "total"]} for run in runs]
+    means = [{p: sum(run.series(f"time/{p}")[1]) / len(run.steps) for p in [*phases, "total"]} for run in runs]
     if "total" in logged:
         for mean in means:
             mean["other"] = max(0.0, mean["total"] - sum(mean[p] for p in phases))

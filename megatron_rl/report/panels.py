@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from megatron_rl.report.runs import LoggedRun
-
-MAX_STEPS = 12  # of each run's samples, spread over it
-MAX_SAMPLES = 8  # of each such step
 
 
 def table_html(cells: Sequence[Sequence[str]]) -> str:
@@ -87,7 +85,7 @@ def _number(value: float | None) -> str:
 
 def samples_section(runs: Sequence[LoggedRun]) -> str:
     """Return the sample browser; its data are JSON that report.js shows as text, never as markup."""
-    chosen = [{"label": run.label, "samples": _chosen(run)} for run in runs if run.samples]
+    chosen = [{"label": run.label, "samples": _plain(list(run.samples))} for run in runs if run.samples]
     if not chosen:
         return '<section><h2>Samples</h2><p class="absent">No run has a samples.jsonl.</p></section>'
     missing = [run.label for run in runs if run.samples and not any("tokens" in row for row in run.samples)]
@@ -104,12 +102,10 @@ def samples_section(runs: Sequence[LoggedRun]) -> str:
     )
 
 
-def _chosen(run: LoggedRun) -> list[dict[str, Any]]:
-    steps = sorted({row["step"] for row in run.samples})
-    last = len(steps) - 1
-    kept = {steps[round(i * last / (MAX_STEPS - 1))] for i in range(MAX_STEPS)}
-    rows_of: dict[int, list[dict[str, Any]]] = {step: [] for step in kept}
-    for row in run.samples:
-        if row["step"] in kept and len(rows_of[row["step"]]) < MAX_SAMPLES:
-            rows_of[row["step"]].append(row)
-    return [row for step in sorted(rows_of) for row in rows_of[step]]
+def _plain(value: Any) -> Any:
+    """Return the value with null where JSON has no number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -3,19 +3,26 @@ eval/*/table.json."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from megatron_rl.errors import UserError
 from megatron_rl.metrics.entropy_law import fit_law
-from megatron_rl.metrics.jsonl import read_rows
+from megatron_rl.metrics.jsonl import iter_rows, parse_row
 
 ENDS = 10  # steps averaged at the start and the end of a run
+MAX_STEPS = 12  # whose samples are shown, spread over the run
+MAX_SAMPLES = 8  # of each such step
 
 
 class NotYet(UserError):
@@ -39,18 +46,26 @@ class LoggedRun:
     loss: str  # the config's loss.type; "unknown" without a config
     label: str  # unique in the report
     config_text: str
-    rows: tuple[dict[str, Any], ...]  # one a step, ascending
+    steps: NDArray[np.int64]  # [S], ascending
+    columns: dict[str, NDArray[np.float64]]  # by metric, [S]; NaN where it was not logged or is not finite
     notes: tuple[str, ...]
     config: dict[str, Any] = field(default_factory=dict)
-    ledger: tuple[dict[str, Any], ...] = ()  # rows of ledger.jsonl
-    samples: tuple[dict[str, Any], ...] = ()  # rows of samples.jsonl
+    samples: tuple[dict[str, Any], ...] = ()  # rows of samples.jsonl, of few steps spread over the run
     shadow: dict[str, Any] = field(default_factory=dict)  # the newest replay of shadow/
     evaluations: tuple[Evaluation, ...] = ()  # by `megatron-rl eval`, oldest first; those in training are metrics
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return steps and values of a metric where it was logged and finite; two empty lists when it never was."""
-        logged = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
-        return [step for step, _ in logged], [float(value) for _, value in logged]
+        if name not in self.columns:
+            return [], []
+        there = ~np.isnan(self.columns[name])
+        return self.steps[there].tolist(), self.columns[name][there].tolist()
+
+    def ledger(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of ledger.jsonl, read anew, but for those with a spending that is not finite."""
+        path = self.path / "ledger.jsonl"
+        if path.is_file():
+            yield from (row for _, row in iter_rows(path, []) if None not in _spendings(row))
 
     def pairs(self, first: str, second: str) -> tuple[list[float], list[float]]:
         """Return the values of two metrics at the steps that have both."""
@@ -60,7 +75,7 @@ class LoggedRun:
 
     def metrics(self) -> set[str]:
         """Return the names of metrics with at least one finite value."""
-        return {name for row in self.rows for name, value in row.items() if isinstance(value, int | float)} - {"step"}
+        return set(self.columns)
 
     def reward_metric(self) -> str:
         """Return the name of the metric that stands for R in the law: accuracy where the run logs it, else the mean
@@ -98,7 +113,7 @@ def summary_of(run: LoggedRun) -> dict[str, Any]:
         "run": run.name,
         "loss": run.loss,
         "label": run.label,
-        "steps": len(run.rows),
+        "steps": len(run.steps),
         "entropy_first": _mean(entropy[:ENDS]),
         "entropy_last": _mean(entropy[-ENDS:]),
         "accuracy_first": _mean(accuracy[:ENDS]),
@@ -118,39 +133,110 @@ def _load_run(path: Path) -> LoggedRun:
     if not metrics.is_file():
         what = "no such folder" if not path.is_dir() else "no metrics.jsonl in it"
         raise NotYet(f"{path}: {what}; expected a run folder that `megatron-rl train` wrote (logging.run_dir)")
-    rows, notes = read_rows(metrics)
-    if not rows:
+    notes: list[str] = []
+    steps, columns = _read_metrics(metrics, notes)
+    if not len(steps):
         raise NotYet(f"{metrics}: no complete line yet; wait for the run's first step to end")
-    unnumbered = [number for number, row in enumerate(rows, start=1) if not isinstance(row.get("step"), int)]
-    if unnumbered:
-        raise UserError(
-            f'{metrics}, line {unnumbered[0]}: expected an integer "step"; is this a metrics file of a run?'
-        )
-    by_step = {row["step"]: row for row in rows}
-    if len(by_step) < len(rows):
-        notes.append(f"{metrics.name}: {len(rows) - len(by_step)} steps occur twice; the later line counts")
-    lost = sorted({name for row in rows for name in row.get("non_finite", ())})
-    if lost:
-        notes.append(f"non-finite values left out of: {', '.join(lost)}")
     config_text, config = _load_config(path / "config.yaml", notes)
     name = str(config.get("name", path.name))
     loss = config.get("loss")
     kind = str(loss["type"]) if isinstance(loss, dict) and "type" in loss else "unknown"
     label = f"{name} ({kind})" if config else name
-    ordered = tuple(by_step[step] for step in sorted(by_step))
-    ledger, samples = (_optional_rows(path / file, notes) for file in ("ledger.jsonl", "samples.jsonl"))
+    samples = _some_samples(path / "samples.jsonl", notes)
+    _check_ledger(path / "ledger.jsonl", notes)
     shadow = _newest_shadow(path / "shadow", notes)
     evaluations = _evaluations(path, notes)
     texts = (name, kind, label, config_text)
-    return LoggedRun(path, *texts, ordered, tuple(notes), config, ledger, samples, shadow, evaluations)
+    return LoggedRun(path, *texts, steps, columns, tuple(notes), config, samples, shadow, evaluations)
 
 
-def _optional_rows(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
+def _read_metrics(path: Path, notes: list[str]) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
+    """Return the steps, ascending, and a column for each metric with a finite value: 8 bytes a number."""
+    place_of: dict[int, int] = {}  # step -> place in the columns
+    columns: dict[str, array[float]] = {}
+    lost: set[str] = set()
+    repeated = 0
+    for _, row in iter_rows(path, notes, with_step=True):
+        step, names = row.pop("step"), row.pop("non_finite", None)
+        lost.update(map(str, names if isinstance(names, list) else ()))
+        is_known = step in place_of
+        place = place_of.setdefault(step, len(place_of))
+        if is_known:
+            repeated += 1
+            for column in columns.values():
+                column[place : place + 1] = array("d", [math.nan] * len(column[place : place + 1]))
+        for name, value in row.items():
+            number = _finite(value)
+            if number is not None:
+                column = columns.setdefault(name, array("d"))
+                column.extend([math.nan] * (place - len(column) + 1))
+                column[place] = number
+            elif isinstance(value, int | float):
+                lost.add(name)
+    if repeated:
+        notes.append(f"{path.name}: {repeated} steps occur twice; the later line counts")
+    if lost:
+        notes.append(f"non-finite values left out of: {', '.join(sorted(lost))}")
+    for column in columns.values():
+        column.extend([math.nan] * (len(place_of) - len(column)))
+    steps = np.array(list(place_of), dtype=np.int64)
+    order = np.argsort(steps)
+    return steps[order], {name: np.array(column)[order] for name, column in columns.items()}
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # an integer beyond every float
+        return None
+
+
+def _some_samples(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
+    """Return the samples of up to MAX_STEPS steps spread over the run, MAX_SAMPLES of each at most."""
     if not path.is_file():
         return ()
-    rows, found = read_rows(path)
-    notes += found
-    return tuple(rows)
+    offsets: dict[int, int] = {}  # step -> where its rows begin; of a step that comes twice, where the later ones do
+    offset, last = 0, None
+    for line, row in iter_rows(path, notes, with_step=True):
+        if row["step"] != last:
+            last = row["step"]
+            offsets[last] = offset
+        offset += len(line)
+    steps = sorted(offsets)
+    chosen = {steps[round(i * (len(steps) - 1) / (MAX_STEPS - 1))] for i in range(MAX_STEPS)} if steps else set()
+    samples: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        for step in sorted(chosen):
+            file.seek(offsets[step])
+            for line in itertools.islice(file, MAX_SAMPLES):
+                sample = parse_row(line)
+                if sample is None or sample["step"] != step:
+                    break
+                samples.append(sample)
+    return tuple(samples)
+
+
+def _spendings(row: dict[str, Any]) -> list[float | None]:
+    """Return the first-order spending of each group of a row of the ledger. Raises: as a row of another file does."""
+    spent = row["columns"].index("spent")
+    edges = {"tokens": 2, "positions": 2, "covariance": 1}  # entries of a group before its columns
+    return [group[skipped + spent] for name, skipped in edges.items() for group in row[name]]
+
+
+def _check_ledger(path: Path, notes: list[str]) -> None:
+    if not path.is_file():
+        return
+    unfinished = 0
+    for line, row in iter_rows(path, notes, with_step=True):
+        try:
+            unfinished += None in _spendings(row)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            raise UserError(
+                f"{path}: expected rows of who spent the entropy, got {line.decode(errors='replace')[:80]!r}; "
+                "repair or remove the line"
+            ) from None
+    if unfinished:
+        notes.append(f"{path.name}: {unfinished} steps with non-finite values are left out of its figures")
 
 
 def _newest_shadow(folder: Path, notes: list[str]) -> dict[str, Any]:

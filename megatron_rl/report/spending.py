@@ -56,7 +56,7 @@ def _shares(run: LoggedRun, groups: Callable[[dict[str, Any], int], Spending]) -
     magnitudes}."""
     sums: Spending = {}
     scale = 0.0
-    for row in run.ledger:
+    for row in run.ledger():
         spent = row["columns"].index("spent")
         scale += sum(abs(value) for value in _by_covariance(row, spent).values())
         for name, value in groups(row, spent).items():

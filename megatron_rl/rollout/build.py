@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.convert.save_hf import Described, write_hf_extras
+from megatron_rl.convert.disk import remove
+from megatron_rl.convert.model_files import Described, policy_files, write_files
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine
 from megatron_rl.rollout.servers.engine import Loop, ServerEngine
@@ -50,11 +51,12 @@ DIALECTS: dict[str, Callable[[], Dialect]] = {"sglang": _sglang, "vllm": _vllm}
 def write_model_dir(folder: Path, policy: Described, tokenizer: Any) -> None:
     """Write what the run's own servers start from: config.json and tokenizer, without weights and without
     end-of-sequence tokens, because the requests alone say what ends a response."""
-    write_hf_extras(folder, policy, tokenizer)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    raw = json.loads((folder / "config.json").read_text())
-    raw["eos_token_id"] = None
-    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    files = policy_files(policy, tokenizer)
+    files.pop("generation_config.json", None)
+    raw = json.loads(files["config.json"])
+    files["config.json"] = json.dumps(raw | {"eos_token_id": None}, indent=2).encode()
+    remove(folder)  # of an earlier start, perhaps with another tokenizer
+    write_files(folder, files)
 
 
 def build_server_engine(config: Config, setup: EngineSetup) -> ServerEngine:

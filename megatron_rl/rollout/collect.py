@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.algorithms.hashing import hash64
-from megatron_rl.data import PromptCursor
+from megatron_rl.data import PromptCursor, stop_token_ids
 from megatron_rl.errors import UserError
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Grader, Verdict
@@ -234,21 +234,10 @@ class Collector:
 
 
 def sampling_params(config: Config, tokenizer: Any, step: int) -> SamplingParams:
-    """Return how training rollouts of RL step `step` are sampled. Raises: CollectError without a stop token."""
+    """Return how training rollouts of RL step `step` are sampled. Raises: DataError without a stop token."""
     rollout = config.rollout
     stops, seed = stop_token_ids(config, tokenizer), _seed(config, _TRAIN_STREAM, step)
     return SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, stops, seed)
-
-
-def stop_token_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
-    """`rollout.stop_token_ids`, or the tokenizer's end-of-sequence token. Raises: CollectError without either."""
-    if config.rollout.stop_token_ids is not None:
-        return config.rollout.stop_token_ids
-    if tokenizer.eos_token_id is None:
-        raise CollectError(
-            "the tokenizer has no end-of-sequence token; set rollout.stop_token_ids ([] to stop nowhere)"
-        )
-    return (tokenizer.eos_token_id,)
 
 
 def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_rl import device
+from megatron_rl import device, launch
 from megatron_rl.config import Config
 from megatron_rl.metrics.collect import Timers
 from megatron_rl.rollout.build import build_engine, write_model_dir
@@ -114,8 +114,7 @@ class Served:
                 tries += 1
                 if tries > self._config.rollout.server.max_failures + 1:  # they live, and yet the connection breaks
                     raise
-                if self._place.rank == 0:
-                    print(f"weights again, because a server was lost: {error}", flush=True)
+                launch.say(f"weights again, because a server was lost: {error}")
 
     def revive(self) -> None:
         """Restart servers that died in generation, and send the weights again."""

@@ -14,7 +14,8 @@ from megatron_rl.types import LossInputs
 
 def inputs_of(old: Tensor, rollout: Tensor, mask: Tensor, cu_seqlens: list[int]) -> LossInputs:
     zeros = torch.zeros_like(old)
-    return LossInputs(zeros, zeros, old, rollout, None, zeros, mask, zeros, torch.tensor(cu_seqlens), None)
+    bounds = torch.tensor(cu_seqlens, dtype=torch.int32)
+    return LossInputs(zeros, zeros, old, rollout, None, zeros, mask, zeros, bounds, None)
 
 
 def ratios(*values: float) -> Tensor:

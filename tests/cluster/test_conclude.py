@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.cluster.conclude import conclude, has_steps_left
-from megatron_rl.failures import Failure
+from megatron_rl.files import Failure
 
 MERGED = "[rank 0] step 1\ntorchrun: rank 3 got signal 9\n[rank 1] step 1\n"
 LOST = Failure(0, 1.0, "RuntimeError: Connection closed", "LOST", from_user=False, lost_peer=True)

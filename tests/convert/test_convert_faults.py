@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rl.convert import folders
+from megatron_rl.convert import disk
 from megatron_rl.convert.quantize import quantize_to_hf, read_texts
 from megatron_rl.convert.safetensors_io import write_file
 from megatron_rl.convert.to_hf import megatron_to_hf
@@ -155,6 +155,7 @@ HF_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "tokenizer of another model": (add_token, "tokenizer mismatch: it has a token 37, the model's vocab_size is 37"),
     "damaged tokenizer": (lambda f: truncate(f / "tokenizer.json"), "the tokenizer cannot be loaded"),
+    "tokenizer without a model": (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer cannot be loaded"),
 }
 
 
@@ -241,6 +242,48 @@ def test_force_replaces_models_only(models: Path, tmp_path: Path) -> None:
     assert (tmp_path / "home" / "thesis.tex").exists() and (models / "hf" / "config.json").exists()
 
 
+def test_force_spares_a_runs_checkpoint(models: Path, tmp_path: Path) -> None:
+    """Without its optimizer the run could not go on. A converted checkpoint has no config.yaml."""
+    target = tmp_path / "step_00000004"
+    shutil.copytree(models / "megatron", target)
+    (target / "config.yaml").touch()
+    for convert, source in ((hf_to_megatron, "hf"), (megatron_to_hf, "megatron")):
+        with pytest.raises(UserError, match="step_00000004 is a training checkpoint: --force does not replace it"):
+            convert(models / source, target, force=True)
+    assert (target / "config.yaml").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_what_is_a_megatron_checkpoint_already_is_refused(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a Megatron checkpoint already; hf-to-megatron takes a Hugging Face model"):
+        hf_to_megatron(models / "megatron", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_that_cannot_be_removed_do_not_block(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a killed conversion, of a replaced model, and of the model that this one replaces."""
+    rmtree, stuck = shutil.rmtree, (".out.old", ".out.draft/hf", ".out.old.1")
+    for name in stuck[:2]:
+        (tmp_path / name / "file").mkdir(parents=True)
+    shutil.copytree(models / "megatron", tmp_path / "out")
+
+    def fails(path: Path, *arguments: Any, **options: Any) -> None:
+        if str(path) in [str(tmp_path / name) for name in stuck]:
+            raise OSError(16, "Device or resource busy", str(path))
+        rmtree(path, *arguments, **options)
+
+    monkeypatch.setattr(disk.shutil, "rmtree", fails)
+    hf_to_megatron(models / "hf", tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "metadata.json").is_file()
+    said = capsys.readouterr().err
+    for name in stuck:
+        assert f"cannot remove {tmp_path / name} (OSError: [Errno 16]" in said, said
+    names = {".out.draft", ".out.old", ".out.old.1", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert [path.name for path in (tmp_path / ".out.draft").iterdir()] == ["hf"]  # what was stuck, and nothing new
+
+
 def test_a_killed_conversion_is_started_over(models: Path, tmp_path: Path) -> None:
     draft = tmp_path / ".out.draft"
     (draft / "hf").mkdir(parents=True)
@@ -280,11 +323,11 @@ def test_a_full_disk_is_seen_before_and_while_writing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_rl.convert.to_hf.copy_side_files", fails)
+        patch.setattr("megatron_rl.convert.to_hf.write_files", fails)
         with pytest.raises(UserError, match="cannot write .*out: .*No space left on device; nothing was left behind"):
             megatron_to_hf(models / "megatron", tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
     with pytest.raises(UserError, match=r"the result needs 0.1 GB, 0.0 GB are free"):
         megatron_to_hf(models / "megatron", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -320,6 +363,15 @@ def test_calibration_texts(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(UserError, match="b.jsonl:1: expected a JSON object with problem, prompt or text"):
         list(read_texts(tmp_path / "b.jsonl"))
+    (tmp_path / "b.jsonl").write_text('{"text": "\\ud800"}\n')  # half of a pair: JSON, and no text
+    with pytest.raises(UserError, match="b.jsonl:1: expected a JSON object"):
+        list(read_texts(tmp_path / "b.jsonl"))
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "\xc3\xbc"}\n')
+    assert list(read_texts(tmp_path / "b.jsonl")) == ["\u00fc"]
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).write_bytes(b'{"text": "one"}\n{"text": "\xfc"}\n')
+        with pytest.raises(UserError, match=f"{name}:2: expected text in UTF-8"):
+            list(read_texts(tmp_path / name))
     (tmp_path / "a.txt").write_text("\n")
     with pytest.raises(UserError, match="the file is empty"):
         list(read_texts(tmp_path / "a.txt"))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rl.convert.to_hf import megatron_to_hf
+from megatron_rl.data.tokenizer import character_tokenizer
+from tests.policy.tiny import hf_model, save
 from tests.tiny import HF, errors_of_each, tiny_raw, train_each
 from tests.worlds import Worlds
 
@@ -71,6 +76,63 @@ def test_a_model_that_cannot_be_written_leaves_the_one_before(worlds: Worlds, tm
         assert (kind, for_the_user) == ("UserError", True)
         assert f"cannot write the model to {tmp_path}/tiny/hf" in message and "No space left on device" in message
     assert [path.name for path in (tmp_path / "tiny").glob("*hf*/*")] == ["older"]
+
+
+def _save_hf_among_leftovers(raw: dict[str, Any]) -> None:
+    rmtree = shutil.rmtree
+
+    def fails(path: Path, *arguments: Any, **options: Any) -> None:
+        if Path(path).name in (".hf.draft", ".hf.old"):
+            raise OSError(16, "Device or resource busy", str(path))
+        rmtree(path, *arguments, **options)
+
+    with mock.patch.object(shutil, "rmtree", fails):
+        train_each([raw])
+
+
+def test_leftovers_of_an_export_do_not_stop_the_next(worlds: Worlds, tmp_path: Path) -> None:
+    """What cannot be removed of a killed one neither fails it nor gets into it."""
+    run_dir = tmp_path / "tiny"
+    for name in ("hf", ".hf.draft", ".hf.old"):
+        (run_dir / name).mkdir(parents=True)
+        (run_dir / name / "stale").touch()
+    worlds.run(
+        1,
+        _save_hf_among_leftovers,
+        tiny_raw(tmp_path, train={"num_steps": 1, "save_hf": True, **TRAIN}, parallel={"tp": 1}),
+        timeout=LIMIT,
+    )
+    assert (run_dir / "hf" / "model.safetensors").is_file() and not (run_dir / "hf" / "stale").exists()
+    assert sorted(path.name for path in run_dir.glob(".hf*")) == [".hf.draft", ".hf.old"]
+
+
+def test_a_run_hands_its_source_on(worlds: Worlds, tmp_path: Path) -> None:
+    """The final model, a checkpoint and its conversion: the source's own bytes, but for the weights."""
+    source = save(hf_model(**HF | {"vocab_size": 21}), tmp_path / "source")
+    character_tokenizer().save_pretrained(source)
+    for name, changes in (
+        ("config.json", {"rope_theta": 500.0, "note": "kept", "torch_dtype": "float32"}),
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        ("generation_config.json", {"eos_token_id": [1, 20]}),
+    ):
+        raw = json.loads((source / name).read_text()) | changes
+        raw = {key: value for key, value in raw.items() if key not in ("rope_parameters", "dtype")}
+        (source / name).write_text(json.dumps(raw, indent=5))
+    (tmp_path / "rows.jsonl").write_text('{"problem": "1+2", "answer": "3"}\n' * 4)
+    raw = tiny_raw(tmp_path, train={"num_steps": 1, "save_hf": True, "save_final": True, **TRAIN}, parallel={"tp": 1})
+    raw["data"] = {"type": "jsonl", "train_path": str(tmp_path / "rows.jsonl"), "max_prompt_tokens": 8}
+    raw["model"] = {"path": str(source)}
+    worlds.run(1, train_each, [raw], timeout=LIMIT)
+    checkpoint = tmp_path / "tiny" / "checkpoints" / "step_00000001"
+    megatron_to_hf(checkpoint, tmp_path / "converted")
+    for folder in (tmp_path / "tiny" / "hf", checkpoint / "hf", tmp_path / "converted"):
+        names = {path.name for path in folder.iterdir()} - {"model.safetensors"}
+        assert names == {path.name for path in source.iterdir()} - {"model.safetensors"}
+        for name in names:
+            assert (folder / name).read_bytes() == (source / name).read_bytes(), folder / name
+        assert not (folder / "model.safetensors").exists() or not _same_bits(
+            load_file(folder / "model.safetensors"), load_file(source / "model.safetensors")
+        )
 
 
 def _same_bits(a: Weights, b: Weights) -> bool:

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -46,6 +47,33 @@ def test_read_and_cut(tmp_path: Path) -> None:
         read_rows(path)
     path.write_text('{"step": 0}\n{"step":\n')
     assert "broken" in read_rows(path)[1][0]
+
+
+def test_rows_of_other_writers(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "x": NaN, "y": [Infinity]}\n{"step": 2, "é": 1}\n')
+    assert read_rows(path)[0][0] == {"step": 0, "x": None, "y": [None], "non_finite": ["x"]}
+    assert cut_from_step(path, 2) == 1 and path.read_text() == '{"step": 0, "x": NaN, "y": [Infinity]}\n'
+    path.write_text('{"step": 5}\n{"step": 0, "x": -Infinity}\n{"step": 6}\n{"step": 1}\n{"st')  # two runs, say
+    assert cut_from_step(path, 5) == 2 and path.read_text() == '{"step": 0, "x": -Infinity}\n{"step": 1}\n'
+    for foreign in ('{"x": 1}', '{"step": "1"}', '{"step": 1.5}', '{"step": true}', '{"step": null}'):
+        path.write_text('{"step": 0}\n' + foreign + "\n")
+        with pytest.raises(UserError, match='line 2: expected an integer "step"'):
+            cut_from_step(path, 1)
+        assert path.read_text().endswith(foreign + "\n")
+
+
+def test_a_large_file_is_read_row_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    with path.open("w") as file:
+        file.writelines(to_line({"step": step, "text": "x" * 50_000}) for step in range(200))
+    tracemalloc.start()
+    try:
+        dropped = cut_from_step(path, 150)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert dropped == 50 and len(read_rows(path)[0]) == 150 and peak < 1e6  # of 10 MB
 
 
 def test_run_and_resume(tmp_path: Path) -> None:

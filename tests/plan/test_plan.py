@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from megatron_rl.cli import app
 from megatron_rl.config import load_config, parse_config
+from megatron_rl.errors import UserError
 from megatron_rl.models.hardware import GIB, HARDWARE
 from megatron_rl.plan import published
 from megatron_rl.plan.fit import fit
@@ -148,12 +150,21 @@ def test_what_does_not_fit_gets_a_change_that_does() -> None:
 
 
 def test_the_command_answers_in_json_without_torch(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(RAW_32B))
     answer = CliRunner().invoke(app, ["plan", str(path), "--nodes", "8", "--json"])
     assert answer.exit_code == 0, answer.output
     plan = json.loads(answer.stdout)
     assert plan["layout"]["dp"] == 8 and plan["step_seconds"] == pytest.approx(sum(plan["seconds"].values()))
+    assumed = ["--assume", "prompt=100", "--assume", "batches=2.5"]
+    answer = CliRunner().invoke(app, ["plan", str(path), "--json", *assumed])
+    assert json.loads(answer.stdout)["assumed"] == {"prompt": 100, "response": 4096, "batches": 2.5}
     assert CliRunner().invoke(app, ["plan", str(QUICKSTART), "--gpu", "cpu"]).exit_code == 0
+
+
+@pytest.mark.parametrize("text", ["promt=3", "prompt", "response=many", "batches=0.5", "response=8193", "prompt=nan"])
+def test_what_cannot_be_assumed_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(RAW_32B))
+    with pytest.raises(UserError, match=f"--assume {text}: expected"):
+        CliRunner().invoke(app, ["plan", str(path), "--assume", text], catch_exceptions=False)

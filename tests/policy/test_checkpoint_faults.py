@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from megatron_rl import launch
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from tests.policy import test_checkpoint
@@ -87,6 +89,103 @@ def test_the_newest_and_the_best_are_kept(worlds: Worlds, model_folder: Path, tm
         (["4", "5", "6"], "4"),
     ]
     assert (tmp_path / "best" / "metadata.json").is_file()
+
+
+# --- what cannot be removed -------------------------------------------------------------------------------------------
+
+
+def _save_among_leftovers(config: Config, folder: Path) -> dict[str, Any]:
+    """Two starts. What is named STUCK cannot be removed, as files that another machine of an NFS holds open."""
+    from megatron_rl.policy.checkpoint import CheckpointStore
+
+    rmtree, said, found = shutil.rmtree, [], {}
+
+    def fails(path: Path, *arguments: Any, **options: Any) -> None:
+        if Path(path).name in STUCK:
+            raise OSError(16, "Device or resource busy", str(path))
+        rmtree(path, *arguments, **options)
+
+    say = mock.patch.object(launch, "say", said.append)
+    with policy_of(config) as policy, mock.patch.object(shutil, "rmtree", fails), say:
+        for steps in ((1, 2, 2, 3), (4,)):
+            store = CheckpointStore(folder, policy, policy.groups)
+            for step in steps:
+                store.save(step, {"step": step})
+        found["loaded"] = load_newest(store)
+    return found | {"said": said, "left": sorted(path.name for path in folder.iterdir())}
+
+
+STUCK = (".step_00000001.removed", ".step_00000004", ".step_00000002.removed")
+
+
+def test_what_cannot_be_removed_is_said_once_and_worked_around(
+    worlds: Worlds, model_folder: Path, tmp_path: Path
+) -> None:
+    """An old checkpoint, the same step's, and the draft that a killed save of the last step left."""
+    (tmp_path / ".step_00000004").mkdir()
+    config = config_of(model_folder, {"tp": 2}, keep_checkpoints=1)
+    first, second = worlds.run(2, _save_among_leftovers, config, tmp_path)
+    assert first["loaded"] == second["loaded"] == (4, {"step": 4})
+    assert first["left"] == sorted([*STUCK, "step_00000004"])
+    assert second["said"] == []
+    for name in STUCK:  # by each of the two starts
+        texts = [text for text in first["said"] if f"cannot remove {tmp_path / name} (" in text]
+        assert len(texts) == 2 and all("busy" in text and "remove it yourself" in text for text in texts), first["said"]
+
+
+def _save_three(config: Config, folder: Path, elsewhere: Path) -> list[str]:
+    from megatron_rl.policy.checkpoint import CheckpointStore
+
+    with policy_of(config) as policy:
+        store = CheckpointStore(folder, policy, policy.groups)
+        store.save(1, {})
+        store.path(1).rename(elsewhere)
+        store.path(1).symlink_to(elsewhere)
+        (folder / ".step_00000009").touch()
+        for step in (2, 3):
+            store.save(step, {})
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_that_was_moved_behind_a_link_loses_the_link_alone(
+    worlds: Worlds, model_folder: Path, tmp_path: Path
+) -> None:
+    """Beside it a leftover that is a file."""
+    config, elsewhere = config_of(model_folder, {}, keep_checkpoints=2), tmp_path / "elsewhere"
+    assert worlds.run(1, _save_three, config, tmp_path / "own", elsewhere)[0] == ["step_00000002", "step_00000003"]
+    assert (elsewhere / "metadata.json").is_file()
+
+
+def _save_after(config: Config, folder: Path, harm: Any) -> tuple[str, list[str]]:
+    from megatron_rl.policy.checkpoint import CheckpointStore
+
+    with policy_of(config) as policy:
+        store = CheckpointStore(folder, policy, policy.groups)
+        harm()
+        try:
+            path = store.save(1, {})
+        except UserError as error:
+            return str(error), []
+        return "", sorted(file.name for file in (path / "hf").iterdir())
+
+
+def test_a_model_folder_that_goes_away_stops_no_save(worlds: Worlds, model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    away = partial(shutil.rmtree, tmp_path / "model")
+    problem, names = worlds.run(1, _save_after, config_of(tmp_path / "model", {}), tmp_path / "out", away)[0]
+    assert (problem, names) == ("", ["config.json", "generation_config.json"])
+
+
+def test_a_folder_that_cannot_be_made_is_named(worlds: Worlds, model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "checkpoints"
+    config = config_of(model_folder, {"tp": 2})
+    for problem, _ in worlds.run(2, _save_after, config, folder, list):
+        assert problem.startswith(f"cannot save the checkpoint {folder}/step_00000001: "), problem
+        assert "There is no earlier checkpoint" in problem
+
+
+# --- full disks -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

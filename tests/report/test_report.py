@@ -301,7 +301,7 @@ def test_broken_folders(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "entropy/me')
     (loaded,) = load_runs([run])
-    assert len(loaded.rows) == 3 and "incomplete" in loaded.notes[0]
+    assert len(loaded.steps) == 3 and "incomplete" in loaded.notes[0]
     assert "last line is incomplete" in build_report([run]).read_text()
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no complete line yet"):
@@ -316,6 +316,61 @@ def test_broken_folders(tmp_path: Path) -> None:
         "metrics.jsonl: 1 steps occur twice; the later line counts",
         "non-finite values left out of: y",
     )
+
+
+def test_rows_of_other_writers_do_not_end_a_report(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    add_ledger(run)
+    add_samples(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "entropy/mean": NaN, "reward/mean": 1e999, "cov/std": "0.1", "cov/mean": [1]}\n')
+    with (run / "ledger.jsonl").open("a") as file:
+        file.write((run / "ledger.jsonl").read_text().splitlines()[0].replace("[0.1, 9, -4,", "[0.1, 9, null,") + "\n")
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 30, "prompt": "1", "response": "2", "score": NaN, "reward": 1e999}\n{"step": 30, "pro')
+    text = build_report([run]).read_text()
+    assert "non-finite values left out of: entropy/mean, reward/mean" in text
+    assert "ledger.jsonl: 1 steps with non-finite values are left out of its figures" in text
+    assert "samples.jsonl: the last line is incomplete" in text
+    (loaded,) = load_runs([run])
+    assert loaded.series("cov/std")[0] == list(range(30)) and [row["step"] for row in loaded.samples] == [0, 29, 30]
+    covariance = build(LEDGER[0], [loaded])
+    assert covariance.traces[0]["y"] == pytest.approx([-0.1, 0.3])  # as without the third row
+
+    for name in ("samples.jsonl", "ledger.jsonl"):
+        whole = (run / name).read_text()
+        (run / name).write_text('{"response": "2"}\n' + whole)
+        with pytest.raises(UserError, match=rf'{name}, line 1: expected an integer "step"'):
+            load_runs([run])
+        (run / name).write_text(whole)
+    (run / "ledger.jsonl").write_text('{"step": 0, "columns": ["spent"], "tokens": 3}\n')
+    with pytest.raises(UserError, match="ledger.jsonl: expected rows of who spent the entropy"):
+        load_runs([run])
+
+
+def test_long_runs_are_thinned_and_say_so(tmp_path: Path) -> None:
+    run = tmp_path / "long"
+    run.mkdir()
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(10_001):
+            row = {"entropy/mean": 9.0 if step == 7777 else 0.5 + step % 2, "reward/accuracy": 0.1 + step / 20_000}
+            row |= {"entropy/predicted_change": step / 1e5, "entropy/realised_change": step / 1e5}
+            file.write(json.dumps({"step": step, **row}) + "\n")
+    with (run / "samples.jsonl").open("w") as file:
+        file.writelines(json.dumps({"step": step, "response": str(i)}) + "\n" for step in range(30) for i in range(10))
+    (loaded,) = load_runs([run])
+    figures = {spec.title: build(spec, [loaded]) for _, specs in sections([loaded]) for spec in specs}
+    faint, smoothed = figures["Policy entropy"].traces
+    assert len(faint["x"]) == 2000 == len(faint["y"]) and faint["y"][faint["x"].index(7777)] == 9.0
+    assert min(faint["y"]) == 0.5 and len(smoothed["x"]) <= 2000 and faint["x"] == sorted(faint["x"])
+    assert figures["Policy entropy"].notes == ("of 10,001 steps each stretch of 10 is drawn by its extremes",)
+    points = figures["Predicted against realised entropy change"]
+    assert len(points.traces[0]["x"]) == 1667 and points.table[1][3] == "10001"
+    assert points.notes == ("one of 6 of 10,001 points is drawn; fits use them all",)
+    assert len(build_report([run]).read_text()) < 7_000_000
+    steps = [row["step"] for row in loaded.samples]
+    assert len(steps) == 12 * 8 and sorted(set(steps)) == [0, 3, 5, 8, 11, 13, 16, 18, 21, 24, 26, 29]
+    assert [row["response"] for row in loaded.samples[:8]] == list("01234567")
 
 
 def test_summary_by_hand(tmp_path: Path) -> None:

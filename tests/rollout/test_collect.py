@@ -244,7 +244,7 @@ def test_stop_tokens():
     assert sampling_params(config, Tokenizer(), 0).stop_token_ids == (4,)
     bare = Tokenizer()
     bare.eos_token_id = None
-    with pytest.raises(CollectError, match="set rollout.stop_token_ids"):
+    with pytest.raises(DataError, match="set rollout.stop_token_ids"):
         sampling_params(make_config(), bare, 0)
 
 
