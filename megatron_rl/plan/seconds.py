@@ -1,6 +1,6 @@
 """Seconds of one RL step, phase by phase.
 
-PassSeconds is counted and divided by data-sheet peaks; a few constants, fitted to published measurements (fit.py), say how far
+Work is counted and divided by data-sheet peaks; a few constants, fitted to published measurements (fit.py), say how far
 from the peaks real programs stay. Nothing here was measured on this project's own runs.
 """
 
