@@ -86,7 +86,7 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
         config,
         groups,
         total_updates=config.train.num_steps * config.minibatches_per_step,
-        fuse_output_layer=_fuses_output_layer(raw_hf_config, config, world),
+        fuse_output_layer=fuses_on_every_rank(raw_hf_config, config, world),
     )
     cursor = PromptCursor(problems.train, config.seed)
 
@@ -119,8 +119,9 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     )
 
 
-def _fuses_output_layer(raw_hf_config: dict[str, Any], config: Config, world: Reducer) -> bool:
-    """Ask the planner, for the rank with the least memory; the same answer on every rank."""
+def fuses_on_every_rank(raw_hf_config: dict[str, Any], config: Config, world: Reducer) -> bool:
+    """Ask the planner whether the statistics shall compute the logits, for the rank with the least memory: the same
+    answer on every rank."""
     least = -world.max(torch.tensor([-device.memory_bytes()], device=device.device()))
     hardware = with_memory(float(least), on_gpu=device.ON_GPU)
     return fuses_output_layer(config, shape_of(raw_hf_config), layout_of(config), hardware)

@@ -93,10 +93,10 @@ def test_a_run_needs_no_checker() -> None:
 import sys
 sys.modules["jaxtyping"] = sys.modules["beartype"] = None  # importing them raises ImportError
 import torch
-from megatron_rl import shapes
+from megatron_rl import types
 from megatron_rl.algorithms import advantages, aggregation, covariance, kl, ledger, losses, prediction, weighting
 from megatron_rl.parallel import context, engine_group, fused_linear, groups, reduce, traffic, vocab, weights, world
-assert shapes.Float[torch.Tensor, "T V"] is torch.Tensor
+assert types.Float[torch.Tensor, "T V"] is torch.Tensor
 stats = vocab.vocab_parallel_stats(
     torch.zeros(3, 4), torch.arange(3), group=None, vocab_start=0, vocab_size=4
 )

@@ -128,10 +128,8 @@ def open_weights(path: str | Path, hf: PretrainedConfig | None = None) -> Weight
 def _resolve(raw: dict[str, Any], folder: Path) -> PretrainedConfig:
     try:
         return resolve_hf_config(raw)
-    except ConfigError:
-        raise
-    except Exception as error:  # transformers checks each architecture with errors of many types
-        raise ConfigError(f"{folder}: config.json is not valid: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
 
 
 def _open_hf(folder: Path, hf: PretrainedConfig) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:

@@ -107,12 +107,14 @@ def _decided(raw: dict[str, Any]) -> bool:
     import torch.distributed as dist
 
     from megatron_rl import device
+    from megatron_rl.run import fuses_on_every_rank
 
+    config = parse_config(raw)
     with (
         mock.patch.object(device, "memory_bytes", lambda: 2**40 if dist.get_rank() == 0 else 2**20),
-        policy_of(parse_config(raw)) as policy,
+        policy_of(config) as policy,
     ):
-        return policy.model.hands_over_hidden
+        return fuses_on_every_rank(config.model.hf_config, config, policy.groups.all_ranks)
 
 
 def test_all_ranks_decide_alike(worlds: Worlds) -> None:

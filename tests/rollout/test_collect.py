@@ -248,10 +248,11 @@ def test_stop_tokens():
         sampling_params(make_config(), bare, 0)
 
 
-def test_overlong_filter_masks_after_the_metrics():
+def test_overlong_filter_takes_out_what_was_cut_and_keeps_its_tokens():
     config = make_config(prompts=5, algorithm={"overlong": {"filter": True}})
     ((result,), _) = run(config, PromptCursor(prompts(5), 3))
-    assert {r.prompt_id for r in result.rollouts if not r.sampled.any()} == {0}
+    assert {r.prompt_id for r in result.rollouts if not r.counts} == {0}
+    assert all(r.sampled.any() for r in result.rollouts)
     assert result.metrics["response/length_min"] == 3 and result.metrics["response/truncated_fraction"] == 1 / 5
 
 
