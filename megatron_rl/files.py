@@ -70,13 +70,14 @@ def refusal(error: BaseException, run_dir: Path | None = None) -> UserError | No
         return None
     text = f"cannot use {place}: {error.strerror}"
     if error.errno in _FULL:
-        text += f"; {_free_bytes(place):,} bytes are free on its disk: make room there, or raise the limits"
+        text += f"; {free_bytes(place):,} bytes are free on its disk: make room there, or raise the limits"
     else:
         text += "; mend it, or name another place"
     return UserError(text if run_dir is None else f"{text}. {_what_is_safe(run_dir)}")
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
+    """Return the bytes that are free where `path` is, or would be."""
     existing = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
     return shutil.disk_usage(existing).free
 

@@ -36,11 +36,6 @@ def unused(path: Path) -> Path:
     return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
-def free_bytes(path: Path) -> int:
-    """Return the bytes that are free where `path` is, or would be."""
-    return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
-
-
 def fsync_tree(folder: Path, *, recursive: bool = True) -> None:
     """Put a folder's names, and its files, on the disk before something else relies on them."""
     for path in [*(folder.rglob("*") if recursive else ()), folder]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from megatron_rl.convert.disk import free_bytes, fsync_tree, remove, unused
+from megatron_rl.convert.disk import fsync_tree, remove, unused
 from megatron_rl.convert.safetensors_io import TensorInfo
 from megatron_rl.convert.weights import Weights
 from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.files import free_bytes
 from megatron_rl.models.facts import hf_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megatron_rl.convert.disk import free_bytes, fsync_tree, remove, unused
+from megatron_rl.convert.disk import fsync_tree, remove, unused
 from megatron_rl.convert.model_files import Described, policy_files, write_files
 from megatron_rl.convert.safetensors_io import TensorInfo, file_names, write_file, write_index
 from megatron_rl.errors import UserError
+from megatron_rl.files import free_bytes
 from megatron_rl.parallel.groups import Groups
 
 SHARD_BYTES = 4 * 2**30

@@ -36,9 +36,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl import device, launch
 from megatron_rl.config import dump_config
-from megatron_rl.convert.disk import free_bytes, fsync_tree, remove, unused
+from megatron_rl.convert.disk import fsync_tree, remove, unused
 from megatron_rl.convert.model_files import policy_files, write_files
 from megatron_rl.errors import UserError
+from megatron_rl.files import free_bytes
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.adam import begin_torch_adam, let_torch_adam_load, refresh_host_weights, restore_step_0
 from megatron_rl.policy.policy import MegatronPolicy
