@@ -21,7 +21,7 @@ from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.eval.commands import evaluate
 from megatron_rl.files import refusal, write_atomically
 from megatron_rl.lab.commands import shadow
-from megatron_rl.plan.command import plan
+from megatron_rl.plan.command import PlanCommand, plan
 from megatron_rl.preflight.run import preflight
 from megatron_rl.prepare.commands import app as data_app
 from megatron_rl.profiling.commands import app as profile_app
@@ -37,7 +37,7 @@ app.command()(shadow)
 app.add_typer(profile_app, name="profile")
 app.command()(preflight)
 app.add_typer(data_app, name="data")
-app.command()(plan)
+app.command(cls=PlanCommand)(plan)
 app.command("eval")(evaluate)
 
 REPORT_SECONDS = 5  # between the rewrites of a live page

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from megatron_rl.config import Config, ModelConfig, load_config
 from megatron_rl.errors import UserError
@@ -25,6 +26,26 @@ from megatron_rl.plan.transfer import sync_bytes, width_of
 _SHOWN = 10  # layouts
 
 
+# options of their own for what --assume takes
+_ASSUMED = {"--mean-prompt": "prompt", "--mean-response": "response", "--generation-batches": "batches"}
+
+
+class PlanCommand(TyperCommand):
+    """`plan`, which also takes each assumption as an option: --mean-prompt 200 for --assume prompt=200."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Spell the three options as --assume, then parse as ever."""
+        spelled: list[str] = []
+        rest = iter(args)
+        for argument in rest:
+            option, _, number = argument.partition("=")
+            if option in _ASSUMED:
+                spelled += ["--assume", f"{_ASSUMED[option]}={number or next(rest, '')}"]
+            else:
+                spelled.append(argument)
+        return super().parse_args(ctx, spelled)
+
+
 def plan(
     config: Annotated[Path | None, typer.Argument(help="YAML file of the run", show_default=False)] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c", show_default=False)] = None,
@@ -38,7 +59,8 @@ def plan(
         typer.Option(
             metavar="NAME=NUMBER",
             help="prompt: mean tokens (256 or the limit); response: mean tokens (half the limit); batches: generation "
-            "batches a step (1; more with dynamic sampling)",
+            "batches a step (1; more with dynamic sampling). Also as --mean-prompt, --mean-response, "
+            "--generation-batches",
         ),
     ] = None,
     score: Annotated[

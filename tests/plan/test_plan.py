@@ -159,6 +159,8 @@ def test_the_command_answers_in_json_without_torch(tmp_path: Path) -> None:
     assumed = ["--assume", "prompt=100", "--assume", "batches=2.5"]
     answer = CliRunner().invoke(app, ["plan", str(path), "--json", *assumed])
     assert json.loads(answer.stdout)["assumed"] == {"prompt": 100, "response": 4096, "batches": 2.5}
+    each = ["--mean-prompt", "100", "--generation-batches=2.5"]
+    assert CliRunner().invoke(app, ["plan", str(path), "--json", *each]).stdout == answer.stdout
     assert CliRunner().invoke(app, ["plan", str(QUICKSTART), "--gpu", "cpu"]).exit_code == 0
 
 
