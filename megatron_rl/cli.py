@@ -1,10 +1,12 @@
 """The command line: `megatron-rl --help` lists the commands.
 
-What is slow to import (torch, Megatron) is imported where it is needed: `--help` and `--check` answer at once.
+What is slow to import (torch, Megatron) is imported where it is needed: `--help` and the plan of `--check`
+answer at once.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +49,7 @@ def main(command: Callable[[], None] | None = None) -> None:
     What the user can mend ends in a message and a code (2: the config, 1: the rest, a full disk or a folder without
     permission among it).
     """
+    sys.argv[1:] = map(_expand_home, sys.argv[1:])
     try:
         (command or app)()
     except ConfigError as error:
@@ -57,6 +60,13 @@ def main(command: Callable[[], None] | None = None) -> None:
         if (reason := refusal(error)) is None:
             raise
         _fail(reason, 1)
+
+
+def _expand_home(argument: str) -> str:
+    """Return --out=~/x as the shell would expand `--out ~/x`: it leaves a `~` behind `=` alone."""
+    option, separator, path = argument.partition("=")
+    is_home = option.startswith("--") and path.startswith("~/")
+    return option + separator + os.path.expanduser(path) if is_home else argument
 
 
 def _fail(error: UserError, code: int) -> None:

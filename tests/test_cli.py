@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_rl import cli
 from megatron_rl.config import load_config, parse_config
 from megatron_rl.plan.check import batch_plan, plan_rows
 from megatron_rl.plan.shapes import count_parameters
@@ -170,6 +171,17 @@ def test_train_starts_the_world_and_stops_it(config_path: Path, tmp_path: Path) 
         process.communicate()
     assert [(run_dir / f"seen{rank}").read_text() for rank in range(2)] == ["7 2", "7 2"]
     assert load_config(run_dir / "config.yaml") == load_config(config_path, ["train.num_steps=7"])
+
+
+def test_a_home_folder_behind_an_options_equals_sign_is_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ["report", "--out=~/page.html", "data.suffix=~/x", "~/y", "--live"]
+    monkeypatch.setattr("sys.argv", ["megatron-rl", *given])
+    seen: list[str] = []
+    cli.main(lambda: seen.extend(sys.argv[1:]))
+    assert seen == ["report", f"--out={tmp_path}/page.html", "data.suffix=~/x", "~/y", "--live"]
 
 
 def test_batch_arithmetic() -> None:

@@ -141,7 +141,8 @@ class CountdownData(Section):
 
 
 class JsonlData(Section):
-    """JSON lines with `problem` and `answer`; the prompt is the tokenizer's chat template when it has one."""
+    """A file of problems: JSON lines or Parquet, see docs/data.md; prompts are rendered by the tokenizer's chat template
+    when it has one."""
 
     type: Literal["jsonl"] = "jsonl"
     train_path: PathText

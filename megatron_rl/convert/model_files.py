@@ -132,6 +132,8 @@ def _config_json(raw: dict[str, Any], hf: PretrainedConfig, dtype: str | None, s
 
     `dtype`: of the weights; None when they have several.
     """
+    if not _is_readable(raw):
+        raw, source = _generated_config(hf), None
     told = raw | _rope_of_transformers_4(raw, hf)
     if hf.model_type == "qwen3_moe":
         told["num_experts"] = hf.num_experts
@@ -146,6 +148,16 @@ def _config_json(raw: dict[str, Any], hf: PretrainedConfig, dtype: str | None, s
         if name not in _NOT_COMPARED and understood.get(name) != value
     }
     return source if source is not None and told == raw else _json(told)
+
+
+def _is_readable(raw: dict[str, Any]) -> bool:
+    """Return whether transformers takes the file: it refuses 1 for 1.0 and null for most values, which the policy reads
+    as they are meant."""
+    try:
+        _understood(raw)
+    except Exception:  # of many types
+        return False
+    return True
 
 
 def _understood(raw: dict[str, Any]) -> PretrainedConfig:

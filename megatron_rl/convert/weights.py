@@ -45,7 +45,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CheckpointPlace:
     """Where Megatron's checkpoint keeps the parameter of a row: `tensor[index]` of the one of `keys` that is there,
     whose shape begins with `lead`."""
 
@@ -63,11 +63,11 @@ _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 
-def place_of(row: Row, hf: PretrainedConfig) -> Place:
+def place_of(row: Row, hf: PretrainedConfig) -> CheckpointPlace:
     """Where Megatron-Core 0.16 puts the (filled) row. Source: TransformerBlock.sharded_state_dict, SequentialMLP."""
     match = _LAYER.fullmatch(row.megatron)
     if match is None:
-        return Place((row.megatron,), (), ())
+        return CheckpointPlace((row.megatron,), (), ())
     layer, rest = int(match[1]), match[2]
     names: tuple[str, ...] = (_FUSED.get(rest, rest),)
     if rest == "pre_mlp_layernorm.weight" and is_moe_layer(hf, layer):
@@ -80,7 +80,7 @@ def place_of(row: Row, hf: PretrainedConfig) -> Place:
         index.append(int(expert[1]))
         lead.append(hf.num_experts)
         names = (_EXPERT.sub(".experts.", rest),)
-    return Place(tuple(prefix + name for name in names), tuple(index), tuple(lead))
+    return CheckpointPlace(tuple(prefix + name for name in names), tuple(index), tuple(lead))
 
 
 def expected_shapes(row: Row, hf: PretrainedConfig) -> list[tuple[int, ...]]:
@@ -128,10 +128,8 @@ def open_weights(path: str | Path, hf: PretrainedConfig | None = None) -> Weight
 def _resolve(raw: dict[str, Any], folder: Path) -> PretrainedConfig:
     try:
         return resolve_hf_config(raw)
-    except ConfigError:
-        raise
-    except Exception as error:  # transformers checks each architecture with errors of many types
-        raise ConfigError(f"{folder}: config.json is not valid: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
 
 
 def _open_hf(folder: Path, hf: PretrainedConfig) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:

@@ -26,6 +26,11 @@ def _number(value: Any) -> int | float | None:
     return value
 
 
+def _real(value: Any) -> float | None:
+    number = _number(value)
+    return None if number is None else float(number)
+
+
 def _integer(value: Any) -> int | None:
     number = _number(value)
     if isinstance(number, float) and not number.is_integer():
@@ -66,6 +71,7 @@ def _tokens(value: Any) -> Any:
 
 # each may be null, which stands for the default
 Number = Annotated[Any, BeforeValidator(_number)]
+Real = Annotated[Any, BeforeValidator(_real)]  # transformers takes no whole number here
 Integer = Annotated[Any, BeforeValidator(_integer)]
 Flag = Annotated[Any, BeforeValidator(_flag)]
 Text = Annotated[Any, BeforeValidator(_text)]
@@ -109,8 +115,8 @@ class ConfigKeys(TypedDict, total=False):
     vocab_size: Integer
     max_position_embeddings: Integer
     hidden_act: Text
-    rms_norm_eps: Number
-    initializer_range: Number
+    rms_norm_eps: Real
+    initializer_range: Real
     attention_dropout: Number
     attention_bias: Flag
     mlp_bias: Flag
@@ -131,7 +137,7 @@ class ConfigKeys(TypedDict, total=False):
     decoder_sparse_step: Integer
     mlp_only_layers: Integers
     norm_topk_prob: Flag
-    router_aux_loss_coef: Number
+    router_aux_loss_coef: Real
     output_router_logits: Flag
     bos_token_id: Tokens
     eos_token_id: Tokens

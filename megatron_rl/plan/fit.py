@@ -20,7 +20,7 @@ from megatron_rl.models.hardware import HARDWARE
 from megatron_rl.plan import published
 from megatron_rl.plan.published import RLCase, Row, TrainingCase
 from megatron_rl.plan.seconds import Constants, generation_seconds, pass_seconds, pass_work
-from megatron_rl.plan.shapes import Layout, bubble
+from megatron_rl.plan.shapes import Spread, bubble
 
 _NEUTRAL = Constants(
     matrix=1.0, attention=1.0, elementwise=1.0, tp_link=1.0, forward=1.0, decode=1.0, token_seconds=0.0
@@ -73,7 +73,7 @@ def forward_scores(rows: Sequence[Row], constants: Constants) -> list[Scored]:
     default."""
     scored = []
     for row in rows:
-        shape, layout = published.shape(row), Layout(recompute="full")
+        shape, layout = published.shape(row), Spread(recompute="full")
         one: dict[str, Any] = {"tokens": 1.0, "context": published.RATIO_CONTEXT, "micro_batches": 1}
         forward, update = (
             pass_seconds(shape, layout, HARDWARE["h100"], constants, backward=backward, **one)

@@ -22,9 +22,9 @@ from megatron_rl.models.hardware import (
     Hardware,
 )
 from megatron_rl.plan.shapes import (
-    Layout,
     ModelShape,
     RankParameters,
+    Spread,
     kv_bytes_per_token,
     parameters,
     rank_parameters,
@@ -43,7 +43,7 @@ class Passes:
     fused: bool = True  # Transformer Engine's layers; False: Megatron's local ones on a CPU
 
 
-def layer_activations(shape: ModelShape, layout: Layout, passes: Passes) -> float:
+def layer_activations(shape: ModelShape, layout: Spread, passes: Passes) -> float:
     """Return the bytes that one layer keeps of one micro-batch for its backward pass, on a rank.
 
     Per token, in elements: the inputs of two norms and their outputs (4 h, split by tp under sequence parallelism),
@@ -67,18 +67,18 @@ def layer_activations(shape: ModelShape, layout: Layout, passes: Passes) -> floa
     return tokens * (elements * passes.element_bytes + scores / layout.tp)
 
 
-def layer_input(shape: ModelShape, layout: Layout, passes: Passes) -> float:
+def layer_input(shape: ModelShape, layout: Spread, passes: Passes) -> float:
     """Return the bytes of one layer's input, all that full recomputation keeps. Source: arXiv 2205.05198, section 5."""
     return passes.tokens / layout.cp * shape.hidden * passes.element_bytes / (layout.tp if layout.sp else 1)
 
 
-def working_set(shape: ModelShape, layout: Layout, passes: Passes) -> float:
+def working_set(shape: ModelShape, layout: Spread, passes: Passes) -> float:
     """Return the bytes of temporaries inside one layer: a forward's MLP, or the gradients of a backward's."""
     ffn = max(shape.ffn, shape.experts_per_token * shape.expert_ffn)
     return passes.tokens / layout.cp * passes.element_bytes * (shape.mlp_matrices * ffn / layout.tp + 2 * shape.hidden)
 
 
-def in_flight(layout: Layout, micro_batches: int, stage: int) -> float:
+def in_flight(layout: Spread, micro_batches: int, stage: int) -> float:
     """Return the number of micro-batches whose activations a stage keeps at the peak of 1F1B, in units of all its
     layers.
 
@@ -91,7 +91,7 @@ def in_flight(layout: Layout, micro_batches: int, stage: int) -> float:
     return min(depth, micro_batches)
 
 
-def training_activations(shape: ModelShape, layout: Layout, passes: Passes, stage: int) -> float:
+def training_activations(shape: ModelShape, layout: Spread, passes: Passes, stage: int) -> float:
     """Return the peak bytes of saved activations and temporaries on a stage, without the logits."""
     layers = shape.layers / layout.pp * in_flight(layout, passes.micro_batches, stage)
     whole = layer_activations(shape, layout, passes)
@@ -102,23 +102,23 @@ def training_activations(shape: ModelShape, layout: Layout, passes: Passes, stag
     return kept + working_set(shape, layout, passes)
 
 
-def logits_bytes(shape: ModelShape, layout: Layout, passes: Passes) -> float:
+def logits_bytes(shape: ModelShape, layout: Spread, passes: Passes) -> float:
     """Return the bytes of one `[T, V / tp]` in the model's dtype: statistics and gradient are computed in place
     (parallel/vocab.py)."""
     return passes.tokens / layout.cp * shape.vocab / layout.tp * passes.element_bytes
 
 
-def _logits(shape: ModelShape, layout: Layout, passes: Passes) -> Parts:
+def _logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
     return {"logits": logits_bytes(shape, layout, passes)}
 
 
-def _fused_logits(shape: ModelShape, layout: Layout, passes: Passes) -> Parts:
+def _fused_logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
     """Return the bytes of a chunk of logits, and of the weight's gradient, which is summed over chunks in float32."""
     chunk = min(logits_bytes(shape, layout, passes), CHUNK_LOGITS * passes.element_bytes)
     return {"fused logits": chunk + 4.0 * shape.vocab / layout.tp * shape.hidden}
 
 
-def state_parts(held: RankParameters, layout: Layout, element_bytes: int) -> Parts:
+def state_parts(held: RankParameters, layout: Spread, element_bytes: int) -> Parts:
     """Return the bytes of weights, float32 gradients, and Adam's state spread over the data-parallel ranks.
 
     In bfloat16 Adam keeps float32 weights and two moments, 12 bytes a parameter; in float32 its weights are the
@@ -133,7 +133,7 @@ def state_parts(held: RankParameters, layout: Layout, element_bytes: int) -> Par
     }
 
 
-def stages(shape: ModelShape, layout: Layout, vocab_multiple: int) -> dict[int, RankParameters]:
+def stages(shape: ModelShape, layout: Spread, vocab_multiple: int) -> dict[int, RankParameters]:
     """Return the stages that can be the fullest: the first, which keeps most activations, and the last, with the
     logits."""
     last = layout.pp - 1
@@ -144,7 +144,7 @@ def stages(shape: ModelShape, layout: Layout, vocab_multiple: int) -> dict[int, 
 
 
 def trainer_phases(
-    shape: ModelShape, layout: Layout, passes: Passes, vocab_multiple: int, *, fuses: bool = False
+    shape: ModelShape, layout: Spread, passes: Passes, vocab_multiple: int, *, fuses: bool = False
 ) -> dict[str, Parts]:
     """Return the trainer's parts in each phase, on the stage that is fullest in training. Generation lists what stays.
     `fuses`: logits exist in chunks alone."""
@@ -188,7 +188,7 @@ class Memory:
         return self.peak <= self.room and not self.faults
 
 
-def fuses_output_layer(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> bool:
+def fuses_output_layer(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware) -> bool:
     """Return whether the statistics compute the logits themselves, in chunks (model.fused_linear_stats): with `auto`,
     where a phase that holds the logits would not fit. They cost a product more, so not where all fits."""
     mode = config.model.fused_linear_stats
@@ -197,7 +197,7 @@ def fuses_output_layer(config: Config, shape: ModelShape, layout: Layout, hardwa
     return mode == "on" or (mode == "auto" and crowded)
 
 
-def memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> Memory:
+def memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware) -> Memory:
     """Return the memory of a run with this layout in place of the config's.
 
     Micro-batches count as full and responses as long as they may be. On a CPU the peak resident memory is predicted:
@@ -206,7 +206,7 @@ def memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardw
     return _memory_of(config, shape, layout, hardware, fuses=fuses_output_layer(config, shape, layout, hardware))
 
 
-def _memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware, *, fuses: bool) -> Memory:
+def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, *, fuses: bool) -> Memory:
     on_gpu = hardware.flops > 0
     width = 2 if config.model.dtype == "bfloat16" else 4
     passes = Passes(
@@ -238,7 +238,7 @@ def _memory_of(config: Config, shape: ModelShape, layout: Layout, hardware: Hard
     return Memory(phases, FILL * hardware.memory, faults)
 
 
-def micro_batch_tokens(config: Config, layout: Layout) -> int:
+def micro_batch_tokens(config: Config, layout: Spread) -> int:
     """Return the tokens of the fullest micro-batch: the budget, or all that a rank has of an update or of a warm-start
     batch."""
     sequences = math.ceil(config.train.prompts_per_minibatch * config.rollout.samples_per_prompt / layout.dp)
@@ -247,13 +247,13 @@ def micro_batch_tokens(config: Config, layout: Layout) -> int:
     return min(config.train.micro_batch_tokens, sequences * config.max_sequence_tokens)
 
 
-def update_micro_batches(config: Config, layout: Layout) -> int:
+def update_micro_batches(config: Config, layout: Spread) -> int:
     """Return the micro-batches of one update on a rank when every sequence is of the longest length."""
     sequences = math.ceil(config.train.prompts_per_minibatch * config.rollout.samples_per_prompt / layout.dp)
     return math.ceil(sequences / max(1, config.train.micro_batch_tokens // config.max_sequence_tokens))
 
 
-def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Layout, width: int, on_gpu: bool) -> float:
+def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Spread, width: int, on_gpu: bool) -> float:
     """Return the bytes of a weight update's buffers: a bucket over all tensor ranks, this rank's part of it as one
     piece, the largest weight whole; gloo gathers into a copy of its own. Then two of the servers' buckets."""
     stage = width * parameters(shape) / layout.pp
@@ -264,7 +264,7 @@ def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Layout, width: 
     return bucket * copies + largest + min(servers, 2 * width * parameters(shape))
 
 
-def _add_replica(config: Config, shape: ModelShape, layout: Layout, phases: dict[str, Parts], width: int) -> None:
+def _add_replica(config: Config, shape: ModelShape, layout: Spread, phases: dict[str, Parts], width: int) -> None:
     """Add the embedded engine: a whole model on every rank at all times; a cache and the sampler's float32 logits and
     four float64 copies while it generates."""
     sequences = math.ceil(config.train.prompts_per_step * config.rollout.samples_per_prompt / layout.gpus)

@@ -15,7 +15,7 @@ from importlib import resources
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
 from megatron_rl.plan.memory import Passes, training_activations
 from megatron_rl.plan.seconds import Generation
-from megatron_rl.plan.shapes import Layout, ModelShape, parameters, shape_of
+from megatron_rl.plan.shapes import ModelShape, Spread, parameters, shape_of
 
 Row = dict[str, str]
 
@@ -71,7 +71,7 @@ class TrainingCase:
 
     row: Row
     shape: ModelShape
-    layout: Layout
+    layout: Spread
     hardware: Hardware
     tokens: float
     context: float
@@ -99,7 +99,7 @@ def _training_case(row: Row) -> TrainingCase:
     communication."""
     model, machine = shape(row), hardware(row)
     assert machine is not None
-    layout = Layout(
+    layout = Spread(
         tp=size(row, "TP"),
         pp=size(row, "PP"),
         dp=size(row, "DP"),
@@ -162,7 +162,7 @@ class RLCase:
 
     row: Row
     shape: ModelShape
-    layout: Layout
+    layout: Spread
     hardware: Hardware
     generation: Generation
     tokens: float
@@ -187,7 +187,7 @@ def _rl_case(row: Row) -> RLCase:
     sequences = int(row["GBS"].split("/")[0].removeprefix("G"))
     seconds, response = float(row["step_s"]), float(row["avg_seq"])
     length = float(row["tokens_s_gpu"]) * seconds * gpus / sequences
-    layout = Layout(tp=size(row, "TP"), pp=size(row, "PP"), sp=size(row, "TP") > 1)
+    layout = Spread(tp=size(row, "TP"), pp=size(row, "PP"), sp=size(row, "TP") > 1)
     layout = replace(layout, dp=gpus // layout.gpus)
     generation = Generation(
         sequences=sequences * engine_tp / gpus,
@@ -237,7 +237,7 @@ def _sharded_bytes(row: Row) -> float:
     the planner's formulas, half of them where a stack recomputes half ("selective"); an eager loss, but chunks of
     logits too small to count in prime-rl's RL."""
     model, half = shape(row), recomputed(row) == 0.5
-    layout = Layout(dp=size(row, "DP"), recompute="full" if recomputed(row) == 1.0 else "none")
+    layout = Spread(dp=size(row, "DP"), recompute="full" if recomputed(row) == 1.0 else "none")
     passes = Passes(tokens=size(row, "MBS") * int(row["seq"]), micro_batches=1, element_bytes=2)
     activations = training_activations(model, layout, passes, 0) * (0.5 if half else 1.0)
     logits = 0.0 if row["algo"] == "RL Full" else passes.tokens * model.vocab * _EAGER_LOSS_BYTES

@@ -15,8 +15,8 @@ from importlib import resources
 from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import Passes, layer_activations
 from megatron_rl.plan.shapes import (
-    Layout,
     ModelShape,
+    Spread,
     bubble,
     forward_flops,
     kv_bytes_per_token,
@@ -50,7 +50,7 @@ def fitted_constants() -> Constants:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PassSeconds:
     """Seconds at the peaks, on the slowest pipeline stage of one rank, before the bubble."""
 
     matrix: float
@@ -64,8 +64,8 @@ class Work:
 
 
 def pass_work(
-    shape: ModelShape, layout: Layout, hardware: Hardware, tokens: float, context: float, *, backward: bool
-) -> Work:
+    shape: ModelShape, layout: Spread, hardware: Hardware, tokens: float, context: float, *, backward: bool
+) -> PassSeconds:
     """Return the work of a pass over `tokens` tokens of one data-parallel rank that attend to `context` tokens on
     average.
 
@@ -92,7 +92,7 @@ def pass_work(
     keys = others * 2.0 * shape.groups * shape.head_dim / layout.tp * one.element_bytes
     wire = hardware.node_link if split <= hardware.gpus_per_node else hardware.network
     times = 2.0 + again if backward else 1.0
-    return Work(
+    return PassSeconds(
         matrix / hardware.flops,
         attention / hardware.flops,
         moved / hardware.bandwidth,
@@ -102,7 +102,7 @@ def pass_work(
 
 def pass_seconds(
     shape: ModelShape,
-    layout: Layout,
+    layout: Spread,
     hardware: Hardware,
     constants: Constants,
     *,

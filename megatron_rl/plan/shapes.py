@@ -41,7 +41,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Spread:
     """How a model is spread. `dp` excludes context parallelism; gradients and optimizer state are over dp * cp."""
 
     tp: int = 1
@@ -83,10 +83,10 @@ class Layout:
         return ", ".join([*parts, *["sp"] * self.sp, *[f"recompute {self.recompute}"] * (self.recompute != "none")])
 
 
-def layout_of(config: Config) -> Layout:
+def layout_of(config: Config) -> Spread:
     """Return the layout that the config asks for."""
     parallel = config.parallel
-    return Layout(
+    return Spread(
         tp=parallel.tp,
         pp=parallel.pp,
         dp=parallel.dp,
@@ -99,7 +99,7 @@ def layout_of(config: Config) -> Layout:
     )
 
 
-def bubble(layout: Layout, micro_batches: int) -> float:
+def bubble(layout: Spread, micro_batches: int) -> float:
     """Return the idle share of a pipelined pass, relative to its work: (p - 1) / (m v).
 
     Source: Narayanan et al., arXiv 2104.04473, section 2.2.
@@ -145,7 +145,7 @@ class RankParameters:
 
 
 def rank_parameters(
-    shape: ModelShape, layout: Layout, *, first: bool, last: bool, vocab_multiple: int
+    shape: ModelShape, layout: Spread, *, first: bool, last: bool, vocab_multiple: int
 ) -> RankParameters:
     """Return the parameters of a rank on a pipeline stage that is the first, the last, both or neither.
 
@@ -169,7 +169,7 @@ def rank_parameters(
 
 def parameters(shape: ModelShape) -> float:
     """Return the parameters of the whole model, its vocabulary not padded."""
-    return rank_parameters(shape, Layout(), first=True, last=True, vocab_multiple=1).total
+    return rank_parameters(shape, Spread(), first=True, last=True, vocab_multiple=1).total
 
 
 def count_parameters(hf: dict[str, Any], vocab: int = 0) -> tuple[int, int]:

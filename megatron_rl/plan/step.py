@@ -9,7 +9,7 @@ from megatron_rl.config import Config
 from megatron_rl.models.hardware import GPU_PROCESS_BYTES, Hardware
 from megatron_rl.plan.memory import Memory, memory_of
 from megatron_rl.plan.seconds import Constants, Generation, generation_seconds, pass_seconds
-from megatron_rl.plan.shapes import Layout, ModelShape, bubble, forward_flops, parameters
+from megatron_rl.plan.shapes import ModelShape, Spread, bubble, forward_flops, parameters
 from megatron_rl.plan.transfer import optimizer_seconds, sync_seconds, width_of
 
 # One answer's verification on a CPU core; math-verify takes 1 to 20 ms.
@@ -34,7 +34,7 @@ class Load:
 class StepPlan:
     """One step of a run. Seconds are predictions of formulas fitted to other stacks' measurements."""
 
-    layout: Layout
+    layout: Spread
     memory: Memory
     seconds: dict[str, float]  # phase -> seconds; empty where no time is predicted
     tokens: float  # of a step, prompts and responses
@@ -58,7 +58,7 @@ class StepPlan:
 
 
 def plan_step(
-    config: Config, shape: ModelShape, layout: Layout, hardware: Hardware, constants: Constants, load: Load
+    config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, constants: Constants, load: Load
 ) -> StepPlan:
     """Return the plan of a config, whose own layout `layout` may replace."""
     memory = memory_of(config, shape, layout, hardware)
@@ -104,7 +104,7 @@ def plan_step(
 
 
 def rollout_seconds(
-    config: Config, shape: ModelShape, layout: Layout, hardware: Hardware, constants: Constants, load: Load
+    config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, constants: Constants, load: Load
 ) -> float:
     """Return the seconds of one generation batch. Servers that the run does not start count as as many as it would
     start."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from megatron_rl.config import Config, ModelConfig
 from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import stages
-from megatron_rl.plan.shapes import Layout, ModelShape, parameters
+from megatron_rl.plan.shapes import ModelShape, Spread, parameters
 
 
 def width_of(model: ModelConfig) -> int:
@@ -16,7 +16,7 @@ def width_of(model: ModelConfig) -> int:
     return 2 if model.dtype == "bfloat16" else 4
 
 
-def data_link(layout: Layout, hardware: Hardware) -> float:
+def data_link(layout: Spread, hardware: Hardware) -> float:
     """Return the bytes/s that each rank has for a data-parallel collective: the ranks of a node that are in one ring
     share their network ports."""
     inner = layout.tp * layout.cp
@@ -26,7 +26,7 @@ def data_link(layout: Layout, hardware: Hardware) -> float:
     return min(hardware.node_link, hardware.network * together)
 
 
-def optimizer_seconds(shape: ModelShape, layout: Layout, hardware: Hardware, width: int) -> float:
+def optimizer_seconds(shape: ModelShape, layout: Spread, hardware: Hardware, width: int) -> float:
     """Return the seconds of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights. Nothing
     overlaps them here.
 
@@ -47,7 +47,7 @@ def sync_bytes(shape: ModelShape, width: int) -> float:
     return width * parameters(shape)
 
 
-def sync_seconds(config: Config, shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
+def sync_seconds(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware) -> float:
     """Return the seconds of one weight update: every rank gathers the whole model, over tensor ranks within a node and
     pipeline stages across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state
     moves to the host and back."""

@@ -52,7 +52,7 @@ def prepare(
             f"{found['contained']} contained, {found['near']} near; {len(found['partial'])} in part, which stay"
         )
     if report["renamed_ids"]:
-        print(f"{report['renamed_ids']} rows had the id of another one and got a number behind it")
+        print(f"ids of another row, which got a number behind them: {report['renamed_ids']}")
     print(f"{out}\n{out.with_suffix('.stats.md')}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_rl.data.rows import Row
 from megatron_rl.errors import DataError
-from megatron_rl.files import write_atomically
+from megatron_rl.files import refusal, write_atomically
 from megatron_rl.prepare import clean
 from megatron_rl.prepare.overlap import Overlap, find_overlaps
 from megatron_rl.prepare.presets import PRESETS
@@ -45,8 +45,8 @@ def read_source(source: str, *, download: bool) -> list[Row]:
 def prepare(sources: Sequence[str], out: Path, against: Sequence[str], options: Options) -> dict[str, Any]:
     """Write `out` (JSON lines), and beside it the report as .stats.json and .stats.md; return the report.
 
-    Raises: DataError when a source cannot be read, a tokenizer is missing, or nothing is left; OSError that
-    names the file when it cannot be written.
+    Raises: DataError when a source cannot be read, a tokenizer is missing, or nothing is left; UserError when
+    `out` cannot be written.
     """
     if options.max_prompt_tokens is not None and options.tokenizer is None:
         raise DataError("--max-prompt-tokens needs --tokenizer, the folder of the model's tokenizer")
@@ -89,9 +89,12 @@ def prepare(sources: Sequence[str], out: Path, against: Sequence[str], options: 
         "overlap_removed": options.remove_overlap,
         "contents": statistics(rows, lengths),
     }
-    write(out, rows)
-    write_atomically(out.with_suffix(".stats.json"), json.dumps(report, indent=1, ensure_ascii=False))
-    write_atomically(out.with_suffix(".stats.md"), page(report, rows))
+    try:
+        write(out, rows)
+        write_atomically(out.with_suffix(".stats.json"), json.dumps(report, indent=1, ensure_ascii=False))
+        write_atomically(out.with_suffix(".stats.md"), page(report, rows))
+    except OSError as error:
+        raise refusal(error) or DataError(f"--out {out} cannot be written: {error}; name another file") from error
     return report
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from megatron_rl import __version__
-from megatron_rl.files import write_atomically
+from megatron_rl.errors import UserError
+from megatron_rl.files import refusal, write_atomically
 from megatron_rl.launch import say
 from megatron_rl.metrics.write import format_duration
 from megatron_rl.report.catalogue import sections
@@ -46,12 +47,16 @@ def build_report(run_dirs: Sequence[Path], out: Path | None = None, reload_secon
     `out`: null puts `report.html` into the run's folder, or for several runs into the folder of the first one's parent.
     `reload_seconds`: the page reloads itself this often, at the place where it is read; 0: never.
 
-    Raises: UserError when a folder is not a run or has no complete step yet.
+    Raises: UserError when a folder is not a run or has no complete step yet, or the page cannot be written.
     """
     runs = load_runs(run_dirs)
     out = out or _default_page(run_dirs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, render(runs, reload_seconds))  # a page that reloads itself never meets half a file
+    text = render(runs, reload_seconds)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, text)  # a page that reloads itself never meets half a file
+    except OSError as error:
+        raise refusal(error) or UserError(f"cannot write {out}: {error}") from error
     return out
 
 

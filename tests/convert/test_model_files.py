@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from megatron_rl.config import Config, parse_config
 from megatron_rl.convert.model_files import converted_files, policy_files
@@ -222,6 +222,18 @@ def test_defaults_of_the_policy_that_are_not_those_of_transformers_are_written(t
     source = save(hf_model(num_key_value_heads=4), tmp_path / "in")
     (source / "config.json").write_text(json.dumps(stated))
     assert json.loads(policy_files(describe(source), None)["config.json"])["num_key_value_heads"] == 4
+
+
+@pytest.mark.parametrize("loose", [{"rms_norm_eps": 1}, {"hidden_act": None}, {"hidden_act": "swish"}])
+def test_what_only_the_policy_reads_is_written_so_that_all_do(tmp_path: Path, loose: dict[str, Any]) -> None:
+    """transformers refuses 1 for 1.0 and null; the engines know no `swish`, another name of silu."""
+    (tmp_path / "config.json").write_text(json.dumps(HF | {"vocab_size": 37} | loose))
+    described = describe(tmp_path)
+    written = json.loads(policy_files(described, None)["config.json"])
+    understood, expected = AutoConfig.for_model(**written).to_dict(), described.hf_config.to_dict()
+    compared = understood.keys() - {"architectures", "dtype", "transformers_version"}
+    assert {key: understood[key] for key in compared} == {key: expected[key] for key in compared}
+    assert understood["hidden_act"] == "silu"
 
 
 def test_servers_get_the_same_files_without_end_tokens(old: Path, tmp_path: Path) -> None:

@@ -63,6 +63,10 @@ FEATURES: list[tuple[dict[str, Any], bool]] = [
     ({"num_key_value_heads": None}, True),
     ({"hidden_act": "swish"}, True),
     ({"hidden_act": "gelu"}, False),
+    ({"rms_norm_eps": 1, "initializer_range": 1, "router_aux_loss_coef": 0}, True),
+    (dict.fromkeys(["rms_norm_eps", "hidden_act", "tie_word_embeddings", "attention_bias", "use_cache"]), True),
+    (dict.fromkeys(["max_position_embeddings", "use_sliding_window", "norm_topk_prob", "mlp_only_layers"]), True),
+    ({"eos_token_id": None, "pad_token_id": None, "architectures": None}, True),
     ({"attention_bias": True}, False),
     ({"mlp_bias": True}, False),
     ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, False),
@@ -126,7 +130,7 @@ def test_the_check_and_the_policy_agree_with_transformers(
         with pytest.raises(ConfigError, match="^model: "):
             resolve_hf_config(hf)
         return
-    resolved = resolve_hf_config(hf)
+    resolved = resolve_hf_config(parse_config(raw(model={"hf_config": hf}, parallel={})).model.hf_config or {})
     assert json.dumps(hf) == before, "the contents of config.json stay as they are"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(resolved)

@@ -24,7 +24,7 @@ from megatron_rl.plan.memory import Passes, layer_activations, state_parts, trai
 from megatron_rl.plan.score import QUICKSTART, cpu_memory_errors, stored_scores, summarise
 from megatron_rl.plan.search import changed, plan_of, remedies, search
 from megatron_rl.plan.seconds import fitted_constants
-from megatron_rl.plan.shapes import Layout, ModelShape, bubble, parameters, rank_parameters, shape_of
+from megatron_rl.plan.shapes import ModelShape, Spread, bubble, parameters, rank_parameters, shape_of
 from megatron_rl.plan.step import Load
 
 SMALL = ModelShape(layers=4, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=30, tied=False)
@@ -55,7 +55,7 @@ ARGUMENTS = (HARDWARE["h100"], fitted_constants(), Load(200, 2500), 0)
 
 
 def test_memory_of_a_small_model_by_hand() -> None:
-    layout = Layout(tp=2, pp=2, dp=3, sp=True)
+    layout = Spread(tp=2, pp=2, dp=3, sp=True)
     # a layer: qkv 8x16, output 8x8, mlp 3x8x16, all halved, and two norms of 8; then the embedding of 16 padded rows
     held = rank_parameters(SMALL, layout, first=True, last=False, vocab_multiple=8)
     assert held.total == 2 * ((128 + 64 + 384) / 2 + 16) + 16 * 8
@@ -72,7 +72,7 @@ def test_memory_of_a_small_model_by_hand() -> None:
     working = 10 * 2 * (3 * 16 / 2 + 2 * 8)
     assert training_activations(SMALL, layout, passes, 0) == 2 * 2 * layer + working  # two micro-batches in flight
     assert training_activations(SMALL, layout, passes, 1) == 2 * layer + working
-    assert bubble(layout, 5) == 1 / 5 and bubble(Layout(pp=4, vpp=3), 6) == 3 / 18
+    assert bubble(layout, 5) == 1 / 5 and bubble(Spread(pp=4, vpp=3), 6) == 3 / 18
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "qwen3_moe"])

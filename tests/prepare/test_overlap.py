@@ -54,6 +54,7 @@ def test_half_of_the_8_grams_and_all_numbers_make_it_near() -> None:
     evaluation = STORY.format(90) + " and how many of them are odd"  # 21 words, 14 grams
     assert degrees(evaluation, "Tell me. " + STORY.format(90) + " Answer with 1 number.") == "near"
     assert degrees(STORY.format(90), "Tell me. " + STORY.format(80) + " Answer with 1 number.") == "partial"
+    assert degrees(f"{OTHER} of 12 points", f"Now tell me. {OTHER} of 13 points") == "partial"  # 15 of 17 grams
     few = "Among 90 boxes those whose labels are positive integers are divisible by neither two nor three remain"
     assert degrees(evaluation, few) == "none"  # 3 of 14 grams
 

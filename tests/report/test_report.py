@@ -276,7 +276,12 @@ def test_missing_metrics_are_noted_not_fatal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "reason"), [("folder", "folder: Is a directory"), ("file/x.html", "file: File exists")]
+    ("page", "reason"),
+    [
+        ("folder", "cannot use {}/folder: Is a directory; mend it, or name another place"),
+        ("file/x.html", "cannot use {}/file: File exists; mend it, or name another place"),
+        ("/proc/gone/x.html", "cannot write /proc/gone/x.html: [Errno 2] No such file or directory: '/proc/gone'"),
+    ],
 )
 def test_a_page_that_cannot_be_written_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], page: str, reason: str
@@ -287,7 +292,7 @@ def test_a_page_that_cannot_be_written_is_named(
     with pytest.raises(SystemExit) as end:
         cli.main(lambda: build_report([run], tmp_path / page))
     assert end.value.code == 1 and not list(tmp_path.glob(".folder*"))
-    assert capsys.readouterr().err == f"error: cannot use {tmp_path}/{reason}; mend it, or name another place\n"
+    assert capsys.readouterr().err == f"error: {reason.format(tmp_path)}\n"
 
 
 def test_broken_folders(tmp_path: Path) -> None:
