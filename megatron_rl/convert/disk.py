@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import glob
 import itertools
 import os
 import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from megatron_rl import launch
 
-_SAY = partial(launch.say, error=True)
 
-
-def remove(path: Path, say: Callable[[str], None] = _SAY) -> bool:
+def remove(path: Path) -> bool:
     """Remove a folder, a file or a link (not what it points to), if it is there; return whether it is gone.
 
-    What cannot be removed is no reason to fail; `say` hears of it.
+    What cannot be removed is no reason to fail: the user is told, once.
     """
     try:
         if path.is_dir() and not path.is_symlink():
@@ -25,9 +23,27 @@ def remove(path: Path, say: Callable[[str], None] = _SAY) -> bool:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        say(f"cannot remove {path} ({type(error).__name__}: {error}); nothing needs it, remove it yourself")
+        say_once(f"cannot remove {path} ({type(error).__name__}: {error}); nothing needs it, remove it yourself")
         return False
     return True
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Tell the user on standard error, unless this process said the same before."""
+    launch.say(text, error=True)
+
+
+def clear(path: Path) -> None:
+    """Make the name `path` free: hide what has it, then remove it, and what earlier calls could not remove.
+
+    Under its own name a folder is whole at every moment. Raises: OSError when it cannot be renamed.
+    """
+    hidden = path.with_name(f".{path.name}.removed")
+    if os.path.lexists(path):
+        path.rename(unused(hidden))
+    for leftover in path.parent.glob(f"{glob.escape(hidden.name)}*"):
+        remove(leftover)
 
 
 def unused(path: Path) -> Path:

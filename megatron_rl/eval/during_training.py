@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
 from megatron_rl import launch
 from megatron_rl.config import Config
+from megatron_rl.convert.disk import clear
 from megatron_rl.eval.benchmarks import Benchmark
 from megatron_rl.eval.evaluator import Evaluator, metrics_of
 from megatron_rl.eval.table import write_tables
@@ -25,7 +25,7 @@ def evaluate_sets(
     """
     folder = config.run_dir / "eval" / f"step_{num_steps:06d}"
     if evaluator.is_first:
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier process, which may have had other weights
+        clear(folder)  # of an earlier process, which may have had other weights
     results = []
     for bench in benchmarks:
         if world.any(launch.stop_requested(config.run_dir)):

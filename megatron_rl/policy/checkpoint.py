@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl import device, launch
 from megatron_rl.config import dump_config
-from megatron_rl.convert.disk import fsync_tree, remove, unused
+from megatron_rl.convert.disk import clear, fsync_tree, remove, say_once, unused
 from megatron_rl.convert.model_files import policy_files, write_files
 from megatron_rl.errors import UserError
 from megatron_rl.files import free_bytes
@@ -67,7 +67,6 @@ class CheckpointStore:
         hf/; None: hf/ holds the model's part alone. What hf/ carries over is read now: its source may go away later."""
         self.folder, self.policy, self.groups = folder, policy, groups
         self._beside_weights = policy_files(policy, tokenizer) if groups.rank == 0 else {}
-        self._not_removed: set[str] = set()  # what was said already
         self._world = groups.all_ranks
         self._background = AsyncCallsQueue()
         self._unfinished: _Save | None = None
@@ -219,7 +218,7 @@ class CheckpointStore:
     def _prepare(self, save: _Save) -> Path:
         """Return an empty draft: of another name when what was left of an earlier one cannot be removed."""
         for leftover in self.folder.glob(".step_*"):  # of killed saves and killed removals
-            self._remove(leftover)
+            remove(leftover)
         draft = unused(save.draft)
         draft.mkdir(parents=True)
         if free_bytes(draft) < save.needed:
@@ -243,28 +242,16 @@ class CheckpointStore:
             link.unlink(missing_ok=True)
             link.symlink_to(save.target.name)
             link.replace(best)
-        if os.path.lexists(save.target):  # the same step again
-            self._remove(_hidden(save.target))
+        clear(save.target)  # the same step again
         save.draft.rename(save.target)
         fsync_tree(self.folder, recursive=False)
         kept = sorted(self._finished())[-self.policy.config.train.keep_checkpoints :]
         for path in self._finished():
             if path not in kept and not (best.is_symlink() and best.readlink().name == path.name):
                 try:
-                    hidden = _hidden(path)
+                    clear(path)
                 except OSError as error:
-                    self._tell(f"cannot remove {path} ({error}); the run goes on")
-                else:
-                    self._remove(hidden)
-
-    def _remove(self, path: Path) -> None:
-        """Remove what nothing needs any longer; when that fails, say so once and go on."""
-        remove(path, self._tell)
-
-    def _tell(self, text: str) -> None:
-        if text not in self._not_removed:
-            self._not_removed.add(text)
-            launch.say(text)
+                    say_once(f"cannot remove {path} ({error}); the run goes on")
 
     def _finished(self) -> list[Path]:
         return [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]
@@ -279,7 +266,7 @@ class CheckpointStore:
                 problem = str(error)
             except OSError as error:
                 problem = self._story(save, f"{type(error).__name__}: {error}")
-                self._remove(save.draft)
+                remove(save.draft)
         problem, result = self._world.gather_objects((problem, result))[0]
         if problem is not None:
             self._unfinished = None
@@ -293,7 +280,7 @@ class CheckpointStore:
 
         def explain() -> None:
             story = self._story(save, _reasons(error))
-            self._remove(save.draft)
+            remove(save.draft)
             raise UserError(story)
 
         self._on_rank_0(explain, save)
@@ -308,11 +295,6 @@ class CheckpointStore:
             + f"; make room, lower train.keep_checkpoints={train.keep_checkpoints} or move logging.run_dir: the same "
             "command continues"
         )
-
-
-def _hidden(path: Path) -> Path:
-    """Hide a checkpoint that is to go, and return where: under its own name it is whole at every moment."""
-    return path.rename(unused(path.with_name(f".{path.name}.removed")))
 
 
 class _Results:

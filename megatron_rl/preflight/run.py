@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -133,6 +132,7 @@ class _Description:
 
 def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
     """Start every node's servers as training does, without weights, and stop them."""
+    from megatron_rl.convert.disk import remove
     from megatron_rl.preflight.checks import Check
     from megatron_rl.rollout.engine import EngineError, Place
 
@@ -167,7 +167,7 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
         remedy = f"the servers' logs are in {folder / 'logs'}"
         return Check("engine start", "\n".join(dict.fromkeys(problems)), False, remedy)
     if world_rank() == 0:
-        shutil.rmtree(folder)
+        remove(folder)
     return Check("engine start", f"{len(servers)} servers ready after {time.monotonic() - began:.0f} s, stopped again")
 
 

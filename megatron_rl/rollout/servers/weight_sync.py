@@ -30,6 +30,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from megatron_rl import device
+from megatron_rl.convert.disk import clear
 from megatron_rl.convert.save_hf import SHARD_BYTES, write_shards
 from megatron_rl.convert.weights import expected_shapes
 from megatron_rl.models.mapping import model_rows
@@ -319,7 +320,7 @@ class Disk(Channel):
             return
         stream = iter(stream)
         try:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            clear(self._folder)  # a server that still reads the former files may keep them from being removed
             shutil.copytree(self._model_dir, self._folder)
             write_shards(self._folder, stream, SHARD_BYTES)
         except OSError as error:
