@@ -1,183 +1,184 @@
-"""The `math` verifier: the last \\boxed answer of a response against the gold answer.
+"""The `math` verifier: a response's answer against the gold answer, by what both mean.
 
-Three readings, the cheap ones first: the texts agree in one spelling; both are numbers, or lists and brackets of
-comparable items; math-verify parses both and sympy finds them equal, within the bounds of grading/bounds.py. sympy may
-still run for ever, and math-verify's own time limits work in no thread and are off, so call this in a worker with a
-deadline (grading/pool.py).
+The readings, in this order: the texts agree in one spelling; a notation of its own (choice, word, time, base); numbers
+with their units; sets of numbers; lists, tuples and matrices, item by item; equations; expressions, compared exactly
+(grading/values.py). What no reading understands is wrong unless the texts agree. docs/grading.md tells it at length.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
-from megatron_rl.grading import bounds, latex, symbolic
-from megatron_rl.grading.latex import Number, Parts, Unit
+from megatron_rl.grading import expression, latex, notations, regions, units, values
+from megatron_rl.grading.expression import Tree, Unreadable
+from megatron_rl.grading.extraction import answers, last_boxes
+from megatron_rl.grading.latex import Parts
+from megatron_rl.grading.numerals import Number, close, number
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(?=\{)|(?P<bare>[^\s{}\\$]+))")
-_SAID = (
-    re.compile(r"####\s*(?P<answer>[^\n]+)"),
-    re.compile(r"answer\s*(?:\*\*)?\s*(?:is|are|=|:)\s*(?:\*\*)?\s*:?\s*(?P<answer>[^\n]+)", re.I),
-)
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
-_PLAIN_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s*\\?%)?(?![\w])")
-_CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?")
-_CHOICE_WITH_TEXT = re.compile(r"(?:\\text\{)?\(?\s*([A-Z])\s*[).:]\}?\s*.+", re.S)
-_BASE = re.compile(r"(?P<digits>[0-9A-F]+)(?:_\{?(?P<base>\d+)\}?)?")
 _LEAD_IN = re.compile(r"\\text\{[^{}]*(?:is|are|:|=)\s*\}")
 _ASSIGNED = re.compile(r"(?P<name>[^=<>]*[^=<>!\\\s])\s*=(?P<value>[^=].*)", re.S)
 _MEMBER = re.compile(r"(?P<name>[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s*\\in(?![a-z])\s*(?P<value>.+)", re.S)
-_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*")
-_MAX_PARSED = 400  # characters
-_MAX_LINE = 2000  # characters of an answer's line that are searched
-_DIGITS_OF_A_ROUNDING = 4
+_QUALIFIER = re.compile(r",?\s*\\text\{\s*,?\s*(?:for|where|with)\s[^{}]*\}.*$|,?\s+(?:for (?:any|all|some|every)|where)\s.*$", re.S)
+_MATRIX = re.compile(
+    r"(?P<factor>[^&]*?)\\begin\{(?P<kind>[pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr|\s]+\})?(?P<body>.*)\\end\{(?P=kind)\}", re.S
+)
+_RELATION = re.compile(r"<|>|=|\\(?:le|ge)(?![a-zA-Z])")
+_INFINITY = re.compile(r"([+-]?)\s*\\infty")
+_MAX_READ = 400  # characters
 
 
-def math(response: str, answer: str, *, strict: bool = False) -> float:
-    """1.0 if the response's answer is equivalent to the gold `answer`, else 0.0.
+@dataclass(frozen=True)
+class Policy:
+    """What is a matter of taste: the options of `math`, and their defaults."""
+
+    strict: bool = False
+    rounding_digits: int = 5
+    unevaluated: bool = False
+    earlier_box: bool = False
+
+
+def math(
+    response: str,
+    answer: str,
+    *,
+    strict: bool = False,
+    rounding_digits: int = 5,
+    unevaluated: bool = False,
+    earlier_box: bool = False,
+) -> float:
+    """Return 1.0 if the response's answer is equivalent to the gold `answer`, else 0.0.
 
     The answer is the content of the last \\boxed; without a box, what follows the last "####" or "answer is", or else
-    the last formula or number of the last line. A gold of several parts also accepts one box for each at the end.
+    the last formula or number of the last line.
 
     `strict`: only a \\boxed counts, an integer must be written as one, a fraction reduced, and a rounded decimal is not
-    the exact value. The rules on integers and fractions are those of PRIME's grader, whose verdict as a whole is laxer
-    than either mode of this one: without a box it takes what follows "answer is"; 2.0 is 2; and what these rules refuse
-    it still accepts within 1e-4, relative, with 3.14 for pi too, and where numbers differ by a factor of 100. Only the
-    order is its own: the items of a list must come as in the gold.
-    Raises: ImportError without math-verify.
-    Source of the comparison: reward_score/prime_math of verl, which adapts PRIME's.
+    the exact value, as in PRIME's grader (reward_score/prime_math of verl).
+    `rounding_digits`: significant digits from which on a decimal may round an exact gold; 0: never.
+    `unevaluated`: a sum or product over a range counts as its value, though the gold is a value.
+    `earlier_box`: an earlier box counts when the last one is empty or was cut.
     """
     if not strict and response.strip() == answer.strip():
         return 1.0  # some golds are sentences
-    golds = list(dict.fromkeys([*re.split(r"\s+OR\s+", answer), answer]))
-    boxes = last_boxes(response)
-    found = boxes[-1] if boxes else None if strict else unboxed_answer(response)
-    if found is None:
+    policy = Policy(strict, 0 if strict else rounding_digits, unevaluated, earlier_box)
+    if strict and not last_boxes(response):
         return 0.0
+    readings = answers(response, earlier_box=earlier_box)
+    golds = list(dict.fromkeys([*re.split(r"\s+OR\s+", answer), answer]))
     for gold in golds:
-        if equal(found, gold, strict=strict):
-            return 1.0
-        count = len(latex.parts(latex.clean(gold)).items)
-        if 1 < count == len(boxes) and equal(",".join(boxes), gold, strict=strict):
-            return 1.0
+        for position, found in enumerate(readings):
+            if position and len(latex.parts(latex.clean(gold)).items) != len(latex.parts(latex.clean(found)).items):
+                continue  # boxes together are meant where the gold has as many parts
+            if equal(found, gold, policy):
+                return 1.0
     return 0.0
 
 
-def last_boxes(response: str) -> list[str]:
-    """Contents of the last \\boxed and of those just before it, in order: they are one answer when nothing but a few
-    words without a full stop stands between them. Boxes that never close are passed over."""
-    part = response.rpartition("</think>")[2]
-    spans = _box_spans(part)
-    if not spans:
-        part, spans = response, _box_spans(response)
-    boxes: list[str] = []
-    next_start: int | None = None
-    for start, end, content in reversed(spans):
-        if next_start is not None and not re.fullmatch(r"[^.\n]{0,40}", part[end:next_start]):
-            break
-        boxes.insert(0, content)
-        next_start = start
-    return boxes
-
-
-def _box_spans(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of the outermost closed boxes, of which the last 8 matter."""
-    spans, position = [], 0
-    starts = [match.start() for match in _BOX.finditer(text)][-64:]
-    for start in starts:
-        match = _BOX.match(text, start)
-        if match is None or start < position:
-            continue
-        if match["bare"] is not None:
-            spans.append((start, match.end(), match["bare"]))
-            continue
-        end = latex.matching_brace(text, match.end())
-        if end > 0 and text[match.end() + 1 : end].strip():
-            spans.append((start, end + 1, text[match.end() + 1 : end]))
-            position = end
-    return spans[-8:]
-
-
-def unboxed_answer(response: str) -> str | None:
-    """The answer of a response without a box, or None."""
-    text = response.rpartition("</think>")[2].strip()
-    if _BOX.search(text):
-        return None  # the box was cut
-    for pattern in _SAID:
-        said = [match["answer"] for match in pattern.finditer(text)]
-        if said:
-            return _core(said[-1])
-    if re.search(r"(?:\$\$|\\\])[\s.]*$", text):  # a displayed formula at the end spans lines
-        formulas = _FORMULA.findall(text)
-        return next(filter(None, formulas[-1]), None) if formulas else None
-    lines = [line for line in text.split("\n") if line.strip()]
-    return _core(lines[-1]) if lines else None
-
-
-def _core(line: str) -> str:
-    """The formula of a line, or its last number when it has words around it, or all of it."""
-    line = line.strip()[-_MAX_LINE:]
-    formulas = [next(filter(None, match.groups())) for match in _FORMULA.finditer(line)]
-    if formulas:
-        only_math = not re.search(r"[a-zA-Z]{3,}", _FORMULA.sub("", line))
-        return ",".join(formulas) if only_math and len(formulas) > 1 else formulas[-1]
-    if len(line) <= _MAX_PARSED and latex.number(latex.clean(line)) is not None:
-        return line
-    if "\\" in line or not re.search(r"[a-zA-Z]{2,}\s+\S", line):
-        return line
-    numbers = _PLAIN_NUMBER.findall(line)
-    return numbers[-1] if numbers else line
-
-
-# --- equivalence ------------------------------------------------------------------------------------------------------
-
-
-def equal(found: str, gold: str, *, strict: bool = False) -> bool:
-    """Whether two answers are the same; see `math`. `found` and `gold` are single answers, not responses."""
-    if len(found) > max(_MAX_PARSED, 4 * len(gold)):
+def equal(found: str, gold: str, policy: Policy = Policy()) -> bool:  # noqa: B008  (frozen)
+    """Return whether two answers are the same; see `math`. Both are single answers, not responses."""
+    if len(found) > max(_MAX_READ, 4 * len(gold)):
         return False
-    return _equal_clean(latex.clean(found), latex.clean(gold), strict)
+    try:
+        return _equal(latex.clean(found), latex.clean(gold), policy)
+    except RecursionError:
+        return False
 
 
-def _equal_clean(found: str, gold: str, strict: bool) -> bool:
+def compared_as_text(gold: str) -> bool:
+    """Return whether no reading understands a gold answer, so that only the same text can be right."""
+    text = latex.clean(gold)
+    return not all(_is_understood(item) for part in re.split(r"\s+OR\s+", text) for item in _scalars(part))
+
+
+def _scalars(text: str) -> list[str]:
+    """The innermost items of a cleaned gold: of unions, sets, tuples, lists and matrices."""
+    region = regions.read(text)
+    if region:
+        ends = [[m] if isinstance(m, str) else [m.low, m.high] for m in region.members]
+        return [item for end in ends for item in end]
+    matrix = _entries(text)
+    parts = latex.parts(text)
+    items = [entry for row in matrix for entry in row] if matrix else list(parts.items)
+    if items == [text] or not items:
+        return [text]
+    return [scalar for item in items for scalar in _scalars(item)]
+
+
+def _is_understood(text: str) -> bool:
+    if not text or _INFINITY.fullmatch(text) or number(text) is not None or text == "\\emptyset":
+        return bool(text)
+    if notations.is_words(text) or notations.choice(text, text) or notations.time(text, text) is not None:
+        return True
+    if notations.base(text, text) is not None or ":" in text:
+        return True
+    text = notations.without_modulus(_QUALIFIER.sub("", _LEAD_IN.sub("", text)))[0]
+    text = latex.without_degrees(units.split_unit(text)[0])
+    for side in _RELATION.split(_signs_expanded(text)):
+        for item in latex.parts(side.strip()).items or ("",):
+            try:
+                expression.read(_MEMBER.sub(r"\g<value>", item).strip())
+            except Unreadable:
+                return False
+    return True
+
+
+# --- equivalence ----------------------------------------------------------------------------------------------------------
+
+
+def _equal(found: str, gold: str, policy: Policy) -> bool:
     if not found or not gold:
         return False
-    if _compact(found) == _compact(gold):
+    if latex.compact(found) == latex.compact(gold):
         return True
-    choice = _CHOICE.fullmatch(gold)
-    if choice:
-        given = _CHOICE.fullmatch(found) or _CHOICE_WITH_TEXT.fullmatch(found)
-        if given:
-            return given[1] == choice[1]
-    if _WORDS.fullmatch(gold) and _WORDS.fullmatch(found):
-        return gold.casefold() == found.casefold()
-    if _WORDS.fullmatch(gold) and len(gold) > 3:
-        return False  # sympy would take the letters for a product
-    if "_" in found + gold:
-        a, b = _BASE.fullmatch(_compact(found)), _BASE.fullmatch(_compact(gold))
-        if a and b:  # the problem may name the base, so that the answer need not
-            return a["digits"] == b["digits"] and (a["base"] == b["base"] or None in (a["base"], b["base"]))
-    if "\\text" in found + gold and _letters(found) == _letters(gold):
-        return True
-    found, gold = _same_side(_LEAD_IN.sub("", found), gold)
-    found, gold = _expand_signs(found), _expand_signs(gold)
-    verdict = _equal_numbers(found, gold, strict)
+
+    def same(a: str, b: str) -> bool:
+        return _equal(a.strip(), b.strip(), policy)
+
+    for verdict in (notations.choice(found, gold), notations.words(found, gold), notations.base(found, gold)):
+        if verdict is not None:
+            return verdict
+    found, gold = _same_kind(found, gold)
+    verdict = notations.time(found, gold)
+    if verdict is None and ":" in found + gold:
+        verdict = notations.ratio(found, gold, same)
+    if verdict is not None:
+        return verdict
+    verdict = _equal_quantities(found, gold, policy)
     if verdict is None or (not verdict and "," in found and "," in gold):
-        verdict = _equal_parts(found, gold, strict)
-    return _equal_symbolic(found, gold, strict) if verdict is None else verdict
+        verdict = _equal_regions(found, gold, policy)
+    if verdict is None:
+        verdict = _equal_parts(found, gold, policy)
+    if verdict is None:
+        verdict = _equal_relations(found, gold)
+    return _equal_expressions(found, gold, policy) if verdict is None else verdict
 
 
-def _compact(text: str) -> str:
-    return re.sub(r"\s+", "", text).replace("\\text{", "{")
+def _same_kind(found: str, gold: str) -> tuple[str, str]:
+    """Both without what only one of them says: a name, a modulus, a rounding, a condition; with plus-minus expanded."""
+    found = _LEAD_IN.sub("", found).strip()
+    if "\\approx" in found + gold:
+        found, gold = _exact(found), _exact(gold)
+    (a, modulus), (b, gold_modulus) = notations.without_modulus(found), notations.without_modulus(gold)
+    if modulus == gold_modulus or not modulus or not gold_modulus:
+        found, gold = a, b
+    if ("text" in found + gold or " for " in found + gold or " where " in found + gold) and re.search(r"[a-z]", gold):
+        found, gold = _QUALIFIER.sub("", found) or found, _QUALIFIER.sub("", gold) or gold
+    found, gold = _same_side(found, gold)
+    return _signs_expanded(found), _signs_expanded(gold)
 
 
-def _letters(text: str) -> str:
-    return re.sub(r"\\text(?![a-z])|[\s{}.,;]", "", text).casefold()
+def _exact(text: str) -> str:
+    """The left side of an approximation, unless it is only a name or nothing."""
+    left, sign, right = text.partition("\\approx")
+    left = left.strip()
+    return text if not sign else right.strip() if not left or _is_name(left) and not left.startswith("\\") else left
 
 
 def _same_side(found: str, gold: str) -> tuple[str, str]:
     """Without the name of the quantity (x =, f(x) =, x in), where only one of them has it or both have the same."""
+    if "=" not in found + gold and "\\in" not in found + gold:
+        return found, gold
     found_name, found_value = _named(found)
     gold_name, gold_value = _named(gold)
     if found_name and not gold_name and "=" not in gold:
@@ -185,170 +186,235 @@ def _same_side(found: str, gold: str) -> tuple[str, str]:
         return last if last and last.count("{") == last.count("}") else found_value, gold
     if gold_name and not found_name and "=" not in found and _is_name(gold_name):
         return found, gold_value
-    if found_name and gold_name and _compact(found_name).casefold() == _compact(gold_name).casefold():
+    if found_name and gold_name and latex.compact(found_name) == latex.compact(gold_name):
         return found_value, gold_value
     return found, gold
 
 
 def _named(text: str) -> tuple[str, str]:
-    if len(latex.parts(text).items) > 1:
+    if len(latex.parts(text).items) > 1 and not re.match(r"[^,]*(?:=|\\in(?![a-z]))\s*(?:\(|\[|\\\{)", text):
         return "", text
     match = _MEMBER.fullmatch(text) or _ASSIGNED.fullmatch(text)
-    if match is None or re.search(r"\\(?:le|ge|ne)(?![a-z])", match["name"]):
+    if match is None or re.search(r"\\(?:le|ge|ne)(?![a-z])|[<>]|\bor\b|\band\b", text):
         return "", text
     if match["name"].count("{") != match["name"].count("}"):
         return "", text  # the = of a sum's limits
+    if len(latex.parts(match["value"].strip()).items) > 1 and not latex.parts(match["value"].strip()).opening:
+        return "", text
     return match["name"], match["value"].strip()
 
 
 def _is_name(text: str) -> bool:
     """Whether the left side of an equation only names what the right side is."""
-    return re.fullmatch(r"(?:\\?[A-Za-z]+'*)(?:_\{?[\w\\]+\}?)?\s*(?:\([\w,\s\\]*\))?", text.strip()) is not None
+    return re.fullmatch(r"(?:\\?[A-Za-z]+'*)(?:_\{?[\w\\ {}]+\}?)?\s*(?:\([\w,\s\\]*\))?", text.strip()) is not None
 
 
-def _expand_signs(text: str) -> str:
-    if not re.search(r"\\pm(?![a-z])", text) or len(latex.split(text, ",;")) > 1:
+def _signs_expanded(text: str) -> str:
+    """With both signs of plus-minus as two items; in a list for each item that has it."""
+    if "\\pm" not in text:
         return text
+    parts = latex.parts(text)
+    if parts.opening in ("", "\\{") and len(parts.items) > 1 or parts.opening == "\\{":
+        inner = ",".join(_signs_expanded(item) for item in parts.items)
+        return f"\\{{{inner}\\}}" if parts.opening else inner
     plus = re.sub(r"\\mp(?![a-z])", "-", re.sub(r"\\pm(?![a-z])", "+", text))
     minus = re.sub(r"\\mp(?![a-z])", "+", re.sub(r"\\pm(?![a-z])", "-", text))
     return ",".join(re.sub(r"^\s*\+", "", side) for side in (plus, minus))
 
 
-def _equal_numbers(found: str, gold: str, strict: bool) -> bool | None:
+def _split_units(found: str, gold: str) -> tuple[str, str, Fraction | None]:
+    """Both without units, and what to multiply the found one with; None where they measure different things."""
+    bare_gold, gold_unit = units.split_unit(gold)
+    bare_found, found_unit = units.split_unit(found, letters=gold_unit is not None and bool(gold_unit.dimensions))
+    if gold_unit is None and found_unit is not None and found_unit.dimensions:
+        bare_gold, gold_unit = units.split_unit(gold, letters="\\text" in gold)
+    return bare_found, bare_gold, units.ratio(found_unit, gold_unit)
+
+
+def _equal_quantities(found: str, gold: str, policy: Policy) -> bool | None:
     """The verdict on two numbers with or without units; None when one is no number."""
+    found, gold, scale = _split_units(found, gold)
     if latex.has_degrees(found) or latex.has_degrees(gold):
         if latex.has_degrees(gold) and "\\pi" in found or latex.has_degrees(found) and "\\pi" in gold:
             return None
         found, gold = latex.without_degrees(found), latex.without_degrees(gold)
-    gold, gold_unit = latex.split_unit(gold)
-    with_unit = gold_unit is not None and gold_unit.dimension != ""
-    found, found_unit = latex.split_unit(found, words=latex.number(gold) is not None, letters=with_unit)
-    b = latex.number(gold)
-    a = latex.number(found)
+    a, b = number(found), number(gold)
     if a is None or b is None:
         return None
-    scale = _unit_ratio(found_unit, gold_unit)
     if scale is None:
         return False
-    if strict and (a.form == "integer") != (b.form == "integer"):
+    if policy.strict and (a.form == "integer") != (b.form == "integer"):
         return False
-    if strict and b.form == a.form == "fraction" and not a.reduced:
+    if policy.strict and b.form == a.form == "fraction" and not a.reduced:
         return False
     if a.percent != b.percent and a.value != b.value:
         scale *= Fraction(1, 100) if a.percent else 100
-    return close(a, b, scale, strict)
+    return close(a, b, scale, policy.rounding_digits)
 
 
-def _unit_ratio(found: Unit | None, gold: Unit | None) -> Fraction | None:
-    """What to multiply the found number with; None when the units measure different things."""
-    if found is None or gold is None or not found.dimension or not gold.dimension:
-        return Fraction(1)
-    return found.size / gold.size if found.dimension == gold.dimension else None
-
-
-def close(found: Number, gold: Number, scale: Fraction, strict: bool) -> bool:
-    """Equal, or one is the other rounded: the found decimal to four digits or more, the gold one to three or more."""
-    value = found.value * scale
-    if value == gold.value:
-        return True
-    if strict or (gold.form == "integer" and not gold.percent):
-        return False
-    step = found.step * abs(scale)
-    if found.form == "decimal" and found.digits >= _DIGITS_OF_A_ROUNDING and (not gold.step or gold.step <= step):
-        return abs(value - gold.value) <= step / 2
-    if gold.form == "decimal" and gold.digits >= _DIGITS_OF_A_ROUNDING - 1 and step <= gold.step:
-        return abs(value - gold.value) <= gold.step / 2
-    return False
-
-
-def _equal_parts(found: str, gold: str, strict: bool) -> bool | None:
-    """The verdict on tuples, intervals, unions, sets and lists; None when the two are not alike in that."""
-    found_union, gold_union = _unions(found, gold)
-    if max(len(found_union), len(gold_union)) > 1 and len(found_union) == len(gold_union):
-        return _match_up(found_union, gold_union, strict)
-    found, gold = found_union[0], gold_union[0]
-    a, b = latex.parts(latex.column_as_tuple(found)), latex.parts(latex.column_as_tuple(gold))
-    if len(b.items) < 2 and not b.opening or len(a.items) < 2 and not a.opening:
+def _equal_regions(found: str, gold: str, policy: Policy) -> bool | None:
+    """The verdict on sets of real numbers, member by member; None when neither is one."""
+    a, b = regions.read(found), regions.read(gold)
+    if a is None and b is None:
         return None
-    if len(a.items) != len(b.items):
-        return False
+
+    def compare(x: str, y: str) -> bool:
+        return _equal(x, y, policy)
+
+    if a is None or b is None:
+        known, other = (a, gold) if b is None else (b, found)
+        if known is None or _RELATION.search(other):
+            return False if known and not known.only_points else None
+        if known.only_points and known.members and len(latex.parts(other).items) == 1 and not known.name:
+            return None if len(known.members) == 1 else False
+        plain = regions.plain(other)
+        if plain is None:
+            return False if not known.only_points else None
+        a, b = (plain, b) if a is None else (a, plain)
+    return b is not None and a is not None and regions.same(a, b, compare)
+
+
+def _entries(text: str) -> list[list[str]] | None:
+    """The entries of a matrix, row by row, each multiplied with the factor before it."""
+    match = _MATRIX.fullmatch(text.strip())
+    if match is None:
+        return None
+    rows = [row for row in re.split(r"\\\\", match["body"]) if row.strip()]
+    factor = match["factor"].strip()
+    if factor.endswith("=") or len(factor) > 60:
+        return None
+    return [[f"({factor})({cell.strip()})" if factor else cell.strip() for cell in row.split("&")] for row in rows]
+
+
+def _equal_parts(found: str, gold: str, policy: Policy) -> bool | None:
+    """The verdict on matrices, tuples, sets and lists; None when neither is one."""
+    matrices = _entries(found), _entries(gold)
+    if any(matrices):
+        return _equal_matrices(*matrices, found, gold, policy)
+    a, b = latex.parts(found), latex.parts(gold)
+    if len(b.items) < 2 and len(a.items) < 2:
+        if not a.items or not b.items or not a.opening and not b.opening:
+            return None
+        return _equal(a.items[0], b.items[0], policy)
+    if len(a.items) < 2 or len(b.items) < 2:
+        joined = _without_thousands(found), _without_thousands(gold)
+        return None if joined != (found, gold) and len(latex.parts(joined[0]).items) == 1 else False
     if not _brackets_agree(a, b):
         return False
-    if "\\{" in (a.opening, b.opening) or not a.opening and not b.opening:
-        return _match_up(list(a.items), list(b.items), strict)
-    return all(_equal_clean(x, y, strict) for x, y in zip(a.items, b.items, strict=True))
+    if a.opening == b.opening == "\\{":
+        return _includes(a.items, b.items, policy) and _includes(b.items, a.items, policy)
+    if len(a.items) != len(b.items):
+        return False
+    in_order = not ("\\{" in (a.opening, b.opening) or not a.opening and not b.opening)
+    names = [_named(item)[0] for item in b.items], [_named(item)[0] for item in a.items]
+    if all(names[0]) and len(set(names[0])) == len(b.items) and not any(names[1]):
+        in_order = True  # a = 1, b = 2 against 1, 2
+    found_items = a.items
+    if in_order and all(names[1]) and len(set(names[1])) == len(a.items) and not any(names[0]):
+        found_items = tuple(item for _, item in sorted(zip(names[1], a.items, strict=True)))
+    if in_order:
+        return all(_equal(x, y, policy) for x, y in zip(found_items, b.items, strict=True))
+    return _match_up(list(a.items), list(b.items), policy)
 
 
-def _unions(found: str, gold: str) -> tuple[list[str], list[str]]:
-    """The members of unions; inequalities become intervals where the other side has intervals."""
-    a, b = latex.intervals(found), latex.intervals(gold)
-    plain_a, plain_b = ([part.strip() for part in re.split(r"\\cup(?![a-z])", text)] for text in (found, gold))
-    if (a is None) == (b is None):
-        return plain_a, plain_b
-    return a or plain_a, b or plain_b
+def _without_thousands(text: str) -> str:
+    return re.sub(r"(?<![\d,.])(\d{1,3})((?:,\d{3})+)(?![\d,])", lambda m: m[1] + m[2].replace(",", ""), text)
+
+
+def _equal_matrices(a: list[list[str]] | None, b: list[list[str]] | None, found: str, gold: str, policy: Policy) -> bool:
+    if a is None or b is None:
+        entries, other = (a or b or []), latex.parts(found if a is None else gold)
+        line = [cell for row in entries for cell in row]
+        is_line = len(entries) == 1 or all(len(row) == 1 for row in entries)
+        if not is_line or other.opening not in ("(", "[", "\\langle") or len(other.items) != len(line):
+            return False
+        pairs = zip(other.items, line, strict=True) if a is None else zip(line, other.items, strict=True)
+        return all(_equal(x, y, policy) for x, y in pairs)
+    if [len(row) for row in a] != [len(row) for row in b]:
+        return False
+    return all(_equal(x, y, policy) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True))
 
 
 def _brackets_agree(a: Parts, b: Parts) -> bool:
     if not a.opening or not b.opening:
-        # a list may leave out the brackets of a set or a tuple, never those of a half-open interval
+        # a list may leave out the brackets of a set or a tuple, never those of an interval
         present = a if a.opening else b
-        return (present.opening, present.closing) not in (("[", ")"), ("(", "]"))
+        return present.opening != "[" and present.closing != "]" or present.opening == "[" and len(present.items) > 2
     return (a.opening, a.closing) == (b.opening, b.closing) or {a.opening, b.opening} == {"(", "\\langle"}
 
 
-def _match_up(found: list[str], gold: list[str], strict: bool) -> bool:
+def _includes(items: tuple[str, ...], others: tuple[str, ...], policy: Policy) -> bool:
+    return all(any(_equal(item, other, policy) for other in others) for item in items)
+
+
+def _match_up(found: list[str], gold: list[str], policy: Policy) -> bool:
     """Whether the items agree in some order."""
     left = list(gold)
     for item in found:
-        match = next((g for g in left if _equal_clean(item, g, strict)), None)
+        match = next((g for g in left if _equal(item, g, policy)), None)
         if match is None:
             return False
         left.remove(match)
     return not left
 
 
-def _equal_symbolic(found: str, gold: str, strict: bool) -> bool:
-    """By math-verify, after units and degrees are gone."""
-    if not bounds.readable(found, gold):
+def _equal_relations(found: str, gold: str) -> bool | None:
+    """The verdict on equations and inequalities, one being a multiple of the other; None when neither is one."""
+    sides = [[side.strip() for side in _RELATION.split(text)] for text in (found, gold)]
+    signs = [_RELATION.findall(text) for text in (found, gold)]
+    if not any(signs) or re.search(r"\\(?:sum|prod)(?![a-z])", found + gold):
+        return None
+    if [len(s) for s in signs] != [1, 1]:
         return False
-    found, gold = _in_radians(found, gold)
-    found, gold = (latex.split_unit(text)[0] for text in (found, gold))
-    a, b = symbolic.parsed(found), symbolic.parsed(gold)
-    if a is None or b is None:
+    trees: list[Tree] = []
+    try:
+        for (left, right), (sign,) in zip(sides, signs, strict=True):
+            minus = ("mul", ("num", Fraction(-1)), expression.read(right if sign not in (">", "\\ge") else left))
+            trees.append(("add", expression.read(left if sign not in (">", "\\ge") else right), minus))
+    except Unreadable:
         return False
-    if a == b:
-        return True
-    if not bounds.workable(a, b):
+    kinds = [{">": "<", "\\ge": "\\le"}.get(sign, sign) for (sign,) in signs]
+    return kinds[0] == kinds[1] and values.same_relation(*trees, positive=kinds[0] != "=")
+
+
+def _equal_expressions(found: str, gold: str, policy: Policy) -> bool:
+    infinite = [_INFINITY.fullmatch(text) for text in (found, gold)]
+    if any(infinite):
+        return all(infinite) and len({m[1].replace("+", "") for m in infinite if m}) == 1
+    found, gold, scale = _split_units(found, gold)
+    if scale is None or len(found) > max(_MAX_READ, 4 * len(gold)):
         return False
-    a, b = symbolic.with_imaginary_unit(a), symbolic.with_imaginary_unit(b)
-    if not strict:
-        rounded = _rounded(found, b, gold) if latex.number(found) else _rounded_gold(a, gold)
-        if rounded:
-            return True
-    return symbolic.same(a, b)
+    found, gold = _in_radians(_without_thousands(found), _without_thousands(gold))
+    try:
+        a, b = expression.read(found), expression.read(gold)
+    except Unreadable:
+        return False
+    if not policy.unevaluated and expression.holds(a, "range") and not expression.holds(b, "range"):
+        return False
+    if scale != 1:
+        a = ("mul", ("num", scale), a)
+    return values.same(a, b) or bool(policy.rounding_digits) and _rounded(a, b, found, gold, scale, policy)
 
 
 def _in_radians(found: str, gold: str) -> tuple[str, str]:
     mixed = latex.has_degrees(found) and "\\pi" in gold or latex.has_degrees(gold) and "\\pi" in found
     texts = []
     for text in (found, gold):
+        if not latex.has_degrees(text):
+            texts.append(text)
+            continue
         bare = latex.without_degrees(text)
-        texts.append(rf"({bare})\cdot\frac{{\pi}}{{180}}" if mixed and latex.has_degrees(text) else bare)
+        texts.append(rf"({bare})\cdot\frac{{\pi}}{{180}}" if mixed else bare)
     return texts[0], texts[1]
 
 
-def _rounded(found: str, gold_parsed: Any, gold: str) -> bool:
-    """Whether the number `found` rounds the exact value of an expression."""
-    value, number = symbolic.constant(gold_parsed), latex.number(found)
-    if value is None or number is None or number.percent:
+def _rounded(a: Tree, b: Tree, found: str, gold: str, scale: Fraction, policy: Policy) -> bool:
+    """Whether one is a decimal that rounds the exact constant that the other is."""
+    written = number(found) or number(gold)
+    value = values.constant(b if number(found) else a) if written else None
+    if written is None or value is None or written.percent:
         return False
-    return close(number, Number(value, "fraction", Fraction(0), 0, False, True), Fraction(1), strict=False)
-
-
-def _rounded_gold(found_parsed: Any, gold: str) -> bool:
-    """Whether the gold decimal rounds the exact value of the expression that was found."""
-    number = latex.number(gold)
-    value = symbolic.constant(found_parsed) if number else None
-    if value is None or number is None or number.percent:
-        return False
-    return close(Number(value, "fraction", Fraction(0), 0, False, True), number, Fraction(1), strict=False)
+    exact = Number(value, "fraction", Fraction(0), 0, False, True)
+    if number(found):
+        return close(written, exact, scale, policy.rounding_digits)
+    return close(exact, written, Fraction(1), policy.rounding_digits)
