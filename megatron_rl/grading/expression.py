@@ -64,7 +64,7 @@ class _Reader:
                 self._tokens.append((match.lastgroup, match.group()))
         if len(self._tokens) > _MAX_TOKENS:
             raise Unreadable("too long")
-        self._plain = "\\" not in text and "{" not in text  # typed by hand: a power takes all its digits
+        self._plain = "*" in text and "\\" not in text and "{" not in text  # as in code: a power takes all its digits
         self._next = 0
         self._depth = 0
         self._angle = 0  # inside a trigonometric function, where degrees are converted
@@ -80,11 +80,11 @@ class _Reader:
 
     def _peek(self, ahead: int = 0) -> str:
         position = self._next + ahead
-        return self._tokens[position][1] if position < len(self._tokens) else ""
+        return self._tokens[position][1] if 0 <= position < len(self._tokens) else ""
 
     def _kind(self, ahead: int = 0) -> str:
         position = self._next + ahead
-        return self._tokens[position][0] if position < len(self._tokens) else ""
+        return self._tokens[position][0] if 0 <= position < len(self._tokens) else ""
 
     def _take(self, *texts: str) -> bool:
         if self._peek() in texts and self._peek():
@@ -391,8 +391,7 @@ class _Reader:
         if self._take("["):
             index = self._sum()
             self._expect("]")
-        # \\sqrt13 has its braces forgotten: nobody writes the root of 1, times 3
-        inner = self._atom() if self._kind() == "number" or self._peek() == "(" else self._argument()
+        inner = self._atom() if self._peek() == "(" else self._argument()
         return ("pow", inner, ("div", ("num", Fraction(1)), index))
 
     def _named(self, name: str) -> Tree:
@@ -514,6 +513,12 @@ def _function(name: str, inner: Tree, subscript: Tree | None) -> Tree:
         return ("fn", "log", inner) if base is None else ("div", ("fn", "log", inner), ("fn", "log", base))
     if name in _INVERSES and not name.startswith("arc"):
         name = "arc" + name[1:]
+    if name in _HYPERBOLIC:
+        up, down = ("pow", ("e",), inner), ("pow", ("e",), ("mul", ("num", Fraction(-1)), inner))
+        minus = ("add", up, ("mul", ("num", Fraction(-1)), down))
+        plus = ("add", up, down)
+        top, bottom = {"sinh": (minus, ("num", Fraction(2))), "cosh": (plus, ("num", Fraction(2)))}.get(name, (minus, plus))
+        return ("div", top, bottom)
     return ("fn", name, inner)
 
 

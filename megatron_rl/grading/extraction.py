@@ -10,8 +10,8 @@ from megatron_rl.grading.numerals import number
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:(?=\{)|(?P<bare>[^\s{}\\$]+))")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
 _HASHES = re.compile(r"####\s*(?P<answer>[^\n]+)")
-_SAID = re.compile(r"answer\s*(?:\*\*)?\s*(?:is|are|=|:)\s*(?:\*\*)?\s*:?\s*(?P<answer>(?:\*\*|\s)*\S.*)", re.I | re.S)
-_SAID_AGAIN = re.compile(r"answer\s*(?:\*\*)?\s*(?:is|are|=|:)", re.I)
+_SAID = re.compile(r"answers?\s*(?:\*\*|__)?\s*(?:is|are|=|:)\s*(?:\*\*|__)?\s*:?\s*(?P<answer>(?:\*\*|\s)*\S.*)", re.I | re.S)
+_SAID_AGAIN = re.compile(r"answers?\s*(?:\*\*|__)?\s*(?:is|are|=|:)", re.I)
 # the dollars of money enclose no formula: a closing one has no space before it and no digit behind it
 _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|\$(?!\s)((?:[^$\n\\]|\\.)+?)(?<!\s)\$(?!\d)|\$[ ]((?:[^$\n\\]|\\.)+?)[ ]\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
@@ -22,6 +22,7 @@ _CLAUSE = re.compile(r"[,;]?\s+(?:since|because|as|so|which|where|when|if|and no
 _BETWEEN_BOXES = re.compile(
     r"(?:[\s,;&$]|\\[,;:!\[\]()]|\\quad|\\qquad|\\text\s*\{|\}|\*\*|\band\b|\bor\b|[a-zA-Z]\s*=|\\\\)*", re.I
 )
+_WORD = re.compile(r"(?!(?:and|or)\b)\b[a-zA-Z]{3,}")
 _MAX_LINE = 2000  # characters of an answer's line that are searched
 _MAX_WORDS = 40  # characters between boxes that are one answer
 
@@ -31,7 +32,7 @@ def answers(response: str, *, earlier_box: bool = False) -> list[str]:
 
     Boxes that only commas, "and", "or" or line breaks part are one answer together. When words stand between, the last
     box is the answer, and a second reading takes them together: a gold of as many parts wants that.
-    `earlier_box`: count the last closed box though a later one is empty or was cut.
+    `earlier_box`: count the last closed box though a later one was cut.
     """
     boxes, together, is_cut = _boxes(response)
     if is_cut and boxes and not earlier_box:
@@ -52,7 +53,7 @@ def last_boxes(response: str) -> list[str]:
 
 
 def _boxes(response: str) -> tuple[list[str], bool, bool]:
-    """The last boxes; whether only separators part them; whether a box behind them is empty or never closes."""
+    """The last boxes; whether only separators part them; whether a box behind them never closes."""
     part = response.rpartition("</think>")[2]
     spans, is_cut = _box_spans(part)
     if not spans:
@@ -86,8 +87,8 @@ def _box_spans(text: str) -> tuple[list[tuple[int, int, str]], bool]:
             is_cut = False
             continue
         end = latex.matching_brace(text, match.end())
-        is_cut = not (end > 0 and text[match.end() + 1 : end].strip())
-        if not is_cut:
+        is_cut = end < 0
+        if not is_cut and text[match.end() + 1 : end].strip():
             spans.append((start, end + 1, text[match.end() + 1 : end]))
         position = max(position, end)
     return spans[-16:], is_cut
@@ -131,8 +132,8 @@ def _stated(text: str) -> str | None:
     text = text.lstrip("* \t\r\n:")
     formula = _FORMULA.match(text)
     if formula:
-        line = text.split("\n")[0] if not text.startswith(("$$", "\\[")) else formula[0]
-        return _core(line[:_MAX_LINE]) if line != formula[0] else next(filter(None, formula.groups()))
+        clause = _CLAUSE.split(text[formula.end() :].split("\n")[0], maxsplit=1)[0]
+        return _core(formula[0] + clause[:_MAX_LINE])
     line = text.split("\n")[0].strip()[:_MAX_LINE].replace("**", "")
     if _FORMULA.search(line) and not re.match(r"[-\d]", line):
         return _core(line)
@@ -142,7 +143,7 @@ def _stated(text: str) -> str | None:
     cleaned = latex.clean(clause)
     if "\\" in clause or number(cleaned) is not None or units.split_unit(cleaned)[1] is not None:
         return clause
-    if not re.search(r"[a-zA-Z]{3,}", clause):
+    if not _WORD.search(clause):
         return clause
     numbers = _PLAIN_NUMBER.findall(clause)
     return numbers[0] if numbers else clause
@@ -153,7 +154,7 @@ def _core(line: str) -> str:
     line = line.strip()[-_MAX_LINE:].replace("**", "").strip()
     formulas = [next(filter(None, match.groups())) for match in _FORMULA.finditer(line)]
     if formulas:
-        only_math = not re.search(r"[a-zA-Z]{3,}", _FORMULA.sub("", line))
+        only_math = not _WORD.search(_FORMULA.sub("", line))
         return ",".join(formulas) if only_math and len(formulas) > 1 else formulas[-1]
     if len(line) <= 400:
         cleaned = latex.clean(line)

@@ -17,6 +17,7 @@ _WRAPPERS = (
     re.compile(r"`([^`]*)`", re.S),
     re.compile(r"``(.*)(?:''|\")", re.S),
     re.compile(r"\"([^\"]*)\"", re.S),
+    re.compile(r"'([^']*)'", re.S),
 )
 _COMMANDS_AROUND = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mbox|boldsymbol|bm|displaystyle|ensuremath"
@@ -50,7 +51,7 @@ _REPLACEMENTS = tuple(
     for pattern, by in (
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|hfill|allowbreak)(?![a-zA-Z])\.?", ""),
         (r"\\(?:(?:d|t|c|s|nice|flat)frac|sfrac)(?![a-z])", r"\\frac"),
-        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}|^([^{}]*)\\over(?![a-z])([^{}]*)$", r"\\frac{\1\3}{\2\4}"),
         (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}|^([^{}]*)\\choose(?![a-z])([^{}]*)$", r"\\binom{\1\3}{\2\4}"),
         (r"\\[dt]binom", r"\\binom"),
         (r"(?:\{\}|(?<![\w}]))_\{?(\w+)\}?\s*C_\{?(\w+)\}?", r"\\binom{\1}{\2}"),
@@ -100,7 +101,7 @@ _REPLACEMENTS = tuple(
     )
 )
 _DEGREES = re.compile(
-    r"\s*\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree))|\\(?:text)?degree(?![a-z])"
+    r"\s*\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree))|\\text\{\s*\^\s*\\circ\s*\}|\\(?:text)?degree(?![a-z])"
     r"|(?<=[\d}])\s*(?:\\text\{\s*)?(?:degrees?|deg)(?![a-z])(?!\s+[CcFf])(?:\s*\})?"
 )
 _TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
@@ -109,6 +110,8 @@ _SET_BY_CONDITION = re.compile(
     r"\\\{\s*(?P<name>\\?[a-zA-Z]+)\s*(?:\\in\s*(?:\\mathbb\s*\{?\s*R\s*\}?|R)\s*)?(?:\||:|;)\s*(?P<condition>.+)\\\}"
 )
 _MONEY = re.compile(r"(?:\\text\s*\{\s*\\?([$€£¥])\s*\}|\\([$])|([$€£¥]))\s*(?=[\d.])(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_ESCAPED_TWICE = re.compile(r"\\\\(?=(?:[dt]?frac|sqrt|circ|pi|text|left|right|cdot|times|infty|[dt]?binom|%|\$)(?![a-z]))")
 _ROOT_SIGN = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|\([^()]*\)|\{[^{}]*\}|[a-zA-Z]|\\[a-zA-Z]+\s?)")
 
 
@@ -118,9 +121,13 @@ def clean(text: str) -> str:
     if _PLAIN_NUMBER.fullmatch(text) or len(text) > MAX_CLEANED:
         return text
     text = _in_ascii(text)
+    if "\\\\" in text and "\\begin" not in text:
+        text = _ESCAPED_TWICE.sub(r"\\", text)
     text = unwrap(_closed(text.replace("...", r"\ldots ") if "..." in text else text))
     for pattern, by in _REPLACEMENTS:
         text = pattern.sub(by, text)
+    if len(_DOLLAR.findall(text)) % 2 == 0:
+        text = _DOLLAR.sub("", text)  # pairs of delimiters; one alone is money
     text = _MONEY.sub(lambda match: f"{match[4]}\\text{{ {_UNITS_OF_MONEY[match[1] or match[2] or match[3]]} }}", text)
     text = re.sub(r"\\(?:\$|#|&)|[$€£¥]", "", text)
     text = unwrap(text)

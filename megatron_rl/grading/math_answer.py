@@ -24,6 +24,7 @@ _QUALIFIER = re.compile(r",?\s*\\text\{\s*,?\s*(?:for|where|with)\s[^{}]*\}.*$|,
 _MATRIX = re.compile(
     r"(?P<factor>[^&]*?)\\begin\{(?P<kind>[pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr|\s]+\})?(?P<body>.*)\\end\{(?P=kind)\}", re.S
 )
+_NAMED_TUPLE = re.compile(r"\((?P<names>[\w\s,]+)\)\s*=\s*\((?P<items>.+)\)")
 _RELATION = re.compile(r"<|>|=|\\(?:le|ge)(?![a-zA-Z])")
 _INFINITY = re.compile(r"([+-]?)\s*\\infty")
 _MAX_READ = 400  # characters
@@ -57,7 +58,7 @@ def math(
     the exact value, as in PRIME's grader (reward_score/prime_math of verl).
     `rounding_digits`: significant digits from which on a decimal may round an exact gold; 0: never.
     `unevaluated`: a sum or product over a range counts as its value, though the gold is a value.
-    `earlier_box`: an earlier box counts when the last one is empty or was cut.
+    `earlier_box`: an earlier box counts when the last one was cut.
     """
     if not strict and response.strip() == answer.strip():
         return 1.0  # some golds are sentences
@@ -87,7 +88,7 @@ def equal(found: str, gold: str, policy: Policy = Policy()) -> bool:  # noqa: B0
 
 def compared_as_text(gold: str) -> bool:
     """Return whether no reading understands a gold answer, so that only the same text can be right."""
-    text = latex.clean(gold)
+    text = _exact(latex.clean(gold))
     return not all(_is_understood(item) for part in re.split(r"\s+OR\s+", text) for item in _scalars(part))
 
 
@@ -164,15 +165,27 @@ def _same_kind(found: str, gold: str) -> tuple[str, str]:
         found, gold = a, b
     if ("text" in found + gold or " for " in found + gold or " where " in found + gold) and re.search(r"[a-z]", gold):
         found, gold = _QUALIFIER.sub("", found) or found, _QUALIFIER.sub("", gold) or gold
+    found, gold = _by_name(found, gold), _by_name(gold, found)
     found, gold = _same_side(found, gold)
     return _signs_expanded(found), _signs_expanded(gold)
+
+
+def _by_name(text: str, other: str) -> str:
+    """(a, b) = (1, 2) as a = 1, b = 2 where the other text names each value."""
+    match = _NAMED_TUPLE.fullmatch(text)
+    if match is None or other.count("=") < 2:
+        return text
+    names, items = latex.split(match["names"], ","), latex.split(match["items"], ",")
+    return ",".join(f"{n}={v}" for n, v in zip(names, items, strict=True)) if len(names) == len(items) else text
 
 
 def _exact(text: str) -> str:
     """The left side of an approximation, unless it is only a name or nothing."""
     left, sign, right = text.partition("\\approx")
-    left = left.strip()
-    return text if not sign else right.strip() if not left or _is_name(left) and not left.startswith("\\") else left
+    left, right = left.strip(), right.strip()
+    if not sign or left and number(units.split_unit(right)[0]) is None:
+        return text
+    return right if not left or _is_name(left) and not left.startswith("\\") else left
 
 
 def _same_side(found: str, gold: str) -> tuple[str, str]:
@@ -192,21 +205,20 @@ def _same_side(found: str, gold: str) -> tuple[str, str]:
 
 
 def _named(text: str) -> tuple[str, str]:
-    if len(latex.parts(text).items) > 1 and not re.match(r"[^,]*(?:=|\\in(?![a-z]))\s*(?:\(|\[|\\\{)", text):
-        return "", text
     match = _MEMBER.fullmatch(text) or _ASSIGNED.fullmatch(text)
     if match is None or re.search(r"\\(?:le|ge|ne)(?![a-z])|[<>]|\bor\b|\band\b", text):
         return "", text
     if match["name"].count("{") != match["name"].count("}"):
         return "", text  # the = of a sum's limits
-    if len(latex.parts(match["value"].strip()).items) > 1 and not latex.parts(match["value"].strip()).opening:
+    value = latex.parts(match["value"].strip())
+    if len(value.items) > 1 and not value.opening and ("=" in match["value"] or "," in match["name"]):
         return "", text
     return match["name"], match["value"].strip()
 
 
 def _is_name(text: str) -> bool:
     """Whether the left side of an equation only names what the right side is."""
-    return re.fullmatch(r"(?:\\?[A-Za-z]+'*)(?:_\{?[\w\\ {}]+\}?)?\s*(?:\([\w,\s\\]*\))?", text.strip()) is not None
+    return re.fullmatch(r"(?:\\?[A-Za-z]+'*)(?:_\{?[\w\\ {}]+\}?)?\s*(?:\([\w,\s\\]*\))?|\((?:\s*\w\s*,)+\s*\w\s*\)", text.strip()) is not None
 
 
 def _signs_expanded(text: str) -> str:
@@ -233,10 +245,13 @@ def _split_units(found: str, gold: str) -> tuple[str, str, Fraction | None]:
 
 def _equal_quantities(found: str, gold: str, policy: Policy) -> bool | None:
     """The verdict on two numbers with or without units; None when one is no number."""
+    whole = found + gold
     found, gold, scale = _split_units(found, gold)
     if latex.has_degrees(found) or latex.has_degrees(gold):
         if latex.has_degrees(gold) and "\\pi" in found or latex.has_degrees(found) and "\\pi" in gold:
             return None
+        if "\\text" in whole and "rad" in whole:
+            return False
         found, gold = latex.without_degrees(found), latex.without_degrees(gold)
     a, b = number(found), number(gold)
     if a is None or b is None:
@@ -276,7 +291,8 @@ def _equal_regions(found: str, gold: str, policy: Policy) -> bool | None:
 
 def _entries(text: str) -> list[list[str]] | None:
     """The entries of a matrix, row by row, each multiplied with the factor before it."""
-    match = _MATRIX.fullmatch(text.strip())
+    enclosed = re.fullmatch(r"[(\[]\s*(\\begin\{.*\})\s*[)\]]", text.strip(), re.S)
+    match = _MATRIX.fullmatch(enclosed[1] if enclosed else text.strip())
     if match is None:
         return None
     rows = [row for row in re.split(r"\\\\", match["body"]) if row.strip()]
@@ -297,7 +313,7 @@ def _equal_parts(found: str, gold: str, policy: Policy) -> bool | None:
             return None
         return _equal(a.items[0], b.items[0], policy)
     if len(a.items) < 2 or len(b.items) < 2:
-        joined = _without_thousands(found), _without_thousands(gold)
+        joined = tuple(t if p.opening else _without_thousands(t) for t, p in ((found, a), (gold, b)))
         return None if joined != (found, gold) and len(latex.parts(joined[0]).items) == 1 else False
     if not _brackets_agree(a, b):
         return False

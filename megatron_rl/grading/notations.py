@@ -15,9 +15,9 @@ Same = Callable[[str, str], bool]
 # --- choices --------------------------------------------------------------------------------------------------------------
 
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?")
-_CHOICE_WITH_TEXT = re.compile(r"(?:\\text\{\s*)?\(?\s*(?P<letter>[A-Z])\s*[).:]\s*\}?\s*(?P<rest>.+)", re.S)
+_CHOICE_WITH_TEXT = re.compile(r"(?:\\text\{\s*)?\(?\s*(?P<letter>[A-Z])\s*[).:]\s*\}?\s*(?P<rest>[^\s+*/^=<>-].*)", re.S)
 _ANOTHER_CHOICE = re.compile(
-    r"(?<![A-Za-z\\])[A-Z]\s*[).:]|(?<![A-Za-z\\])\([A-Z]\)|(?:^|,|/|\s(?:or|and)|^\s*(?:or|and))\s*\(?[A-Z]\)?(?![A-Za-z])"
+    r"(?<![A-Za-z\\])[A-Z]\s*[).:]|(?<![A-Za-z\\])\([A-Z]\)|(?:,|/|\b(?:or|and)|&)\s*\(?[A-Z]\)?(?![A-Za-z])"
 )
 
 
@@ -58,6 +58,8 @@ def is_words(text: str) -> bool:
 def words(found: str, gold: str) -> bool | None:
     """Words by their letters, whatever their case; a number may be spelt out."""
     if not is_words(gold):
+        if gold == "\\emptyset" and is_words(found):
+            return _folded(found) == _folded(gold)
         number = _NUMBER_WORDS.get(found.casefold())
         return number == gold if number is not None and gold.isdigit() else None
     if gold.casefold() in _NUMBER_WORDS and found.isdigit():
@@ -123,7 +125,7 @@ _BASE_WORDS = {
     )
 } | {"sixteen": "16"}
 _BASE = re.compile(
-    r"[({]*(?:text\{)?(?P<digits>[0-9A-F][0-9A-F,]*)\}?[)}]*(?:_\{?(?:text\{|\(|\{)*(?P<base>\d+|[a-z]+)[)}]*)?"
+    r"(?P<sign>-?)[({]*(?:text\{)?(?P<digits>[0-9A-F][0-9A-F,]*)\}?[)}]*(?:_\{?(?:text\{|\(|\{)*(?P<base>-?\d+|[a-z]+)[)}]*)?"
 )
 
 
@@ -135,9 +137,11 @@ def base(found: str, gold: str) -> bool | None:
     if a is None or b is None:
         return None
     bases = [_BASE_WORDS.get(m["base"] or "", m["base"] or "") for m in (a, b)]
-    digits = [m["digits"].replace(",", "") for m in (a, b)]
-    if not all(text.isdigit() for text in bases if text) or not bases[1] and bases[0] not in ("", "10"):
-        return False if all(text.isdigit() for text in bases if text) else None
+    digits = [m["sign"] + m["digits"].replace(",", "") for m in (a, b)]
+    if not all(re.fullmatch(r"-?\d+", text) for text in bases if text):
+        return None
+    if not bases[1] and bases[0] not in ("", "10"):
+        return False
     if bases[0] == "10" and bases[1] not in ("", "10"):
         return _value(digits[0], 10) == _value(digits[1], int(bases[1]))
     return digits[0] == digits[1] and (not bases[0] or not bases[1] or bases[0] == bases[1])

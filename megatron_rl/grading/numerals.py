@@ -82,7 +82,7 @@ def _decimal(text: str) -> Fraction:
 def close(found: Number, gold: Number, scale: Fraction, rounding_digits: int) -> bool:
     """Return whether found * scale is the gold number, or one is the other rounded.
 
-    A found decimal of `rounding_digits` significant digits or more may round the gold; a gold decimal of one digit less
+    A found decimal of `rounding_digits` significant digits or more may round the gold; a gold decimal of two digits less
     may round what was found. With 0 digits nothing is rounded.
     """
     value = found.value * scale
@@ -93,6 +93,6 @@ def close(found: Number, gold: Number, scale: Fraction, rounding_digits: int) ->
     step = found.step * abs(scale)
     if found.form == "decimal" and found.digits >= rounding_digits and (not gold.step or gold.step <= step):
         return abs(value - gold.value) <= step / 2
-    if gold.form == "decimal" and gold.digits >= rounding_digits - 1 and step <= gold.step:
+    if gold.form == "decimal" and gold.digits >= rounding_digits - 2 and step <= gold.step:
         return abs(value - gold.value) <= gold.step / 2
     return False

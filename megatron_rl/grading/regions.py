@@ -34,7 +34,7 @@ class Region:
         return all(isinstance(member, str) for member in self.members)
 
 
-_MARK = re.compile(r"[<>|]|\\(?:le|ge|ne|cup|infty|emptyset|setminus|mathbb)(?![a-zA-Z])| or |all real|\\\{")
+_MARK = re.compile(r"^\]|[<>|]|\\(?:le|ge|ne|in|cup|infty|emptyset|setminus|mathbb)(?![a-zA-Z])| or |all real|\\\{")
 _JOINED = re.compile(r"\\cup(?![a-zA-Z])|,?\s+or\s+")
 _BOTH = re.compile(r",?\s+and\s+")
 _SIGN = re.compile(r"<|>|=|\\(?:le|ge|ne)(?![a-zA-Z])")

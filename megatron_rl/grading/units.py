@@ -6,6 +6,7 @@ the answer another one ("7 or 8", "12 factorial", "5 is wrong").
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -117,14 +118,8 @@ _TOKEN = re.compile(r"[A-Za-zµ]+|\^\s*-?\s*\d+|/|[^\s.]")
 def parse(text: str) -> Unit | None:
     """Return the unit that a text is, in LaTeX or plain; None when it is none."""
     tokens = _TOKEN.findall(_plain(text))
-    scale, position = Fraction(1), 0
-    while position < len(tokens) and tokens[position].lower().removesuffix("s") in _SCALES:
-        word = tokens[position].lower()
-        if word not in _SCALES:
-            return None  # "7 hundreds" may mean the digits
-        scale *= _SCALES[word]
-        position += 1
-    rest = tokens[position:]
+    scale = Fraction(math.prod(_SCALES.get(token.lower(), 1) for token in tokens))
+    rest = [token for token in tokens if token.lower() not in _SCALES]
     if rest and scale != 1 and rest[0] == "of":
         rest = rest[1:]
     if not rest:
@@ -149,7 +144,7 @@ _PLAIN = tuple(
         (r"\\text", " "),
         (r"\\(?:cdot|times|,)", " "),
         (r"\\mu\s*\{?\s*", "µ"),
-        (r"\\Omega", " ohm "),
+        (r"(?:(?<=[kMmµ])\}?\s*)?\\Omega", "ohm "),
         (r"\\%", " percent "),
         (r"\\frac\s*\{((?:[^{}]|\{[^{}]*\})*)\}\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 / \2"),
         (r"µ\s+", "µ"),
@@ -195,7 +190,7 @@ def _measured(tokens: list[str]) -> tuple[Dimensions, Fraction, str] | None:
             continue
         elif sign < 0 and (lower in ("a", "an", "the", "each") or not _known(token)) and lower.isalpha():
             if lower not in ("a", "an", "the", "each"):
-                if lower in _NO_NOUN:
+                if lower in _NO_NOUN or len(lower) < 3:
                     return None
                 size *= _add(powers, (f"one {lower.removesuffix('s')}", "1"), -pending)
                 last, pending = ("", "1"), 1
@@ -262,10 +257,16 @@ def split_unit(text: str, *, letters: bool = False) -> tuple[str, Unit | None]:
         if letters or (len(match["first"]) > 2 or match["first"] in _KNOWN_BARE) and all(
             len(word) > 2 or word in _KNOWN_BARE or i for i, word in enumerate(words)
         ):
-            unit = parse(match["unit"])
+            unit = parse(match["unit"]) or _one_of(text[: match.start()], words)
             if unit and text[: match.start()].strip():
                 return text[: match.start()].strip(), unit
     return text, None
+
+
+def _one_of(value: str, words: list[str]) -> Unit | None:
+    """What a single one is counted of."""
+    is_noun = len(words) == 1 and len(words[0]) > 2 and words[0].lower() not in _NO_NOUN
+    return Unit(name=words[0].lower()) if value.strip() == "1" and is_noun and _SCALES.get(words[0].lower()) is None else None
 
 
 def ratio(found: Unit | None, gold: Unit | None) -> Fraction | None:
