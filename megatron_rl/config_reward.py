@@ -28,8 +28,17 @@ class MathOptions(Section):
     strict: bool = Field(
         False,
         description="only a \\boxed counts, an integer must be written as an integer, a fraction reduced, a rounded "
-        "decimal is wrong; how that compares with PRIME's verifier is told at grading/math_answer.py:math",
+        "decimal is wrong, as in PRIME's verifier",
     )
+    rounding_digits: NonNegativeInt = Field(
+        5,
+        description="significant digits from which on a decimal counts as the exact gold answer that it rounds, as "
+        "3.1416 does for pi; 0: never",
+    )
+    unevaluated: bool = Field(
+        False, description="a sum or product over a range counts as its value, though the gold answer has none"
+    )
+    earlier_box: bool = Field(False, description="an earlier \\boxed counts when the last one is cut")
 
 
 class RegexOptions(Section):
@@ -117,7 +126,11 @@ class RewardConfig(VerifierConfig):
         description="grading processes of each rank at most; 0: in the trainer's own process, without a deadline; "
         "null: 0 when every verifier is countdown or exact, whose work is bounded, else 2",
     )
-    deadline_seconds: Positive = Field(10.0, description="wall time for one answer, after which it scores 0")
+    deadline_seconds: Positive = Field(
+        10.0,
+        description="CPU time for one answer, after which it scores 0; time spent waiting for something but the CPU, "
+        "as for a remote verifier's reply, counts too",
+    )
     memory_gib: Positive | None = Field(8.0, description="private memory of a grading process; null: no limit")
 
     @property

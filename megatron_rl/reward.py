@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -9,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_rl.grading.pool import GradingPool
+from megatron_rl.grading.registry import COMPARED_AS_TEXT, load_reward
 from megatron_rl.grading.registry import REWARDS as REWARDS
 from megatron_rl.grading.registry import RewardError as RewardError
-from megatron_rl.grading.registry import load_reward
 from megatron_rl.grading.verdict import Grader, InProcess, Verdict, Verifier
 from megatron_rl.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
     from megatron_rl.config_reward import RewardConfig
+
+log = logging.getLogger(__name__)
 
 
 def build_grader(config: RewardConfig) -> Grader:
@@ -31,6 +34,21 @@ def build_grader(config: RewardConfig) -> Grader:
         deadline_seconds=config.deadline_seconds,
         memory_gib=config.memory_gib,
     )
+
+
+def tell_unread_golds(answers: Sequence[str], config: RewardConfig) -> None:
+    """Log how many gold answers the verifier cannot read, and the first of them: only the same text is right there."""
+    check = COMPARED_AS_TEXT.get(config.function)
+    unread = [answer for answer in answers if check(answer)] if check else []
+    if unread:
+        log.warning(
+            "reward.function=%s reads %d of %d gold answers in no way but as text: only an answer with the same text "
+            "is right there. Rewrite or drop them (docs/grading.md). First: %r",
+            config.function,
+            len(unread),
+            len(answers),
+            unread[0][:200],
+        )
 
 
 def submit(rollout: Rollout, answer: str, grader: Grader, tokenizer: Any) -> Future[Verdict]:

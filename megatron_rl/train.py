@@ -39,7 +39,7 @@ from megatron_rl.policy.gradients import EntropyTangent
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.profiling.spans import OFF, Spans
 from megatron_rl.resume import check_drift, checkpoint_to_resume, data_digest
-from megatron_rl.reward import build_grader
+from megatron_rl.reward import build_grader, tell_unread_golds
 from megatron_rl.rollout.build import write_model_dir
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost, build_engine
@@ -219,6 +219,8 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     tokenizer = build_tokenizer(config)
     problems = load_prompts(config, tokenizer)
     benchmarks = load_benchmarks(config, tokenizer) if config.train.eval_every and config.eval.sets else []
+    if groups.rank == 0:
+        tell_unread_golds([prompt.answer for prompt in (*problems.train, *problems.eval)], config.reward)
     raw_hf_config = read_hf_config(config)
     raw_hf_config.setdefault("vocab_size", vocab_size(tokenizer))
     total_updates = config.train.num_steps * config.minibatches_per_step

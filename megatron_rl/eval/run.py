@@ -29,7 +29,7 @@ from megatron_rl.eval.store import EvalError
 from megatron_rl.eval.table import write_tables
 from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.reward import build_grader
+from megatron_rl.reward import build_grader, tell_unread_golds
 from megatron_rl.rollout.build import write_model_dir
 from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine, ServersLost, build_engine
 
@@ -58,6 +58,8 @@ def evaluate_model(config: Config, place: Place) -> list[SetResult]:
         stack.callback(grader.close)
         tokenizer = build_tokenizer(config)
         benchmarks = load_benchmarks(config, tokenizer)
+        if place.rank == 0:
+            tell_unread_golds([p.prompt.answer for bench in benchmarks for p in bench.problems], config.reward)
         served = _Served(config, place, tokenizer)
         stack.callback(served.close)
         evaluator = Evaluator(served.engine, grader, tokenizer, config, place, served.load, _Progress(place))

@@ -6,7 +6,9 @@ import math
 from fractions import Fraction
 from typing import Any
 
-from megatron_rl.grading.expression import Tree, holds
+import mpmath
+
+from megatron_rl.grading.grammar import Tree, holds
 from megatron_rl.grading.separation import Undefined, numeric, sign
 
 _MAX_BITS = 150_000  # of a rational number: 2013^4025 has 44,000
@@ -51,6 +53,7 @@ def folded(tree: Tree, point: Point) -> Any:
 
 
 def add(parts: list[Any]) -> Any:
+    """Return the sum of constants. Raises: Undefined when it has too many digits."""
     rational, others = Fraction(0), []
     for part in parts:
         if isinstance(part, Fraction):
@@ -64,6 +67,7 @@ def add(parts: list[Any]) -> Any:
 
 
 def multiply(parts: list[Any]) -> Any:
+    """Return the product of constants. Raises: Undefined when it has too many digits."""
     rational, others, turns = Fraction(1), [], 0
     flat = [p for part in parts for p in (part[1:] if isinstance(part, tuple) and part[0] == "mul" else (part,))]
     for part in flat:
@@ -138,8 +142,6 @@ def _exact_root(value: int, root: int) -> int | None:
         return found if found * found == value else None
     if value.bit_length() <= root:
         return None
-    import mpmath
-
     with mpmath.workprec(value.bit_length() // root + 40):
         found = int(mpmath.nint(mpmath.root(mpmath.mpf(value), root)))
     return found if found**root == value else None
@@ -220,8 +222,6 @@ def _of_several(name: str, parts: list[Any]) -> Any:
 def _whole(value: Any, name: str) -> Fraction:
     if isinstance(value, Fraction):
         return Fraction(math.floor(value) if name == "floor" else math.ceil(value))
-    import mpmath
-
     near = numeric(value, 256)
     if isinstance(near, mpmath.mpc) and near.imag or abs(near) > 2**200:
         raise Undefined("rounding what is not real, or is too large")

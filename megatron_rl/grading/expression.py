@@ -1,7 +1,5 @@
 """Read an expression, in LaTeX or as typed, into a tree. What the grammar does not know is not read at all.
 
-A tree is a tuple: ("num", Fraction), ("sym", name), ("pi",), ("e",), ("i",), ("add", a, b, ...), ("mul", a, b, ...),
-("div", a, b), ("pow", a, b), ("fn", name, a, b, ...) or ("range", name, variable, low, high, body) for sums and products.
 Upper and lower case are different symbols; a subscript, a prime or an accent belongs to its symbol.
 """
 
@@ -10,93 +8,52 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
-Tree = tuple[Any, ...]
+from megatron_rl.grading.grammar import (
+    ACCENTS,
+    CLOSING,
+    FUNCTION_LETTERS,
+    GREEK,
+    OF_SEVERAL,
+    PREFIX,
+    STOPS,
+    TRIGONOMETRIC,
+    Tokens,
+    Tree,
+    Unreadable,
+    function,
+    holds_pi,
+    repeating,
+    small,
+)
 
 _MAX_DEPTH = 40
-_MAX_TOKENS = 1500
-_GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell partial "
-    "nabla odot mho triangle"
-).split()
-_TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
-_INVERSES = {"arcsin", "arccos", "arctan", "asin", "acos", "atan"}
-_HYPERBOLIC = {"sinh", "cosh", "tanh"}
-_PREFIX = _TRIGONOMETRIC | _INVERSES | _HYPERBOLIC | {"log", "ln", "lg", "exp"}
-_OF_SEVERAL = {"max", "min", "gcd", "lcm"}
-_PLAIN_NAMES = sorted(_PREFIX | _OF_SEVERAL | {"sqrt", "cbrt", "floor", "ceil", "pi", "binom", "abs"}, key=len, reverse=True)
-_ACCENTS = {"hat", "vec", "bar", "tilde", "dot", "ddot", "overline", "widehat", "overrightarrow", "mathbb", "mathcal"}
-_TOKEN = re.compile(
-    r"\s+"
-    r"|(?P<repeating>\d*\.\d*\\overline\s*\{\d+\})"
-    r"|(?P<number>\d+(?:\.\d*)?|\.\d+)"
-    r"|(?P<scientific>(?<=[\d.])[eE][+-]?\d{1,5}(?![\d.a-zA-Z(^]))"
-    rf"|(?P<name>(?<![a-zA-Z\\])(?:{'|'.join(_PLAIN_NAMES)})(?![a-zA-Z])"
-    r"|(?<![a-zA-Z\\])(?:sin|cos|tan|ln|log|exp)(?=[a-z](?![a-zA-Z])))"
-    r"|(?P<text>\\text\s*\{[^{}]*\})"
-    r"|(?P<command>\\[a-zA-Z]+\*?|\\.)"
-    r"|(?P<letter>[^\W\d_])"
-    r"|(?P<mark>.)",
-    re.S,
-)
-_CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
-
-
-class Unreadable(ValueError):
-    """The text is no expression of this grammar."""
 
 
 @lru_cache(maxsize=4096)  # the samples of one prompt share their gold
 def read(text: str) -> Tree:
     """Return the tree of a cleaned text. Raises: Unreadable."""
-    return _Reader(text).all()
+    try:
+        return _Reader(text).all()
+    except RecursionError as error:
+        raise Unreadable("too deep") from error
 
 
-class _Reader:
-    """A position in the tokens; each method reads what its name says and moves on."""
+class _Reader(Tokens):
+    """Each method reads what its name says and moves on."""
 
     def __init__(self, text: str) -> None:
-        self._tokens: list[tuple[str, str]] = []
-        for match in _TOKEN.finditer(text):
-            if match.lastgroup:
-                self._tokens.append((match.lastgroup, match.group()))
-        if len(self._tokens) > _MAX_TOKENS:
-            raise Unreadable("too long")
-        self._plain = "*" in text and "\\" not in text and "{" not in text  # as in code: a power takes all its digits
-        self._next = 0
+        super().__init__(text)
         self._depth = 0
         self._angle = 0  # inside a trigonometric function, where degrees are converted
         self._bars = 0  # inside |...|, where a bar closes
 
     def all(self) -> Tree:
+        """Return the tree of the whole text."""
         tree = self._sum()
         if self._next < len(self._tokens):
             raise Unreadable(f"{self._peek()!r} is not understood")
         return tree
-
-    # --- tokens
-
-    def _peek(self, ahead: int = 0) -> str:
-        position = self._next + ahead
-        return self._tokens[position][1] if 0 <= position < len(self._tokens) else ""
-
-    def _kind(self, ahead: int = 0) -> str:
-        position = self._next + ahead
-        return self._tokens[position][0] if 0 <= position < len(self._tokens) else ""
-
-    def _take(self, *texts: str) -> bool:
-        if self._peek() in texts and self._peek():
-            self._next += 1
-            return True
-        return False
-
-    def _expect(self, text: str) -> None:
-        if not self._take(text):
-            raise Unreadable(f"expected {text!r}")
-
-    # --- sums and products
 
     def _sum(self) -> Tree:
         self._depth += 1
@@ -119,18 +76,18 @@ class _Reader:
         return ("mul", ("num", Fraction(-1)), term) if negative else term
 
     def _product(self) -> Tree:
-        value = self._power()
+        factors = [self._power()]
         while True:
             if self._take("*", "\\cdot", "\\times", "\\ast"):
-                value = ("mul", value, self._factor())
+                factors.append(self._factor())
             elif self._take("/", "\\div"):
-                value = ("div", value, self._factor())
+                factors = [("div", _joined(factors), self._factor())]
             elif self._starts_factor():
-                if self._kind() == "number" and value[0] == "num" and self._kind(-1) == "number":
+                if self._kind() == self._kind(-1) == "number" and factors[-1][0] == "num":
                     raise Unreadable("two numbers side by side")
-                value = ("mul", value, self._power())
+                factors.append(self._power())
             else:
-                return value
+                return _joined(factors)
 
     def _factor(self) -> Tree:
         if self._take("-"):
@@ -143,7 +100,7 @@ class _Reader:
         if kind in ("number", "letter", "name", "text", "repeating"):
             return True
         if kind == "command":
-            return text not in _STOPS
+            return text not in STOPS
         if text == "|":
             return not self._bars
         return text in ("(", "[", "{")
@@ -152,7 +109,11 @@ class _Reader:
         base = self._postfix(self._atom())
         while self._peek() == "^":
             self._next += 1
-            if self._peek() in ("\\circ", "\\degree") or self._peek() == "{" and self._peek(1) in ("\\circ", "\\degree"):
+            if (
+                self._peek() in ("\\circ", "\\degree")
+                or self._peek() == "{"
+                and self._peek(1) in ("\\circ", "\\degree")
+            ):
                 base = self._degrees(base)
             else:
                 base = self._postfix(("pow", base, self._exponent(base)))
@@ -204,13 +165,11 @@ class _Reader:
             return ("pow", exponent, self._exponent(exponent))
         return exponent
 
-    # --- atoms
-
     def _atom(self) -> Tree:
         kind, text = self._kind(), self._peek()
         self._next += 1
         if kind == "repeating":
-            return ("num", _repeating(text))
+            return ("num", repeating(text))
         if kind == "number":
             return self._number(text)
         if kind == "name":
@@ -221,7 +180,7 @@ class _Reader:
             return self._of_text(text)
         if kind == "command":
             return self._command(text)
-        if text in _CLOSING:
+        if text in CLOSING:
             return self._group(text)
         if text == "|":
             self._bars += 1
@@ -237,7 +196,7 @@ class _Reader:
         self._bars = bars
         if opening == "(" and self._peek() == ",":
             raise Unreadable("a tuple")
-        self._expect(_CLOSING[opening])
+        self._expect(CLOSING[opening])
         return inner
 
     def _number(self, text: str) -> Tree:
@@ -245,7 +204,7 @@ class _Reader:
         if self._kind() == "scientific":
             exponent = int(self._peek()[1:])
             self._next += 1
-            return ("num", value * Fraction(10) ** _small(exponent))
+            return ("num", value * Fraction(10) ** small(exponent))
         is_mixed = text.isdigit() and self._peek() == "\\frac" and self._is_plain_fraction(1)
         if is_mixed and self._kind(-2) != "number" and self._peek(-2) not in ("^", "\\cdot", "\\times", "*", "/"):
             self._next += 1
@@ -262,8 +221,7 @@ class _Reader:
     def _argument(self) -> Tree:
         """What a command is applied to: a group in braces, or one token."""
         if self._take("{"):
-            inner = self._group("{")
-            return inner
+            return self._group("{")
         if self._kind() == "number" and len(self._peek()) > 1:
             digits = self._peek()
             self._tokens[self._next] = ("number", digits[1:])
@@ -279,54 +237,17 @@ class _Reader:
         if self._peek() == "(" and self._peek(2) == ")":
             # f(0) and u(t) are values of functions; a product would be written 0f and ut
             plain = self._kind(1) in ("number", "letter") and len(name.rstrip("'")) >= 1
-            if plain and (self._kind(1) == "number" or name[0] in _FUNCTION_LETTERS):
+            if plain and (self._kind(1) == "number" or name[0] in FUNCTION_LETTERS):
                 argument = self._peek(1)
                 self._next += 3
                 return ("sym", f"{name}({argument})")
         return ("sym", name)
 
-    def _marks(self) -> str:
-        """A subscript, primes, or both."""
-        marks = ""
-        while True:
-            if self._take("'"):
-                marks += "'"
-            elif self._peek() == "^" and self._peek(1) == "\\prime":
-                self._next += 2
-                marks += "'"
-            elif self._peek() == "^" and self._peek(1) == "{" and self._peek(2) == "\\prime":
-                self._next += 2
-                while self._take("\\prime"):
-                    marks += "'"
-                self._expect("}")
-            elif self._peek() == "^" and self._peek(1) == "*":
-                self._next += 2
-                marks += "*"
-            elif self._take("_"):
-                marks += "_" + self._raw()
-            else:
-                return marks
-
-    def _raw(self) -> str:
-        """The characters of a group or of one token, which name something."""
-        if not self._take("{"):
-            self._next += 1
-            return _bare(self._peek(-1))
-        text, depth = "", 1
-        while depth:
-            token = self._peek()
-            if not token:
-                raise Unreadable("a brace is not closed")
-            self._next += 1
-            depth += (token == "{") - (token == "}")
-            text += _bare(token) if depth else ""
-        return text
-
     def _of_text(self, text: str) -> Tree:
         content = text[text.index("{") + 1 : -1].strip()
         if len(content) == 1 and content.isalpha():
             return self._symbol(content)
-        if content in _PREFIX or content in _OF_SEVERAL:
+        if content in PREFIX or content in OF_SEVERAL:
             return self._named(content)
         if re.fullmatch(r"[\d.]+|[^a-zA-Z]*[-+*/^=][^a-zA-Z]*", content) or _is_expression(content):
             return read(content)
@@ -338,7 +259,7 @@ class _Reader:
         name = command[1:]
         if name == "pi":
             return ("pi",) if self._peek() != "_" else ("sym", "pi" + self._marks())
-        if name in _GREEK:
+        if name in GREEK:
             return self._symbol("\\" + name) if name != "e" else ("e",)
         if name == "frac":
             return self._fraction()
@@ -346,7 +267,7 @@ class _Reader:
             return ("fn", "binomial", self._argument(), self._argument())
         if name == "sqrt":
             return self._root()
-        if name in _PREFIX or name in _OF_SEVERAL:
+        if name in PREFIX or name in OF_SEVERAL:
             return self._named(name)
         if name in ("lfloor", "lceil"):
             inner = self._sum()
@@ -363,7 +284,7 @@ class _Reader:
             return self._group("\\{")
         if name in ("sum", "prod"):
             return self._range(name)
-        if name in _ACCENTS:
+        if name in ACCENTS:
             return self._symbol(f"\\{name}{{{self._raw()}}}")
         if name in ("boldsymbol", "bm", "underline", "ensuremath", "phantom", "mathsf"):
             return self._argument()
@@ -401,7 +322,7 @@ class _Reader:
             return ("pow", self._atom(), ("num", Fraction(1, 2 if name == "sqrt" else 3)))
         if name in ("floor", "ceil", "abs"):
             return ("fn", name, self._atom())
-        if name in _OF_SEVERAL or name == "binom":
+        if name in OF_SEVERAL or name == "binom":
             return self._of_several(name)
         subscript, exponent = None, None
         while self._peek() in ("_", "^"):
@@ -412,13 +333,13 @@ class _Reader:
             else:
                 self._next += 1
                 exponent = self._exponent(("sym", name))
-        is_angle = name in _TRIGONOMETRIC
+        is_angle = name in TRIGONOMETRIC
         self._angle += is_angle
         inner = self._applied_to(is_angle)
         self._angle -= is_angle
-        if name in _TRIGONOMETRIC and exponent == ("mul", ("num", Fraction(-1)), ("num", Fraction(1))):
+        if name in TRIGONOMETRIC and exponent == ("mul", ("num", Fraction(-1)), ("num", Fraction(1))):
             return ("fn", "arc" + name, inner)
-        value = _function(name, inner, subscript)
+        value = function(name, inner, subscript)
         return value if exponent is None else ("pow", value, exponent)
 
     def _applied_to(self, is_angle: bool) -> Tree:
@@ -429,11 +350,11 @@ class _Reader:
         if self._take("-"):
             return ("mul", ("num", Fraction(-1)), self._applied_to(is_angle))
         value = self._power()
-        while self._starts_factor() and self._kind() != "name" and self._peek()[1:] not in _PREFIX:
+        while self._starts_factor() and self._kind() != "name" and self._peek()[1:] not in PREFIX:
             if self._peek() in ("(", "["):
                 break
             value = ("mul", value, self._power())
-        if is_angle and self._peek() == "/" and self._kind(1) == "number" and _holds_pi(value):
+        if is_angle and self._peek() == "/" and self._kind(1) == "number" and holds_pi(value):
             self._next += 1
             value = ("div", value, self._atom())
         return value
@@ -450,7 +371,7 @@ class _Reader:
         arguments = [self._sum()]
         while self._take(","):
             arguments.append(self._sum())
-        self._expect(_CLOSING[opening])
+        self._expect(CLOSING[opening])
         return ("fn", "binomial" if name == "binom" else name, *arguments)
 
     def _range(self, name: str) -> Tree:
@@ -470,11 +391,8 @@ class _Reader:
         return ("range", name, variable, low, high, self._product())
 
 
-_STOPS = {
-    "\\rfloor", "\\rceil", "\\rvert", "\\cdot", "\\times", "\\div", "\\ast", "\\%", "\\degree", "\\circ", "\\}", "\\bmod",
-    "\\mod", "\\pmod", "\\le", "\\ge", "\\ne", "\\in", "\\cup", "\\or", "\\to", "\\approx", "\\pm", "\\mp", "\\infty",
-}  # fmt: skip
-_FUNCTION_LETTERS = set("fghuvyFGHUPQ\\")
+def _joined(factors: list[Tree]) -> Tree:
+    return factors[0] if len(factors) == 1 else ("mul", *factors)
 
 
 def _is_expression(content: str) -> bool:
@@ -485,58 +403,3 @@ def _is_expression(content: str) -> bool:
     except Unreadable:
         return False
     return True
-
-
-def _bare(token: str) -> str:
-    return token[token.index("{") + 1 : -1].strip() if token.startswith("\\text") else token
-
-
-def _small(exponent: int) -> int:
-    if abs(exponent) > 20_000:
-        raise Unreadable("the exponent is too large")
-    return exponent
-
-
-def _repeating(text: str) -> Fraction:
-    whole, _, rest = text.partition(".")
-    start, _, period = rest.partition("\\overline")
-    period = period.strip()[1:-1]
-    tail = int(start or 0) + Fraction(int(period), 10 ** len(period) - 1)
-    return int(whole or 0) + tail / 10 ** len(start)
-
-
-def _function(name: str, inner: Tree, subscript: Tree | None) -> Tree:
-    if name == "exp":
-        return ("pow", ("e",), inner)
-    if name in ("ln", "log", "lg"):
-        base = ("num", Fraction(10)) if name == "lg" else subscript
-        return ("fn", "log", inner) if base is None else ("div", ("fn", "log", inner), ("fn", "log", base))
-    if name in _INVERSES and not name.startswith("arc"):
-        name = "arc" + name[1:]
-    if name in _HYPERBOLIC:
-        up, down = ("pow", ("e",), inner), ("pow", ("e",), ("mul", ("num", Fraction(-1)), inner))
-        minus = ("add", up, ("mul", ("num", Fraction(-1)), down))
-        plus = ("add", up, down)
-        top, bottom = {"sinh": (minus, ("num", Fraction(2))), "cosh": (plus, ("num", Fraction(2)))}.get(name, (minus, plus))
-        return ("div", top, bottom)
-    return ("fn", name, inner)
-
-
-def _holds_pi(tree: Tree) -> bool:
-    return tree == ("pi",) or any(isinstance(part, tuple) and _holds_pi(part) for part in tree[1:])
-
-
-def symbols(tree: Tree) -> frozenset[str]:
-    """Return the names of the free symbols."""
-    if tree[0] == "sym":
-        return frozenset((tree[1],))
-    if tree[0] == "range":
-        return (symbols(tree[5]) - {tree[2]}) | symbols(tree[3]) | symbols(tree[4])
-    return frozenset().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
-
-
-def holds(tree: Tree, *kinds: str) -> bool:
-    """Return whether a node or a function of one of these kinds occurs."""
-    if tree[0] in kinds or tree[0] == "fn" and tree[1] in kinds:
-        return True
-    return any(holds(part, *kinds) for part in tree[1:] if isinstance(part, tuple))

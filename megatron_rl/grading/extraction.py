@@ -10,15 +10,22 @@ from megatron_rl.grading.numerals import number
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:(?=\{)|(?P<bare>[^\s{}\\$]+))")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
 _HASHES = re.compile(r"####\s*(?P<answer>[^\n]+)")
-_SAID = re.compile(r"answers?\s*(?:\*\*|__)?\s*(?:is|are|=|:)\s*(?:\*\*|__)?\s*:?\s*(?P<answer>(?:\*\*|\s)*\S.*)", re.I | re.S)
+_SAID = re.compile(
+    r"answers?\s*(?:\*\*|__)?\s*(?:is|are|=|:)\s*(?:\*\*|__)?\s*:?\s*(?P<answer>(?:\*\*|\s)*\S.*)", re.I | re.S
+)
 _SAID_AGAIN = re.compile(r"answers?\s*(?:\*\*|__)?\s*(?:is|are|=|:)", re.I)
 # the dollars of money enclose no formula: a closing one has no space before it and no digit behind it
 _FORMULA = re.compile(
-    r"\$\$(.+?)\$\$|\$(?!\s)((?:[^$\n\\]|\\.)+?)(?<!\s)\$(?!\d)|\$[ ]((?:[^$\n\\]|\\.)+?)[ ]\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
+    r"\$\$(.+?)\$\$"
+    r"|\$(?!\s)((?:[^$\n\\]|\\.)+?)(?<!\s)\$(?!\d)|\$[ ]((?:[^$\n\\]|\\.)+?)[ ]\$(?!\d)"
+    r"|\\\((.+?)\\\)|\\\[(.+?)\\\]",
     re.S,
 )
 _PLAIN_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s*\\?%)?(?![\w])")
-_CLAUSE = re.compile(r"[,;]?\s+(?:since|because|as|so|which|where|when|if|and not|not|but|given|after|out of|for)\b|\.\s|\s\(|;\s|,\s+(?=[a-z]{3,})")
+_CLAUSE = re.compile(
+    r"[,;]?\s+(?:since|because|as|so|which|where|when|if|and not|not|but|given|after|out of|for)\b"
+    r"|\.\s|\s\(|;\s|,\s+(?=[a-z]{3,})"
+)
 _BETWEEN_BOXES = re.compile(
     r"(?:[\s,;&$]|\\[,;:!\[\]()]|\\quad|\\qquad|\\text\s*\{|\}|\*\*|\band\b|\bor\b|[a-zA-Z]\s*=|\\\\)*", re.I
 )

@@ -25,14 +25,16 @@ _COMMANDS_AROUND = re.compile(
 )
 _UNICODE = str.maketrans(
     {
-        "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/",
-        "∕": "/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
+        "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
+        "⁄": "/", "∕": "/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
         "≈": r"\approx ", "≡": r"\equiv ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
         "∖": r"\setminus ", "∨": r"\lor ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "°": r"^\circ ", "º": r"^\circ ",
         "∅": r"\emptyset ", "′": "'", "’": "'", "″": "''", "“": '"', "”": '"', "…": r"\ldots ", "（": "(", "）": ")",
-        "［": "[", "］": "]", "，": ",", "、": ",", "。": ".", "；": ";", "％": "%", "：": ":", "＝": "=", "＜": "<", "＞": ">",
-        "＋": "+", "－": "-", "．": ".", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
-        "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u3000": " ", "¢": r"\text{ cents}", "µ": r"\mu ", "Ω": r"\Omega ",
+        "［": "[", "］": "]", "，": ",", "、": ",", "。": ".", "；": ";", "％": "%", "：": ":", "＝": "=", "＜": "<",
+        "＞": ">", "＋": "+", "－": "-", "．": ".", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
+        "⌉": r"\rceil ",
+        "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u3000": " ",
+        "¢": r"\text{ cents}", "µ": r"\mu ", "Ω": r"\Omega ",
         "\x0c": r"\f",  # \frac in a text whose backslash was read as an escape
     }
     | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
@@ -70,7 +72,10 @@ _REPLACEMENTS = tuple(
         (r"\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}|\\[hv]?phantom\s*\{[^{}]*\}|\\[hv]?phantom", ""),
         (r"(?<!\\)\\(?:[,;:> ]|(?:quad|qquad|enspace|thinspace)(?![a-zA-Z]))|~", " "),
         (r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
-        (r"\\(?:operatorname|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|emph)\s*\*?\s*\{", r"\\text{"),
+        (
+            r"\\(?:operatorname|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|emph)\s*\*?\s*\{",
+            r"\\text{",
+        ),
         (r"\\(?:le|leq|leqslant|leqq)(?![a-zA-Z])|<=|=<", r"\\le "),
         (r"\\(?:ge|geq|geqslant|geqq)(?![a-zA-Z])|>=", r"\\ge "),
         (r"\\lt(?![a-zA-Z])", "<"),
@@ -109,9 +114,13 @@ _PLAIN_NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?")
 _SET_BY_CONDITION = re.compile(
     r"\\\{\s*(?P<name>\\?[a-zA-Z]+)\s*(?:\\in\s*(?:\\mathbb\s*\{?\s*R\s*\}?|R)\s*)?(?:\||:|;)\s*(?P<condition>.+)\\\}"
 )
-_MONEY = re.compile(r"(?:\\text\s*\{\s*\\?([$€£¥])\s*\}|\\([$])|([$€£¥]))\s*(?=[\d.])(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)")
+_MONEY = re.compile(
+    r"(?:\\text\s*\{\s*\\?([$€£¥])\s*\}|\\([$])|([$€£¥]))\s*(?=[\d.])(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)"
+)
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_ESCAPED_TWICE = re.compile(r"\\\\(?=(?:[dt]?frac|sqrt|circ|pi|text|left|right|cdot|times|infty|[dt]?binom|%|\$)(?![a-z]))")
+_ESCAPED_TWICE = re.compile(
+    r"\\\\(?=(?:[dt]?frac|sqrt|circ|pi|text|left|right|cdot|times|infty|[dt]?binom|%|\$)(?![a-z]))"
+)
 _ROOT_SIGN = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|\([^()]*\)|\{[^{}]*\}|[a-zA-Z]|\\[a-zA-Z]+\s?)")
 
 
@@ -163,7 +172,7 @@ def _closed(text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    """Return a text without the delimiters, commands, braces and final stops that enclose the whole, at most 50 deep."""
+    """Return a text without the delimiters, commands, braces and final stops around the whole, at most 50 deep."""
     for _ in range(_MAX_LAYERS):
         before = text
         text = text.strip().rstrip(".,;: ").removesuffix("\\").strip()

@@ -12,10 +12,12 @@ from megatron_rl.grading import latex
 
 Same = Callable[[str, str], bool]
 
-# --- choices --------------------------------------------------------------------------------------------------------------
+# --- choices ----------------------------------------------------------------------------------------------------------
 
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?")
-_CHOICE_WITH_TEXT = re.compile(r"(?:\\text\{\s*)?\(?\s*(?P<letter>[A-Z])\s*[).:]\s*\}?\s*(?P<rest>[^\s+*/^=<>-].*)", re.S)
+_CHOICE_WITH_TEXT = re.compile(
+    r"(?:\\text\{\s*)?\(?\s*(?P<letter>[A-Z])\s*[).:]\s*\}?\s*(?P<rest>[^\s+*/^=<>-].*)", re.S
+)
 _ANOTHER_CHOICE = re.compile(
     r"(?<![A-Za-z\\])[A-Z]\s*[).:]|(?<![A-Za-z\\])\([A-Z]\)|(?:,|/|\b(?:or|and)|&)\s*\(?[A-Z]\)?(?![A-Za-z])"
 )
@@ -35,11 +37,12 @@ def choice(found: str, gold: str) -> bool | None:
     return None
 
 
-# --- words ----------------------------------------------------------------------------------------------------------------
+# --- words ------------------------------------------------------------------------------------------------------------
 
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*")
 _SHORT_WORDS = set(
-    "yes no odd all any dne one two six ten nan and or not on off up down red sum mon tue wed thu fri sat sun max min non".split()
+    "yes no odd all any dne one two six ten nan and or not on off up down red sum max min non "
+    "mon tue wed thu fri sat sun".split()
 )
 _NUMBER_WORDS = {word: str(value) for value, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}  # fmt: skip
@@ -73,7 +76,7 @@ def _folded(text: str) -> str:
     return re.sub(r"\bsolutions\b|\breal solutions?\b", "solution", text)
 
 
-# --- times and ratios -----------------------------------------------------------------------------------------------------
+# --- times and ratios -------------------------------------------------------------------------------------------------
 
 _TIME = re.compile(
     r"(?P<hour>\d{1,2})(?:\s*:\s*(?P<minute>\d\d)(?:\s*:\s*(?P<second>\d\d))?)?\s*(?P<half>(?:\\text\s*\{)?\s*[aApP]\.?\s*[mM]\.?\s*\}?)?"
@@ -116,13 +119,11 @@ def ratio(found: str, gold: str, same: Same) -> bool | None:
     return all(same(f"({x})({b[0]})", f"({y})({a[0]})") for x, y in zip(a[1:], b[1:], strict=True))
 
 
-# --- bases and remainders -------------------------------------------------------------------------------------------------
+# --- bases and remainders ---------------------------------------------------------------------------------------------
 
 _BASE_WORDS = {
     word: str(base)
-    for base, word in enumerate(
-        "two three four five six seven eight nine ten eleven twelve".split(), start=2
-    )
+    for base, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2)
 } | {"sixteen": "16"}
 _BASE = re.compile(
     r"(?P<sign>-?)[({]*(?:text\{)?(?P<digits>[0-9A-F][0-9A-F,]*)\}?[)}]*(?:_\{?(?:text\{|\(|\{)*(?P<base>-?\d+|[a-z]+)[)}]*)?"

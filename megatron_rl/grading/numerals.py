@@ -82,8 +82,8 @@ def _decimal(text: str) -> Fraction:
 def close(found: Number, gold: Number, scale: Fraction, rounding_digits: int) -> bool:
     """Return whether found * scale is the gold number, or one is the other rounded.
 
-    A found decimal of `rounding_digits` significant digits or more may round the gold; a gold decimal of two digits less
-    may round what was found. With 0 digits nothing is rounded.
+    A found decimal of `rounding_digits` significant digits or more may round the gold; a gold decimal of two digits
+    less may round what was found. With 0 digits nothing is rounded.
     """
     value = found.value * scale
     if value == gold.value:

@@ -44,7 +44,8 @@ _BRACKETS = re.compile(r"(?P<opening>[(\[\]])(?P<inner>.+)(?P<closing>[)\]\[])",
 _MODULUS = re.compile(r"\|\s*(?P<name>\\?[a-zA-Z]+)\s*(?:(?P<sign>[+-])\s*(?P<shift>[^|]+))?\|")
 _REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|(?:\\text\{\s*)?(?:the set of )?all reals?(?: numbers?)?\s*\}?")
 _ALL_BUT = re.compile(
-    r"(?:\\mathbb\s*\{?\s*R\s*\}?\s*\\setminus\s*|(?:\\text\{\s*)?all reals?(?: numbers?)? except(?: for)?\s*\}?\s*)(?P<points>.+)"
+    r"(?:\\mathbb\s*\{?\s*R\s*\}?\s*\\setminus\s*"
+    r"|(?:\\text\{\s*)?all reals?(?: numbers?)? except(?: for)?\s*\}?\s*)(?P<points>.+)"
 )
 _OPEN, _CLOSED = {"<": ("(", ")"), ">": ("(", ")")}, ("[", "]")
 _MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
@@ -55,7 +56,8 @@ def read(text: str) -> Region | None:
     """Return the region that a cleaned text describes; None when it is something else."""
     if not _MARK.search(text):
         return None
-    name, members = "", []
+    name = ""
+    members: list[Interval | str] = []
     for piece in latex.split_at(text, _JOINED):
         region = _piece(piece)
         if region is None or (name and region.name and name != region.name):

@@ -14,6 +14,8 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import mpmath
+
 _MAX_PRECISION = 40_000  # bits
 _MAX_TRANSCENDENTAL = 8_000
 _MARGIN = 320  # bits beyond the bound, where a transcendental number occurs
@@ -24,45 +26,44 @@ class Undefined(ValueError):
 
 
 def numeric(value: Any, precision: int) -> Any:
-    import mpmath
-
+    """Return a constant to `precision` bits, real or complex. Raises: Undefined."""
     with mpmath.workprec(precision):
         try:
-            return +_evaluated(value, mpmath)
+            return +_evaluated(value)
         except (ZeroDivisionError, OverflowError, ValueError, TypeError) as error:
             raise Undefined(str(error)) from error
 
 
-def _evaluated(value: Any, mp: Any) -> Any:
+def _evaluated(value: Any) -> Any:
     if isinstance(value, Fraction):
-        return mp.mpf(value.numerator) / value.denominator
+        return mpmath.mpf(value.numerator) / value.denominator
     kind = value[0]
     if kind == "pi":
-        return +mp.pi
+        return +mpmath.pi
     if kind == "e":
-        return +mp.e
+        return +mpmath.e
     if kind == "i":
-        return mp.mpc(0, 1)
+        return mpmath.mpc(0, 1)
     if kind == "pow":
-        return _evaluated(value[1], mp) ** value[2]
+        return _evaluated(value[1]) ** value[2]
     if kind == "root":
-        base = _evaluated(value[1], mp)
-        if value[2] % 2 and not (isinstance(base, mp.mpc) and base.imag) and base.real < 0:
-            return -mp.root(-base.real, value[2])  # the real root of a negative number, as schools have it
-        return mp.root(base, value[2])
-    parts = [_evaluated(part, mp) for part in value[2 if kind == "fn" else 1 :]]
+        base = _evaluated(value[1])
+        if value[2] % 2 and not (isinstance(base, mpmath.mpc) and base.imag) and base.real < 0:
+            return -mpmath.root(-base.real, value[2])  # the real root of a negative number, as schools have it
+        return mpmath.root(base, value[2])
+    parts = [_evaluated(part) for part in value[2 if kind == "fn" else 1 :]]
     if kind == "add":
-        return mp.fsum(parts)
+        return mpmath.fsum(parts)
     if kind == "mul":
-        return mp.fprod(parts)
+        return mpmath.fprod(parts)
     name = value[1]
     if name == "power":
-        return _raised(*parts, mp)
+        return _raised(*parts)
     if name == "abs":
         return abs(parts[0])
     if any(abs(part) > 10**6 for part in parts) and name != "log":
         raise ValueError("an angle too large")
-    return getattr(mp, _MPMATH.get(name, name))(*parts)
+    return getattr(mpmath, _MPMATH.get(name, name))(*parts)
 
 
 _MPMATH = {
@@ -71,8 +72,8 @@ _MPMATH = {
 }  # fmt: skip
 
 
-def _raised(base: Any, exponent: Any, mp: Any) -> Any:
-    if abs(exponent) * max(1, abs(mp.log(base))) > 100_000:
+def _raised(base: Any, exponent: Any) -> Any:
+    if abs(exponent) * max(1, abs(mpmath.log(base))) > 100_000:
         raise ValueError("a power too large")
     return base**exponent
 
@@ -106,8 +107,6 @@ def _bound(value: Any, roots: dict[Any, int]) -> tuple[float, float]:
     size = abs(numeric(value, 64))
     if not size:
         return 1.0, 0.0
-    import mpmath
-
     exponent = float(mpmath.log(size, 2))
     # 1 - cos(x) is as small as x^2, and pi/2 - arctan(x) as 1/x
     argument = 4 * sum(up + low for up, low in parts)
@@ -133,8 +132,6 @@ def is_zero(value: Any) -> bool:
     if clear(value, at_most=400) is not None:
         return False
     needed = _needed(value)
-    import mpmath
-
     # twice the bits, because roots and inverse functions lose half of them near 0 and 1
     return bool(abs(numeric(value, 2 * needed + 128)) < mpmath.mpf(2) ** -needed)
 
@@ -158,7 +155,5 @@ def sign(value: Any) -> int | None:
         return (value > 0) - (value < 0)
     if is_zero(value):
         return 0
-    import mpmath
-
     near = clear(value)
     return None if isinstance(near, mpmath.mpc) and near.imag else 1 if near.real > 0 else -1

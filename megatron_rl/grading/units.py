@@ -33,7 +33,8 @@ _WORDS: dict[str, tuple[str, str]] = {
     name: (dimensions, size)
     for dimensions, table in {
         "length": {"meter": "1", "metre": "1", "centimeter": "0.01", "centimetre": "0.01", "millimeter": "0.001",
-                   "millimetre": "0.001", "kilometer": "1000", "kilometre": "1000", "inch": "0.0254", "inches": "0.0254",
+                   "millimetre": "0.001", "kilometer": "1000", "kilometre": "1000", "inch": "0.0254",
+                   "inches": "0.0254",
                    "foot": "0.3048", "feet": "0.3048", "yard": "0.9144", "mile": "1609.344", "micron": "1e-6",
                    "decimeter": "0.1", "nanometer": "1e-9", "micrometer": "1e-6", "angstrom": "1e-10"},
         "mass": {"gram": "1", "kilogram": "1000", "milligram": "0.001", "pound": "453.59237", "ounce": "28.349523125",
@@ -51,7 +52,8 @@ _WORDS: dict[str, tuple[str, str]] = {
         "degree": {"degree": "1", "deg": "1"}, "radian": {"radian": "1", "rad": "1"},
         "kelvin": {"kelvin": "1"}, "celsius": {"celsius": "1"}, "fahrenheit": {"fahrenheit": "1"},
         "mass length time^-2": {"newton": "1000", "dyne": "0.01"},
-        "mass length^2 time^-2": {"joule": "1000", "erg": "0.0001", "calorie": "4184", "electronvolt": "1.602176634e-16"},
+        "mass length^2 time^-2": {"joule": "1000", "erg": "0.0001", "calorie": "4184",
+                                  "electronvolt": "1.602176634e-16"},
         "mass length^2 time^-3": {"watt": "1000", "kilowatt": "1000000", "megawatt": "1e9", "horsepower": "745699.87"},
         "mass length^-1 time^-2": {"pascal": "1000", "bar": "1e8", "atm": "101325000", "atmosphere": "101325000"},
         "time^-1": {"hertz": "1", "kilohertz": "1000", "megahertz": "1e6", "rpm": "1/60"},
@@ -69,8 +71,9 @@ _SYMBOLS: dict[str, tuple[str, str]] = {
     "in": _WORDS["inch"], "ft": _WORDS["foot"], "yd": _WORDS["yard"], "mi": _WORDS["mile"], "lb": _WORDS["pound"],
     "oz": _WORDS["ounce"], "sec": _WORDS["second"], "min": _WORDS["minute"], "h": _WORDS["hour"], "hr": _WORDS["hour"],
     "yr": _WORDS["year"], "cc": ("length^3", "1e-6"), "gal": _WORDS["gallon"], "degC": _WORDS["celsius"],
-    "degF": _WORDS["fahrenheit"], "kmh": _WORDS["kph"], "cal": ("mass length^2 time^-2", "4.184"), "dB": _WORDS["decibel"],
-    "kcal": _WORDS["calorie"], "kWh": ("mass length^2 time^-2", "3.6e9"), "ms": _WORDS["millisecond"], "kmph": _WORDS["kph"],
+    "degF": _WORDS["fahrenheit"], "kmh": _WORDS["kph"], "cal": ("mass length^2 time^-2", "4.184"),
+    "dB": _WORDS["decibel"], "kcal": _WORDS["calorie"], "kWh": ("mass length^2 time^-2", "3.6e9"),
+    "ms": _WORDS["millisecond"], "kmph": _WORDS["kph"],
 }  # fmt: skip
 _PREFIXED = {  # with the prefixes of the international system
     "m": ("length", "1"), "g": ("mass", "1"), "s": ("time", "1"), "A": ("current", "1"), "K": ("kelvin", "1"),
@@ -82,8 +85,8 @@ _PREFIXED = {  # with the prefixes of the international system
     "eV": ("mass length^2 time^-2", "1.602176634e-16"), "mol": ("mole", "1"), "B": ("byte", "1"),
     "ohm": ("mass length^2 time^-3 current^-2", "1000"), "pc": ("length", "3.0856775814913673e16"),
 }  # fmt: skip
-_PREFIXES = {"": "1", "n": "1e-9", "µ": "1e-6", "m": "0.001", "c": "0.01", "d": "0.1", "k": "1000", "K": "1000", "M": "1e6",
-             "G": "1e9", "T": "1e12", "p": "1e-12"}  # fmt: skip
+_PREFIXES = {"": "1", "n": "1e-9", "µ": "1e-6", "m": "0.001", "c": "0.01", "d": "0.1", "k": "1000", "K": "1000",
+             "M": "1e6", "G": "1e9", "T": "1e12", "p": "1e-12"}  # fmt: skip
 _PREFIXED_SYMBOLS = {
     prefix + symbol: (dimensions, str(Fraction(size) * Fraction(factor)))
     for symbol, (dimensions, size) in _PREFIXED.items()
@@ -104,12 +107,13 @@ _IRREGULAR = {"people", "children", "men", "women", "mice", "geese", "sheep", "f
               "matrices", "indices", "axes", "unit", "pairs", "integer", "solution", "way"}  # fmt: skip
 # what makes another answer of the number before it
 _NO_NOUN = set(
-    "or and plus minus times is are was not no but than less more fewer if when choose factorial over of by to from modulo mod "
-    "squared cubed power root percent half halves third thirds fourths fifths sixths sevenths eighths ninths tenths quarters "
-    "hundredths thousandths hundreds thousands millions billions dozens pairs scores minus divided multiplied degrees as "
-    "maybe perhaps wrong impossible possibly approximately between either neither nor except without with which because "
-    "since radians one two three four five six seven eight nine ten eleven twelve first second zeros digits zeroes bases "
-    "plus twice thrice double triple negative positive false true otherwise versus vs yes".split()
+    "or and plus minus times is are was not no but than less more fewer if when choose factorial over of by to "
+    "from modulo mod squared cubed power root percent half halves third thirds fourths fifths sixths sevenths "
+    "eighths ninths tenths quarters hundredths thousandths hundreds thousands millions billions dozens pairs "
+    "scores divided multiplied degrees as maybe perhaps wrong impossible possibly approximately between either "
+    "neither nor except without with which because since radians one two three four five six seven eight nine ten "
+    "eleven twelve first second zeros digits zeroes bases twice thrice double triple negative positive false true "
+    "otherwise versus vs yes".split()
 )
 _TOKEN = re.compile(r"[A-Za-zµ]+|\^\s*-?\s*\d+|/|[^\s.]")
 
@@ -254,8 +258,10 @@ def split_unit(text: str, *, letters: bool = False) -> tuple[str, Unit | None]:
     match = _BARE.search(text) if text[-1:].isalpha() or text[-1:] in "}0123456789." else None
     if match:
         words = re.findall(r"[a-zA-Zµ]+", match["unit"])
-        if letters or (len(match["first"]) > 2 or match["first"] in _KNOWN_BARE) and all(
-            len(word) > 2 or word in _KNOWN_BARE or i for i, word in enumerate(words)
+        if (
+            letters
+            or (len(match["first"]) > 2 or match["first"] in _KNOWN_BARE)
+            and all(len(word) > 2 or word in _KNOWN_BARE or i for i, word in enumerate(words))
         ):
             unit = parse(match["unit"]) or _one_of(text[: match.start()], words)
             if unit and text[: match.start()].strip():
@@ -266,7 +272,11 @@ def split_unit(text: str, *, letters: bool = False) -> tuple[str, Unit | None]:
 def _one_of(value: str, words: list[str]) -> Unit | None:
     """What a single one is counted of."""
     is_noun = len(words) == 1 and len(words[0]) > 2 and words[0].lower() not in _NO_NOUN
-    return Unit(name=words[0].lower()) if value.strip() == "1" and is_noun and _SCALES.get(words[0].lower()) is None else None
+    return (
+        Unit(name=words[0].lower())
+        if value.strip() == "1" and is_noun and _SCALES.get(words[0].lower()) is None
+        else None
+    )
 
 
 def ratio(found: Unit | None, gold: Unit | None) -> Fraction | None:

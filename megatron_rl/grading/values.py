@@ -1,18 +1,17 @@
 """Decide whether two expressions are equal, exactly.
 
-Rational numbers are computed as fractions; other constants are equal when their difference is 0 (grading/separation.py).
-Expressions with symbols are compared at points that the symbols' names choose.
+Rational numbers are computed as fractions; other constants are equal when their difference is 0, which
+grading/separation.py decides. Expressions with symbols are compared at points that the symbols' names choose.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
 from megatron_rl.grading.constants import Point, add, folded, multiply
-from megatron_rl.grading.expression import Tree, holds, symbols
+from megatron_rl.grading.grammar import Tree, holds, symbols
 from megatron_rl.grading.separation import Undefined, clear, is_zero, numeric, sign
 
 _POINTS = 6  # at which two expressions must agree

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_rl.grading import latex
+from megatron_rl.grading import latex, numerals
 from megatron_rl.prepare.clean import spelling_key, text_key
 from megatron_rl.prepare.rows import Row
 
@@ -32,7 +32,7 @@ def statistics(rows: Sequence[Row], lengths: Sequence[int] | None = None) -> dic
 def answer_kind(answer: str) -> str:
     """integer, fraction, decimal, list, expression or words."""
     text = latex.clean(answer)
-    number = latex.number(latex.without_degrees(text))
+    number = numerals.number(latex.without_degrees(text))
     if number is not None:
         return number.form
     found = latex.parts(text)
