@@ -27,6 +27,12 @@ _MATRIX = re.compile(
     re.S,
 )
 _NAMED_TUPLE = re.compile(r"\((?P<names>[\w\s,]+)\)\s*=\s*\((?P<items>.+)\)")
+_SAID = re.compile(
+    r"(?:(?:so|thus|hence) )?(?:the )?(?:final |correct )?(?:answer|option|choice)s?\s*(?:(?:is|are)\s|:|=)?\s*"
+    r"(?=[\d(A-Z$\\-])",
+    re.I,
+)
+_REMARK = re.compile(r"\s*\\text\{\s*\(?as (?:required|desired|expected|claimed|wanted|needed)\)?\s*\}$")
 RELATION = re.compile(r"<|>|=|\\(?:le|ge)(?![a-zA-Z])")
 INFINITY = re.compile(r"([+-]?)\s*\\infty")
 _MAX_READ = 400  # characters
@@ -39,7 +45,6 @@ class Policy:
     strict: bool = False
     rounding_digits: int = 5
     unevaluated: bool = False
-    earlier_box: bool = False
 
 
 def equal(found: str, gold: str, policy: Policy = Policy()) -> bool:  # noqa: B008  (frozen)
@@ -61,6 +66,7 @@ def _equal(found: str, gold: str, policy: Policy) -> bool:
     def same(a: str, b: str) -> bool:
         return _equal(a.strip(), b.strip(), policy)
 
+    found = _SAID.sub("", found) if not _SAID.match(gold) else found
     for verdict in (notations.choice(found, gold), notations.words(found, gold), notations.base(found, gold)):
         if verdict is not None:
             return verdict
@@ -82,7 +88,7 @@ def _equal(found: str, gold: str, policy: Policy) -> bool:
 
 def _same_kind(found: str, gold: str) -> tuple[str, str]:
     """Both without what only one of them says: a name, a modulus, a rounding, a condition; with plus-minus expanded."""
-    found = LEAD_IN.sub("", found).strip()
+    found = _REMARK.sub("", LEAD_IN.sub("", found)).strip()
     if "\\approx" in found + gold:
         found, gold = exact(found), exact(gold)
     (a, modulus), (b, gold_modulus) = notations.without_modulus(found), notations.without_modulus(gold)
@@ -168,6 +174,11 @@ def _split_units(found: str, gold: str) -> tuple[str, str, Fraction | None]:
     """Both without units, and what to multiply the found one with; None where they measure different things."""
     bare_gold, gold_unit = units.split_unit(gold)
     bare_found, found_unit = units.split_unit(found, letters=gold_unit is not None and bool(gold_unit.dimensions))
+    if latex.has_degrees(gold) or latex.has_degrees(found):
+        gold_unit, found_unit = (
+            units.DEGREE if latex.has_degrees(text) else unit
+            for text, unit in ((bare_gold, gold_unit), (bare_found, found_unit))
+        )
     if gold_unit is None and found_unit is not None and found_unit.dimensions:
         bare_gold, gold_unit = units.split_unit(gold, letters="\\text" in gold)
     return bare_found, bare_gold, units.ratio(found_unit, gold_unit)

@@ -23,6 +23,7 @@ from megatron_rl.grading.grammar import (
     Unreadable,
     function,
     holds_pi,
+    product,
     repeating,
     small,
 )
@@ -81,13 +82,13 @@ class _Reader(Tokens):
             if self._take("*", "\\cdot", "\\times", "\\ast"):
                 factors.append(self._factor())
             elif self._take("/", "\\div"):
-                factors = [("div", _joined(factors), self._factor())]
+                factors = [("div", product(factors), self._factor())]
             elif self._starts_factor():
                 if self._kind() == self._kind(-1) == "number" and factors[-1][0] == "num":
                     raise Unreadable("two numbers side by side")
                 factors.append(self._power())
             else:
-                return _joined(factors)
+                return product(factors)
 
     def _factor(self) -> Tree:
         if self._take("-"):
@@ -346,7 +347,7 @@ class _Reader(Tokens):
         """A group, or the product that follows without one."""
         if self._peek() in ("(", "[", "{"):
             group = self._atom()
-            return ("pow", group, self._exponent_after()) if self._peek() == "^" else self._postfix(group)
+            return ("pow", group, self._exponent(group)) if self._take("^") else self._postfix(group)
         if self._take("-"):
             return ("mul", ("num", Fraction(-1)), self._applied_to(is_angle))
         value = self._power()
@@ -359,12 +360,10 @@ class _Reader(Tokens):
             value = ("div", value, self._atom())
         return value
 
-    def _exponent_after(self) -> Tree:
-        self._expect("^")
-        return self._exponent(("num", Fraction(0)))
-
     def _of_several(self, name: str) -> Tree:
         opening = self._peek()
+        if self._kind() == "letter":
+            return ("sym", f"{name} {self._raw()}")
         if opening not in ("(", "\\{", "{"):
             raise Unreadable(f"{name} of what?")
         self._next += 1
@@ -389,10 +388,6 @@ class _Reader(Tokens):
         if low is None or high is None:
             raise Unreadable(f"the limits of a {name}")
         return ("range", name, variable, low, high, self._product())
-
-
-def _joined(factors: list[Tree]) -> Tree:
-    return factors[0] if len(factors) == 1 else ("mul", *factors)
 
 
 def _is_expression(content: str) -> bool:

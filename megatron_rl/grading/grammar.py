@@ -162,6 +162,11 @@ def function(name: str, inner: Tree, subscript: Tree | None) -> Tree:
     return ("fn", name, inner)
 
 
+def product(factors: list[Tree]) -> Tree:
+    """Return one factor, or the product of several."""
+    return factors[0] if len(factors) == 1 else ("mul", *factors)
+
+
 def holds_pi(tree: Tree) -> bool:
     """Return whether pi occurs."""
     return tree == ("pi",) or any(isinstance(part, tuple) and holds_pi(part) for part in tree[1:])

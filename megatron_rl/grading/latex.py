@@ -20,7 +20,7 @@ _WRAPPERS = (
     re.compile(r"'([^']*)'", re.S),
 )
 _COMMANDS_AROUND = re.compile(
-    r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mbox|boldsymbol|bm|displaystyle|ensuremath"
+    r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mathtt|mbox|boldsymbol|bm|displaystyle|ensuremath"
     r"|underline|emph)\s*\{"
 )
 _UNICODE = str.maketrans(
@@ -48,6 +48,11 @@ _UNICODE = str.maketrans(
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _UNITS_OF_MONEY = {"$": "dollars", "€": "euros", "£": "pounds sterling", "¥": "yen"}
+_WITHOUT_MEANING = (
+    r"\\(?:tag|label|colorbox)\*?\s*\{[^{}]*\}"
+    r"|\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge|therefore|checkmark|blacksquare|square|qed|Box|nonumber"
+    r"|notag|cancel)(?![a-zA-Z])"
+)
 _REPLACEMENTS = tuple(
     (re.compile(pattern), by)
     for pattern, by in (
@@ -69,13 +74,17 @@ _REPLACEMENTS = tuple(
         (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # a thin space between groups of three digits
         (r"(?<=\d)(?:,\\!|\\!,|\\,|')\s*(?:\\!)?(?=\d{3}(?!\d))", ","),
         (r"\\!", ""),
+        (_WITHOUT_MEANING, ""),
+        (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\ "),
         (r"\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}|\\[hv]?phantom\s*\{[^{}]*\}|\\[hv]?phantom", ""),
         (r"(?<!\\)\\(?:[,;:> ]|(?:quad|qquad|enspace|thinspace)(?![a-zA-Z]))|~", " "),
         (r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
         (
-            r"\\(?:operatorname|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|emph)\s*\*?\s*\{",
+            r"\\(?:operatorname|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|emph|mathtt|texttt|textsf|textsc)"
+            r"\s*\*?\s*\{",
             r"\\text{",
         ),
+        (r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol)\s+(?=[\w\\])", ""),
         (r"\\(?:le|leq|leqslant|leqq)(?![a-zA-Z])|<=|=<", r"\\le "),
         (r"\\(?:ge|geq|geqslant|geqq)(?![a-zA-Z])|>=", r"\\ge "),
         (r"\\lt(?![a-zA-Z])", "<"),
@@ -102,6 +111,8 @@ _REPLACEMENTS = tuple(
         (r"(?<=\.)(\d{0,9}?)(\d{1,6}?)\2\2+\s*\\ldots", r"\1\\overline{\2}"),
         (r"\\%|%|(?<=\d)\s*(?:\\text\{\s*)?(?:per\s?cent|percent(?:age)?|pct)(?![a-z])(?:\s*\})?", r"\\%"),
         (r"(?<=[\d}])\s*(?:\\text\{)?\s+to\s+\}?\s*(?=[\d\\])", ":"),
+        (r"\\text\{[\s.,;]*\}|(?<![\\_^])[\^_]?\{\s*\}", ""),
+        (r"(?<=\d)(?:\s*\^?\s*\{?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?:st|nd|rd|th))$", ""),
         (r"\s+", " "),
     )
 )
@@ -140,8 +151,22 @@ def clean(text: str) -> str:
     text = _MONEY.sub(lambda match: f"{match[4]}\\text{{ {_UNITS_OF_MONEY[match[1] or match[2] or match[3]]} }}", text)
     text = re.sub(r"\\(?:\$|#|&)|[$€£¥]", "", text)
     text = unwrap(text)
+    text = _without_alignment(text) if "\\begin" in text else text
     condition = _SET_BY_CONDITION.fullmatch(text)
     return unwrap(condition["condition"].removeprefix(condition["name"] + r"\in\mathbb{R},")) if condition else text
+
+
+def _without_alignment(text: str) -> str:
+    """An aligned chain as one line, and a system as a list; other environments unchanged."""
+    match = _ALIGNED.fullmatch(text)
+    rows = [row.strip() for row in re.split(r"\\\\", match["body"]) if row.strip()] if match else []
+    if match is None or len(rows) > 1 and match["name"] == "array" or match["name"] == "cases" and "&" in match["body"]:
+        return text
+    if "&" in match["body"] and match["name"] == "array":
+        return text
+    rows = [row.replace("&", "").strip() for row in rows]
+    chained = all(row.startswith("=") for row in rows[1:])
+    return unwrap((" " if chained else ",").join(row.rstrip(",") for row in rows))
 
 
 def _in_ascii(text: str) -> str:
@@ -157,6 +182,11 @@ def _in_ascii(text: str) -> str:
     return "".join(c for c in text if c in "\n\t " or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
 
 
+_ALIGNED = re.compile(
+    r"\\begin\{(?P<name>aligned|align\*?|gathered|split|equation\*?|cases|array)\}(?:\{[lcr|\s]*\})?(?P<body>.*)"
+    r"\\end\{(?P=name)\}",
+    re.S,
+)
 _ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
 
 

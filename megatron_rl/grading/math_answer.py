@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
-from megatron_rl.grading import expression, latex, notations, regions, units
+from megatron_rl.grading import expression, latex, notations, regions, units, values
 from megatron_rl.grading.equivalence import (
     INFINITY,
     LEAD_IN,
@@ -20,6 +21,7 @@ from megatron_rl.grading.extraction import answers, last_boxes
 from megatron_rl.grading.grammar import Unreadable
 from megatron_rl.grading.numerals import number
 
+_SENTENCE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]+.*(?:\$|\\\(|\\boxed)", re.S)
 _MEMBER = re.compile(r"(?P<name>[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s*\\in(?![a-z])\s*(?P<value>.+)", re.S)
 
 
@@ -45,12 +47,11 @@ def math(
     """
     if not strict and response.strip() == answer.strip():
         return 1.0  # some golds are sentences
-    policy = Policy(strict, 0 if strict else rounding_digits, unevaluated, earlier_box)
+    policy = Policy(strict, 0 if strict else rounding_digits, unevaluated)
     if strict and not last_boxes(response):
         return 0.0
     readings = answers(response, earlier_box=earlier_box)
-    golds = list(dict.fromkeys([*re.split(r"\s+OR\s+", answer), answer]))
-    for gold in golds:
+    for gold in _golds(answer):
         for position, found in enumerate(readings):
             if position and len(latex.parts(latex.clean(gold)).items) != len(latex.parts(latex.clean(found)).items):
                 continue  # boxes together are meant where the gold has as many parts
@@ -59,10 +60,22 @@ def math(
     return 0.0
 
 
+@lru_cache(maxsize=4096)  # the samples of one prompt share their gold
+def _golds(answer: str) -> tuple[str, ...]:
+    """What a gold answer allows: itself, alternatives that OR parts, and the answer in a sentence."""
+    golds = [*re.split(r"\s+OR\s+", answer), answer]
+    if _SENTENCE.search(answer) and not _is_read(answer):
+        golds += answers(answer)[:1]
+    return tuple(dict.fromkeys(golds))
+
+
 def compared_as_text(gold: str) -> bool:
     """Return whether no reading understands a gold answer, so that only the same text can be right."""
-    text = exact(latex.clean(gold))
-    return not all(_is_understood(item) for part in re.split(r"\s+OR\s+", text) for item in _scalars(part))
+    return not any(_is_read(text) for text in _golds(gold))
+
+
+def _is_read(gold: str) -> bool:
+    return all(_is_understood(item) for item in _scalars(exact(latex.clean(gold))))
 
 
 def _scalars(text: str) -> list[str]:
@@ -91,7 +104,9 @@ def _is_understood(text: str) -> bool:
     for side in RELATION.split(signs_expanded(text)):
         for item in latex.parts(side.strip()).items or ("",):
             try:
-                expression.read(_MEMBER.sub(r"\g<value>", item).strip())
+                tree = expression.read(_MEMBER.sub(r"\g<value>", item).strip())
             except Unreadable:
+                return False
+            if not values.same(tree, tree):
                 return False
     return True

@@ -43,6 +43,7 @@ _MEMBER = re.compile(r"(?P<name>\\?[a-zA-Z]+(?:_\{?\w+\}?)?)\s*\\in(?![a-zA-Z])\
 _BRACKETS = re.compile(r"(?P<opening>[(\[\]])(?P<inner>.+)(?P<closing>[)\]\[])", re.S)
 _MODULUS = re.compile(r"\|\s*(?P<name>\\?[a-zA-Z]+)\s*(?:(?P<sign>[+-])\s*(?P<shift>[^|]+))?\|")
 _REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|(?:\\text\{\s*)?(?:the set of )?all reals?(?: numbers?)?\s*\}?")
+_POSITIVE = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?\s*(?:\^\{?\s*\+\s*\}?|_\{?\s*(?:>\s*0|\+)\s*\}?)")
 _ALL_BUT = re.compile(
     r"(?:\\mathbb\s*\{?\s*R\s*\}?\s*\\setminus\s*"
     r"|(?:\\text\{\s*)?all reals?(?: numbers?)? except(?: for)?\s*\}?\s*)(?P<points>.+)"
@@ -69,6 +70,10 @@ def read(text: str) -> Region | None:
 
 def plain(text: str) -> Region | None:
     """Return what brackets alone say, without any sign of a set of numbers: an interval, or points of a list."""
+    items = latex.parts(text)
+    pieces = [_bracketed(item) for item in items.items] if not items.opening else []
+    if len(pieces) > 1 and all(pieces) and re.search(r"\\infty|[\[\]]", text):
+        return Region("", tuple(member for piece in pieces if piece for member in piece.members))
     return _bracketed(text) or _listed(text)
 
 
@@ -80,6 +85,8 @@ def _piece(text: str) -> Region | None:
         return Region(member["name"], inner.members) if inner else None
     if _REALS.fullmatch(text):
         return Region("", (_EVERYTHING,))
+    if _POSITIVE.fullmatch(text):
+        return Region("", (Interval("(", "0", "\\infty", ")"),))
     without = _ALL_BUT.fullmatch(text)
     if without:
         return _without(latex.parts(without["points"].strip()).items)

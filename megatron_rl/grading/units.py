@@ -28,6 +28,7 @@ class Unit:
     name: str = ""
 
 
+DEGREE = Unit((("degree", 1),))
 # base units: metre, gram, second, ampere, dollar, byte; names as written, plurals by rule
 _WORDS: dict[str, tuple[str, str]] = {
     name: (dimensions, size)
@@ -109,7 +110,7 @@ _IRREGULAR = {"people", "children", "men", "women", "mice", "geese", "sheep", "f
 _NO_NOUN = set(
     "or and plus minus times is are was not no but than less more fewer if when choose factorial over of by to "
     "from modulo mod squared cubed power root percent half halves third thirds fourths fifths sixths sevenths "
-    "eighths ninths tenths quarters hundredths thousandths hundreds thousands millions billions dozens pairs "
+    "eighths ninths tenths quarters hundredths thousandths hundreds thousands millions billions dozens "
     "scores divided multiplied degrees as maybe perhaps wrong impossible possibly approximately between either "
     "neither nor except without with which because since radians one two three four five six seven eight nine ten "
     "eleven twelve first second zeros digits zeroes bases twice thrice double triple negative positive false true "
@@ -153,6 +154,7 @@ _PLAIN = tuple(
         (r"\\frac\s*\{((?:[^{}]|\{[^{}]*\})*)\}\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 / \2"),
         (r"µ\s+", "µ"),
         (r"a\.\s*m\.|p\.\s*m\.", "@"),
+        (r"[()]", " "),
         (r"[{}]|\bper\b(?=\s)", lambda match: "/" if match[0] == "per" else " "),
         (r"-(?=[a-zA-Z])", " "),
     )
@@ -225,6 +227,8 @@ def _counted(tokens: list[str]) -> bool:
     words = [token.lower() for token in tokens]
     if len(words) > 4 or not all(re.fullmatch(r"[a-z]{3,}", word) for word in words if word not in ("a", "in", "per")):
         return False
+    if words == ["times"]:
+        return True
     if any(word in _NO_NOUN for word in words):
         return False
     return any(word.endswith("s") and not word.endswith("ss") or word in _IRREGULAR for word in words)
@@ -287,4 +291,6 @@ def ratio(found: Unit | None, gold: Unit | None) -> Fraction | None:
         return scale
     if "units" in (found.name, gold.name) or not found.dimensions and not gold.dimensions:
         return scale
+    if {found.dimensions, gold.dimensions} == {DEGREE.dimensions, (("radian", 1),)}:
+        return scale  # the values tell them apart
     return scale * found.size / gold.size if found.dimensions == gold.dimensions else None

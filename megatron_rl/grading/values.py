@@ -57,7 +57,8 @@ def _agree(a: Tree, b: Tree, compare: Any) -> bool:
         except Undefined:
             return False
     used = 0
-    for point in _points(names, whole=holds(a, *_WHOLE) or holds(b, *_WHOLE)):
+    whole = any(holds(tree, *_WHOLE) or _alternates(tree) for tree in (a, b))
+    for point in _points(names, whole=whole):
         try:
             x, y = folded(a, point), folded(b, point)
             if not imaginary and not (_is_real(x) and _is_real(y)):
@@ -70,6 +71,14 @@ def _agree(a: Tree, b: Tree, compare: Any) -> bool:
         if used == _POINTS:
             return True
     return used >= 3
+
+
+def _alternates(tree: Tree) -> bool:
+    """Whether a negative number is raised to a power with symbols, as (-1)^n."""
+    if tree[0] == "pow" and not symbols(tree[1]) and symbols(tree[2]):
+        base = constant(tree[1])
+        return base is not None and base < 0
+    return any(_alternates(part) for part in tree[1:] if isinstance(part, tuple))
 
 
 def _is_real(value: Any) -> bool:
