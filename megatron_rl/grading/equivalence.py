@@ -370,8 +370,10 @@ def _in_radians(found: str, gold: str) -> tuple[str, str]:
 def _rounded(a: Tree, b: Tree, found: str, gold: str, scale: Fraction, policy: Policy) -> bool:
     """Whether one is a decimal that rounds the exact constant that the other is."""
     written = number(found) or number(gold)
-    value = values.constant(b if number(found) else a) if written else None
-    if written is None or value is None or written.percent:
+    if written is None or not written.step:
+        return False  # an exact number rounds nothing
+    value = values.constant(b if number(found) else a)
+    if value is None or written.percent:
         return False
     exact = Number(value, "fraction", Fraction(0), 0, False, True)
     if number(found):

@@ -16,7 +16,7 @@ Same = Callable[[str, str], bool]
 
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?")
 _CHOICE_WITH_TEXT = re.compile(
-    r"(?:\\text\{\s*)?\(?\s*(?P<letter>[A-Z])\s*[).:]\s*\}?\s*(?P<rest>[^\s+*/^=<>-].*)", re.S
+    r"(?:\\text\{\s*)?\(?\s*(?P<letter>[A-Z])\s*[).:]\s*\}?\s*(?P<rest>[^\s}+*/^=<>-].*)", re.S
 )
 _ANOTHER_CHOICE = re.compile(
     r"(?<![A-Za-z\\])[A-Z]\s*[).:]|(?<![A-Za-z\\])\([A-Z]\)|(?:,|/|\b(?:or|and)|&)\s*\(?[A-Z]\)?(?![A-Za-z])"
