@@ -195,7 +195,7 @@ def _counted(name: str, parts: list[Fraction]) -> Fraction:
         raise Undefined(f"{name} of a fraction")
     n = int(parts[0])
     if n < 0 or n > 20_000:
-        raise Undefined(f"{name} of {n}")
+        raise Undefined(f"{name} of a number out of bounds")
     if name == "binomial":
         k = int(parts[1])
         _check_size(float(min(n, max(k, 0) * 15)))

@@ -250,7 +250,7 @@ class _Reader(Tokens):
             return self._symbol(content)
         if content in PREFIX or content in OF_SEVERAL:
             return self._named(content)
-        if re.fullmatch(r"[\d.]+|[^a-zA-Z]*[-+*/^=][^a-zA-Z]*", content) or _is_expression(content):
+        if re.search(r"[\d+*/^=()-]", content) and not re.search(r"[A-Za-z]{2,}", content):
             return read(content)
         if re.fullmatch(r"[A-Za-z]{2,}", content) and self._peek() == "_":
             return ("sym", content + self._marks())
@@ -371,6 +371,8 @@ class _Reader(Tokens):
         while self._take(","):
             arguments.append(self._sum())
         self._expect(CLOSING[opening])
+        if name == "binom" and len(arguments) != 2:
+            raise Unreadable("a binomial of other than two")
         return ("fn", "binomial" if name == "binom" else name, *arguments)
 
     def _range(self, name: str) -> Tree:
@@ -388,13 +390,3 @@ class _Reader(Tokens):
         if low is None or high is None:
             raise Unreadable(f"the limits of a {name}")
         return ("range", name, variable, low, high, self._product())
-
-
-def _is_expression(content: str) -> bool:
-    if not re.search(r"[\d+*/^=()-]", content) or re.search(r"[A-Za-z]{2,}", content):
-        return False
-    try:
-        read(content)
-    except Unreadable:
-        return False
-    return True

@@ -64,7 +64,7 @@ def math(
 def _golds(answer: str) -> tuple[str, ...]:
     """What a gold answer allows: itself, alternatives that OR parts, and the answer in a sentence."""
     golds = [*re.split(r"\s+OR\s+", answer), answer]
-    if _SENTENCE.search(answer) and not _is_read(answer):
+    if len(answer) <= latex.MAX_CLEANED and _SENTENCE.search(answer) and not _is_read(answer):
         golds += answers(answer)[:1]
     return tuple(dict.fromkeys(golds))
 
@@ -75,7 +75,7 @@ def compared_as_text(gold: str) -> bool:
 
 
 def _is_read(gold: str) -> bool:
-    return all(_is_understood(item) for item in _scalars(exact(latex.clean(gold))))
+    return len(gold) <= latex.MAX_CLEANED and all(_is_understood(item) for item in _scalars(exact(latex.clean(gold))))
 
 
 def _scalars(text: str) -> list[str]:

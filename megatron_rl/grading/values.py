@@ -54,7 +54,7 @@ def _agree(a: Tree, b: Tree, compare: Any) -> bool:
     if not names:
         try:
             return bool(compare(folded(a, {}), folded(b, {}), {}))
-        except Undefined:
+        except (Undefined, ArithmeticError):
             return False
     used = 0
     whole = any(holds(tree, *_WHOLE) or _alternates(tree) for tree in (a, b))
@@ -65,7 +65,7 @@ def _agree(a: Tree, b: Tree, compare: Any) -> bool:
                 continue
             if not compare(x, y, point):
                 return False
-        except Undefined:
+        except (Undefined, ArithmeticError):
             continue
         used += 1
         if used == _POINTS:
@@ -113,7 +113,7 @@ def constant(tree: Tree) -> Fraction | None:
     try:
         value = folded(tree, {})
         near = value if isinstance(value, Fraction) else clear(value, at_most=2000)
-    except Undefined:
+    except (Undefined, ArithmeticError):
         return None
     if isinstance(near, Fraction) or near is None:
         return near
