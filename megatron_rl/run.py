@@ -26,7 +26,7 @@ from megatron_rl.plan.memory import fuses_output_layer
 from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.policy.gradients import EntropyTangent
 from megatron_rl.policy.policy import MegatronPolicy
-from megatron_rl.reward import build_grader
+from megatron_rl.reward import build_grader, reads_gold
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import Place, RolloutEngine
 from megatron_rl.rollout.probe import probe_engine
@@ -76,7 +76,9 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     layout = Layout.of(config, groups)
     grader = build_grader(config.reward)
     tokenizer = build_tokenizer(config)
-    problems = load_prompts(config, tokenizer)
+    # rank 0 speaks for all, so it alone looks whether the gold answers can be read
+    reads = reads_gold(config.reward) if groups.rank == 0 else lambda answer: True
+    problems = load_prompts(config, tokenizer, reads)
     benchmarks = load_benchmarks(config, tokenizer) if config.train.eval_every and config.eval.sets else []
     raw_hf_config = read_hf_config(config.model)
     raw_hf_config.setdefault("vocab_size", vocab_size(tokenizer))

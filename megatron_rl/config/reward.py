@@ -25,8 +25,15 @@ class MathOptions(Section):
     """Options of `math`: the last \\boxed against the gold answer, by value."""
 
     strict: bool = False
-    r"""Only a \boxed counts, an integer must be written as an integer, a fraction reduced, a rounded decimal is wrong;
-    how that compares with PRIME's verifier is told at grading/math_answer.py:math."""
+    r"""Only a \boxed counts, an integer must be written as an integer, a fraction reduced, a rounded decimal is wrong,
+    as in PRIME's verifier."""
+    rounding_digits: NonNegativeInt = 5
+    """Significant digits from which on a decimal counts as the exact gold answer that it rounds, as 3.1416 does for pi;
+    0: never."""
+    unevaluated: bool = False
+    """A sum or product over a range counts as its value, though the gold answer has none."""
+    earlier_box: bool = False
+    r"""An earlier \boxed counts when the last one is cut."""
 
 
 class RegexOptions(Section):
@@ -122,7 +129,8 @@ class RewardConfig(VerifierConfig):
     """Grading processes of each rank at most; 0: in the trainer's own process, without a deadline; null: 0 when every
     verifier is countdown or exact, whose work is bounded, else 2."""
     deadline_seconds: PositiveFloat = 10.0
-    """Wall time for one answer, after which it scores 0."""
+    """CPU time for one answer, after which it scores 0; time spent waiting for something but the CPU, as for a remote
+    verifier's reply, counts too."""
     memory_gib: PositiveFloat | None = 8.0
     """Private memory of a grading process; null: no limit."""
 

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 def load_prompts(config: Config, tokenizer: Any, is_readable: Callable[[str], bool] = lambda answer: True) -> Problems:
     """Return all prompts, the same at every call with the same config.
 
-    `is_readable`: whether the grader can read an answer. Those that it cannot are told, as no response
-    to these problems will be right.
+    `is_readable`: whether the verifier can read a gold answer. Those that it takes as text alone are told.
     Raises: DataError for a missing file, a bad line, an empty set, or a prompt that is too long.
     """
     if config.data.type == "countdown":
@@ -68,9 +67,9 @@ def _read_prompts(
 
 
 def say_unreadable(path: object, unreadable: list[str], rows: int) -> None:
-    """Tell how many answers of a file the grader cannot read, and show the first ("file, line n: answer")."""
+    """Tell how many gold answers of a set the verifier takes as text alone, and show the first."""
     if unreadable:
         say(
-            f"{path}: the grader cannot read {len(unreadable)} of {rows} answers, so no response to these problems "
-            f"will be right; first {unreadable[0]}"
+            f"{path}: the verifier reads {len(unreadable)} of {rows} gold answers in no way but as text, so only "
+            f"the same text is right there; rewrite or drop them (docs/grading.md). First: {unreadable[0]}"
         )

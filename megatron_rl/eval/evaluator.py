@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_rl.data import stop_token_ids
 from megatron_rl.errors import UserError
-from megatron_rl.eval.answers import answer_of, normalised, same_answer
+from megatron_rl.eval.answers import answer_of, classes
 from megatron_rl.eval.benchmarks import Benchmark, Problem
 from megatron_rl.eval.statistics import Estimate, Intervals, Ints, label, summarise
 from megatron_rl.eval.store import EvalError, SampleStore
@@ -213,7 +213,7 @@ class Evaluator:
         shape = (len(bench.problems), bench.samples)
         correct = np.array([row["score"] >= 1 for row in rows]).reshape(shape)
         groups = [rows[start : start + bench.samples] for start in range(0, len(rows), bench.samples)]
-        classes = np.array([self._classes(bench, [row["answer"] for row in group]) for group in groups])
+        labels = np.array([self._classes(bench, group) for group in groups])
         options = self._config.eval
         seed = bench.seed & 0xFFFFFFFF
         intervals = Intervals(shape[0], confidence=options.confidence, resamples=options.resamples, seed=seed)
@@ -224,18 +224,18 @@ class Evaluator:
             num_in_file=bench.num_in_file,
             samples=bench.samples,
             temperature=bench.temperature,
-            estimates=summarise(correct, classes, intervals),
+            estimates=summarise(correct, labels, intervals),
             length_mean=float(np.mean([row["tokens"] for row in rows])),
             truncated_fraction=float(np.mean([row["finish_reason"] == "length" for row in rows])),
             unboxed_fraction=float(np.mean([not row["boxed"] for row in rows])),
             failed_fraction=float(np.mean([bool(row["error"] or row["unfinished"]) for row in rows])),
         )
 
-    def _classes(self, bench: Benchmark, answers: list[str | None]) -> Ints:
-        texts = [None if answer is None else normalised(answer) for answer in answers]
+    def _classes(self, bench: Benchmark, group: list[SampleRow]) -> Ints:
+        found = [row["answer"] for row in group]
         if bench.by_text:
-            return label(texts, lambda a, b: False)
-        return label(texts, lambda a, b: same_answer(self._grader, a, b))
+            return label(found, lambda a, b: False)
+        return classes(found, [row["score"] >= 1 for row in group], self._grader)
 
 
 def _row(identifier: str, rollout: Rollout, text: str, verdict: Verdict, *, by_text: bool) -> SampleRow:

@@ -25,7 +25,7 @@ from megatron_rl.eval.evaluator import Evaluator, SetResult
 from megatron_rl.eval.store import EvalError, model_name
 from megatron_rl.eval.table import write_tables
 from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
-from megatron_rl.reward import build_grader
+from megatron_rl.reward import build_grader, say_text_only
 from megatron_rl.rollout.engine import Place, RolloutEngine
 from megatron_rl.rollout.served import Served
 
@@ -54,6 +54,9 @@ def evaluate_model(config: Config, place: Place) -> list[SetResult]:
         stack.callback(grader.close)
         tokenizer = build_tokenizer(config)
         benchmarks = load_benchmarks(config, tokenizer)
+        if place.rank == 0:
+            for bench in benchmarks:
+                say_text_only(bench.title, [problem.prompt.answer for problem in bench.problems], config.reward)
         source = _FolderWeights(config)
         served = Served(config, place, source, tokenizer)
         stack.callback(served.close)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,9 @@ def pass_at_k(num_samples: int, num_correct: Ints, k: int) -> Floats:
 def majority_at_k(classes: Ints, correct: Bools, k: int, rng: np.random.Generator) -> float:
     """Probability that the commonest answer among k of one problem's samples is correct.
 
-    classes: `[n]`, equal numbers for equal answers, ABSTAIN for none. correct: `[n]`; the samples of a class agree, or
-    the first decides. Answers that tie share the vote: a tie of two with one correct counts 1/2; without any answer 0.
-    Over all subsets of k samples, or `_MAX_SUBSETS` random ones.
+    classes: `[n]`, equal numbers for equal answers, ABSTAIN for none. correct: `[n]`, the same within a class. Answers
+    that tie share the vote: a tie of two with one correct counts 1/2; without any answer 0. Over all subsets of k
+    samples, or `_MAX_SUBSETS` random ones.
     """
     count = len(classes)
     if math.comb(count, k) <= _MAX_SUBSETS:
@@ -73,38 +74,43 @@ def ks(num_samples: int) -> list[int]:
 
 
 class Intervals:
-    """Percentile bootstrap of means over problems. The same seed gives the same intervals."""
+    """Intervals of means over problems, by a bootstrap. The same seed gives the same intervals.
+
+    The scheme. Problems are drawn with replacement and keep their values: the spread of the values over the problems
+    holds the noise of the samples already, so the samples are not drawn again. Deviations from the mean are widened by
+    what a bootstrap of P problems lacks: sqrt(P / (P - 1)), and the ratio of Student's quantile to the normal one, to
+    first order. The interval is the percentiles of these means.
+
+    Two cases in which the problems show less doubt than there is:
+    - values that agree more than their samples can vouch for (10 problems of which each has 2 of 4 right): there the
+      values are drawn instead, each as the mean of `draws` coin tosses with its own value, if that is the wider one.
+      One problem is such a case: its interval is about this problem, since nothing is known of others.
+    - all values 0, or all 1: the exact binomial bound over problems (Clopper, Pearson).
+    """
 
     def __init__(self, num_problems: int, *, confidence: float, resamples: int, seed: int) -> None:
         """`confidence`: a fraction, as 0.95."""
         self._rng = np.random.default_rng(seed)
         self._problems = self._rng.integers(num_problems, size=(resamples, num_problems))
         self._tail = (1 - confidence) / 2
+        freedom, quantile = max(1, num_problems - 1), NormalDist().inv_cdf(1 - self._tail)
+        self._widening = math.sqrt(num_problems / freedom) * (1 + (quantile**2 + 1) / (4 * freedom))
 
-    def of_samples(self, correct: Bools) -> Estimate:
-        """Of the mean of `correct [P, n]`: problems are drawn anew, and each one's samples within it."""
-        num_samples = correct.shape[1]
-        rates = correct.mean(axis=1)
-        # n draws with replacement from n samples of which c are correct
-        redrawn = self._rng.binomial(num_samples, rates[self._problems]) / num_samples
-        return self._estimate(rates, redrawn.mean(axis=1))
+    def of_values(self, values: Floats, draws: int) -> Estimate:
+        """Return the mean of `values [P]`, fractions, and its interval.
 
-    def of_problems(self, values: Floats) -> Estimate:
-        """Of the mean of `values [P]`: problems are drawn anew, with their samples as they are.
-
-        For pass@k and maj@k: a rare correct sample is lost in a third of all redraws of the samples, which would push
-        the whole interval of pass@n below its estimate.
+        `draws`: how many independent samples stand behind each value: n for a mean of n samples, n // k for a value
+        over groups of k of them.
         """
-        return self._estimate(values, values[self._problems].mean(axis=1))
-
-    def _estimate(self, values: Floats, replicates: Floats) -> Estimate:
-        found = _percentiles(float(values.mean()), replicates, self._tail)
-        if found.value not in (0, 1):
-            return found
-        # where all agree the bootstrap knows no doubt; the exact binomial bound over problems does (Clopper, Pearson),
-        # and these replicates carry it into means over sets
-        doubt = self._rng.random(len(replicates)) ** (1 / len(values))
-        return _percentiles(found.value, 1 - doubt if found.value == 0 else doubt, self._tail)
+        value, count = float(values.mean()), len(values)
+        if value in (0, 1):
+            doubt = self._rng.random(len(self._problems)) ** (1 / count)  # these carry the doubt into means over sets
+            return _percentiles(value, 1 - doubt if value == 0 else doubt, self._tail)
+        means = values[self._problems].mean(axis=1)
+        replicates = value + (means - value) * self._widening
+        if replicates.std() < math.sqrt((values * (1 - values)).sum() / draws) / count:
+            replicates = (self._rng.binomial(draws, values, size=self._problems.shape) / draws).mean(axis=1)
+        return _percentiles(value, np.clip(replicates, 0, 1), self._tail)
 
 
 def mean_of(estimates: list[Estimate], *, confidence: float) -> Estimate:
@@ -126,16 +132,16 @@ def summarise(correct: Bools, classes: Ints, intervals: Intervals) -> dict[str, 
     correct, classes: `[P, n]`.
     """
     num_samples = correct.shape[1]
-    found = {f"avg@{num_samples}": intervals.of_samples(correct)}
+    found = {f"avg@{num_samples}": intervals.of_values(correct.mean(axis=1), num_samples)}
     if num_samples == 1:
         return found
     counts = correct.sum(axis=1)
     rng = np.random.default_rng(0)
     for k in ks(num_samples)[1:]:
-        found[f"pass@{k}"] = intervals.of_problems(pass_at_k(num_samples, counts, k))
+        found[f"pass@{k}"] = intervals.of_values(pass_at_k(num_samples, counts, k), num_samples // k)
     for k in ks(num_samples)[1:]:
         votes = [majority_at_k(row, right, k, rng) for row, right in zip(classes, correct, strict=True)]
-        found[f"maj@{k}"] = intervals.of_problems(np.array(votes))
+        found[f"maj@{k}"] = intervals.of_values(np.array(votes), num_samples // k)
     return found
 
 

@@ -62,7 +62,7 @@ def as_table(model: str, results: Sequence[SetResult], *, confidence: float) -> 
     cells = [_cell(by_name[name].accuracy) if name in by_name else NONE for name in in_paper]
     cells += [_cell(mean)] if in_paper else []
     rows = [[model, *cells, *(_cell(result.accuracy) for result in others)]]
-    notes = [f"Percent correct, with {confidence:.0%} intervals (bootstrap over problems and samples)."]
+    notes = [f"Percent correct, with {confidence:.0%} intervals (bootstrap over problems)."]
     if in_paper:
         for row in PUBLISHED:
             scores = [f"{score:.1f}" for score in (*row.scores, row.average)]

@@ -1,11 +1,13 @@
-"""Mathematical answers as text: one spelling for what LaTeX writes in many ways, numbers, units, lists and brackets."""
+"""Mathematical answers as text: one spelling for what LaTeX writes in many ways, lists and brackets."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
-from fractions import Fraction
 
+MAX_CLEANED = 5_000  # characters; a longer text is compared as it stands
+_MAX_LAYERS = 50  # of delimiters around an answer
 _WRAPPERS = (
     re.compile(r"\$\$([^$]*)\$\$", re.S),
     re.compile(r"\$([^$]*)\$", re.S),
@@ -13,73 +15,184 @@ _WRAPPERS = (
     re.compile(r"\\\[(.*)\\\]", re.S),
     re.compile(r"\*\*([^*]*)\*\*", re.S),
     re.compile(r"`([^`]*)`", re.S),
+    re.compile(r"``(.*)(?:''|\")", re.S),
+    re.compile(r"\"([^\"]*)\"", re.S),
+    re.compile(r"'([^']*)'", re.S),
 )
-_COMMANDS_AROUND = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathrm|mathbf|mbox|displaystyle)\s*\{")
+_COMMANDS_AROUND = re.compile(
+    r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mathtt|mbox|boldsymbol|bm|displaystyle|ensuremath"
+    r"|underline|emph)\s*\{"
+)
 _UNICODE = str.maketrans(
     {
-        "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ",
-        "∞": r"\infty ", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ",
-        "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^\circ ", "∅": r"\emptyset ", "²": "^2", "³": "^3",
-        "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "θ": r"\theta ", "α": r"\alpha ",
-        "（": "(", "）": ")", "，": ",", "。": ".", "％": "%", "：": ":", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
-        "€": "", "£": "", "¥": "",
+        "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
+        "⁄": "/", "∕": "/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
+        "≈": r"\approx ", "≡": r"\equiv ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
+        "∖": r"\setminus ", "∨": r"\lor ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "°": r"^\circ ", "º": r"^\circ ",
+        "∅": r"\emptyset ", "′": "'", "’": "'", "″": "''", "“": '"', "”": '"', "…": r"\ldots ", "（": "(", "）": ")",
+        "［": "[", "］": "]", "，": ",", "、": ",", "。": ".", "；": ";", "％": "%", "：": ":", "＝": "=", "＜": "<",
+        "＞": ">", "＋": "+", "－": "-", "．": ".", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
+        "⌉": r"\rceil ",
+        "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u3000": " ",
+        "¢": r"\text{ cents}", "µ": r"\mu ", "Ω": r"\Omega ",
         "\x0c": r"\f",  # \frac in a text whose backslash was read as an escape
     }
+    | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
+    | {letter: rf"\{name} " for letter, name in zip(
+        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+        "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+        strict=True,
+    )}
 )  # fmt: skip
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_UNITS_OF_MONEY = {"$": "dollars", "€": "euros", "£": "pounds sterling", "¥": "yen"}
+_WITHOUT_MEANING = (
+    r"\\(?:tag|label|colorbox)\*?\s*\{[^{}]*\}"
+    r"|\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge|therefore|checkmark|blacksquare|square|qed|Box|nonumber"
+    r"|notag|cancel)(?![a-zA-Z])"
+)
 _REPLACEMENTS = tuple(
     (re.compile(pattern), by)
     for pattern, by in (
-        (r"\\(?:left|right|[bB]ig+[lr]?|displaystyle|textstyle|limits|hfill|allowbreak)(?![a-zA-Z])\.?", ""),
-        (r"\\(?:d|t|c)frac", r"\\frac"),
-        (r"\\(?:lbrack)(?![a-zA-Z])", "["),
-        (r"\\(?:rbrack)(?![a-zA-Z])", "]"),
-        (r"\\(?:lbrace)(?![a-zA-Z])", r"\\{"),
-        (r"\\(?:rbrace)(?![a-zA-Z])", r"\\}"),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|hfill|allowbreak)(?![a-zA-Z])\.?", ""),
+        (r"\\(?:(?:d|t|c|s|nice|flat)frac|sfrac)(?![a-z])", r"\\frac"),
+        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}|^([^{}]*)\\over(?![a-z])([^{}]*)$", r"\\frac{\1\3}{\2\4}"),
+        (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}|^([^{}]*)\\choose(?![a-z])([^{}]*)$", r"\\binom{\1\3}{\2\4}"),
+        (r"\\[dt]binom", r"\\binom"),
+        (r"(?:\{\}|(?<![\w}]))_\{?(\w+)\}?\s*C_\{?(\w+)\}?", r"\\binom{\1}{\2}"),
+        (r"(?<![\w\\])(?:C_\{?(?=\d)(\d+)\}?\^\{?(\d+)\}?)(?![\w])", r"\\binom{\1}{\2}"),
+        (r"(?<![\w\\])C\((\d+),\s*(\d+)\)", r"\\binom{\1}{\2}"),
+        (r"\\lbrack(?![a-zA-Z])", "["),
+        (r"\\rbrack(?![a-zA-Z])", "]"),
+        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\(?:[lr]?vert|mid)(?![a-zA-Z])", "|"),
+        (r"\{([:,<>=])\}", r"\1"),
+        (r"\\colon(?![a-zA-Z])", ":"),
         (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # a thin space between groups of three digits
-        (r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\,)\s*(?:\\!)?(?=\d{3}(?!\d))", ","),
+        (r"(?<=\d)(?:,\\!|\\!,|\\,|')\s*(?:\\!)?(?=\d{3}(?!\d))", ","),
         (r"\\!", ""),
-        (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
+        (_WITHOUT_MEANING, ""),
+        (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\ "),
+        (r"\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}|\\[hv]?phantom\s*\{[^{}]*\}|\\[hv]?phantom", ""),
+        (r"(?<!\\)\\(?:[,;:> ]|(?:quad|qquad|enspace|thinspace)(?![a-zA-Z]))|~", " "),
+        (r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
         (
-            r"^\\\{\s*(\w+)\s*(?:\\mid|\||:)(?:\s*\1\s*\\in\s*\\mathbb\{?R\}?\s*,)?(.+)\\\}$",
-            r"\2",
-        ),  # a set by its condition
-        (r"(?<!\\)\\(?:[,;:> ]|quad|qquad|enspace|thinspace)(?![a-zA-Z])|~", " "),
-        (r"\\(?:\$|#|&)|\$", ""),
-        (r"\\(?:operatorname|mathrm|mathbf|mathit|textbf|textit|textrm|textnormal|mbox)\s*\*?\s*\{", r"\\text{"),
-        (r"\\(?:le|leq|leqslant|leqq)(?![a-zA-Z])|<=", r"\\le "),
+            r"\\(?:operatorname|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|emph|mathtt|texttt|textsf|textsc)"
+            r"\s*\*?\s*\{",
+            r"\\text{",
+        ),
+        (r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol)\s+(?=[\w\\])", ""),
+        (r"\\(?:le|leq|leqslant|leqq)(?![a-zA-Z])|<=|=<", r"\\le "),
         (r"\\(?:ge|geq|geqslant|geqq)(?![a-zA-Z])|>=", r"\\ge "),
-        (r"\\(?:neq)(?![a-zA-Z])", r"\\ne "),
-        (r"\\(?:approx|simeq|thickapprox)(?![a-zA-Z])|≈", r"\\approx "),
-        (r"\\(?:varnothing)(?![a-zA-Z])", r"\\emptyset "),
+        (r"\\lt(?![a-zA-Z])", "<"),
+        (r"\\gt(?![a-zA-Z])", ">"),
+        (r"\\(?:neq)(?![a-zA-Z])|!=|\\not\s*=", r"\\ne "),
+        (r"\\(?:approx|simeq|thickapprox|approxeq)(?![a-zA-Z])", r"\\approx "),
+        (r"\\(?:varnothing)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
+        (r"\\(?:backslash|smallsetminus)(?![a-zA-Z])", r"\\setminus "),
+        (r"\\vee(?![a-zA-Z])|\\lor(?![a-zA-Z])|\\text\{\s*,?\s*or\s*\}", " or "),
+        (r"\\text\{\s*,?\s*and\s*\}|\\text\{\s*&\s*\}|\\(?:land|wedge)(?![a-zA-Z])", " and "),
+        (r"(?:\\[lc]?dots[cbm]?(?![a-zA-Z]))", r"\\ldots "),
         (r"(?<![\\a-zA-Z])(?:infinity|inf)(?![a-zA-Z])", r"\\infty "),
-        (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<![\\a-zA-Z])sqrt(?![a-zA-Z])", r"\\sqrt"),
-        (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+        (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+        (r"\\bf(?:series)?(?![a-z])|\\rm(?![a-z])", ""),
+        (r"\\log\s*_\s*\{?\s*(?:\\text\{)?e\}?\}?(?![a-z])", r"\\ln "),
         (r"\*\*", "^"),
+        (r"\\ast(?![a-zA-Z])", "*"),
+        (r"\bnp\.(?=[a-z])|\bmath\.(?=[a-z])", ""),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
         (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-        (r"\\%|%|(?<=\d)\s*(?:\\text\{\s*)?(?:per\s?cent|percent(?:age)?|pct)(?:\s*\})?", r"\\%"),
-        (r"\\text\{\s*(?:,\s*)?(and|or)\s*\}", r" \1 "),
+        (r"(?<=\.)(\d{0,20})\\(?:bar|overline|widehat|dot)\s*(?:\{(\d+)\}|(\d))(?![\d\\])", r"\1\\overline{\2\3}"),
+        (r"(?<=\.)(\d{0,20})\\dot\s*\{?(\d)\}?(\d{0,20})\\dot\s*\{?(\d)\}?", r"\1\\overline{\2\3\4}"),
+        (r"(?<=\.)(\d{0,9}?)(\d{1,6}?)\2\2+\s*\\ldots", r"\1\\overline{\2}"),
+        (r"\\%|%|(?<=\d)\s*(?:\\text\{\s*)?(?:per\s?cent|percent(?:age)?|pct)(?![a-z])(?:\s*\})?", r"\\%"),
+        (r"(?<=[\d}])\s*(?:\\text\{)?\s+to\s+\}?\s*(?=[\d\\])", ":"),
+        (r"\\text\{[\s.,;]*\}|(?<![\\_^])[\^_]?\{\s*\}", ""),
+        (r"(?<=\d)(?:\s*\^?\s*\{?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?:st|nd|rd|th))$", ""),
         (r"\s+", " "),
     )
 )
 _DEGREES = re.compile(
-    r"\s*\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree))|\\degree|(?<=[\d}])\s*(?:\\text\{\s*)?degrees?(?:\s*\})?"
+    r"\s*\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree))|\\text\{\s*\^\s*\\circ\s*\}|\\(?:text)?degree(?![a-z])"
+    r"|(?<=[\d}])\s*(?:\\text\{\s*)?(?:degrees?|deg)(?![a-z])(?!\s+[CcFf])(?:\s*\})?"
 )
 _TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-_PAIRS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\langle": "\\rangle"}
+_PLAIN_NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?")
+_SET_BY_CONDITION = re.compile(
+    r"\\\{\s*(?P<name>\\?[a-zA-Z]+)\s*(?:\\in\s*(?:\\mathbb\s*\{?\s*R\s*\}?|R)\s*)?(?:\||:|;)\s*(?P<condition>.+)\\\}"
+)
+_MONEY = re.compile(
+    r"(?:\\text\s*\{\s*\\?([$€£¥])\s*\}|\\([$])|([$€£¥]))\s*(?=[\d.])(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)"
+)
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_ESCAPED_TWICE = re.compile(
+    r"\\\\(?=(?:[dt]?frac|sqrt|circ|pi|text|left|right|cdot|times|infty|[dt]?binom|%|\$)(?![a-z]))"
+)
+_ROOT_SIGN = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|\([^()]*\)|\{[^{}]*\}|[a-zA-Z]|\\[a-zA-Z]+\s?)")
 
 
 def clean(text: str) -> str:
-    """The answer without wrapping (dollars, boxes, \\text, final stop), spacing and synonyms."""
-    text = unwrap(_closed(text.translate(_UNICODE)))
+    """Return an answer without wrapping (dollars, boxes, \\text, final stop), spacing and synonyms."""
+    text = text.strip()
+    if _PLAIN_NUMBER.fullmatch(text) or len(text) > MAX_CLEANED:
+        return text
+    text = _in_ascii(text)
+    if "\\\\" in text and "\\begin" not in text:
+        text = _ESCAPED_TWICE.sub(r"\\", text)
+    text = unwrap(_closed(text.replace("...", r"\ldots ") if "..." in text else text))
     for pattern, by in _REPLACEMENTS:
         text = pattern.sub(by, text)
-    if _TRIGONOMETRIC.search(text):
-        text = re.sub(r"(\d+(?:\.\d+)?)" + _DEGREES.pattern, r"\\frac{\1\\pi}{180}", text)
-    return unwrap(text)
+    if len(_DOLLAR.findall(text)) % 2 == 0:
+        text = _DOLLAR.sub("", text)  # pairs of delimiters; one alone is money
+    text = _MONEY.sub(lambda match: f"{match[4]}\\text{{ {_UNITS_OF_MONEY[match[1] or match[2] or match[3]]} }}", text)
+    text = re.sub(r"\\(?:\$|#|&)|[$€£¥]", "", text)
+    text = unwrap(text)
+    text = _without_alignment(text) if "\\begin" in text else text
+    condition = _SET_BY_CONDITION.fullmatch(text)
+    return unwrap(condition["condition"].removeprefix(condition["name"] + r"\in\mathbb{R},")) if condition else text
+
+
+def _without_alignment(text: str) -> str:
+    """An aligned chain as one line, and a system as a list; other environments unchanged."""
+    match = _ALIGNED.fullmatch(text)
+    rows = [row.strip() for row in re.split(r"\\\\", match["body"]) if row.strip()] if match else []
+    if match is None or len(rows) > 1 and match["name"] == "array" or match["name"] == "cases" and "&" in match["body"]:
+        return text
+    if "&" in match["body"] and match["name"] == "array":
+        return text
+    rows = [row.replace("&", "").strip() for row in rows]
+    chained = all(row.startswith("=") for row in rows[1:])
+    return unwrap((" " if chained else ",").join(row.rstrip(",") for row in rows))
+
+
+def _in_ascii(text: str) -> str:
+    """With LaTeX for the signs that have any, and without invisible characters."""
+    if text.isascii() and text.isprintable():
+        return text
+    text = re.sub(r"(?<=\d)([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", r" \1", text)
+    text = re.sub("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda match: _fraction_sign(match[0]), text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda match: "^{" + match[0].translate(_RAISED) + "}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_LOWERED) + "}", text)
+    text = _ROOT_SIGN.sub(lambda match: rf"\sqrt{_ROOT_INDEX[match[1]]}{{{match[2].strip('(){}')}}}", text)
+    text = text.translate(_UNICODE)
+    return "".join(c for c in text if c in "\n\t " or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
+
+
+_ALIGNED = re.compile(
+    r"\\begin\{(?P<name>aligned|align\*?|gathered|split|equation\*?|cases|array)\}(?:\{[lcr|\s]*\})?(?P<body>.*)"
+    r"\\end\{(?P=name)\}",
+    re.S,
+)
+_ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
+
+
+def _fraction_sign(sign: str) -> str:
+    top, bottom = unicodedata.normalize("NFKC", sign).split("\u2044")
+    return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def _closed(text: str) -> str:
@@ -89,8 +202,8 @@ def _closed(text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    """Without the delimiters, commands, braces and final stops that enclose the whole."""
-    while True:
+    """Return a text without the delimiters, commands, braces and final stops around the whole, at most 50 deep."""
+    for _ in range(_MAX_LAYERS):
         before = text
         text = text.strip().rstrip(".,;: ").removesuffix("\\").strip()
         for pattern in _WRAPPERS:
@@ -103,105 +216,36 @@ def unwrap(text: str) -> str:
         if text.startswith("{") and matching_brace(text, 0) == len(text) - 1:
             text = text[1:-1]
         if text == before:
-            return text
+            break
+    return text
+
+
+_BRACE = re.compile(r"\\.|[{}]", re.S)
 
 
 def matching_brace(text: str, start: int) -> int:
-    """Index of the brace that closes the one at `start`, or -1. Escaped braces count as text."""
-    depth, i = 0, start
-    while i < len(text):
-        if text[i] == "\\":
-            i += 2
-            continue
-        depth += (text[i] == "{") - (text[i] == "}")
+    """Return the index of the brace that closes the one at `start`, or -1. Escaped braces count as text."""
+    depth = 0
+    for match in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return i
-        i += 1
+            return match.start()
     return -1
 
 
 def has_degrees(text: str) -> bool:
-    """Whether a cleaned text carries a degree sign."""
-    return _DEGREES.search(text) is not None
+    """Return whether a cleaned text carries a degree sign outside the argument of a trigonometric function."""
+    return _DEGREES.search(text) is not None and not _TRIGONOMETRIC.search(text)
 
 
 def without_degrees(text: str) -> str:
-    """The text without its degree signs."""
+    """Return a cleaned text without its degree signs."""
     return _DEGREES.sub("", text).strip()
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-_UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
-_NUMBER = re.compile(
-    rf"(?P<sign>[+-]?)(?:(?P<whole>\d+)?\\frac\{{(?P<top>[+-]?{_UNSIGNED})\}}\{{(?P<bottom>[+-]?{_UNSIGNED})\}}"
-    rf"|(?P<a>{_UNSIGNED})\.?/(?P<b>{_UNSIGNED})"
-    rf"|(?P<plain>{_UNSIGNED})(?:[eE](?P<e>[+-]?\d{{1,4}})"
-    r"|(?:\\times|\\cdot|\*|x)10\^\{?(?P<ten>[+-]?\d{1,4})\}?)?"
-    r"|10\^\{?(?P<power>[+-]?\d{1,4})\}?)(?P<percent>\\%)?"
-)
-_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline\{(\d+)\}")
-_SPACED_MIXED = re.compile(r"([+-]?)(\d+)\s+(\d+)\s*/\s*(\d+)")
-_MAX_NUMBER = 400  # characters; far beyond any answer, and within the digits that int() reads
-
-
-@dataclass(frozen=True)
-class Number:
-    """A rational number and how it was written."""
-
-    value: Fraction  # as written: 50 for 50%
-    form: str  # "integer", "decimal" or "fraction"
-    step: Fraction  # of the last written digit; 0 when it is exact
-    digits: int  # significant digits as written
-    percent: bool
-    reduced: bool  # a fraction in lowest terms, not a mixed number
-
-
-def number(text: str) -> Number | None:
-    """The number that a cleaned text is, or None when it is something else."""
-    if len(text) > _MAX_NUMBER:
-        return None
-    mixed = _SPACED_MIXED.fullmatch(text)
-    if mixed and int(mixed[4]):
-        value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
-        return Number(-value if mixed[1] == "-" else value, "fraction", Fraction(0), 0, False, False)
-    repeating = _REPEATING.fullmatch(text)
-    if repeating:
-        sign, whole, start, period = repeating.groups()
-        tail = Fraction(int(period), 10 ** len(period) - 1) + int(start or 0)
-        value = int(whole or 0) + tail / 10 ** len(start)
-        return Number(-value if sign == "-" else value, "fraction", Fraction(0), 0, False, False)
-    if re.search(r",\s", text):
-        return None  # a list, while a comma without space may separate thousands
-    compact = text.replace(" ", "")
-    if compact.startswith("(") and compact.endswith(")") and "(" not in compact[1:]:
-        compact = compact[1:-1]
-    match = _NUMBER.fullmatch(compact)
-    if match is None:
-        return None
-    sign = -1 if match["sign"] == "-" else 1
-    percent = match["percent"] is not None
-    if match["top"] is not None or match["a"] is not None:
-        top, bottom = _decimal(match["top"] or match["a"]), _decimal(match["bottom"] or match["b"])
-        if not bottom:
-            return None
-        value = top / bottom
-        reduced = match["whole"] is None and value.denominator == abs(bottom)
-        return Number(sign * (value + int(match["whole"] or 0)), "fraction", Fraction(0), 0, percent, reduced)
-    plain = match["plain"]
-    exponent = int(match["e"] or match["ten"] or match["power"] or 0)
-    written = (plain or "1").replace(",", "")
-    decimals = len(written.partition(".")[2])
-    value = sign * _decimal(written) * Fraction(10) ** exponent
-    exact = plain is None or (decimals == 0 and exponent == 0)
-    step = Fraction(0) if exact else Fraction(10) ** (exponent - decimals)
-    digits = len(written.replace(".", "").lstrip("0"))
-    form = "integer" if exact and value.denominator == 1 else "decimal"
-    return Number(value, form, step, digits, percent, True)
-
-
-def _decimal(text: str) -> Fraction:
-    return Fraction(text.replace(",", "").rstrip(".") or "0") if text not in (".", "") else Fraction(0)
+def compact(text: str) -> str:
+    """Return a text without spaces, braces that only group one character, and \\text: for comparing as it stands."""
+    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text).replace("\\text{", "{"))
 
 
 # --- structure --------------------------------------------------------------------------------------------------------
@@ -217,7 +261,7 @@ class Parts:
 
 
 def parts(text: str) -> Parts:
-    """The items of a tuple, an interval, a set or a plain list; one item, without brackets, for all else."""
+    """Return the items of a tuple, an interval, a set or a plain list; for all else one item without brackets."""
     opening = next((o for o in ("\\{", "\\langle", "(", "[") if text.startswith(o)), "")
     closing = next((c for c in ("\\}", "\\rangle", ")", "]") if text.endswith(c)), "")
     if opening and closing and _encloses(text, opening):
@@ -225,42 +269,13 @@ def parts(text: str) -> Parts:
         is_set = opening == "\\{"
         if len(inner) > 1 or (is_set and closing == "\\}"):
             return Parts(opening, tuple(inner), closing)
-    return Parts("", tuple(split(re.sub(r",?\s+(?:and|or)\s+", ",", text), ",;")), "")
-
-
-_COLUMN = re.compile(r"\\begin\{([pb]?matrix)\}([^&]*)\\end\{\1\}", re.S)
-_ENDS = {"<": ("(", ")"), "\\le": ("[", "]"), ">": (")", "("), "\\ge": ("]", "[")}
-_BETWEEN = re.compile(
-    r"(?P<low>[^<>]+?)\s*(?P<a><|\\le(?![a-z]))\s*[A-Za-z]\s*(?P<b><|\\le(?![a-z]))\s*(?P<high>[^<>]+)"
-)
-_BEYOND = re.compile(r"[A-Za-z]\s*(?P<sign><|>|\\le(?![a-z])|\\ge(?![a-z]))\s*(?P<bound>[^<>]+)")
-
-
-def column_as_tuple(text: str) -> str:
-    """A column vector in the notation of a tuple; other texts unchanged."""
-    match = _COLUMN.fullmatch(text)
-    return "(" + re.sub(r"\\\\", ",", match[2].strip().removesuffix("\\\\")) + ")" if match else text
-
-
-def intervals(text: str) -> list[str] | None:
-    """A cleaned union of inequalities in one letter, joined by "or", as intervals; None when it is something else."""
-    found = []
-    for piece in re.split(r"\s+or\s+|\\cup(?![a-z])|\\lor(?![a-z])", text):
-        between, beyond = _BETWEEN.fullmatch(piece.strip()), _BEYOND.fullmatch(piece.strip())
-        if between and "\\le" not in between["low"] + between["high"]:
-            ends = _ENDS[between["a"]][0], _ENDS[between["b"]][1]
-            found.append(f"{ends[0]}{between['low']},{between['high'].strip()}{ends[1]}")
-        elif beyond and not re.search(r"\\[lg]e(?![a-z])", beyond["bound"]):
-            bound, is_upper = beyond["bound"].strip(), beyond["sign"] in ("<", "\\le")
-            end = _ENDS[beyond["sign"]][1]
-            found.append(f"(-\\infty,{bound}{end}" if is_upper else f"{end}{bound},\\infty)")
-        else:
-            return None
-    return found
+    if " and " in text or " or " in text:
+        text = re.sub(r",?\s+(?:and|or)\s+", ",", text)
+    return Parts("", tuple(split(text, ",;")), "")
 
 
 def split(text: str, separators: str) -> list[str]:
-    """The stripped pieces between separators outside all brackets."""
+    """Return the stripped pieces between separators outside all brackets."""
     pieces, start, depth, i = [], 0, 0, 0
     while i < len(text):
         step = 2 if text[i] == "\\" and i + 1 < len(text) else 1
@@ -272,13 +287,18 @@ def split(text: str, separators: str) -> list[str]:
     return [piece for piece in (*pieces, text[start:].strip()) if piece]
 
 
-def depth(text: str) -> int:
-    """How deep brackets of all kinds nest."""
-    deepest = level = 0
-    for character in text:
-        level += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, level)
-    return deepest
+def split_at(text: str, pattern: re.Pattern[str]) -> list[str]:
+    """Return the stripped pieces between matches of a pattern outside all brackets."""
+    pieces, start = [], 0
+    for match in pattern.finditer(text):
+        if _depth(text[: match.start()]) == 0:
+            pieces.append(text[start : match.start()].strip())
+            start = match.end()
+    return [*pieces, text[start:].strip()]
+
+
+def _depth(text: str) -> int:
+    return sum(_turn(token) for token in re.findall(r"\\.|[()\[\]{}]", text))
 
 
 def _turn(token: str) -> int:
@@ -299,72 +319,3 @@ def _encloses(text: str, opening: str) -> bool:
         if depth == 0:
             return i == len(text)
     return False
-
-
-# --- units ------------------------------------------------------------------------------------------------------------
-
-_UNITS: dict[str, tuple[str, Fraction]] = {
-    name: (dimension, Fraction(factor))
-    for dimension, table in {
-        "length": {"mm": "1/1000", "cm": "1/100", "dm": "1/10", "m": "1", "km": "1000", "in": "0.0254",
-                   "inch": "0.0254", "inches": "0.0254", "ft": "0.3048", "foot": "0.3048", "feet": "0.3048",
-                   "yard": "0.9144", "yd": "0.9144", "mile": "1609.344", "mi": "1609.344", "meter": "1", "metre": "1",
-                   "millimeter": "1/1000", "centimeter": "1/100", "centimetre": "1/100", "kilometer": "1000",
-                   "kilometre": "1000"},
-        "mass": {"mg": "1/1000", "g": "1", "kg": "1000", "gram": "1", "kilogram": "1000", "lb": "453.59237",
-                 "pound": "453.59237", "ounce": "28.349523125", "oz": "28.349523125"},
-        "time": {"s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "h": "3600", "hr": "3600",
-                 "hour": "3600", "day": "86400", "week": "604800"},
-        "money": {"dollar": "1", "cent": "1/100"},
-        "volume": {"ml": "1/1000", "l": "1", "liter": "1", "litre": "1", "milliliter": "1/1000"},
-        "angle": {"degree": "1", "deg": "1"},
-        "speed": {"m/s": "1", "km/h": "5/18", "kmh": "5/18", "kph": "5/18", "mph": "0.44704"},
-    }.items()
-    for name, factor in table.items()
-}  # fmt: skip
-_TEXT_UNIT = re.compile(r"\\text\{([^{}]*)\}\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?$")
-_BARE_UNIT = re.compile(r"(?:(?<=[\d})])|(?<=\\pi))\s*([a-zA-Z]+(?:/[a-zA-Z]+)?)s?\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?$")
-_BARE_WORDS = re.compile(r"(?<=[\d})%])\s+[a-zA-Z][a-z]+(?:[\s/-]+[a-zA-Z]+)*$")
-_POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What follows an answer: a known unit has a dimension and a size in that dimension's base unit."""
-
-    dimension: str = ""
-    size: Fraction = Fraction(1)
-
-
-def split_unit(text: str, *, words: bool = False, letters: bool = False) -> tuple[str, Unit | None]:
-    """The cleaned text without its trailing unit, and the unit.
-
-    `words`: any words after a number are a unit too; `letters`: single letters such as m are units, not variables.
-    """
-    match = _TEXT_UNIT.search(text)
-    if match and text[: match.start()].strip():
-        return text[: match.start()].strip(), _unit(match[1], match[2])
-    match = _BARE_UNIT.search(text)
-    if match:
-        unit = _unit(match[1], match[2])
-        if unit.dimension and (letters or len(match[1]) > 1):
-            return text[: match.start()].strip(), unit
-    match = _BARE_WORDS.search(text) if words else None
-    if match:
-        return text[: match.start()].strip(), _unit(match[0], None)
-    return text, None
-
-
-def _unit(text: str, power: str | None) -> Unit:
-    words = [word for word in re.split(r"[\s.]+", text.strip()) if word]
-    exponent = int(power or 1)
-    for word in words:
-        exponent = _POWERS.get(word.lower(), exponent)
-    names = [word for word in words if word.lower() not in _POWERS]
-    if len(names) != 1:
-        return Unit()
-    name = names[0] if names[0] in _UNITS else names[0].lower()
-    known = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"))
-    if known is None:
-        return Unit()
-    return Unit(f"{known[0]}^{exponent}", known[1] ** exponent)

@@ -1,5 +1,7 @@
 """Grading in processes of its own beside generation, with a deadline per answer.
 
+The deadline is in CPU time, so that a verdict does not depend on what else the machine does.
+
 An answer that hangs the verifier, crashes it or takes all its memory costs that answer: its process is killed and the
 next answer gets a new one. The processes start from a bare interpreter, not by fork (the trainer holds threads, sockets
 and device memory), import no torch, and die with the thread that started them, however that ends.
@@ -13,6 +15,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
@@ -25,6 +28,8 @@ from megatron_rl.grading.verdict import Verdict, Verifier, unfinished
 
 # an interpreter with sympy takes 1 to 2 s, a user's module with torch many more, on a machine under load a multiple
 _START_SECONDS = 300.0
+_TICK_SECONDS = 0.1
+_WAITING = (psutil.STATUS_SLEEPING, psutil.STATUS_DISK_SLEEP, psutil.STATUS_IDLE, psutil.STATUS_ZOMBIE)
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from megatron_rl.grading.worker import main; main(int(sys.argv[2]))"
@@ -44,7 +49,8 @@ class GradingPool:
     ) -> None:
         """Starts one worker, to learn whether the functions load. The first verifier's value is the score.
 
-        `deadline_seconds`: wall time for all verifiers of one answer, from when a worker takes it up. `memory_gib`:
+        `deadline_seconds`: for all verifiers of one answer, of CPU time and of time in which the worker waits for
+        something but the CPU, such as a reply from the network. `memory_gib`:
         private memory of a worker; None: no limit.
         Raises: RewardError when a function cannot be loaded.
         """
@@ -83,7 +89,7 @@ class GradingPool:
     def _grade(self, response: str, answer: str) -> Verdict:
         worker = self._worker()
         try:
-            reply = worker.ask([response, answer], self._deadline)
+            reply = worker.ask([response, answer], _Budget(worker.usage, self._deadline))
         except (EOFError, OSError):
             self._drop(worker)
             return unfinished(self._count, "crash")
@@ -104,7 +110,7 @@ class GradingPool:
                 raise RewardError("the grading pool is closed")
             self._alive.add(worker)
         try:
-            reply = worker.ask(self._setup, _START_SECONDS)
+            reply = worker.ask(self._setup, _WallTime(_START_SECONDS))
             problem = f"it did not start within {_START_SECONDS:g} s" if reply is None else reply.get("error", "")
         except (EOFError, OSError):
             problem = f"a grading process ended with code {worker.process.wait()} while it loaded the reward functions"
@@ -121,6 +127,52 @@ class GradingPool:
         worker.kill()
 
 
+class _WallTime:
+    """Seconds by the clock."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def spent(self) -> bool:
+        """Whether they are over."""
+        return time.monotonic() >= self._end
+
+
+class _Budget:
+    """Seconds that a process has, counted while it computes or waits for anything but the CPU.
+
+    Every tick in which the process used no CPU and was neither running nor stopped counts in full.
+    """
+
+    def __init__(self, process: psutil.Process, seconds: float) -> None:
+        """Raises: EOFError when the process is gone."""
+        self._process, self._left = process, seconds
+        self._cpu, self._at = self._cpu_seconds(), time.monotonic()
+
+    def _cpu_seconds(self) -> float:
+        try:
+            times = self._process.cpu_times()
+        except psutil.NoSuchProcess as error:
+            raise EOFError from error
+        return float(times.user + times.system)
+
+    def _status(self) -> str:
+        try:
+            return str(self._process.status())
+        except psutil.NoSuchProcess as error:
+            raise EOFError from error
+
+    def spent(self) -> bool:
+        """Whether they are over, counting from the last call. Raises: EOFError when the process is gone."""
+        cpu, now = self._cpu_seconds(), time.monotonic()
+        used = cpu - self._cpu
+        if used == 0 and self._status() in _WAITING:
+            used = now - self._at
+        self._left -= used
+        self._cpu, self._at = cpu, now
+        return self._left <= 0
+
+
 class _Worker:
     """A grading process and the socket to it."""
 
@@ -128,17 +180,19 @@ class _Worker:
         self._connection, child = Pipe()
         env = os.environ | {
             "OMP_NUM_THREADS": "1",  # the cores are the trainer's
-            "PYTHONHASHSEED": "0",  # sympy's order of terms, so that a verdict never depends on the process
+            "PYTHONHASHSEED": "0",  # the order of a set, so that a verdict never depends on the process
         }
         command = [sys.executable, "-c", _CODE, json.dumps(sys.path), str(child.fileno())]
         self.process = subprocess.Popen(command, env=env, pass_fds=[child.fileno()], stdin=subprocess.DEVNULL)
+        self.usage = psutil.Process(self.process.pid)
         child.close()
 
-    def ask(self, message: object, seconds: float) -> dict[str, Any] | None:
-        """The reply, or None after `seconds`. Raises: EOFError or OSError when the process is gone."""
+    def ask(self, message: object, budget: _Budget | _WallTime) -> dict[str, Any] | None:
+        """The reply, or None when the budget is spent. Raises: EOFError or OSError when the process is gone."""
         self._connection.send_bytes(json.dumps(message).encode())
-        if not self._connection.poll(seconds):
-            return None
+        while not self._connection.poll(_TICK_SECONDS):
+            if budget.spent():
+                return None
         reply: dict[str, Any] = json.loads(self._connection.recv_bytes())
         return reply
 

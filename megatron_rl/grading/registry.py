@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_rl.errors import UserError
-from megatron_rl.grading.math_answer import math
+from megatron_rl.grading.math_answer import compared_as_text, math
 from megatron_rl.grading.remote import remote
 from megatron_rl.grading.rules import countdown, exact, format, regex
 
@@ -26,6 +26,9 @@ REWARDS: dict[str, Callable[..., float]] = {
     "remote": remote,
 }
 
+# by verifier: whether a gold answer is understood by none of its readings, so that only the same text can be right
+COMPARED_AS_TEXT: dict[str, Callable[[str], bool]] = {"math": compared_as_text}
+
 
 class RewardError(RuntimeError, UserError):
     """The reward function cannot be loaded, or failed too often."""
@@ -36,8 +39,6 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFn
 
     Raises: RewardError when the module or the function is missing, it cannot be called, or not with (response, answer).
     """
-    if name == "math":
-        _check_math_verify()
     if name in REWARDS:
         return functools.partial(REWARDS[name], **options) if options else REWARDS[name]
     module_name, separator, attribute = name.partition(":")
@@ -67,14 +68,3 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFn
             f"reward.function={name!r}: it must be callable with two texts, (response, answer), but: {error}"
         ) from error
     return function
-
-
-def _check_math_verify() -> None:
-    """Import what `math` needs, so that no answer's deadline pays for it. Raises: RewardError when it is missing."""
-    try:
-        import latex2sympy2_extended  # noqa: F401
-        import math_verify  # noqa: F401
-    except ImportError as error:
-        raise RewardError(
-            f"reward.function='math': {error}; install it with: pip install 'math-verify[antlr4_13_2]==0.9.0'"
-        ) from error

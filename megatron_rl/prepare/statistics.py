@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rl.data.rows import Row
-from megatron_rl.grading import latex
+from megatron_rl.grading import latex, numerals
 from megatron_rl.prepare.clean import spelling_key, text_key
 
 _PERCENTILES = (0, 10, 50, 90, 99, 100)
@@ -38,7 +38,7 @@ def answer_kind(answer: str) -> str:
     if len(answer) > _LONG_ANSWER:
         return f"over {_LONG_ANSWER} characters"
     text = latex.clean(answer)
-    number = latex.number(latex.without_degrees(text))
+    number = numerals.number(latex.without_degrees(text))
     if number is not None:
         return number.form
     found = latex.parts(text)

@@ -6,7 +6,9 @@ from megatron_rl.reward.shape import (
     check_failures,
     filter_overlong,
     graded,
+    reads_gold,
     response_text,
+    say_text_only,
     shape_rewards,
     submit,
 )
@@ -17,7 +19,9 @@ __all__ = [
     "check_failures",
     "filter_overlong",
     "graded",
+    "reads_gold",
     "response_text",
+    "say_text_only",
     "shape_rewards",
     "submit",
 ]

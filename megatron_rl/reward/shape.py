@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from megatron_rl.data.problems import say_unreadable
 from megatron_rl.grading.pool import GradingPool
+from megatron_rl.grading.registry import COMPARED_AS_TEXT, load_reward
 from megatron_rl.grading.registry import REWARDS as REWARDS
 from megatron_rl.grading.registry import RewardError as RewardError
-from megatron_rl.grading.registry import load_reward
 from megatron_rl.grading.verdict import Grader, InProcess, Verdict, Verifier
 from megatron_rl.types import Prompt, Rollout
 
@@ -29,6 +30,19 @@ def build_grader(config: RewardConfig) -> Grader:
         deadline_seconds=config.deadline_seconds,
         memory_gib=config.memory_gib,
     )
+
+
+def reads_gold(config: RewardConfig) -> Callable[[str], bool]:
+    """Return what tells whether the verifier understands a gold answer, or takes it as text alone, so that only a
+    response with the same text is right."""
+    as_text = COMPARED_AS_TEXT.get(config.function)
+    return lambda answer: as_text is None or not as_text(answer)
+
+
+def say_text_only(where: object, answers: Sequence[str], config: RewardConfig) -> None:
+    """Tell how many gold answers of a set the verifier takes as text alone, and show the first."""
+    reads = reads_gold(config)
+    say_unreadable(where, [repr(answer[:100]) for answer in answers if not reads(answer)], len(answers))
 
 
 def submit(rollout: Rollout, answer: str, grader: Grader, tokenizer: Any) -> Future[Verdict]:

@@ -7,7 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
+from megatron_rl.eval.answers import answer_of, classes
 from megatron_rl.eval.statistics import ABSTAIN, Intervals, ks, label, majority_at_k, mean_of, pass_at_k, summarise
+from megatron_rl.grading.math_answer import math
+from megatron_rl.grading.verdict import InProcess
 
 
 def intervals(problems: int, **options: float) -> Intervals:
@@ -50,37 +53,57 @@ def test_labels_follow_the_equivalence() -> None:
     assert found.tolist() == [0, ABSTAIN, 1, 0, 1, 2]
 
 
-def test_intervals_hold_what_they_promise() -> None:
-    """Of 200 benchmarks of 40 problems the 90% interval holds the true mean in about 90%: in 85 to 100%."""
+def test_intervals_are_as_wide_as_the_means_scatter() -> None:
+    """300 benchmarks whose true mean is 1/3: the width is that of a normal interval of known variance, and 95% hold."""
     rng = np.random.default_rng(5)
-    held = 0
-    for trial in range(200):
-        rates = rng.beta(1, 2, size=40)  # mean 1/3
-        correct = rng.random((40, 8)) < rates[:, None]
-        found = intervals(40, confidence=0.9, resamples=400, seed=trial).of_samples(correct)
-        held += found.low <= 1 / 3 <= found.high
-    assert 170 <= held <= 200
+    for problems, samples in [(30, 1), (30, 8), (100, 4)]:
+        held, widths = [], []
+        for trial in range(300):
+            rates = rng.beta(1, 2, size=problems)
+            correct = rng.random((problems, samples)) < rates[:, None]
+            found = intervals(problems, resamples=500, seed=trial).of_values(correct.mean(axis=1), samples)
+            held.append(found.low <= 1 / 3 <= found.high)
+            widths.append(found.high - found.low)
+        variance = (1 / 18 + (1 / 3 - 1 / 6) / samples) / problems  # of the rates, and of the samples: E[p] - E[p^2]
+        assert np.mean(widths) == pytest.approx(2 * 1.96 * variance**0.5, rel=0.07), (problems, samples)
+        assert 0.91 <= np.mean(held) <= 0.985, (problems, samples)
 
 
-def test_samples_and_problems_both_widen_the_interval() -> None:
-    one_rate = np.tile([True, False], (30, 8))  # every problem 1/2: only samples vary
-    found = intervals(30).of_samples(one_rate)
+def test_values_that_agree_by_chance_leave_doubt() -> None:
+    one_rate = np.full(30, 0.5)  # each problem 8 of 16: only samples vary
+    found = intervals(30).of_values(one_rate, 16)
     assert found.value == 0.5 and found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / (30 * 16) ** 0.5, rel=0.1)
-    decided = np.repeat([[True], [False]], 15, axis=0).repeat(16, axis=1)  # a problem is right or wrong: only they vary
-    found = intervals(30).of_samples(decided)
+    half = np.tile([True, True, False, False], (10, 1))
+    for estimate in summarise(half, half.astype(int), intervals(10)).values():
+        assert estimate.low < estimate.value <= estimate.high and estimate.low < estimate.high
+    for estimate in summarise(half[:1], half[:1].astype(int), intervals(1)).values():
+        assert estimate.low < estimate.high
+    decided = np.repeat([1.0, 0.0], 15)  # a problem is right or wrong: only they vary
+    found = intervals(30).of_values(decided, 16)
     assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / 30**0.5, rel=0.1)
-    again = intervals(30).of_samples(decided)
+    again = intervals(30).of_values(decided, 16)
     assert (found.low, found.high) == (again.low, again.high)
 
 
 def test_unanimous_samples_leave_doubt() -> None:
     """0 of 30: 1 - 0.025^(1/30) = 0.1157, here by 4,000 replicates; the doubt reaches the mean over sets."""
-    nothing = intervals(30).of_samples(np.zeros((30, 4), bool))
+    nothing = intervals(30).of_values(np.zeros(30), 4)
     assert (nothing.value, nothing.low) == (0, 0) and nothing.high == pytest.approx(0.1157, rel=0.1)
-    everything = intervals(30, seed=2).of_problems(np.ones(30))
+    everything = intervals(30, seed=2).of_values(np.ones(30), 1)
     assert (everything.value, everything.high) == (1, 1) and everything.low == pytest.approx(1 - 0.1157, rel=0.02)
     mean = mean_of([nothing, everything], confidence=0.95)
     assert mean.value == 0.5 and 0.02 < mean.high - mean.low < 0.116
+
+
+def test_classes_are_those_that_grading_sees() -> None:
+    """Gold 3,5: both boxes are right and the last alone is wrong; two spellings of it are one."""
+    grader = InProcess([math])
+    responses = [r"\boxed{3}, \boxed{5}", r"\boxed{5}", r"\boxed{5, 3}", r"\boxed{5.0}", "no idea", r"\boxed{7}"]
+    accepted = [grader.submit(response, "3,5").result().values[0] == 1 for response in responses]
+    assert accepted == [True, False, True, False, False, False]
+    found = classes([answer_of(response, by_text=False) for response in responses], accepted, grader)
+    assert found.tolist() == [0, 1, 0, 1, 2, 3]
+    assert answer_of(responses[0], by_text=False) == "3,5" and answer_of("", by_text=False) is None
 
 
 def test_summary_names_and_order_of_the_numbers() -> None:

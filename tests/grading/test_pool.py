@@ -59,7 +59,19 @@ def test_what_a_response_does_costs_that_response_alone():
     assert "KeyError: 'no verdict'" in errors["raise"] and "MemoryError" in errors["memory"]
 
 
-# each would keep the parser or sympy busy for minutes or for ever
+def test_a_process_that_gets_no_cpu_loses_none_of_its_time():
+    """Stopped for longer than the deadline, as on a machine that has other work."""
+    with pool(deadline_seconds=0.5) as grading:
+        pid = int(grading.submit("pid", "").result(30).values[0])
+        answer = grading.submit("work", "")
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+        assert answer.result(60).values == (1.0,)
+        assert grading.submit("spin", "").result(60).unfinished == "deadline"
+
+
+# each would keep a reader or a computation busy for minutes or for ever
 HOSTILE = (
     r"9^{9^{9}}",
     r"(x+1)^{99}" * 20,

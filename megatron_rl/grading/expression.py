@@ -1,0 +1,392 @@
+"""Read an expression, in LaTeX or as typed, into a tree. What the grammar does not know is not read at all.
+
+Upper and lower case are different symbols; a subscript, a prime or an accent belongs to its symbol.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+
+from megatron_rl.grading.grammar import (
+    ACCENTS,
+    CLOSING,
+    FUNCTION_LETTERS,
+    GREEK,
+    OF_SEVERAL,
+    PREFIX,
+    STOPS,
+    TRIGONOMETRIC,
+    Tokens,
+    Tree,
+    Unreadable,
+    function,
+    holds_pi,
+    product,
+    repeating,
+    small,
+)
+
+_MAX_DEPTH = 40
+
+
+@lru_cache(maxsize=4096)  # the samples of one prompt share their gold
+def read(text: str) -> Tree:
+    """Return the tree of a cleaned text. Raises: Unreadable."""
+    try:
+        return _Reader(text).all()
+    except RecursionError as error:
+        raise Unreadable("too deep") from error
+
+
+class _Reader(Tokens):
+    """Each method reads what its name says and moves on."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._angle = 0  # inside a trigonometric function, where degrees are converted
+        self._bars = 0  # inside |...|, where a bar closes
+
+    def all(self) -> Tree:
+        """Return the tree of the whole text."""
+        tree = self._sum()
+        if self._next < len(self._tokens):
+            raise Unreadable(f"{self._peek()!r} is not understood")
+        return tree
+
+    def _sum(self) -> Tree:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise Unreadable("too deep")
+        terms = [self._signed()]
+        while self._peek() in ("+", "-"):
+            terms.append(self._signed())
+        if self._peek() in ("\\bmod", "\\mod", "\\pmod"):
+            raise Unreadable("a remainder")
+        self._depth -= 1
+        return terms[0] if len(terms) == 1 else ("add", *terms)
+
+    def _signed(self) -> Tree:
+        negative = False
+        if self._peek() in ("+", "-"):
+            negative = self._peek() == "-"
+            self._next += 1
+        term = self._product()
+        return ("mul", ("num", Fraction(-1)), term) if negative else term
+
+    def _product(self) -> Tree:
+        factors = [self._power()]
+        while True:
+            if self._take("*", "\\cdot", "\\times", "\\ast"):
+                factors.append(self._factor())
+            elif self._take("/", "\\div"):
+                factors = [("div", product(factors), self._factor())]
+            elif self._starts_factor():
+                if self._kind() == self._kind(-1) == "number" and factors[-1][0] == "num":
+                    raise Unreadable("two numbers side by side")
+                factors.append(self._power())
+            else:
+                return product(factors)
+
+    def _factor(self) -> Tree:
+        if self._take("-"):
+            return ("mul", ("num", Fraction(-1)), self._power())
+        self._take("+")
+        return self._power()
+
+    def _starts_factor(self) -> bool:
+        kind, text = self._kind(), self._peek()
+        if kind in ("number", "letter", "name", "text", "repeating"):
+            return True
+        if kind == "command":
+            return text not in STOPS
+        if text == "|":
+            return not self._bars
+        return text in ("(", "[", "{")
+
+    def _power(self) -> Tree:
+        base = self._postfix(self._atom())
+        while self._peek() == "^":
+            self._next += 1
+            if (
+                self._peek() in ("\\circ", "\\degree")
+                or self._peek() == "{"
+                and self._peek(1) in ("\\circ", "\\degree")
+            ):
+                base = self._degrees(base)
+            else:
+                base = self._postfix(("pow", base, self._exponent(base)))
+        return base
+
+    def _postfix(self, base: Tree) -> Tree:
+        while True:
+            if self._take("!"):
+                base = ("fn", "factorial2" if self._take("!") else "factorial", base)
+            elif self._take("\\%", "%"):
+                base = ("div", base, ("num", Fraction(100)))
+            elif self._take("\\degree"):
+                self._next -= 1
+                base = self._degrees(base)
+            else:
+                return base
+
+    def _degrees(self, base: Tree) -> Tree:
+        braced = self._take("{")
+        self._next += 1
+        if braced:
+            self._expect("}")
+        for part in (60, 3600):  # 30^\circ 15' 20''
+            if self._kind() == "number" and self._peek(1) == "'":
+                base = ("add", base, ("num", Fraction(self._peek()) / part))
+                self._next += 2
+                while self._take("'"):
+                    pass
+        return ("mul", base, ("div", ("pi",), ("num", Fraction(180)))) if self._angle else base
+
+    def _exponent(self, base: Tree) -> Tree:
+        if self._take("-"):
+            return ("mul", ("num", Fraction(-1)), self._exponent(base))
+        self._take("+")
+        if self._take("{"):
+            angle, self._angle = self._angle, 0
+            inner = self._sum()
+            self._angle = angle
+            self._expect("}")
+            return inner
+        if self._kind() == "number":
+            digits = self._peek()
+            if len(digits) > 1 and not self._plain and base[0] != "num":
+                # TeX raises the first digit alone
+                self._tokens[self._next] = ("number", digits[1:])
+                return ("num", Fraction(digits[0]))
+        exponent = self._atom()
+        if self._take("^"):
+            return ("pow", exponent, self._exponent(exponent))
+        return exponent
+
+    def _atom(self) -> Tree:
+        kind, text = self._kind(), self._peek()
+        self._next += 1
+        if kind == "repeating":
+            return ("num", repeating(text))
+        if kind == "number":
+            return self._number(text)
+        if kind == "name":
+            return self._named(text)
+        if kind == "letter":
+            return self._symbol(text)
+        if kind == "text":
+            return self._of_text(text)
+        if kind == "command":
+            return self._command(text)
+        if text in CLOSING:
+            return self._group(text)
+        if text == "|":
+            self._bars += 1
+            inner = self._sum()
+            self._bars -= 1
+            self._expect("|")
+            return ("fn", "abs", inner)
+        raise Unreadable(f"{text!r} is not understood" if text else "it ends too early")
+
+    def _group(self, opening: str) -> Tree:
+        bars, self._bars = self._bars, 0
+        inner = self._sum()
+        self._bars = bars
+        if opening == "(" and self._peek() == ",":
+            raise Unreadable("a tuple")
+        self._expect(CLOSING[opening])
+        return inner
+
+    def _number(self, text: str) -> Tree:
+        value = Fraction(text.rstrip(".") or "0")
+        if self._kind() == "scientific":
+            exponent = int(self._peek()[1:])
+            self._next += 1
+            return ("num", value * Fraction(10) ** small(exponent))
+        is_mixed = text.isdigit() and self._peek() == "\\frac" and self._is_plain_fraction(1)
+        if is_mixed and self._kind(-2) != "number" and self._peek(-2) not in ("^", "\\cdot", "\\times", "*", "/"):
+            self._next += 1
+            top, bottom = self._argument(), self._argument()
+            return ("add", ("num", value), ("div", top, bottom))
+        return ("num", value)
+
+    def _is_plain_fraction(self, ahead: int) -> bool:
+        texts = [self._peek(ahead + i) for i in range(6)]
+        braced = texts[0] == texts[3] == "{" and texts[2] == texts[5] == "}"
+        digits = (texts[1], texts[4]) if braced else (texts[0],)
+        return all(text.isdigit() for text in digits)
+
+    def _argument(self) -> Tree:
+        """What a command is applied to: a group in braces, or one token."""
+        if self._take("{"):
+            return self._group("{")
+        if self._kind() == "number" and len(self._peek()) > 1:
+            digits = self._peek()
+            self._tokens[self._next] = ("number", digits[1:])
+            return ("num", Fraction(digits[0])) if digits[0].isdigit() else self._atom()
+        return self._atom()
+
+    def _symbol(self, name: str) -> Tree:
+        name = name + self._marks()
+        if name == "e":
+            return ("e",)
+        if name == "i":
+            return ("i",)
+        if self._peek() == "(" and self._peek(2) == ")":
+            # f(0) and u(t) are values of functions; a product would be written 0f and ut
+            plain = self._kind(1) in ("number", "letter") and len(name.rstrip("'")) >= 1
+            if plain and (self._kind(1) == "number" or name[0] in FUNCTION_LETTERS):
+                argument = self._peek(1)
+                self._next += 3
+                return ("sym", f"{name}({argument})")
+        return ("sym", name)
+
+    def _of_text(self, text: str) -> Tree:
+        content = text[text.index("{") + 1 : -1].strip()
+        if len(content) == 1 and content.isalpha():
+            return self._symbol(content)
+        if content in PREFIX or content in OF_SEVERAL:
+            return self._named(content)
+        if re.search(r"[\d+*/^=()-]", content) and not re.search(r"[A-Za-z]{2,}", content):
+            return read(content)
+        if re.fullmatch(r"[A-Za-z]{2,}", content) and self._peek() == "_":
+            return ("sym", content + self._marks())
+        raise Unreadable(f"words: {content!r}")
+
+    def _command(self, command: str) -> Tree:
+        name = command[1:]
+        if name == "pi":
+            return ("pi",) if self._peek() != "_" else ("sym", "pi" + self._marks())
+        if name in GREEK:
+            return self._symbol("\\" + name) if name != "e" else ("e",)
+        if name == "frac":
+            return self._fraction()
+        if name in ("binom", "choose"):
+            return ("fn", "binomial", self._argument(), self._argument())
+        if name == "sqrt":
+            return self._root()
+        if name in PREFIX or name in OF_SEVERAL:
+            return self._named(name)
+        if name in ("lfloor", "lceil"):
+            inner = self._sum()
+            self._expect("\\rfloor" if name == "lfloor" else "\\rceil")
+            return ("fn", "floor" if name == "lfloor" else "ceil", inner)
+        if name in ("lvert", "vert"):
+            self._bars += 1
+            inner = self._sum()
+            self._bars -= 1
+            if not self._take("\\rvert", "\\vert"):
+                raise Unreadable("a bar is not closed")
+            return ("fn", "abs", inner)
+        if name == "{":
+            return self._group("\\{")
+        if name in ("sum", "prod"):
+            return self._range(name)
+        if name in ACCENTS:
+            return self._symbol(f"\\{name}{{{self._raw()}}}")
+        if name in ("boldsymbol", "bm", "underline", "ensuremath", "phantom", "mathsf"):
+            return self._argument()
+        raise Unreadable(f"{command} is not understood")
+
+    def _fraction(self) -> Tree:
+        derivative = self._derivative()
+        if derivative:
+            return ("sym", derivative)
+        return ("div", self._argument(), self._argument())
+
+    def _derivative(self) -> str:
+        """dy/dx as one name, which d y / (d x) is not; "" when the fraction is something else."""
+        if self._peek() != "{" or self._peek(1) not in ("d", "\\partial"):
+            return ""
+        start, texts = self._next, [self._raw(), self._raw() if self._peek() == "{" else ""]
+        match = re.fullmatch(r"(d|\\partial)(\^\w)?(\\?[A-Za-z].*)?", texts[0])
+        if match and re.fullmatch(r"(?:d|\\partial)\\?[A-Za-z]\w*(\^\w)?", texts[1]):
+            return f"{texts[0]}/{texts[1]}"
+        self._next = start
+        return ""
+
+    def _root(self) -> Tree:
+        index: Tree = ("num", Fraction(2))
+        if self._take("["):
+            index = self._sum()
+            self._expect("]")
+        inner = self._atom() if self._peek() == "(" else self._argument()
+        return ("pow", inner, ("div", ("num", Fraction(1)), index))
+
+    def _named(self, name: str) -> Tree:
+        if name == "pi":
+            return ("pi",)
+        if name in ("sqrt", "cbrt"):
+            return ("pow", self._atom(), ("num", Fraction(1, 2 if name == "sqrt" else 3)))
+        if name in ("floor", "ceil", "abs"):
+            return ("fn", name, self._atom())
+        if name in OF_SEVERAL or name == "binom":
+            return self._of_several(name)
+        subscript, exponent = None, None
+        while self._peek() in ("_", "^"):
+            if self._take("_"):
+                subscript = self._argument() if name == "log" else None
+                if subscript is None:
+                    raise Unreadable("a subscript")
+            else:
+                self._next += 1
+                exponent = self._exponent(("sym", name))
+        is_angle = name in TRIGONOMETRIC
+        self._angle += is_angle
+        inner = self._applied_to(is_angle)
+        self._angle -= is_angle
+        if name in TRIGONOMETRIC and exponent == ("mul", ("num", Fraction(-1)), ("num", Fraction(1))):
+            return ("fn", "arc" + name, inner)
+        value = function(name, inner, subscript)
+        return value if exponent is None else ("pow", value, exponent)
+
+    def _applied_to(self, is_angle: bool) -> Tree:
+        """A group, or the product that follows without one."""
+        if self._peek() in ("(", "[", "{"):
+            group = self._atom()
+            return ("pow", group, self._exponent(group)) if self._take("^") else self._postfix(group)
+        if self._take("-"):
+            return ("mul", ("num", Fraction(-1)), self._applied_to(is_angle))
+        value = self._power()
+        while self._starts_factor() and self._kind() != "name" and self._peek()[1:] not in PREFIX:
+            if self._peek() in ("(", "["):
+                break
+            value = ("mul", value, self._power())
+        if is_angle and self._peek() == "/" and self._kind(1) == "number" and holds_pi(value):
+            self._next += 1
+            value = ("div", value, self._atom())
+        return value
+
+    def _of_several(self, name: str) -> Tree:
+        opening = self._peek()
+        if self._kind() == "letter":
+            return ("sym", f"{name} {self._raw()}")
+        if opening not in ("(", "\\{", "{"):
+            raise Unreadable(f"{name} of what?")
+        self._next += 1
+        arguments = [self._sum()]
+        while self._take(","):
+            arguments.append(self._sum())
+        self._expect(CLOSING[opening])
+        if name == "binom" and len(arguments) != 2:
+            raise Unreadable("a binomial of other than two")
+        return ("fn", "binomial" if name == "binom" else name, *arguments)
+
+    def _range(self, name: str) -> Tree:
+        low = high = variable = None
+        for _ in range(2):
+            if self._take("_"):
+                self._expect("{")
+                variable = self._peek()
+                self._next += 1
+                self._expect("=")
+                low = self._sum()
+                self._expect("}")
+            elif self._take("^"):
+                high = self._exponent(("sym", name))
+        if low is None or high is None:
+            raise Unreadable(f"the limits of a {name}")
+        return ("range", name, variable, low, high, self._product())

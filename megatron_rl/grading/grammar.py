@@ -1,0 +1,188 @@
+"""The tokens of an expression, the names it knows, and the trees that reading it makes."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Any
+
+Tree = tuple[Any, ...]
+
+_MAX_TOKENS = 1500
+_MAX_DIGITS = 4000  # of a number; Python reads no more
+GREEK = (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
+    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell partial "
+    "nabla odot mho triangle"
+).split()
+TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
+INVERSES = {"arcsin", "arccos", "arctan", "asin", "acos", "atan"}
+HYPERBOLIC = {"sinh", "cosh", "tanh"}
+PREFIX = TRIGONOMETRIC | INVERSES | HYPERBOLIC | {"log", "ln", "lg", "exp"}
+OF_SEVERAL = {"max", "min", "gcd", "lcm"}
+_PLAIN_NAMES = sorted(
+    PREFIX | OF_SEVERAL | {"sqrt", "cbrt", "floor", "ceil", "pi", "binom", "abs"}, key=len, reverse=True
+)
+ACCENTS = {"hat", "vec", "bar", "tilde", "dot", "ddot", "overline", "widehat", "overrightarrow", "mathbb", "mathcal"}
+_TOKEN = re.compile(
+    r"\s+"
+    r"|(?P<repeating>\d*\.\d*\\overline\s*\{\d+\})"
+    r"|(?P<number>\d+(?:\.\d*)?|\.\d+)"
+    r"|(?P<scientific>(?<=[\d.])[eE][+-]?\d{1,5}(?![\d.a-zA-Z(^]))"
+    rf"|(?P<name>(?<![a-zA-Z\\])(?:{'|'.join(_PLAIN_NAMES)})(?![a-zA-Z])"
+    r"|(?<![a-zA-Z\\])(?:sin|cos|tan|ln|log|exp)(?=[a-z](?![a-zA-Z])))"
+    r"|(?P<text>\\text\s*\{[^{}]*\})"
+    r"|(?P<command>\\[a-zA-Z]+\*?|\\.)"
+    r"|(?P<letter>[^\W\d_])"
+    r"|(?P<mark>.)",
+    re.S,
+)
+CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
+
+
+class Unreadable(ValueError):
+    """The text is no expression of this grammar."""
+
+
+STOPS = {
+    "\\rfloor", "\\rceil", "\\rvert", "\\cdot", "\\times", "\\div", "\\ast", "\\%", "\\degree", "\\circ", "\\}",
+    "\\bmod", "\\mod", "\\pmod", "\\le", "\\ge", "\\ne", "\\in", "\\cup", "\\or", "\\to", "\\approx", "\\pm", "\\mp",
+    "\\infty",
+}  # fmt: skip
+FUNCTION_LETTERS = set("fghuvyFGHUPQ\\")
+
+
+class Tokens:
+    """A text's tokens and a position in them."""
+
+    def __init__(self, text: str) -> None:
+        """Raises: Unreadable when they are too many."""
+        self._tokens: list[tuple[str, str]] = []
+        for match in _TOKEN.finditer(text):
+            if match.lastgroup:
+                self._tokens.append((match.lastgroup, match.group()))
+        if len(self._tokens) > _MAX_TOKENS or any(len(text) > _MAX_DIGITS for _, text in self._tokens):
+            raise Unreadable("too long")
+        self._plain = "*" in text and "\\" not in text and "{" not in text  # as in code: a power takes all its digits
+        self._next = 0
+
+    def _peek(self, ahead: int = 0) -> str:
+        position = self._next + ahead
+        return self._tokens[position][1] if 0 <= position < len(self._tokens) else ""
+
+    def _kind(self, ahead: int = 0) -> str:
+        position = self._next + ahead
+        return self._tokens[position][0] if 0 <= position < len(self._tokens) else ""
+
+    def _take(self, *texts: str) -> bool:
+        if self._peek() in texts and self._peek():
+            self._next += 1
+            return True
+        return False
+
+    def _expect(self, text: str) -> None:
+        if not self._take(text):
+            raise Unreadable(f"expected {text!r}")
+
+    def _marks(self) -> str:
+        """A subscript, primes, or both."""
+        marks = ""
+        while True:
+            if self._take("'"):
+                marks += "'"
+            elif self._peek() == "^" and self._peek(1) == "\\prime":
+                self._next += 2
+                marks += "'"
+            elif self._peek() == "^" and self._peek(1) == "{" and self._peek(2) == "\\prime":
+                self._next += 2
+                while self._take("\\prime"):
+                    marks += "'"
+                self._expect("}")
+            elif self._peek() == "^" and self._peek(1) == "*":
+                self._next += 2
+                marks += "*"
+            elif self._take("_"):
+                marks += "_" + self._raw()
+            else:
+                return marks
+
+    def _raw(self) -> str:
+        """The characters of a group or of one token, which name something."""
+        if not self._take("{"):
+            self._next += 1
+            return _bare(self._peek(-1))
+        text, depth = "", 1
+        while depth:
+            token = self._peek()
+            if not token:
+                raise Unreadable("a brace is not closed")
+            self._next += 1
+            depth += (token == "{") - (token == "}")
+            text += _bare(token) if depth else ""
+        return text
+
+
+def _bare(token: str) -> str:
+    return token[token.index("{") + 1 : -1].strip() if token.startswith("\\text") else token
+
+
+def small(exponent: int) -> int:
+    """Return an exponent of ten. Raises: Unreadable when the number would be too large."""
+    if abs(exponent) > 20_000:
+        raise Unreadable("the exponent is too large")
+    return exponent
+
+
+def repeating(text: str) -> Fraction:
+    """Return the value of a decimal with a period under \\overline."""
+    whole, _, rest = text.partition(".")
+    start, _, period = rest.partition("\\overline")
+    period = period.strip()[1:-1]
+    tail = int(start or 0) + Fraction(int(period), 10 ** len(period) - 1)
+    return int(whole or 0) + tail / 10 ** len(start)
+
+
+def function(name: str, inner: Tree, subscript: Tree | None) -> Tree:
+    """Return the tree of a named function; `subscript`: the base of a logarithm."""
+    if name == "exp":
+        return ("pow", ("e",), inner)
+    if name in ("ln", "log", "lg"):
+        base = ("num", Fraction(10)) if name == "lg" else subscript
+        return ("fn", "log", inner) if base is None else ("div", ("fn", "log", inner), ("fn", "log", base))
+    if name in INVERSES and not name.startswith("arc"):
+        name = "arc" + name[1:]
+    if name in HYPERBOLIC:
+        up, down = ("pow", ("e",), inner), ("pow", ("e",), ("mul", ("num", Fraction(-1)), inner))
+        minus = ("add", up, ("mul", ("num", Fraction(-1)), down))
+        plus = ("add", up, down)
+        top, bottom = {"sinh": (minus, ("num", Fraction(2))), "cosh": (plus, ("num", Fraction(2)))}.get(
+            name, (minus, plus)
+        )
+        return ("div", top, bottom)
+    return ("fn", name, inner)
+
+
+def product(factors: list[Tree]) -> Tree:
+    """Return one factor, or the product of several."""
+    return factors[0] if len(factors) == 1 else ("mul", *factors)
+
+
+def holds_pi(tree: Tree) -> bool:
+    """Return whether pi occurs."""
+    return tree == ("pi",) or any(isinstance(part, tuple) and holds_pi(part) for part in tree[1:])
+
+
+def symbols(tree: Tree) -> frozenset[str]:
+    """Return the names of the free symbols."""
+    if tree[0] == "sym":
+        return frozenset((tree[1],))
+    if tree[0] == "range":
+        return (symbols(tree[5]) - {tree[2]}) | symbols(tree[3]) | symbols(tree[4])
+    return frozenset().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
+
+
+def holds(tree: Tree, *kinds: str) -> bool:
+    """Return whether a node or a function of one of these kinds occurs."""
+    if tree[0] in kinds or tree[0] == "fn" and tree[1] in kinds:
+        return True
+    return any(holds(part, *kinds) for part in tree[1:] if isinstance(part, tuple))

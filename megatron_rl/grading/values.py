@@ -1,0 +1,123 @@
+"""Decide whether two expressions are equal, exactly.
+
+Rational numbers are computed as fractions; other constants are equal when their difference is 0, which
+grading/separation.py decides. Expressions with symbols are compared at points that the symbols' names choose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from fractions import Fraction
+from typing import Any
+
+from megatron_rl.grading.constants import Point, add, folded, multiply
+from megatron_rl.grading.grammar import Tree, holds, symbols
+from megatron_rl.grading.separation import Undefined, clear, is_zero, numeric, sign
+
+_POINTS = 6  # at which two expressions must agree
+_WHOLE = ("floor", "ceil", "factorial", "factorial2", "binomial", "gcd", "lcm", "range")
+
+
+def same(a: Tree, b: Tree) -> bool:
+    """Return whether two expressions are equal for all values of their symbols."""
+    return _agree(a, b, lambda x, y, _: _equal(x, y))
+
+
+def same_relation(a: Tree, b: Tree, *, positive: bool = False) -> bool:
+    """Return whether a = 0 and b = 0 say the same, one being a multiple of the other; `positive`: a positive one, as
+    in a < 0."""
+    if not symbols(a) or symbols(a) != symbols(b):
+        return False
+    factors: list[tuple[Any, Any]] = []
+
+    def proportional(x: Any, y: Any, _: Point) -> bool:
+        if is_zero(x) or is_zero(y):
+            return is_zero(x) and is_zero(y)
+        factors.append((x, y))
+        first = factors[0]
+        if positive and sign(multiply([x, y])) != 1:
+            return False
+        return _equal(multiply([x, first[1]]), multiply([y, first[0]]))
+
+    return _agree(a, b, proportional)
+
+
+def _equal(x: Any, y: Any) -> bool:
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return x == y
+    return x == y or is_zero(add([x, multiply([Fraction(-1), y])]))
+
+
+def _agree(a: Tree, b: Tree, compare: Any) -> bool:
+    names = sorted(symbols(a) | symbols(b))
+    imaginary = holds(a, "i") or holds(b, "i")
+    if not names:
+        try:
+            return bool(compare(folded(a, {}), folded(b, {}), {}))
+        except (Undefined, ArithmeticError):
+            return False
+    used = 0
+    whole = any(holds(tree, *_WHOLE) or _alternates(tree) for tree in (a, b))
+    for point in _points(names, whole=whole):
+        try:
+            x, y = folded(a, point), folded(b, point)
+            if not imaginary and not (_is_real(x) and _is_real(y)):
+                continue
+            if not compare(x, y, point):
+                return False
+        except (Undefined, ArithmeticError):
+            continue
+        used += 1
+        if used == _POINTS:
+            return True
+    return used >= 3
+
+
+def _alternates(tree: Tree) -> bool:
+    """Whether a negative number is raised to a power with symbols, as (-1)^n."""
+    if tree[0] == "pow" and not symbols(tree[1]) and symbols(tree[2]):
+        base = constant(tree[1])
+        return base is not None and base < 0
+    return any(_alternates(part) for part in tree[1:] if isinstance(part, tuple))
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, Fraction):
+        return True
+    near = numeric(value, 100)
+    return not getattr(near, "imag", 0) or abs(near.imag) < 1e-20 * abs(near)
+
+
+def _points(names: list[str], *, whole: bool) -> Any:
+    """Points that a policy cannot choose; positive ones, negative ones and ones between 0 and 1."""
+    for i in range(24):
+        drawn = {name: _drawn(name, i) for name in names}
+        if whole or i % 4 == 3:
+            yield {name: Fraction(2 + d % (5 + 2 * i)) for name, d in drawn.items()}
+        elif i % 4 == 0:
+            yield {name: Fraction(101 + d % 9000, 7 + d % 83) for name, d in drawn.items()}
+        elif i % 4 == 1:
+            yield {name: Fraction(1 + d % 400, 401 + d % 97) for name, d in drawn.items()}
+        else:
+            yield {name: Fraction(-1 - d % 5003, 11 + d % 71) for name, d in drawn.items()}
+
+
+def _drawn(name: str, draw: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{draw} {name}".encode(errors="replace"), digest_size=6).digest(), "big")
+
+
+def constant(tree: Tree) -> Fraction | None:
+    """Return a real constant to 60 digits, for roundings alone; None for complex numbers and where symbols occur."""
+    if symbols(tree):
+        return None
+    try:
+        value = folded(tree, {})
+        near = value if isinstance(value, Fraction) else clear(value, at_most=2000)
+    except (Undefined, ArithmeticError):
+        return None
+    if isinstance(near, Fraction) or near is None:
+        return near
+    if getattr(near, "imag", 0):
+        return None
+    sign, mantissa, exponent, _ = near.real._mpf_
+    return Fraction(int(mantissa)) * Fraction(2) ** exponent * (-1 if sign else 1)
