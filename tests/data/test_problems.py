@@ -283,8 +283,8 @@ def test_answers_that_the_grader_cannot_read_are_counted_and_shown(tmp_path, tok
     assert not capsys.readouterr().out
     load_prompts(config, tokenizer, is_readable=str.isdigit)
     assert capsys.readouterr().out == (
-        f"{path}: the grader cannot read 2 of 4 answers, so no response to these problems will be right; first "
-        f"{path}, line 2: '}}{{'\n"
+        f"{path}: the verifier reads 2 of 4 gold answers in no way but as text, so only the same text is right there; "
+        f"rewrite or drop them (docs/grading.md). First: {path}, line 2: '}}{{'\n"
     )
 
 
