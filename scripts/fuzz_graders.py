@@ -2,7 +2,7 @@
 
 Exit code 1 when a verifier raised, or an answer crashed its process or had no verdict long after its deadline. Answers
 that reach the deadline are counted and shown: they cost themselves alone, and yet each is work that a bound in
-megatron_rl/grading/bounds.py should have refused.
+megatron_rl/grading/ should have refused.
 """
 
 from __future__ import annotations
