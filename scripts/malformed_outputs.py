@@ -75,7 +75,7 @@ def _characters(draw: random.Random, gold: str) -> str:
 
 
 def _expression(draw: random.Random, gold: str) -> str:
-    """Well formed, so that it reaches sympy, and made of what is dear to compute."""
+    """Well formed, so that it is read to the end, and made of what is dear to compute."""
     return _formula(draw, gold, draw.randint(1, 3))
 
 

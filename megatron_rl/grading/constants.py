@@ -15,6 +15,7 @@ _MAX_BITS = 150_000  # of a rational number: 2013^4025 has 44,000
 _MAX_SUMMED = 300
 _MAX_SUMMED_TWICE = 20  # of a sum over sums
 _MAX_ROOT = 5_000
+_MAX_EXPONENT = 20_000  # of what is not rational
 Point = dict[str, Fraction]
 
 
@@ -99,6 +100,8 @@ def _to_the(base: Any, exponent: Fraction) -> Any:
         return multiply([base] * (n % 4))
     if n in (0, 1):
         return Fraction(1) if n == 0 else base
+    if abs(n) > _MAX_EXPONENT:
+        raise Undefined("the exponent is too large")
     if n < 0 and base[0] == "mul":
         return multiply([_to_the(part, exponent) for part in base[1:]])
     return ("pow", base, n)

@@ -16,7 +16,7 @@ from megatron_rl.grading.grammar import Tree, Unreadable, holds
 from megatron_rl.grading.latex import Parts
 from megatron_rl.grading.numerals import Number, close, number
 
-LEAD_IN = re.compile(r"\\text\{[^{}]*(?:is|are|:|=)\s*\}")
+LEAD_IN = re.compile(r"^\s*\\text\{[^{}]*(?:\b(?:is|are)|:|=)\s*\}")
 _ASSIGNED = re.compile(r"(?P<name>[^=<>]*[^=<>!\\\s])\s*=(?P<value>[^=].*)", re.S)
 _MEMBER = re.compile(r"(?P<name>[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s*\\in(?![a-z])\s*(?P<value>.+)", re.S)
 QUALIFIER = re.compile(

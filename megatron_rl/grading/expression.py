@@ -21,6 +21,7 @@ from megatron_rl.grading.grammar import (
     Tokens,
     Tree,
     Unreadable,
+    depth,
     function,
     holds_pi,
     product,
@@ -28,16 +29,20 @@ from megatron_rl.grading.grammar import (
     small,
 )
 
-_MAX_DEPTH = 40
+_MAX_DEPTH = 40  # of sums in brackets
+_MAX_TREE = 100
 
 
 @lru_cache(maxsize=4096)  # the samples of one prompt share their gold
 def read(text: str) -> Tree:
     """Return the tree of a cleaned text. Raises: Unreadable."""
     try:
-        return _Reader(text).all()
+        tree = _Reader(text).all()
     except RecursionError as error:
         raise Unreadable("too deep") from error
+    if depth(tree) > _MAX_TREE:
+        raise Unreadable("too deep")
+    return tree
 
 
 class _Reader(Tokens):

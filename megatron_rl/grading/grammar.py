@@ -172,6 +172,15 @@ def holds_pi(tree: Tree) -> bool:
     return tree == ("pi",) or any(isinstance(part, tuple) and holds_pi(part) for part in tree[1:])
 
 
+def depth(tree: Tree) -> int:
+    """Return how many nodes lie on the longest way down."""
+    deepest, level = 0, [tree]
+    while level:
+        deepest += 1
+        level = [part for node in level for part in node[1:] if isinstance(part, tuple)]
+    return deepest
+
+
 def symbols(tree: Tree) -> frozenset[str]:
     """Return the names of the free symbols."""
     if tree[0] == "sym":

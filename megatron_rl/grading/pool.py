@@ -26,7 +26,7 @@ import psutil
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Verdict, Verifier, unfinished
 
-# an interpreter with sympy takes 1 to 2 s, a user's module with torch many more, on a machine under load a multiple
+# an interpreter takes under 1 s, a user's module with torch many more, on a machine under load a multiple
 _START_SECONDS = 300.0
 _TICK_SECONDS = 0.1
 _WAITING = (psutil.STATUS_SLEEPING, psutil.STATUS_DISK_SLEEP, psutil.STATUS_IDLE, psutil.STATUS_ZOMBIE)

@@ -120,7 +120,7 @@ def _needed(value: Any) -> int:
     degree = math.prod(roots.values())
     transcendental = any(isinstance(key, str) and key != "i" for key in roots)
     bits = low + (degree - 1) * up + (_MARGIN + up if transcendental else 8)
-    if bits + up > (_MAX_TRANSCENDENTAL if transcendental else _MAX_PRECISION):
+    if not bits + up <= (_MAX_TRANSCENDENTAL if transcendental else _MAX_PRECISION):  # nan of infinities neither
         raise Undefined("more digits than are computed")
     return int(bits) + 1
 

@@ -63,6 +63,7 @@ KINDS: dict[str, list[tuple[str, str, bool]]] = {
     ],
     "words behind a number": [
         ("12", r"12\text{ squared}", False),
+        ("12", r"12\text{ square}", False),
         ("12", r"12\text{ factorial}", False),
         ("12", r"12\text{th root of 2}", False),
         ("7", "7 and a half", False),
