@@ -7,6 +7,7 @@ of the tensor's largest element), gradient norm 1.5e-7 relative.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,7 @@ def _errors_of(configs: list[Any]) -> list[str]:
     return [_error_of(config) for config in configs]
 
 
-def test_architectures_that_would_lose_a_feature_are_refused_by_name(worlds: Worlds) -> None:
+def test_architectures_that_would_lose_a_feature_are_refused_by_name_at_load() -> None:
     refused = {
         "sliding-window attention": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
         "attention_bias": {"model_type": "llama", "attention_bias": True},
@@ -242,9 +243,9 @@ def test_architectures_that_would_lose_a_feature_are_refused_by_name(worlds: Wor
             "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
         },
     }
-    configs = [make_config(None, model={"hf_config": HF | changes}) for changes in refused.values()]
-    for (what, changes), message in zip(refused.items(), worlds.run(1, _errors_of, configs)[0], strict=True):
-        assert message.startswith("ConfigError: model") and what in message, (changes, message)
+    for what, changes in refused.items():
+        with pytest.raises(ConfigError, match=re.escape(what)):
+            make_config(None, model={"hf_config": HF | changes})
     with pytest.raises(
         ConfigError, match="model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, qwen3_moe"
     ):
