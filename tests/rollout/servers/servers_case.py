@@ -55,20 +55,31 @@ def serving(
     from transformers import AutoConfig
 
     from megatron_rl.data import build_tokenizer, vocab_size
-    from megatron_rl.rollout.build import DIALECTS
-    from megatron_rl.rollout.servers.processes import EngineProcess, free_port
 
-    python = python_of(engine)
+    python_of(engine)
     tokenizer = build_tokenizer(parse_config(tiny_raw(folder)))
     config = AutoConfig.for_model(**(HF | {"tie_word_embeddings": tied, "vocab_size": vocab_size(tokenizer)} | hf))
     names = {"qwen2": "Qwen2ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
     config.architectures, config.dtype = [names[config.model_type]], "float32"
     config.save_pretrained(folder / "served")
     tokenizer.save_pretrained(folder / "served")
+    with started(engine, folder / "served", folder, tp=tp, with_routes=with_routes) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def started(
+    engine: str, model_dir: Path, folder: Path, *, tp: int = 1, with_routes: bool = False, own_weights: bool = False
+) -> Iterator[Any]:
+    """A server of a model folder, started as a run starts it, but that it may load the folder's weights: (process,
+    url)."""
+    from megatron_rl.rollout.build import DIALECTS
+    from megatron_rl.rollout.servers.processes import EngineProcess, free_port
+
     port = free_port()
     spec = LaunchSpec(
-        python=python,
-        model_dir=folder / "served",
+        python=python_of(engine),
+        model_dir=model_dir,
         port=port,
         tp=tp,
         dtype="float32",
@@ -81,7 +92,10 @@ def serving(
         extra_args=(),
         with_routes=with_routes,
     )
-    process = EngineProcess(*DIALECTS[engine]().command(spec), folder / f"{engine}.log")
+    argv, env = DIALECTS[engine]().command(spec)
+    assert "dummy" in argv
+    argv = ["auto" if own_weights and word == "dummy" else word for word in argv]
+    process = EngineProcess(argv, env, folder / f"{engine}.log")
     try:
         wait_ready(engine, process, f"http://127.0.0.1:{port}")
         yield process, f"http://127.0.0.1:{port}"
