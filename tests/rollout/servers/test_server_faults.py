@@ -60,7 +60,7 @@ def _train(raw: dict[str, Any], fault: str) -> dict[str, Any]:
         for run in runs:
             run.served.engine.close()
         leave_layout()
-    failures, busy = runs[0].engine._fleet.failures, getattr(runs[0].engine, "turned_away", 0)
+    failures, busy = runs[0].served.engine._fleet.failures, getattr(runs[0].served.engine, "turned_away", 0)
     return {"steps": steps, "failures": failures, "error": error, "turned away": busy}
 
 
@@ -70,7 +70,7 @@ def _server_pid(run: Any) -> int:
 
 
 def _provoke(fault: str, run: Any) -> None:
-    engine = run.engine
+    engine = run.served.engine
     if fault == "full queue":
         generate = engine._dialect.generate
 
