@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -208,7 +207,8 @@ def _shared_inputs(counts: dict[int, int], position_ids: Tensor, samples: Sample
 
 def _columns(segments: list[Segment]) -> tuple[Tensor, ...]:
     """Return begin, tokens, position, predictions and prefix of the segments and of one of padding, `[S + 1]` each."""
-    return torch.tensor([dataclasses.astuple(segment) for segment in [*segments, _PADDING]]).unbind(1)
+    rows = [(s.begin, s.tokens, s.position, s.predictions, s.prefix) for s in [*segments, _PADDING]]
+    return torch.tensor(rows).unbind(1)
 
 
 def _with_padding(widths: list[int], length: int) -> list[int]:
