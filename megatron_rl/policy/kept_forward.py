@@ -13,7 +13,7 @@ from megatron_rl.types import MicroBatch, MiniBatch
 
 
 class KeptForward:
-    """At most one output with its graph. Whoever moves the weights or computes another pass forgets it first."""
+    """At most one output with its graph. The next forward pass and the next update forget it."""
 
     def __init__(self) -> None:
         """Keep nothing yet."""

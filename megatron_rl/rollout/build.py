@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,9 +28,6 @@ from megatron_rl.rollout.servers.weight_sync import (
     Sender,
     expected_weights,
 )
-
-if TYPE_CHECKING:
-    from megatron_rl.config import Config
 
 
 def _sglang() -> Dialect:
