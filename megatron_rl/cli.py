@@ -16,6 +16,7 @@ import typer
 
 from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
+from megatron_rl.conform.commands import conform
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.eval.commands import evaluate
@@ -36,6 +37,7 @@ app.add_typer(convert_app, name="convert")
 app.command()(shadow)
 app.add_typer(profile_app, name="profile")
 app.command()(preflight)
+app.command()(conform)
 app.add_typer(data_app, name="data")
 app.command(cls=PlanCommand)(plan)
 app.command("eval")(evaluate)

@@ -39,7 +39,7 @@ RIDDLES = set(
 )
 # folders and files whose docstrings are written so
 PLAIN_PROSE = (
-    "algorithms/ cli.py cluster/ config/ data/ device.py files.py kernels/ lab/ launch.py metrics/ models/ packing/ "
+    "algorithms/ cli.py cluster/ config/ conform/ data/ device.py files.py kernels/ lab/ launch.py metrics/ models/ packing/ "
     "parallel/ plan/ policy/ preflight/ prepare/ profiling/ report/ resume.py reward/ rollout/ run.py "
     "train.py types.py warm_start.py"
 ).split()
@@ -70,7 +70,7 @@ FLOORS = (
     "run",
     "resume",
     "train",
-    "lab profiling preflight prepare",
+    "conform lab profiling preflight prepare",
     "cli",
     "cluster __main__",
 )

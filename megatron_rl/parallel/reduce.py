@@ -129,6 +129,10 @@ class Reducer:
         """Tell whether the flag is set on some rank."""
         return bool(self.max(torch.tensor([int(flag)], dtype=torch.int64, device=self.device)))
 
+    def gather(self, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "R *shape"]:
+        """Return every rank's values, in rank order."""
+        return self._gather(values)
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's picklable value, in rank order, on every rank.
 

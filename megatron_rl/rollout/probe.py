@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_rl import device
+from megatron_rl.config import Config
 from megatron_rl.packing import Layout, pack_supervised
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.rollout.engine import EngineError, Request, RolloutEngine, SamplingParams
@@ -18,11 +19,33 @@ _MAX_ERROR = {"float32": 1e-3, "bfloat16": 0.1}  # nats, mean over tokens
 
 
 def probe_engine(engine: RolloutEngine, policy: MegatronPolicy, layout: Layout, prompts: Sequence[Prompt]) -> None:
-    """Let the engine continue a few prompts, one per rank of the world, and score its tokens with the policy.
+    """Check that the engine serves the policy's weights. A collective.
 
-    A collective. Raises: EngineError, on every rank, when the mean difference of the log-probabilities exceeds
+    Raises: EngineError, on every rank, when the mean difference of the log-probabilities exceeds
     `rollout.weight_sync.max_probe_error`.
     """
+    distance, version = probe_distance(engine, policy, layout, prompts)
+    limit = probe_limit(policy.config)
+    if not distance <= limit:
+        raise EngineError(
+            f"after the update to weight version {version} the engine's log-probabilities of probe tokens differ from "
+            f"the policy's by {distance:.3g} nats on average, allowed {limit:g}: it does not serve the weights that it "
+            "was sent. Try another rollout.weight_sync.mode; if the engine merely computes less exactly, raise "
+            "rollout.weight_sync.max_probe_error"
+        )
+
+
+def probe_limit(config: Config) -> float:
+    """Return the largest mean difference that passes, in nats."""
+    return config.rollout.weight_sync.max_probe_error or _MAX_ERROR[config.model.dtype]
+
+
+def probe_distance(
+    engine: RolloutEngine, policy: MegatronPolicy, layout: Layout, prompts: Sequence[Prompt]
+) -> tuple[float, int]:
+    """Return the mean difference between the engine's and the policy's log-probabilities, in nats, and the engine's
+    weight version, the same on every rank: the engine continues a few prompts, one per rank, and the policy scores its
+    tokens. A collective. Raises: EngineError, on every rank, when the engine cannot answer."""
     config, groups = policy.config, policy.groups
     length = min(_TOKENS, config.rollout.max_response_tokens)
     sampling = SamplingParams(config.rollout.temperature, 1.0, 0, length, (), seed=0)
@@ -48,11 +71,4 @@ def probe_engine(engine: RolloutEngine, policy: MegatronPolicy, layout: Layout, 
             difference = stats.logprobs[response] - rollouts[index].rollout_logprobs[predicted].to(stats.logprobs)
             total += torch.stack([difference.abs().double().sum(), response.double().sum()])
     distance, count = groups.token_ranks.sum(total).tolist()
-    limit = config.rollout.weight_sync.max_probe_error or _MAX_ERROR[config.model.dtype]
-    if not distance / count <= limit:
-        raise EngineError(
-            f"after the update to weight version {rollouts[0].weight_version} the engine's log-probabilities of "
-            f"{count:.0f} probe tokens differ from the policy's by {distance / count:.3g} nats on average, allowed "
-            f"{limit:g}: it does not serve the weights that it was sent. Try another rollout.weight_sync.mode; if the "
-            "engine merely computes less exactly, raise rollout.weight_sync.max_probe_error"
-        )
+    return distance / count, rollouts[0].weight_version

@@ -1,0 +1,202 @@
+"""What one layout makes of the frozen mini-batch, kept in a folder so that another layout can be compared with it.
+
+The folder holds weights and gradients under their Hugging Face names (`start/`, `gradients/`, `after/` one update,
+`second/` after two, `checkpoint/`), `tokens.pt` with columns of all tokens in the order of their ids, and
+`numbers.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl import device, launch
+from megatron_rl.algorithms.control import LossController
+from megatron_rl.algorithms.hashing import hash_uniform
+from megatron_rl.algorithms.losses import policy_loss
+from megatron_rl.algorithms.weighting import mark_tokens
+from megatron_rl.config import Config
+from megatron_rl.conform.frozen import frozen_rollouts, with_old_policies
+from megatron_rl.convert.safetensors_io import stored_tensors
+from megatron_rl.convert.save_hf import SHARD_BYTES, write_shards
+from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts
+from megatron_rl.metrics import Timers
+from megatron_rl.packing import Layout, pack
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.parallel.weights import weight_stream
+from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.policy.gradients import full_gradients
+from megatron_rl.policy.policy import MegatronPolicy
+from megatron_rl.policy.schedule import run_schedule
+from megatron_rl.rollout.engine import Place
+from megatron_rl.rollout.probe import probe_distance
+from megatron_rl.rollout.served import Served
+from megatron_rl.run import fuses_on_every_rank
+from megatron_rl.train import advantages
+from megatron_rl.types import MicroBatch, MiniBatch, TrainBatch
+
+LOGITS_OF = 16  # tokens whose logits are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured: a config with its layout, and the architecture, perhaps with fewer layers."""
+
+    config: Config
+    raw_hf_config: dict[str, Any]
+    asks_engine: bool  # whether its engine is started and asked for log-probabilities
+
+
+def measure(subject: Subject, groups: Groups, folder: Path, taken_over: Path | None = None) -> None:
+    """Fill `folder` (rank 0 writes). Collective.
+
+    `taken_over`: the folder of another layout, whose checkpoint this one loads before its second update.
+    """
+    config, ranks = subject.config, groups.token_ranks
+    tokenizer = build_tokenizer(config)
+    prompts = load_prompts(config, tokenizer, lambda answer: True).train
+    layout = Layout.of(config, groups)
+    policy = MegatronPolicy(
+        subject.raw_hf_config,
+        config,
+        groups,
+        total_updates=2,
+        fuse_output_layer=fuses_on_every_rank(subject.raw_hf_config, config, groups.all_ranks),
+    )
+    keep = _Keeper(folder, policy)
+    keep.tensors("start", policy.hf_weights())
+    rollouts = frozen_rollouts(config, PromptCursor(prompts, config.seed).take(config.train.prompts_per_minibatch))
+    batch = pack(rollouts, advantages(rollouts, config), layout, step=0).to(device.device())
+    mini_batch = batch.mini_batches[0]
+    mini_batch = mini_batch.with_stats(policy.stats(mini_batch, with_sum_p2=True))
+    mini_batch = with_old_policies(mini_batch, config.seed, has_reference=config.loss.ref_kl_coef > 0)
+    loss = LossController(config.loss, ranks).next_loss(TrainBatch(0, (mini_batch,)))
+    mini_batch = mark_tokens(mini_batch, loss, ranks, seed=config.seed, step=0)
+    tokens, differing = _tokens(mini_batch, groups.all_ranks)
+    tokens |= _logits(policy, mini_batch)
+    numbers: dict[str, Any] = {"replicated tokens": differing, "selection": dict(mini_batch.selection)}
+    sums = policy.backward(mini_batch, policy_loss(loss))
+    totals = {name: ranks.sum(pair.to(device.device())).tolist() for name, pair in sorted(sums.items())}
+    numbers["loss"] = {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
+    keep.tensors("gradients", weight_stream(full_gradients(policy), policy.hf_config, groups))
+    numbers["clip norm"] = policy.update(mini_batch, policy_loss(loss)).grad_norm
+    numbers["replicated weights"] = _differing_replicas(policy)
+    keep.tensors("after", policy.hf_weights())
+    if subject.asks_engine:
+        numbers["engine"] = _engine_distance(config, policy, tokenizer, layout, prompts)
+    store = CheckpointStore(folder / "checkpoint", policy, groups, tokenizer)
+    if taken_over is None:
+        saved, whose = store.save(1, {}), folder
+        policy.update(mini_batch, policy_loss(loss))
+        keep.tensors("second", policy.hf_weights())
+        store.load(saved)
+        numbers["checkpoint"] = keep.unlike(whose / "after", policy.hf_weights())
+    else:
+        store.load(CheckpointStore(taken_over / "checkpoint", policy, groups, tokenizer).path(1))
+        numbers["checkpoint"] = keep.unlike(taken_over / "after", policy.hf_weights())
+        policy.update(mini_batch, policy_loss(loss))
+        keep.tensors("second", policy.hf_weights())
+    if groups.rank == 0:
+        torch.save(tokens, folder / "tokens.pt")
+        (folder / "numbers.json").write_text(json.dumps(numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Keeper:
+    """Writes streams, which every rank exhausts, to files of rank 0."""
+
+    folder: Path
+    policy: MegatronPolicy
+
+    def tensors(self, name: str, stream: Iterable[tuple[str, Tensor]]) -> None:
+        if self.policy.groups.rank == 0:
+            (self.folder / name).mkdir(parents=True)
+            write_shards(self.folder / name, stream, SHARD_BYTES)
+        for _ in stream:
+            pass
+
+    def unlike(self, folder: Path, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """Return the names of tensors that are not those in `folder`, bit for bit; on rank 0."""
+        stored = stored_tensors(folder) if self.policy.groups.rank == 0 else {}
+        return [name for name, tensor in stream if stored and not torch.equal(stored[name].read(), tensor.cpu())]
+
+
+def _tokens(mini_batch: MiniBatch, world: Reducer) -> tuple[dict[str, Tensor], list[str]]:
+    """Return columns of all counted tokens by rising id, and which of them are not the same bits on all ranks that hold
+    the same token."""
+    mine = {"ids": mini_batch.cat("token_ids_global"), "advantages": mini_batch.cat("advantages")}
+    mine |= {name: mini_batch.cat_stats(name) for name in ("logprobs", "entropy", "sum_p2", "sum_p2_logp")}
+    for name in ("selected", "surrogate_weights", "token_weights"):
+        if all(getattr(m, name) is not None for m in mini_batch.micro_batches):
+            mine[name] = mini_batch.cat(name)
+    parts = world.gather_objects({name: column.cpu() for name, column in mine.items()})
+    whole = {name: torch.cat([part[name] for part in parts]) for name in mine}
+    order = whole["ids"].argsort(stable=True)
+    whole = {name: column[order] for name, column in whole.items()}
+    same = whole["ids"][1:] == whole["ids"][:-1]
+    differing = [name for name, column in whole.items() if (column[1:] != column[:-1])[same].any()]
+    first = torch.cat([torch.ones(1, dtype=torch.bool), ~same])
+    return {name: column[first] for name, column in whole.items()}, differing
+
+
+def _logits(policy: MegatronPolicy, mini_batch: MiniBatch) -> dict[str, Tensor]:
+    """Return `logits` `[LOGITS_OF, V]` float32 of the tokens `logit_ids`, drawn by hash."""
+    groups, model = policy.groups, policy.model
+    ids = mini_batch.cat("token_ids_global")
+    _, chosen = groups.token_ranks.top_k(hash_uniform(policy.config.seed, ids), ids, LOGITS_OF)
+
+    def on_output(output: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        wanted = micro_batch.loss_mask & torch.isin(micro_batch.token_ids_global, chosen)
+        rows = output[wanted]
+        return micro_batch.token_ids_global[wanted], rows @ model.output_weight.t() if model.hands_over_hidden else rows
+
+    with torch.no_grad():
+        found = run_schedule(model, mini_batch, on_output, forward_only=True)
+    shards = [(ids.cpu(), Reducer(groups.tp, device.device()).gather(rows.float()).cpu()) for ids, rows in found]
+    everywhere = groups.all_ranks.gather_objects(shards if groups.tp_rank == 0 else [])
+    by_id = {
+        int(token): shards[:, row].reshape(-1)[: model.vocab_size]
+        for rank in everywhere
+        for tokens, shards in rank
+        for row, token in enumerate(tokens)
+    }
+    known = sorted(by_id)
+    return {"logit_ids": torch.tensor(known), "logits": torch.stack([by_id[token] for token in known])}
+
+
+def _differing_replicas(policy: MegatronPolicy) -> list[str]:
+    """Return the parameters of which ranks with the same shard hold other bits. Experts that are dealt out are left
+    out: their replicas are other ranks."""
+    groups = policy.groups
+    named = [(n, p) for n, p in policy.parameters if groups.ep_size == 1 or ".experts." not in n]
+    digests = torch.stack([_digest(parameter) for _, parameter in named])
+    copies = groups.token_ranks.gather(digests)
+    return [name for (name, _), row in zip(named, copies.unbind(1), strict=True) if (row != row[0]).any()]
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """Return an int64 that two tensors of other bits share by accident alone."""
+    bits = tensor.detach().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32).long()
+    return (bits * (torch.arange(len(bits), device=bits.device) * 2 + 1)).sum()
+
+
+def _engine_distance(
+    config: Config, policy: MegatronPolicy, tokenizer: Any, layout: Layout, prompts: Any
+) -> dict[str, float]:
+    groups = policy.groups
+    place = Place(groups.rank, groups.world_size, launch.local_rank(), groups.all_ranks.gather_objects)
+    served = Served(config, place, policy, tokenizer, shares_memory=policy)
+    served.weight_version = 1
+    try:
+        with served.session(Timers(device.synchronize)) as engine:
+            distance, _ = probe_distance(engine, policy, layout, prompts)
+    finally:
+        served.close()
+    return {"nats": distance}

@@ -1,0 +1,195 @@
+"""Two layouts' measurements compared: a verdict a line, with the largest deviation, its place and what usually causes
+it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.convert.safetensors_io import stored_tensors
+
+# Largest deviations that rounding explains, by the model's dtype: of log-probabilities and entropies in nats, of logits
+# in logit units, of the rest relative to the reference; `selected` is the share of the selected tokens.
+TOLERANCES: dict[str, dict[str, float]] = {
+    "float32": {
+        "logits": 1e-3, "logprobs": 1e-3, "entropy": 1e-3, "token weights": 1e-3, "selected": 0.0, "loss": 1e-4,
+        "gradients": 2e-3, "clip norm": 1e-3, "update": 2e-2, "second update": 5e-2,
+    },
+    "bfloat16": {
+        "logits": 1.0, "logprobs": 1.0, "entropy": 0.5, "token weights": 0.1, "selected": 0.5, "loss": 5e-2,
+        "gradients": 0.25, "clip norm": 5e-2, "update": 0.5, "second update": 0.7,
+    },
+}  # fmt: skip
+CAUSES = {
+    "weights": "loading or the weight stream: another rank's shard, a row of the mapping table, a tied embedding",
+    "logits": "a layer's all-reduce, position ids or attention across context-parallel ranks, a pipeline stage's layers",
+    "logprobs": "padding columns of the vocabulary counted, or a part of it merged wrongly",
+    "entropy": "padding columns of the vocabulary counted, or a part of it merged wrongly",
+    "token weights": "statistics over one rank or micro-batch in place of the whole mini-batch",
+    "selected": "a top-k, mean or quota over one rank or micro-batch, or a draw that depends on the rank",
+    "loss": "a denominator of one rank or micro-batch, tokens counted twice, prompt or padding tokens counted",
+    "gradients": "a gradient that is not summed over its replicas (norms under sequence parallelism, biases, tied "
+    "embeddings, the router), or divided by a local count",
+    "clip norm": "a parameter counted twice or not at all: replicas, experts, stages",
+    "update": "the optimizer's shards, or gradients that ranks do not share",
+    "second update": "moments that an update or the checkpoint lost",
+    "replicated tokens": "ranks that hold the same tokens disagree: a broadcast along the pipeline or over tp",
+    "replicated weights": "data-parallel ranks drift apart: the all-gather after an update",
+    "checkpoint": "a shard's place in the checkpoint",
+    "engine": "the weight stream into the engine, its dtype or its sampling parameters",
+}
+_FLOOR = 1e-3  # of the largest gradient of all: what is smaller is rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One line of the answer. `deviation` and `tolerance` are in the unit of TOLERANCES."""
+
+    name: str
+    deviation: float
+    tolerance: float
+    place: str = ""
+
+    @property
+    def is_ok(self) -> bool:
+        """Return whether rounding explains the deviation."""
+        return self.deviation <= self.tolerance  # NaN is not
+
+    @property
+    def cause(self) -> str:
+        """Return what usually causes such a deviation."""
+        return CAUSES[self.name]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        finite = self.deviation if math.isfinite(self.deviation) else None
+        return asdict(self) | {"deviation": finite, "ok": self.is_ok, "cause": "" if self.is_ok else self.cause}
+
+
+def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list[Verdict]:
+    """Return the verdicts on the folder `run` against `reference`, both filled by `measure`."""
+    mine, theirs = _tokens(run), _tokens(reference)
+    ours, numbers = _numbers(run), _numbers(reference)
+    limit = TOLERANCES[dtype]
+    verdicts = [_exact("weights", _unlike(run / "start", reference / "start"))]
+    if not torch.equal(mine["ids"], theirs["ids"]) or not torch.equal(mine["advantages"], theirs["advantages"]):
+        missing = set(theirs["ids"].tolist()) ^ set(mine["ids"].tolist())
+        return [*verdicts, Verdict("loss", math.inf, 0.0, f"the layouts count other tokens: {sorted(missing)[:3]}")]
+    both = torch.isin(mine["logit_ids"], theirs["logit_ids"]), torch.isin(theirs["logit_ids"], mine["logit_ids"])
+    logits = (mine["logits"][both[0]] - theirs["logits"][both[1]]).abs().amax(1)
+    verdicts.append(_worst("logits", logits, mine["logit_ids"][both[0]], limit["logits"]))
+    for name in ("logprobs", "entropy"):
+        verdicts.append(_worst(name, (mine[name] - theirs[name]).abs(), mine["ids"], limit[name]))
+    for name in ("surrogate_weights", "token_weights"):
+        if name in theirs:
+            verdicts.append(
+                _worst("token weights", _relative(mine[name], theirs[name]), mine["ids"], limit["token weights"])
+            )
+    if "selected" in theirs:
+        differing = mine["selected"] != theirs["selected"]
+        share = int(differing.sum()) / max(1, 2 * int(theirs["selected"].sum()))
+        verdicts.append(Verdict("selected", share, limit["selected"], _token(mine["ids"][differing])))
+    verdicts.append(
+        _metrics(ours["loss"] | ours["selection"], numbers["loss"] | numbers["selection"], limit["loss"], dtype)
+    )
+    verdicts.append(_gradients(run, reference, limit["gradients"]))
+    difference = abs(ours["clip norm"] - numbers["clip norm"]) / max(numbers["clip norm"], 1e-30)
+    verdicts.append(Verdict("clip norm", difference, limit["clip norm"]))
+    verdicts.append(_movement("update", run, reference, ("start", "after"), limit["update"]))
+    verdicts += [_exact(name, ours[name]) for name in ("replicated tokens", "replicated weights", "checkpoint")]
+    verdicts.append(_exact("checkpoint", numbers["checkpoint"], "loaded by the reference layout: "))
+    verdicts.append(_movement("second update", run, reference, ("after", "second"), limit["second update"]))
+    if "engine" in ours:
+        verdicts.append(Verdict("engine", ours["engine"]["nats"], engine_limit))
+    return verdicts
+
+
+def _tokens(folder: Path) -> dict[str, Tensor]:
+    return torch.load(folder / "tokens.pt", weights_only=True)
+
+
+def _numbers(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "numbers.json").read_text())
+
+
+def _exact(name: str, differing: list[str], where: str = "") -> Verdict:
+    place = where + ", ".join(differing[:3]) if differing else ""
+    return Verdict(name, float(len(differing)), 0.0, place)
+
+
+def _worst(name: str, deviations: Tensor, ids: Tensor, tolerance: float) -> Verdict:
+    if not len(deviations):
+        return Verdict(name, math.nan, tolerance, "no token in common")
+    worst = int(torch.where(deviations.isnan(), math.inf, deviations).argmax())
+    return Verdict(name, float(deviations[worst]), tolerance, _token(ids[worst : worst + 1]))
+
+
+def _token(ids: Tensor) -> str:
+    return f"token {int(ids[0])}" if len(ids) else ""
+
+
+def _relative(mine: Tensor, theirs: Tensor) -> Tensor:
+    return (mine - theirs).abs() / theirs.abs().clamp(min=float(theirs.abs().max()) * 1e-3 + 1e-30)
+
+
+def _metrics(mine: dict[str, float], theirs: dict[str, float], tolerance: float, dtype: str) -> Verdict:
+    """Compare sums over the mini-batch relative to their size, or to 1 where they are smaller."""
+    if mine.keys() != theirs.keys():
+        return Verdict("loss", math.inf, tolerance, f"other metrics: {sorted(mine.keys() ^ theirs.keys())[:3]}")
+    deviations = {name: abs(mine[name] - theirs[name]) / max(abs(theirs[name]), 1.0) for name in theirs}
+    worst = max(deviations, key=deviations.__getitem__)
+    return Verdict("loss", deviations[worst], tolerance, worst)
+
+
+def _pairs(run: Path, reference: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    mine, theirs = stored_tensors(run), stored_tensors(reference)
+    for name in theirs:
+        empty = torch.full((1,), math.nan)
+        yield name, mine[name].read() if name in mine else empty, theirs[name].read()
+
+
+def _unlike(run: Path, reference: Path) -> list[str]:
+    names = stored_tensors(run).keys() ^ stored_tensors(reference).keys()
+    return [*names, *(name for name, a, b in _pairs(run, reference) if name not in names and not torch.equal(a, b))]
+
+
+def _gradients(run: Path, reference: Path, tolerance: float) -> Verdict:
+    """Compare by parameter: the largest difference relative to the parameter's largest gradient, or to a thousandth of
+    the largest of all where that is more: a key's bias has no gradient but rounding."""
+    largest = _largest_gradient(reference)
+    worst, place = 0.0, ""
+    for name, mine, theirs in _pairs(run / "gradients", reference / "gradients"):
+        scale = max(float(theirs.abs().max()), _FLOOR * largest, 1e-30)
+        deviation = float((mine - theirs).abs().max()) / scale
+        if not deviation <= worst:
+            worst, place = deviation, name
+    return Verdict("gradients", worst, tolerance, place)
+
+
+def _largest_gradient(folder: Path) -> float:
+    return max(float(stored.read().abs().max()) for stored in stored_tensors(folder / "gradients").values())
+
+
+def _movement(name: str, run: Path, reference: Path, ends: tuple[str, str], tolerance: float) -> Verdict:
+    """Compare by parameter how an update moved it: root mean square of the difference relative to that of the movement,
+    over weights whose gradient is more than rounding, because Adam moves all alike."""
+    floor = _FLOOR * _largest_gradient(reference)
+    gradients = stored_tensors(reference / "gradients")
+    begins = stored_tensors(run / ends[0]), stored_tensors(reference / ends[0])
+    worst, place = 0.0, ""
+    for weight, mine, theirs in _pairs(run / ends[1], reference / ends[1]):
+        real = gradients[weight].read().abs() > floor
+        moved = (theirs.float() - begins[1][weight].read().float())[real]
+        difference = (mine.float() - begins[0][weight].read().float())[real] - moved
+        scale = float(moved.square().mean().sqrt()) if len(moved) else 0.0
+        deviation = float(difference.square().mean().sqrt()) / scale if scale else float(difference.abs().sum() > 0)
+        if not deviation <= worst:
+            worst, place = deviation, weight
+    return Verdict(name, worst, tolerance, place)
