@@ -42,8 +42,9 @@ class Question:
 
 
 def main(config: Config, question: Question, folder: Path) -> None:
-    """Answer on the world of the run's layout; the reference takes its first ranks. Rank 0 prints the verdicts and writes
-    folder/conform.json.
+    """Answer on the world of the run's layout; the reference takes its first ranks.
+
+    Rank 0 prints the verdicts and writes folder/conform.json.
 
     Raises: UserError on rank 0 when a verdict fails; ConfigError for a reference that cannot be laid out here.
     """
