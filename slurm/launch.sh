@@ -66,12 +66,12 @@ warn() { # SIGNAL
     echo "$part $1" > "$run_dir/stop"
 }
 
-on_all() { # LOG SUBCOMMAND: megatron-rl SUBCOMMAND on every rank; returns its exit code
+on_all() { # LOG SUBCOMMAND [OPTION ...]: megatron-rl SUBCOMMAND CONFIG on every rank; returns its exit code
     local log=$1 code_of_all=0 pid
     # torchrun reads MASTER_*; node.sh passes them on
     MASTER_ADDR=$address MASTER_PORT=$(free_port) MEGATRON_RL_PROCESSES=$per_node \
         "${srun[@]}" --nodes="$SLURM_JOB_NUM_NODES" --output="$log" \
-        bash "$code/slurm/node.sh" agent "$2" "$run_dir/config.yaml" &
+        bash "$code/slurm/node.sh" agent "$2" "$run_dir/config.yaml" "${@:3}" &
     pid=$!
     while true; do
         signalled=""
@@ -93,6 +93,14 @@ if ! on_all "$run_dir/logs/preflight-$part.log" preflight; then
     exit 1
 fi
 cat "$run_dir/logs/preflight-$part.log"
+
+if [[ -n ${MEGATRON_RL_CONFORM:-} ]]; then # conform.sbatch
+    code_of_conform=0
+    read -ra options <<< "$MEGATRON_RL_CONFORM"
+    on_all "$run_dir/logs/conform-$part.log" conform "${options[@]}" || code_of_conform=$?
+    cat "$run_dir/logs/conform-$part.log"
+    exit "$code_of_conform"
+fi
 
 merged=$run_dir/logs/job-$part.log
 touch "$run_dir/logs/rank0.log"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a node, inside the container if there is one: a command in the site's environment.
-#   node.sh agent SUBCOMMAND CONFIG    torchrun, and under it megatron-rl SUBCOMMAND CONFIG as this node's ranks
+#   node.sh agent SUBCOMMAND CONFIG [OPTION ...]
+#                   torchrun, and under it megatron-rl SUBCOMMAND CONFIG OPTION ... as this node's ranks
 #   node.sh COMMAND...
 set -euo pipefail
 # shellcheck source=slurm/site.sh

@@ -16,7 +16,7 @@ from megatron_rl.types import MicroBatch, MiniBatch, Prompt, Rollout
 LEARNING_RATE = 1e-3  # large enough for an update to show in bfloat16 weights
 _MOVED = 0.3  # nats: how far log-probabilities lie apart from their old ones, so that clipping bites
 _MISMATCH = 0.05  # nats between trainer and engine
-_ROLES = {"length": 1, "tokens": 2, "reward": 3, "old": 4, "rollout": 5, "ref": 6}  # fields of the hashes
+_ROLES = {"length": 1, "tokens": 2, "reward": 3, "old": 4, "rollout": 5, "ref": 6, "given": 7}  # fields of the hashes
 
 
 def frozen_config(config: Config, tokens: int) -> Config:
@@ -50,7 +50,8 @@ def frozen_config(config: Config, tokens: int) -> Config:
 def frozen_rollouts(config: Config, prompts: Sequence[Prompt]) -> list[Rollout]:
     """Return `samples_per_prompt` rollouts of each prompt: lengths, tokens (those of the prompts) and rewards by hash.
 
-    Routes of experts and spans are left out: each layout routes for itself.
+    Some of a response's first tokens are given, as a turn of the environment would be, so that ranks with equally many
+    tokens have different numbers of them that count.
     """
     words = torch.tensor([token for prompt in prompts for token in prompt.token_ids])
     most, rollouts = config.rollout.max_response_tokens, []
@@ -60,6 +61,7 @@ def frozen_rollouts(config: Config, prompts: Sequence[Prompt]) -> list[Rollout]:
             length = 1 + int(hash64(*key, _ROLES["length"]).abs() % most)
             drawn = words[hash64(*key, _ROLES["tokens"], torch.arange(length)).abs() % len(words)]
             token_ids = torch.cat([torch.tensor(prompt.token_ids), drawn])
+            given = len(prompt.token_ids) + int(hash64(*key, _ROLES["given"]).abs() % length)
             reward = float(hash_uniform(*key, _ROLES["reward"]))
             rollouts.append(
                 Rollout(
@@ -67,7 +69,7 @@ def frozen_rollouts(config: Config, prompts: Sequence[Prompt]) -> list[Rollout]:
                     sample_index=sample,
                     token_ids=token_ids,
                     rollout_logprobs=torch.zeros(len(token_ids)),
-                    sampled=torch.arange(len(token_ids)) >= len(prompt.token_ids),
+                    sampled=torch.arange(len(token_ids)) >= given,
                     finish_reason="stop",
                     weight_version=0,
                     score=reward,

@@ -162,7 +162,7 @@ def _logits(policy: MegatronPolicy, mini_batch: MiniBatch) -> dict[str, Tensor]:
     shards = [(ids.cpu(), Reducer(groups.tp, device.device()).gather(rows.float()).cpu()) for ids, rows in found]
     everywhere = groups.all_ranks.gather_objects(shards if groups.tp_rank == 0 else [])
     by_id = {
-        int(token): shards[:, row].reshape(-1)[: model.vocab_size]
+        int(token): shards[:, row].reshape(-1)[: policy.hf_config.vocab_size]
         for rank in everywhere
         for tokens, shards in rank
         for row, token in enumerate(tokens)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -171,6 +172,15 @@ def _first_micro_batch_lost(real: Any) -> Any:
     return backward
 
 
+def _not_in_the_background(real: Any) -> Any:
+    """Asynchronous all-reduces, which are those of a linear layer's backward pass, do nothing."""
+
+    def all_reduce(tensor: Any, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+        return SimpleNamespace(wait=_nothing) if async_op else real(tensor, *args, **kwargs)
+
+    return all_reduce
+
+
 def _drifting(real: Any) -> Any:
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = real(self, *args, **kwargs)
@@ -271,7 +281,7 @@ MUTATIONS: dict[str, tuple[str, Patch]] = {
     ),
     "no all-reduce of an input's gradient": (
         "tp2",
-        _replaced("megatron.core.tensor_parallel.layers:torch.distributed.all_reduce", lambda real: _nothing),
+        _replaced("megatron.core.tensor_parallel.layers:torch.distributed.all_reduce", _not_in_the_background),
     ),
     "replicas drift apart": ("dp2", _replaced(_POLICY + "update", _drifting)),
     "advantages of each rank's own scale": (

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.config import parse_config
 from megatron_rl.conform.commands import reference_layout
 from megatron_rl.conform.verdicts import Verdict, compare
-from megatron_rl.config import parse_config
 from megatron_rl.errors import ConfigError
 from tests.conform.mutations import LAYOUTS, MOE, MUTATIONS, measured, raw_config
 from tests.tiny import HF

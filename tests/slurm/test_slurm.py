@@ -162,9 +162,20 @@ def test_the_first_failing_ranks_traceback_is_on_top(cluster: Cluster) -> None:
     assert "ArithmeticError: boom in packing" in cluster.output(job)
 
 
+def test_conform_compares_the_layout_of_two_nodes_with_one_process(cluster: Cluster) -> None:
+    overrides = shrink("ignored", reward="tests.tiny:mostly_digits")
+    arguments = ["--nodes=2", "slurm/conform.sbatch", "configs/32b_kl_cov.yaml", *overrides[1:]]
+    job = cluster.submit(ROOT, *arguments)
+    facts = cluster.wait_for(job, ("COMPLETED", "FAILED"), LIMIT)
+    assert facts["JobState"] == "COMPLETED", cluster.output(job)
+    answer = json.loads((cluster.folder / "runs" / f"conform-{job}" / "conform" / "conform.json").read_text())
+    assert answer["ok"] and answer["layouts"]["run"]["tp"] == 2 and answer["layouts"]["reference"]["tp"] == 1
+    assert "tp2 sp against one process" in cluster.output(job)
+
+
 @pytest.mark.parametrize("path", SBATCH_FILES, ids=lambda path: path.stem)
 def test_slurm_takes_every_file_as_it_is(cluster: Cluster, path: Path) -> None:
-    nodes = 4 if path.stem.startswith("32b") else 1
+    nodes = 1 if path.stem.startswith("7b") else 4
     told = subprocess.run(
         ["sbatch", "--test-only", f"slurm/{path.name}", "seed=2"],
         env=cluster.env, cwd=ROOT, capture_output=True, text=True, timeout=60,
