@@ -209,7 +209,7 @@ class MegatronPolicy:
         collected = run_schedule(self.model, mini_batch, on_output, forward_only=False, output=output)
         sums = _add_up(collected)
         if self.groups.pp_size > 1:
-            sums = self.groups.stage_ranks.gather_objects(sums)[-1]
+            sums = self.groups.stage_ranks.gather_objects({name: pair.cpu() for name, pair in sums.items()})[-1]
         return sums
 
     def clear_gradients(self) -> None:
