@@ -140,6 +140,7 @@ class Inputs:
     position_ids: Int64[Tensor, "M"]  # behind a prefix they go on from it
     cu_seqlens: Int32[Tensor, "E"]  # trailing padding forms a last sequence of its own
     real: Bool[Tensor, "M"]  # no padding
+    longest: int  # tokens of the longest sequence, over all context-parallel ranks
     prefixes: Int64[Tensor, "E-1"] | None = None  # which sequence holds the tokens before one's own, -1: none
     rows: Int64[Tensor, "T"] | None = None  # which output is that of position t of the micro-batch; None: the t-th
 
@@ -177,6 +178,7 @@ class MicroBatch:
     token_ids_global: Int64[Tensor, "T"]  # unique in the step and independent of the layout; -1 on padding
     loss_denominator: int  # what this rank's part adds to the global denominator (tokens or sequences)
     num_sequences: int  # without the padding sequence
+    longest: int  # tokens of the longest sequence, over all context-parallel ranks: nobody asks the device for it
     old_logprobs: Float[Tensor, "T"] | None = None  # nats
     ref_logprobs: Float[Tensor, "T"] | None = None  # nats
     selected: Bool[Tensor, "T"] | None = None  # the tokens that Clip-Cov or KL-Cov picked
@@ -187,7 +189,8 @@ class MicroBatch:
 
     def model_inputs(self) -> Inputs:
         """Return what the model computes."""
-        return self.inputs or Inputs(self.token_ids, self.position_ids, self.cu_seqlens, self.token_ids_global >= 0)
+        real = self.token_ids_global >= 0
+        return self.inputs or Inputs(self.token_ids, self.position_ids, self.cu_seqlens, real, self.longest)
 
     @property
     def computed_stats(self) -> TokenStats:

@@ -41,9 +41,9 @@ def covariances(
     """Return `covariance` of several sets of tokens, each centred by itself, in one collective."""
     doubles = [(logprobs.double(), advantages.double()) for logprobs, advantages in pairs]
     rows = [torch.stack([torch.full_like(logp.sum(), logp.numel()), logp.sum(), adv.sum()]) for logp, adv in doubles]
-    sums = torch.stack(rows)
+    sums = torch.stack(rows) if ranks is None else ranks.sum(torch.stack(rows))
     centred = []
-    for (logp, adv), (size, logp_sum, adv_sum) in zip(doubles, sums if ranks is None else ranks.sum(sums), strict=True):
+    for (logp, adv), (_, logp_sum, adv_sum), size in zip(doubles, sums, sums[:, 0].tolist(), strict=True):
         count = int(size)
         centred.append(((logp - logp_sum / count) * (adv - adv_sum / count) if count else logp, count))
     return centred
@@ -163,13 +163,15 @@ def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, 
     most = max(TOP_FRACTIONS.values())
     sets = [(c, m.cat("token_ids_global"), quota(most, n)) for (c, n), m in zip(centred, updates, strict=True)]
     tops, totals = ranks.top_ks_and_sum(sets, torch.stack(sums))
+    means = [
+        torch.stack([*total / count, *(top[: quota(fraction, count)].mean() for fraction in TOP_FRACTIONS.values())])
+        for (top, _), total, (_, count) in zip(tops, totals, centred, strict=True)
+        if count
+    ]
     rows = []
-    for (top, _), total, (_, count) in zip(tops, totals, centred, strict=True):
-        if count:
-            mean, square, vocab_mean = (total / count).tolist()
-            row = {"cov/mean": mean, "cov/std": math.sqrt(max(0.0, square - mean * mean)), "cov/vocab_mean": vocab_mean}
-            row |= {name: float(top[: quota(fraction, count)].mean()) for name, fraction in TOP_FRACTIONS.items()}
-            rows.append(row)
+    for mean, square, vocab_mean, *highest in torch.stack(means).tolist() if means else []:  # one wait for the device
+        row = {"cov/mean": mean, "cov/std": math.sqrt(max(0.0, square - mean * mean)), "cov/vocab_mean": vocab_mean}
+        rows.append(row | dict(zip(TOP_FRACTIONS, highest, strict=True)))
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
 
@@ -181,7 +183,8 @@ def _spent(mini_batch: MiniBatch) -> Tensor:
 def _selection_metrics(
     selected: Tensor, logprobs: Tensor, entropy: Tensor, count: int, ranks: Ranks
 ) -> dict[str, float]:
-    picked = torch.stack([selected.double().sum(), logprobs[selected].double().sum(), entropy[selected].double().sum()])
+    values = (torch.ones_like(logprobs), logprobs, entropy)
+    picked = torch.stack([torch.where(selected, value, 0.0).double().sum() for value in values])
     number, logp, ent = ranks.sum(picked).tolist()
     metrics = {"select/count": number, "select/fraction": number / count}
     if number:

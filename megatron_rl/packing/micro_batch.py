@@ -162,6 +162,7 @@ def _predictions(
         token_ids_global=torch.where(real, samples.indices[source] * layout.max_tokens + position_ids + 1, -1),
         loss_denominator=denominator,
         num_sequences=num_samples,
+        longest=max(widths),
     )
 
 
@@ -188,7 +189,8 @@ def _shared_inputs(counts: dict[int, int], position_ids: Tensor, samples: Sample
         outputs.append((ends[prefix] if skip else 0, ends[-1], skip))
         if own := work.lengths[i] - skip:  # a response of one token is predicted by the prompt alone
             append(Segment(samples.starts[i] + skip, own, skip, prefix=prefix))
-    segment, offset, cu_seqlens = _places(_with_padding([s.tokens for s in segments], length))
+    widths = _with_padding([s.tokens for s in segments], length)
+    segment, offset, cu_seqlens = _places(widths)
     begin, tokens, position, _, prefixes = _columns(segments)
     real = offset < tokens[segment]
     sample, *_ = _places(_with_padding(list(counts.values()), len(position_ids)))
@@ -200,6 +202,7 @@ def _shared_inputs(counts: dict[int, int], position_ids: Tensor, samples: Sample
         position_ids=position[segment] + offset,
         cu_seqlens=cu_seqlens,
         real=real,
+        longest=max(widths),
         prefixes=prefixes[: len(cu_seqlens) - 1] if any(s.prefix >= 0 for s in segments) else None,
         rows=position_ids + shift,
     )

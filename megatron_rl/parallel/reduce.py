@@ -172,10 +172,10 @@ class _Pickler(pickle.Pickler):
     """Tensors on the host as their bytes: torch writes each as an archive of its own, 20 times slower when small."""
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.device.type != "cpu":
+        if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
             # it would come back on the GPU of the sender's number, which on another machine is another rank's
             raise TypeError(f"an object to gather holds a tensor on {value.device}; give it as .cpu()")
-        if type(value) is not Tensor or value.requires_grad or value.layout != torch.strided:
+        if type(value) is not Tensor or value.is_meta or value.requires_grad or value.layout != torch.strided:
             return NotImplemented
         data = value.contiguous().view(-1).view(torch.uint8) if value.numel() else value
         return _tensor, (data.numpy().tobytes(), value.dtype, tuple(value.shape))

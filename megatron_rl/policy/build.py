@@ -177,7 +177,7 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups, *
         _count_padding(ddp[-1])
     tconfig.finalize_model_grads_func = finalize_model_grads
     vocab_start = groups.tp_rank * (vocab // groups.tp_size)
-    packs = None if device.ON_GPU else RememberedPacks(_inv_freq(hf))
+    packs = None if device.ON_GPU else RememberedPacks(_inv_freq(hf).to(device.device()))
     return Model(hf, tconfig, chunks, ddp, hf.vocab_size, vocab_start, packs, fuse_output_layer)
 
 
@@ -200,7 +200,7 @@ def _chunk(
     )
     if device.ON_GPU:
         gpt.rotary_pos_emb.inv_freq.copy_(_inv_freq(hf))
-    return gpt
+    return gpt.to(device.device())  # Megatron makes a router's weight on the host
 
 
 def _hand_over_hidden(gpt: GPTModel, groups: Groups) -> None:

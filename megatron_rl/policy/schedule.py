@@ -79,15 +79,14 @@ def _packed(inputs: Inputs, routes: Tensor | None, model: Model) -> RoutedSequen
     if model.packs is not None:
         return model.packs.of(inputs, context_size, routes)
     cu_seqlens = inputs.cu_seqlens * context_size
-    # the true longest sequence: Megatron takes a RoPE table as long as the whole pack for per-token positions
-    longest = int(cu_seqlens.diff().max())
     padded = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens} if context_size > 1 else {}
     return RoutedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        # the true longest: Megatron takes a RoPE table as long as the whole pack for per-token positions
+        max_seqlen_q=inputs.longest,
+        max_seqlen_kv=inputs.longest,
         routes=routes,
         **padded,
     )

@@ -33,7 +33,7 @@ def test_prefixes_are_seen_and_get_their_gradients() -> None:
 
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
     real = torch.arange(int(bounds[-1])) < bounds[-2]
-    inputs = Inputs(torch.zeros_like(POSITIONS), POSITIONS, bounds.int(), real, PREFIXES)
+    inputs = Inputs(torch.zeros_like(POSITIONS), POSITIONS, bounds.int(), real, int(bounds.diff().max()), PREFIXES)
     draw = torch.Generator().manual_seed(0)
     qkv = [torch.randn(len(POSITIONS), n, WIDTH, generator=draw).requires_grad_() for n in (HEADS, GROUPS, GROUPS)]
     weight = torch.randn(len(POSITIONS), HEADS, WIDTH, generator=draw)
