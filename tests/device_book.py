@@ -52,6 +52,7 @@ class Book:
 
     faults: Counter[str] = field(default_factory=Counter)  # "what @ function"
     reads: Counter[str] = field(default_factory=Counter)  # "file function" in which the host waits for the device
+    objects: Counter[str] = field(default_factory=Counter)  # "file function" that sends Python objects over NCCL
 
     def fault(self, what: str) -> None:
         """Note what a GPU would refuse."""
@@ -144,15 +145,15 @@ class _Operators(TorchDispatchMode):
         if all(places) or not any(places):
             return
         if name in _INDEXES and places[0]:  # indices may come from the host
-            tensors, places = (tensors[:1], places[:1]) if "put" not in name else ([args[0], args[2]], [True, _is_on_device(args[2])])
+            values = [args[2]] if "put" in name else []
+            tensors, places = [args[0], *values], [True, *map(_is_on_device, values)]
         scalars_may_differ = torch.Tag.pointwise in func.tags or name in _TAKES_HOST_SCALARS
         changed = func._schema.is_mutable and not places[0]  # a result cannot be written to the host
         strays = [t for t, on_device in zip(tensors, places, strict=True) if not on_device]
         whole = [t for t, on_device in zip(tensors, places, strict=True) if on_device and t.dim()]
         fits = scalars_may_differ and not changed and (whole or places[0]) and not any(t.dim() for t in strays)
         if strays and not fits:
-            shapes = [("device" if on else "host", tuple(t.shape)) for t, on in zip(tensors, places, strict=True)]
-            self.book.fault(f"{name} of {' and '.join(sorted({place for place, _ in shapes}))} tensors")
+            self.book.fault(f"{name} of device and host tensors")
 
     def _check_collective(self, name: str, leaves: list[Any], places: list[bool]) -> None:
         groups = [_group_name(leaf) for leaf in leaves]
@@ -241,7 +242,7 @@ def booked(book: Book) -> Iterator[None]:
     run_backward = torch.autograd._engine_run_backward
 
     def with_functions(*args: Any, **kwargs: Any) -> Any:
-        """Run backward passes in Python with the function mode, which torch takes away inside torch.autograd.backward."""
+        """Run what backward passes do in Python under the function mode, which torch has taken away by then."""
         depth, functions.depth = functions.depth, 0
         try:
             with functions if depth else contextlib.nullcontext():
@@ -282,18 +283,27 @@ def install() -> None:
     clip_grad._group_tensors_by_device_and_dtype = by_device
 
     c10d = torch.distributed.distributed_c10d
-    new_group, object_device = c10d.new_group, c10d._get_object_coll_device
+    new_group = c10d.new_group
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         group = new_group(*args, **kwargs)
         backend = kwargs.get("backend") or (args[2] if len(args) > 2 else None)
-        if isinstance(group, ProcessGroup) and backend == "gloo":
-            _HOST_GROUPS.add(group.group_name)
+        if isinstance(group, ProcessGroup):
+            (_HOST_GROUPS.add if backend == "gloo" else _HOST_GROUPS.discard)(group.group_name)
         return group
 
+    def place_of_objects(group: ProcessGroup | None = None) -> str:
+        if group is not None and group.group_name in _HOST_GROUPS:
+            return "cpu"
+        for mode in torch.overrides._get_current_function_mode_stack():
+            if isinstance(mode, _Functions):
+                mode.book.objects[_where()] += 1
+        return str(DEVICE)
+
     torch.distributed.new_group = c10d.new_group = noted
-    c10d._get_object_coll_device = lambda group=None: (
-        object_device(group) if group is not None and group.group_name in _HOST_GROUPS else DEVICE.__str__()
+    c10d._get_object_coll_device = place_of_objects
+    torch.distributed.get_backend = lambda group=None: (
+        "gloo" if group is not None and group.group_name in _HOST_GROUPS else "nccl"
     )
 
 

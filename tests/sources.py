@@ -51,11 +51,12 @@ class Sources:
         base = self.root / module.replace(".", "/")
         return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
-    def find(self, module: str, name: str) -> tuple[Definition, str] | None:
+    def find(self, module: str, name: str, seen: tuple[Any, ...] = ()) -> tuple[Definition, str] | None:
         """Return a function or a class and the module that defines it, through imports of other modules."""
         path = self.path(module)
-        if path is None:
+        if path is None or (module, name) in seen:  # modules may import each other
             return None
+        seen = (*seen, (module, name))
         nodes = list(_top_level(tree(path).body))
         for node in nodes:
             if isinstance(node, Definition) and node.name == name:
@@ -65,7 +66,7 @@ class Sources:
                 source = absolute(node, module, is_package=path.name == "__init__.py")
                 for alias in node.names:
                     if (alias.asname or alias.name) == name or alias.name == "*":
-                        found = self.find(source, name if alias.name == "*" else alias.name)
+                        found = self.find(source, name if alias.name == "*" else alias.name, seen)
                         if found is not None:
                             return found
         return None
@@ -87,6 +88,8 @@ class Sources:
         if found is None or not isinstance(found[0], ast.ClassDef):
             return {}
         node, home = found
+        if not node.decorator_list and {ast.unparse(base) for base in node.bases} <= {"ABC", "object"}:
+            return {}  # annotations of no dataclass
         fields: dict[str, bool] = {}
         for base in node.bases:
             fields |= self.fields(home, ast.unparse(base).split(".")[-1].split("[")[0])
@@ -161,7 +164,9 @@ def _asked(test: ast.expr, version: Version) -> bool | None:
     text = ast.unparse(test)
     if isinstance(test, ast.Call) and text.startswith("is_te_min_version("):
         wanted = Version(ast.literal_eval(test.args[0]))
-        strict = any(keyword.arg == "check_equality" and not ast.literal_eval(keyword.value) for keyword in test.keywords)
+        strict = any(
+            keyword.arg == "check_equality" and not ast.literal_eval(keyword.value) for keyword in test.keywords
+        )
         return version > wanted if strict else version >= wanted
     if text.startswith("get_te_version() < PkgVersion("):
         return version < Version(ast.literal_eval(test.comparators[0].args[0]))  # type: ignore[attr-defined]

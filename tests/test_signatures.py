@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -18,21 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from packaging.version import Version
 
 from megatron_rl.rollout.engine import Request, SamplingParams
 from megatron_rl.rollout.servers.protocol import Dialect, LaunchSpec, Manifest
 from megatron_rl.rollout.servers.sglang import SGLang
 from megatron_rl.rollout.servers.vllm import VLLM
-from tests.rollout.servers.test_sglang_contract import Recorder, answered, say
+from tests.rollout.servers.test_sglang_contract import answered, say
 from tests.sources import Signature, Sources, absolute, keys_of, live, of_function, strings, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_rl"
 TE_VERSION = "2.11.0"
 SAMPLING = SamplingParams(temperature=0.7, top_p=0.9, top_k=5, max_response_tokens=3, stop_token_ids=(8,), seed=0)
-MANIFEST = Manifest(["a"], [[2, 3]], ["float32"], 24)
+MANIFEST = Manifest(["a"], [[2, 3]], ["float32"])
 
 
 def megatron() -> Sources:
@@ -51,7 +49,7 @@ OBJECTS = {
         ("megatron.core.optimizer.optimizer", "ChainedOptimizer"),
     ],
     "self.scheduler": [("megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler")],
-    "ddp": [("megatron.core.distributed", "DistributedDataParallel")],
+    "ddp": [("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel")],
 }
 
 
@@ -126,6 +124,8 @@ def test_megatron_objects_have_the_methods_that_we_call() -> None:
         for call in (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)):
             if not isinstance(call.func, ast.Attribute) or ast.unparse(call.func.value) not in OBJECTS:
                 continue
+            if call.func.attr == "append":  # to a list of them
+                continue
             seen.add(ast.unparse(call.func.value))
             for home, name in OBJECTS[ast.unparse(call.func.value)]:
                 method = sources.methods(home, name).get(call.func.attr)
@@ -195,7 +195,8 @@ def test_transformer_engine_knows_what_megatron_passes(request: pytest.FixtureRe
             name = ast.unparse(base).rpartition("te.pytorch.")[2]
             if "te.pytorch." not in ast.unparse(base) or not isinstance(node, ast.ClassDef):
                 continue
-            methods = engine.methods("transformer_engine.pytorch", name)
+            *inner, name = name.split(".")
+            methods = engine.methods(".".join(["transformer_engine.pytorch", *inner]), name)
             assert methods, f"{name}: Transformer Engine {TE_VERSION} has no such class"
             checked.add(name)
             for method in (each for each in node.body if isinstance(each, ast.FunctionDef)):
@@ -238,18 +239,18 @@ def is_call(node: ast.AST, name: str) -> bool:
 
 
 def adam_options(sources: Sources) -> set[str]:
-    """What Megatron passes to Adam where it is Transformer Engine's."""
+    """What Megatron passes to Adam where it is Transformer Engine's: keys of its `kwargs`."""
     path = sources.path("megatron.core.optimizer")
     assert path is not None
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "config.optimizer == 'adam'":
-            assigned = [each for each in ast.walk(node) if isinstance(each, ast.Assign)]
-            names = [each.targets[0].slice for each in assigned if isinstance(each.targets[0], ast.Subscript)]
-            (options,) = [
-                each.value for each in assigned if ast.unparse(each.targets[0]) == "kwargs" and isinstance(each.value, ast.Dict)
-            ]
-            return {key.value for key in [*options.keys, *names] if isinstance(key, ast.Constant)}  # type: ignore[misc]
-    raise AssertionError("Megatron builds Adam elsewhere")
+    keys: set[Any] = set()
+    for node in (each for each in ast.walk(tree(path)) if isinstance(each, ast.Assign)):
+        target, value = node.targets[0], node.value
+        if ast.unparse(target) == "kwargs" and isinstance(value, ast.Dict) and "config.adam_eps" in ast.unparse(value):
+            keys |= {key.value for key in value.keys if isinstance(key, ast.Constant)}
+        elif ast.unparse(target) == "kwargs['adam_w_mode']":
+            keys.add("adam_w_mode")
+    assert {"lr", "betas", "adam_w_mode"} <= keys, "Megatron passes Adam's options in another way"
+    return keys
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------
@@ -334,7 +335,7 @@ def test_sglang_has_our_routes_fields_and_flags(
         handler = handlers[method, path][0]
         arguments = annotations(handler)
         faults += [f"{method} {path}: no query {name!r}" for name in query if name not in arguments]
-        kinds = re.findall(r"\w+ReqInput", arguments.get("obj", ""))
+        kinds = re.findall(r"\w+Req(?:Input)?\b", arguments.get("obj", ""))
         known = sources.fields("sglang.srt.managers.io_struct", kinds[0]) if kinds else {}
         faults += [f"{method} {path}: no field {name!r}" for name in body or {} if name not in known]
         sampling = sources.fields("sglang.srt.sampling.sampling_params", "SamplingParams")
@@ -343,8 +344,8 @@ def test_sglang_has_our_routes_fields_and_flags(
 
     options = sorted((srt / "arg_groups").rglob("*.py")) + [srt / "server_args.py"]
     known = {f"--{name.replace('_', '-')}" for path in options for name in annotated(path)} | strings(options)
-    names = strings([srt / "environ.py", *options, *srt.rglob("entrypoints/*.py"), *srt.rglob("utils/*.py")])
-    declared = {name for name in annotated_or_assigned(srt / "environ.py")} | names
+    reads = [srt / "managers" / "tokenizer_manager.py", *(srt / "utils").glob("*.py"), *options]
+    declared = annotated_or_assigned(srt / "environ.py") | strings(reads)
     for devices in ((), (0, 1)):
         flags, env = launched(SGLang(), tmp_path, devices=devices, colocated=bool(devices))
         assert not flags - known
@@ -358,7 +359,12 @@ def test_vllm_has_our_routes_fields_and_flags(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     sources = engine_sources("vllm", request)
     vllm = sources.root / "vllm"
-    handlers, faults = routes(sorted((vllm / "entrypoints").rglob("api_router.py")) + sorted((vllm / "entrypoints").rglob("health.py"))), []
+    handlers, faults = (
+        routes(
+            sorted((vllm / "entrypoints").rglob("api_router.py")) + sorted((vllm / "entrypoints").rglob("health.py"))
+        ),
+        [],
+    )
     protocol = "vllm.entrypoints.scale_out.token_in_token_out.protocol"
     for method, path, query, body in conversation(VLLM(), tmp_path):
         if (method, path) not in handlers:
@@ -392,7 +398,11 @@ def test_vllm_knows_what_our_worker_extension_takes_from_it(request: pytest.Fixt
     shim = tree(PACKAGE / "rollout" / "servers" / "shims" / "vllm" / "megatron_rl_vllm.py")
     names = imported(shim, "vllm")
     missing = [name for name in names.values() if sources.find(*name) is None]
-    wrong = [f"{name}: {fault}" for call, s, name in called(shim, sources, "vllm") for fault in (s.faults(call) if s else ["?"])]
+    wrong = [
+        f"{name}: {fault}"
+        for call, s, name in called(shim, sources, "vllm")
+        for fault in (s.faults(call) if s else ["?"])
+    ]
     assert names and not missing and not wrong
     (engine,) = [node for node in shim.body if isinstance(node, ast.ClassDef) and node.name == "MegatronRlTransfer"]
     theirs = sources.methods(*names["WeightTransferEngine"])
@@ -404,10 +414,18 @@ def test_vllm_knows_what_our_worker_extension_takes_from_it(request: pytest.Fixt
 def annotated(path: Path) -> set[str]:
     """Names of the annotated fields of all classes of a file."""
     return {
-        node.target.id for node in ast.walk(tree(path)) if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        node.target.id
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
 
 
 def annotated_or_assigned(path: Path) -> set[str]:
-    names = {target.id for node in ast.walk(tree(path)) if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
+    names = {
+        target.id
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     return names | annotated(path)

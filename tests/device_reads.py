@@ -1,0 +1,2 @@
+READS: dict = {}
+OBJECTS: dict = {}
