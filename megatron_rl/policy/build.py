@@ -27,7 +27,7 @@ from megatron_rl.models.architecture import head_dim, resolve_hf_config
 from megatron_rl.models.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
 from megatron_rl.parallel.groups import Groups, expert_tp
 from megatron_rl.policy.adam import fuse_torch_adam, host_options, use_main_weights
-from megatron_rl.policy.cpu_layers import RememberedPacks, block_spec
+from megatron_rl.policy.torch_layers import RememberedPacks, block_spec
 from megatron_rl.policy.replay import replay_routes
 
 # with Megatron's defaults, batched exchanges, the gradients of interleaved stages are silently wrong over gloo

@@ -28,7 +28,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def test_prefixes_are_seen_and_get_their_gradients() -> None:
-    from megatron_rl.policy.cpu_layers import PackedAttention, packed_sequences
+    from megatron_rl.policy.torch_layers import PackedAttention, packed_sequences
     from megatron_rl.types import Inputs
 
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
