@@ -205,20 +205,21 @@ def _chunk(
         spec = get_gpt_decoder_block_spec(tconfig, use_transformer_engine=True, vp_stage=vp_stage)
     else:
         spec = block_spec(tconfig, vp_stage)
-    gpt = GPTModel(
-        tconfig,
-        spec,
-        vocab_size=vocab,
-        max_sequence_length=hf.max_position_embeddings,
-        position_embedding_type="rope" if _has_engine(tconfig) else "none",
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        pre_process=groups.is_first_stage and chunk == 0,
-        post_process=groups.is_last_stage and chunk == chunks - 1,
-        vp_stage=vp_stage,
-    )
+    with device.device():  # routers and norms name none, and Megatron would make them on the host
+        gpt = GPTModel(
+            tconfig,
+            spec,
+            vocab_size=vocab,
+            max_sequence_length=hf.max_position_embeddings,
+            position_embedding_type="rope" if _has_engine(tconfig) else "none",
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
+            pre_process=groups.is_first_stage and chunk == 0,
+            post_process=groups.is_last_stage and chunk == chunks - 1,
+            vp_stage=vp_stage,
+        )
     if _has_engine(tconfig):
         gpt.rotary_pos_emb.inv_freq.copy_(_inv_freq(hf))
-    return gpt.to(device.device())  # Megatron makes a router's weight on the host
+    return gpt
 
 
 def _has_engine(tconfig: TransformerConfig) -> bool:
