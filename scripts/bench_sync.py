@@ -151,7 +151,7 @@ def plain_broadcast(run: Any, *, fresh: bool) -> None:
         nbytes = sum(tensor.nbytes for _, tensor in run.policy.hf_weights())
         run.plain = torch.zeros(nbytes, dtype=torch.uint8)
     received = torch.empty_like(run.plain) if fresh and run.groups.rank else run.plain
-    broadcast_bucket(received, run.groups.world)
+    broadcast_bucket(received, run.groups.all_ranks.group)
 
 
 def median_seconds(action: Callable[[], None], repeats: int) -> float:

@@ -217,7 +217,7 @@ def _train_with_accuracies(raws: list[dict[str, Any]]) -> None:
     from megatron_rl.rollout.collect import Collector
 
     def evaluated(collector: Any, *_: Any) -> dict[str, float]:
-        return {"eval/accuracy": ACCURACY[collector.engine.weight_version]}
+        return {"eval/accuracy": ACCURACY[collector._engine().weight_version]}
 
     with mock.patch.object(Collector, "evaluate", evaluated):
         train_each(raws)

@@ -31,6 +31,7 @@ from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.policy.build import DTYPES
 from megatron_rl.profiling.analysis import RankRecord, Summary, summarise
 from megatron_rl.profiling.page import write_page
+from megatron_rl.rollout.clocks import waiting_seconds
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -42,7 +43,7 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     of them is traced: writing traces takes the ranks differently long, and they need a step to come together again.
     """
     folder = config.run_dir
-    groups = init_groups(config.parallel, config.seed)
+    groups = init_groups(config.parallel, config.seed, waiting_seconds(config))
     world = groups.all_ranks
     place = f"rank{groups.rank}"
     traced = warmup - 2 if trace else None

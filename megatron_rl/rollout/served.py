@@ -13,7 +13,7 @@ from megatron_rl import device, launch
 from megatron_rl.config import Config
 from megatron_rl.metrics.collect import Timers
 from megatron_rl.rollout.build import build_engine, write_model_dir
-from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine, ServersLost
+from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost
 
 
 class Weights(Protocol):
@@ -65,11 +65,24 @@ class Served:
         self._shares_memory = shares_memory if config.rollout.server.share_memory else None
         self._engine: RolloutEngine | None = None
         self._engine_version: int | None = None  # of the weights that the engine has
+        self._is_lent = False  # the trainer has made room
         self.weight_version = 0
+
+    def start_early(self) -> None:
+        """Have servers come up while the policy warms up, where they have devices of their own.
+
+        On the trainer's the first `session` starts them, when all ranks have loaded what they will and made room: a
+        server takes its memory by what it finds free, and refuses devices on which that differs.
+        """
+        if self._shares_memory is None and not (device.ON_GPU and self._config.rollout.shares_devices):
+            self._start()
 
     @property
     def engine(self) -> RolloutEngine:
-        """Return the engine, started at the first call, when servers begin to come up; `sync` gives it weights."""
+        """Return the engine, started at the first call; `sync` gives it weights."""
+        return self._start()
+
+    def _start(self) -> RolloutEngine:
         if self._engine is None:
             model_dir = self._config.run_dir / "engine_model"
             if not self._config.rollout.is_embedded:
@@ -88,6 +101,7 @@ class Served:
         with timers("sync"):
             if sharing is not None:
                 sharing.offload()
+                self._is_lent = True
                 with contextlib.suppress(ServersLost):  # the update restarts what died asleep
                     self.engine.wake()
             self.sync()
@@ -95,8 +109,24 @@ class Served:
         with timers("sync"):
             if sharing is not None:
                 self.engine.sleep()
-                self._engine_version = None
-                sharing.reload()
+                self._take_back(sharing)
+
+    def _take_back(self, sharing: SharesMemory) -> None:
+        self._engine_version = None
+        sharing.reload()
+        self._is_lent = False
+
+    def break_off(self) -> None:
+        """End a session that an error broke off, before the run's last checkpoint takes memory: stop the run's own
+        servers, whatever state they are in, and put others to sleep."""
+        if self._shares_memory is None or not self._is_lent:
+            return
+        if self._config.rollout.server.urls:
+            with contextlib.suppress(EngineError):
+                self.engine.sleep()
+        self.close()
+        self._place.gather(None)  # of this node's servers none is left
+        self._take_back(self._shares_memory)
 
     def sync(self) -> None:
         """Give the engine the current weights, unless it has them, and prove that it serves them.
