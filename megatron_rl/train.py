@@ -25,7 +25,7 @@ from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.metrics.step import StepReport
 from megatron_rl.metrics.write import RunLogger
 from megatron_rl.packing import pack
-from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import Groups, destroy_groups, init_groups
 from megatron_rl.resume import Checkpoints
 from megatron_rl.rollout.clocks import waiting_seconds
 from megatron_rl.rollout.collect import CollectStopped
@@ -69,7 +69,7 @@ def main(config: Config) -> None:
     """Train on the world that torchrun's environment describes."""
     groups = init_groups(config.parallel, config.seed, waiting_seconds(config))
     train(config, groups)
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 
@@ -95,8 +95,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
                 metrics = run_step(run, step, logger)
                 metrics |= run.law.observe(metrics.get("entropy/mean", math.nan), metrics["reward/accuracy"])
                 metrics |= evaluate(run, step)
-            except (EngineError, CollectStopped) as error:
-                run.served.break_off()
+            except EngineError as error:
                 saved = checkpoints.rescue(step)
                 if isinstance(error, CollectStopped):
                     logger.message(f"{error}, which is begun anew; the same command continues")

@@ -132,7 +132,7 @@ def _stopped_between_batches(raw: dict[str, Any]) -> str:
         return os.environ["RANK"] == "1" and in_a_step and len(rows_of(raw)) >= 1
 
     said = io.StringIO()
-    parse_config(raw).run_dir.mkdir(parents=True)
+    parse_config(raw).run_dir.mkdir(parents=True, exist_ok=True)
     (parse_config(raw).run_dir / "metrics.jsonl").touch()
     with mock.patch.object(launch, "stop_requested", stop_requested), contextlib.redirect_stdout(said), trained(raw):
         return said.getvalue()

@@ -24,7 +24,7 @@ from megatron_rl.eval.browse import write_pages
 from megatron_rl.eval.evaluator import Evaluator, SetResult
 from megatron_rl.eval.store import EvalError, model_name
 from megatron_rl.eval.table import write_tables
-from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import destroy_groups, init_groups
 from megatron_rl.reward import build_grader, say_text_only
 from megatron_rl.rollout.clocks import waiting_seconds
 from megatron_rl.rollout.engine import Place, RolloutEngine
@@ -41,7 +41,7 @@ def main(config: Config) -> None:
     results = evaluate_model(config, place)
     if place.rank == 0:
         print(f"{write_results(config, results)}\n{config.run_dir / 'index.html'}", flush=True)
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 

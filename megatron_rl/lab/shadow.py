@@ -24,7 +24,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
 from megatron_rl.lab.compare import METHODS, StepFacts, compare
 from megatron_rl.packing import pack
-from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import destroy_groups, init_groups
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.rollout.clocks import waiting_seconds
 from megatron_rl.run import set_up
@@ -42,7 +42,7 @@ def main(
         write_atomically(path, json.dumps(_finite(result), indent=1))
         show(result, Console())
         print(path)
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 

@@ -154,11 +154,6 @@ def destroy_groups() -> None:
         dist.destroy_process_group()
 
 
-def barrier(groups: Groups) -> None:
-    """Wait for every rank."""
-    groups.all_ranks.barrier()
-
-
 def broadcast_from_last_stage(
     tensors: list[Float[Tensor, "T"] | None], groups: Groups, like: Float[Tensor, "T"]
 ) -> list[Float[Tensor, "T"]]:

@@ -156,19 +156,18 @@ class Reducer:
         """Wait for every rank, on the host."""
         self.any(False)
 
-    def _gather(self, values: Tensor) -> Tensor:
+    def _gather(self, values: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """Return every rank's values: [R, *values.shape]."""
-        return values[None] if self.size == 1 else self._gather_over(self.group, values)
+        if self.size == 1:
+            return values[None]
+        flat = torch.empty((self.size * values.numel(),), dtype=values.dtype, device=values.device)
+        all_gather_flat(flat, values.contiguous().reshape(-1), group=group or self.group)
+        return flat.view(self.size, *values.shape)
 
     def _gather_on_hosts(self, values: Tensor) -> Tensor:
         if dist.get_backend(self._hosts) != dist.Backend.GLOO:
             raise RuntimeError("objects and flags travel on a gloo group, and this one is another's; give `hosts`")
-        return self._gather_over(self._hosts, values)
-
-    def _gather_over(self, group: ProcessGroup | None, values: Tensor) -> Tensor:
-        flat = torch.empty((self.size * values.numel(),), dtype=values.dtype, device=values.device)
-        all_gather_flat(flat, values.contiguous().reshape(-1), group=group)
-        return flat.view(self.size, *values.shape)
+        return self._gather(values, self._hosts)
 
 
 def _slots(values: Tensor, count: int, empty: float) -> Tensor:

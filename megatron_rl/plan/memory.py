@@ -283,8 +283,8 @@ def cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> int |
     server = config.rollout.server
     if not hardware.flops or not config.rollout.shares_devices:
         return None
-    left = server.memory_fraction * hardware.memory - _server_weights(config, shape)
-    return server.kv_tokens or max(1, int(left / _token_bytes(config, shape)))
+    weights, token = _server_bytes(config, shape)
+    return server.kv_tokens or max(1, int((server.memory_fraction * hardware.memory - weights) / token))
 
 
 def with_cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> Config:
@@ -294,14 +294,10 @@ def with_cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> 
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"server": server})})
 
 
-def _server_weights(config: Config, shape: ModelShape) -> float:
-    """Return the bytes of the model's weights on one GPU of a server."""
-    return width_of(config.model) * parameters(shape) / config.rollout.server.tp
-
-
-def _token_bytes(config: Config, shape: ModelShape) -> float:
-    """Return the bytes of a token's keys and values on one GPU of a server."""
-    return kv_bytes_per_token(shape, width_of(config.model)) / min(config.rollout.server.tp, shape.groups)
+def _server_bytes(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """Return the bytes on one GPU of a server: of its weights, and of a token's keys and values."""
+    width, tp = width_of(config.model), config.rollout.server.tp
+    return width * parameters(shape) / tp, kv_bytes_per_token(shape, width) / min(tp, shape.groups)
 
 
 def _add_servers(
@@ -311,12 +307,8 @@ def _add_servers(
     cache, released in training when they share the memory, and a process of their own. Then gradients are freed, and in
     bfloat16 the optimizer's state is on the host, during generation (MegatronPolicy.offload)."""
     server = config.rollout.server
-    cache = tokens * _token_bytes(config, shape)
-    awake = {
-        "engine weights": _server_weights(config, shape),
-        "KV cache": cache,
-        "engine process": GPU_PROCESS_BYTES,
-    }
+    weights, token = _server_bytes(config, shape)
+    awake = {"engine weights": weights, "KV cache": tokens * token, "engine process": GPU_PROCESS_BYTES}
     asleep = {"engine process": GPU_PROCESS_BYTES} if server.share_memory else awake
     for name, parts in phases.items():
         generating = name in ("generation", "weight sync")

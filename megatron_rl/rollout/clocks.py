@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_rl.config import Config
 from megatron_rl.config.benchmarks import PRESETS
-from megatron_rl.config.evaluation import SetOptions, set_path
+from megatron_rl.config.evaluation import set_path
 from megatron_rl.data.records import read_records
 
 HEALTH_SECONDS = 10.0  # of a server that says whether it lives
@@ -33,12 +33,13 @@ def server_waits(config: Config) -> dict[str, float]:
     rollout, server = config.rollout, config.rollout.server
     if rollout.is_embedded:
         return {}
-    responses = {"rollouts": config.train.prompts_per_step * rollout.samples_per_prompt}
-    if config.train.eval_every:
-        responses["held-out evaluation"] = _held_out(config) * config.train.eval_samples
-    for name in config.eval.sets:
-        responses[f"evaluation of {name}"] = _problems(set_path(config.eval, name)) * _samples(config, name)
-    turns = {work: math.ceil(count / _at_once(config)) for work, count in responses.items()}
+    ranks = config.parallel.processes
+    nodes = max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    # as many servers may be dead as may die in a run
+    alive = max(1, (len(server.urls) or server.count * nodes) - server.max_failures)
+    at_once = alive * max(1, server.max_concurrency // ranks) * ranks
+    responses = {"rollouts": config.train.prompts_per_step * rollout.samples_per_prompt} | _evaluated(config)
+    turns = {work: math.ceil(count / at_once) for work, count in responses.items()}
     return {
         # restart of the dead, then one look a second; each is told once how to settle
         "start of servers": server.start_seconds + server.count * (HEALTH_SECONDS + STOP_SECONDS + CONTROL_SECONDS),
@@ -48,25 +49,13 @@ def server_waits(config: Config) -> dict[str, float]:
     }
 
 
-def _at_once(config: Config) -> int:
-    """Return how many responses are computed together when as many servers are dead as may die in a run."""
-    server, ranks = config.rollout.server, config.parallel.processes
-    nodes = max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
-    alive = max(1, (len(server.urls) or server.count * nodes) - server.max_failures)
-    return alive * max(1, server.max_concurrency // ranks) * ranks
-
-
-def _held_out(config: Config) -> int:
-    if config.data.type == "countdown":
-        return config.data.num_eval
-    return _problems(Path(config.data.eval_path)) if config.data.eval_path else 0
-
-
-def _problems(path: Path | str) -> int:
-    """Return the problems of a file; 0 where there is none, which those who load it say."""
-    return sum(1 for _ in read_records(path)) if isinstance(path, Path) and path.is_file() else 0
-
-
-def _samples(config: Config, name: str) -> int:
-    preset, options = PRESETS.get(name), config.eval.options.get(name, SetOptions())
-    return options.samples or (preset.samples if preset else 1)
+def _evaluated(config: Config) -> dict[str, int]:
+    """Return the responses of each evaluation; none of a file that is not there, which those who load it say."""
+    files = [("held-out", Path(getattr(config.data, "eval_path", None) or ""), config.train.eval_samples)]
+    for name in config.eval.sets:
+        path, options, preset = set_path(config.eval, name), config.eval.options.get(name), PRESETS.get(name)
+        samples = (options and options.samples) or (preset.samples if preset else 1)
+        files += [(name, path, samples)] if isinstance(path, Path) else []
+    counts = {name: samples * sum(1 for _ in read_records(path)) for name, path, samples in files if path.is_file()}
+    counts["held-out"] = counts.get("held-out", config.train.eval_samples * getattr(config.data, "num_eval", 0))
+    return {f"evaluation, {name}": count for name, count in counts.items()}

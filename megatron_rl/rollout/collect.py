@@ -37,7 +37,7 @@ class CollectError(RuntimeError, UserError):
     """A step's rollouts cannot be completed."""
 
 
-class CollectStopped(RuntimeError):
+class CollectStopped(EngineError):
     """The run was asked to stop between two generation batches of a step: what the step has is dropped."""
 
 

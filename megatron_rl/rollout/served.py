@@ -65,7 +65,6 @@ class Served:
         self._shares_memory = shares_memory if config.rollout.server.share_memory else None
         self._engine: RolloutEngine | None = None
         self._engine_version: int | None = None  # of the weights that the engine has
-        self._is_lent = False  # the trainer has made room
         self.weight_version = 0
 
     def start_early(self) -> None:
@@ -75,14 +74,11 @@ class Served:
         server takes its memory by what it finds free, and refuses devices on which that differs.
         """
         if self._shares_memory is None and not (device.ON_GPU and self._config.rollout.shares_devices):
-            self._start()
+            _ = self.engine
 
     @property
     def engine(self) -> RolloutEngine:
         """Return the engine, started at the first call; `sync` gives it weights."""
-        return self._start()
-
-    def _start(self) -> RolloutEngine:
         if self._engine is None:
             model_dir = self._config.run_dir / "engine_model"
             if not self._config.rollout.is_embedded:
@@ -98,35 +94,32 @@ class Served:
         """Lend the engine with its memory and the current weights; where it shares the accelerator with the trainer,
         gradients and optimizer state are on the host meanwhile."""
         sharing = self._shares_memory
-        with timers("sync"):
+        try:
+            with timers("sync"):
+                if sharing is not None:
+                    sharing.offload()
+                    with contextlib.suppress(ServersLost):  # the update restarts what died asleep
+                        self.engine.wake()
+                self.sync()
+            yield self.engine
             if sharing is not None:
-                sharing.offload()
-                self._is_lent = True
-                with contextlib.suppress(ServersLost):  # the update restarts what died asleep
-                    self.engine.wake()
-            self.sync()
-        yield self.engine
-        with timers("sync"):
+                with timers("sync"):
+                    self.engine.sleep()
+                    self._engine_version = None
+                    sharing.reload()
+        except EngineError:  # on every rank; it ends the run, whose last checkpoint needs the memory
             if sharing is not None:
-                self.engine.sleep()
-                self._take_back(sharing)
+                self._dismiss()
+                sharing.reload()
+            raise
 
-    def _take_back(self, sharing: SharesMemory) -> None:
-        self._engine_version = None
-        sharing.reload()
-        self._is_lent = False
-
-    def break_off(self) -> None:
-        """End a session that an error broke off, before the run's last checkpoint takes memory: stop the run's own
-        servers, whatever state they are in, and put others to sleep."""
-        if self._shares_memory is None or not self._is_lent:
-            return
+    def _dismiss(self) -> None:
+        """Stop the run's own servers, whatever state they are in, and put others to sleep."""
         if self._config.rollout.server.urls:
             with contextlib.suppress(EngineError):
                 self.engine.sleep()
         self.close()
-        self._place.gather(None)  # of this node's servers none is left
-        self._take_back(self._shares_memory)
+        self._place.gather(None)  # no rank goes on beside a server that still has the memory
 
     def sync(self) -> None:
         """Give the engine the current weights, unless it has them, and prove that it serves them.

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rl import device
 from megatron_rl.config import ParallelConfig
-from megatron_rl.parallel import reduce
+from megatron_rl.parallel import reduce, weights
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.parallel.world import host_group
+from megatron_rl.parallel.world import host_group, join_world
 from tests.tiny import tiny_raw, trained
 from tests.worlds import Worlds
 
@@ -28,11 +29,13 @@ class Beside:
     def __init__(self) -> None:
         self.hosts: list[Any] = []
         self.seen: set[tuple[str, str]] = set()  # (what travels, backend)
+        self.order: list[str] = []
         self._all_gather = reduce.all_gather_flat
         self._patches = [
             mock.patch.object(dist, "get_backend", self.backend),
             mock.patch.object(dist, "new_subgroups_by_enumeration", self.subgroups),
             mock.patch.object(reduce, "all_gather_flat", self.gather),
+            mock.patch.object(weights, "all_gather_flat", self.gather_weights),
         ]
 
     def __enter__(self) -> Beside:
@@ -59,6 +62,11 @@ class Beside:
         callers = [sys._getframe(depth).f_code.co_name for depth in range(1, 9)]  # some are of the shape checks
         what = "objects" if "_gather_on_hosts" in callers else "numbers"
         self.seen.add((what, "gloo" if group in self.hosts else "nccl"))
+        self.order.append(what)
+        self._all_gather(flat, values, group=group)
+
+    def gather_weights(self, flat: Any, values: Any, group: Any) -> None:
+        self.order.append("weights")
         self._all_gather(flat, values, group=group)
 
 
@@ -67,6 +75,9 @@ def _what_travels(raws: list[dict[str, Any]]) -> list[set[tuple[str, str]]]:
     for raw in raws:
         with Beside() as beside, trained(raw):
             seen.append(beside.seen)
+            # the first rank may be writing the bucket before to a disk, or waiting for a server to load it
+            before = [beside.order[i - 1] for i, what in enumerate(beside.order) if what == "weights"]
+            assert before and set(before) == {"objects"}
     return seen
 
 
@@ -100,6 +111,32 @@ def test_a_gloo_group_is_its_own_and_another_backends_gets_one_beside_it(worlds:
         assert reused == [True, True, True]  # on a CPU nothing is paid for twice
         assert "travel on a gloo group" in refusal
         assert members == [rank] and not same
+
+
+@pytest.mark.parametrize(("backend", "of_world", "of_hosts"), [("gloo", 90.0, []), ("nccl", 10.0, [90.0])])
+def test_a_world_gives_up_later_than_its_ranks_wait(
+    monkeypatch: pytest.MonkeyPatch, backend: str, of_world: float, of_hosts: list[float]
+) -> None:
+    """The timeouts that torch is asked for: one group's on a CPU, two groups' on GPUs."""
+    asked: dict[str, list[float]] = {"world": [], "hosts": []}
+
+    def subgroups(ranks: list[list[int]], *, timeout: Any, backend: str) -> tuple[Any, list[Any]]:
+        assert (ranks, backend) == ([[0, 1]], "gloo")
+        asked["hosts"].append(timeout.total_seconds())
+        return object(), []
+
+    def world(_: str, timeout: Any) -> None:
+        asked["world"].append(timeout.total_seconds())
+
+    monkeypatch.setattr(device, "BACKEND", backend)
+    answers = {"is_initialized": False, "get_backend": backend, "get_process_group_ranks": [0, 1], "get_world_size": 2}
+    for name, answer in answers.items():
+        monkeypatch.setattr(dist, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(dist, "init_process_group", world)
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", subgroups)
+    monkeypatch.setattr(type(dist.group), "WORLD", object())
+    assert join_world(10.0, 90.0).size == 2
+    assert asked == {"world": [of_world], "hosts": of_hosts}
 
 
 def _any(flags: list[bool]) -> tuple[bool, str]:

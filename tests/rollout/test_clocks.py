@@ -64,7 +64,7 @@ def test_evaluation_counts_the_problems_of_its_files(tmp_path: Path) -> None:
     raw = config_of(count=1, max_concurrency=8, request_seconds=10.0).model_dump(mode="json")
     sets = {"sets": ["mine"], "options": {"mine": {"path": str(tmp_path / "mine.jsonl"), "samples": 2}}}
     config = parse_config(raw | {"data": {"type": "jsonl", "train_path": "x", "tokenizer": "y"}, "eval": sets})
-    assert server_waits(config)["evaluation of mine"] == 1400 / 8 * (10 + 3 * clocks.HEALTH_SECONDS)
+    assert server_waits(config)["evaluation, mine"] == 1400 / 8 * (10 + 3 * clocks.HEALTH_SECONDS)
 
 
 def test_no_bound_of_a_servers_answer_stands_elsewhere() -> None:
