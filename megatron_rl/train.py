@@ -25,8 +25,10 @@ from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.metrics.step import StepReport
 from megatron_rl.metrics.write import RunLogger
 from megatron_rl.packing import pack
-from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import Groups, destroy_groups, init_groups
 from megatron_rl.resume import Checkpoints
+from megatron_rl.rollout.clocks import waiting_seconds
+from megatron_rl.rollout.collect import CollectStopped
 from megatron_rl.rollout.engine import EngineError
 from megatron_rl.run import Run, set_up
 from megatron_rl.types import Rollout
@@ -65,9 +67,9 @@ def advantages(rollouts: Sequence[Rollout], config: Config) -> Tensor:
 
 def main(config: Config) -> None:
     """Train on the world that torchrun's environment describes."""
-    groups = init_groups(config.parallel, config.seed)
+    groups = init_groups(config.parallel, config.seed, waiting_seconds(config))
     train(config, groups)
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 
@@ -93,10 +95,14 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
                 metrics = run_step(run, step, logger)
                 metrics |= run.law.observe(metrics.get("entropy/mean", math.nan), metrics["reward/accuracy"])
                 metrics |= evaluate(run, step)
-            except EngineError:
-                if saved := checkpoints.rescue(step):
+            except EngineError as error:
+                saved = checkpoints.rescue(step)
+                if isinstance(error, CollectStopped):
+                    logger.message(f"{error}, which is begun anew; the same command continues")
+                    break
+                if saved:
                     logger.message(f"the rollout engine failed in step {step + 1}; saved after {saved} steps")
-                    run.world.any(False)  # a rank that leaves ends the others: not before rank 0 has said it
+                    run.world.barrier()  # a rank that leaves ends the others: not before rank 0 has said it
                 raise
             # before the checkpoint (whose time the next row tells): a process killed between the two then leaves a row
             # too many, which the next process drops, rather than one too few

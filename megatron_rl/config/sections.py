@@ -101,6 +101,9 @@ class ParallelConfig(Section):
     """Sequence parallelism inside the tensor-parallel group."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over data-parallel ranks."""
+    timeout_seconds: PositiveFloat = 1800.0
+    """Longest that ranks wait for what one of them computes, reads or writes alone, a checkpoint for instance; what
+    they wait for engine servers comes on top, from rollout.server."""
 
     @property
     def processes(self) -> int:

@@ -24,8 +24,9 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
 from megatron_rl.lab.compare import METHODS, StepFacts, compare
 from megatron_rl.packing import pack
-from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import destroy_groups, init_groups
 from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.rollout.clocks import waiting_seconds
 from megatron_rl.run import set_up
 from megatron_rl.train import advantages
 
@@ -34,14 +35,14 @@ def main(
     config: Config, checkpoint: Path, losses: dict[str, dict[str, Any]] | None, updates: int, folder: Path
 ) -> None:
     """Compare on every rank of the world, write folder/NAME.json, print tables."""
-    groups = init_groups(config.parallel, config.seed)
+    groups = init_groups(config.parallel, config.seed, waiting_seconds(config))
     result = replay(config, groups, checkpoint, losses or METHODS, updates)
     if groups.rank == 0:
         path = folder / f"{checkpoint.name}.json"
         write_atomically(path, json.dumps(_finite(result), indent=1))
         show(result, Console())
         print(path)
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 

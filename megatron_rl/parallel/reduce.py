@@ -26,11 +26,18 @@ _FIRST_BYTES = 1 << 12  # of an object, in the collective that tells the sizes
 
 
 class Reducer:
-    """Collectives over one process group (None: this process alone), as the algorithms ask for them: `types.Ranks`."""
+    """Collectives over one process group (None: this process alone), as the algorithms ask for them: `types.Ranks`.
 
-    def __init__(self, group: ProcessGroup | None, device: torch.device | None = None) -> None:
-        """`device`: where tensors that a method makes itself live; None: the CPU."""
-        self.group = group
+    Numbers travel on the group itself; objects and flags, which a rank may wait for, on a gloo group of the same ranks:
+    a rank that waits in NCCL keeps its GPU busy, which an engine may be generating on, and is given up after a time.
+    """
+
+    def __init__(
+        self, group: ProcessGroup | None, device: torch.device | None = None, hosts: ProcessGroup | None = None
+    ) -> None:
+        """`device`: where tensors that a method makes itself live; None: the CPU. `hosts`: the gloo group for objects
+        and flags; None: `group` is one."""
+        self.group, self._hosts = group, hosts or group
         self.device = device or torch.device("cpu")
         self.size = 1 if group is None else dist.get_world_size(group)
 
@@ -127,7 +134,7 @@ class Reducer:
 
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is set on some rank."""
-        return bool(self.max(torch.tensor([int(flag)], dtype=torch.int64, device=self.device)))
+        return flag if self.size == 1 else bool(self._gather_on_hosts(torch.tensor([flag])).any())
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's picklable value, in rank order, on every rank.
@@ -137,21 +144,30 @@ class Reducer:
         if self.size == 1:
             return [value]
         data = _dumps(value)
-        payload = torch.frombuffer(bytearray(len(data).to_bytes(8, "little") + data), dtype=torch.uint8).to(self.device)
-        rows = self._gather(_padded(payload[:_FIRST_BYTES], _FIRST_BYTES)).cpu()
+        payload = torch.frombuffer(bytearray(len(data).to_bytes(8, "little") + data), dtype=torch.uint8)
+        rows = self._gather_on_hosts(_padded(payload[:_FIRST_BYTES], _FIRST_BYTES))
         sizes = [8 + int.from_bytes(bytes(row[:8].tolist()), "little") for row in rows]
         if (rest := max(sizes) - _FIRST_BYTES) > 0:
-            rows = torch.cat([rows, self._gather(_padded(payload[_FIRST_BYTES:], rest)).cpu()], dim=1)
+            rows = torch.cat([rows, self._gather_on_hosts(_padded(payload[_FIRST_BYTES:], rest))], dim=1)
         rank, parts = dist.get_rank(self.group), rows.numpy()
         return [value if i == rank else pickle.loads(parts[i, 8:size].data) for i, size in enumerate(sizes)]
 
-    def _gather(self, values: Tensor) -> Tensor:
+    def barrier(self) -> None:
+        """Wait for every rank, on the host."""
+        self.any(False)
+
+    def _gather(self, values: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """Return every rank's values: [R, *values.shape]."""
         if self.size == 1:
             return values[None]
         flat = torch.empty((self.size * values.numel(),), dtype=values.dtype, device=values.device)
-        all_gather_flat(flat, values.contiguous().reshape(-1), group=self.group)
+        all_gather_flat(flat, values.contiguous().reshape(-1), group=group or self.group)
         return flat.view(self.size, *values.shape)
+
+    def _gather_on_hosts(self, values: Tensor) -> Tensor:
+        if dist.get_backend(self._hosts) != dist.Backend.GLOO:
+            raise RuntimeError("objects and flags travel on a gloo group, and this one is another's; give `hosts`")
+        return self._gather(values, self._hosts)
 
 
 def _slots(values: Tensor, count: int, empty: float) -> Tensor:

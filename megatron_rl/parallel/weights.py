@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from megatron_rl.models.mapping import Row, experts_per_rank, find_row, from_shards
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reduce import Reducer, all_gather_flat
+from megatron_rl.parallel.reduce import all_gather_flat
 from megatron_rl.types import Shaped
 
 
@@ -53,13 +53,14 @@ def weight_stream(
     gathered bucket (one parameter at least).
     """
     local = [_entry(name, parameter, hf, groups) for name, parameter in parameters]
-    stages: list[list[_Entry]] = Reducer(groups.pp, parameters[0][1].device).gather_objects(local)
+    stages: list[list[_Entry]] = groups.stage_ranks.gather_objects(local)
     sent: set[str] = set()
     for stage, entries in enumerate(stages):
         start = 0
         for bucket in _buckets(entries, bucket_bytes, groups):
             shards = [p for _, p in parameters[start : start + len(bucket)]] if stage == groups.pp_rank else None
             start += len(bucket)
+            groups.all_ranks.barrier()  # a rank may be writing the last bucket to a disk, or waiting for a server
             for entry, tensors in _exchange(bucket, shards, stage, groups, parameters[0][1].device):
                 if entry.rows[0].hf[0] in sent:  # a tied output layer is the embedding again
                     continue

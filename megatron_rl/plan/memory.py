@@ -16,7 +16,6 @@ from megatron_rl.models.hardware import (
     CPU_PROCESS_BYTES,
     FILL,
     GATHER_BYTES,
-    GIB,
     GPU_PROCESS_BYTES,
     SAMPLING_ENTRIES,
     Hardware,
@@ -28,6 +27,7 @@ from megatron_rl.plan.shapes import (
     kv_bytes_per_token,
     parameters,
     rank_parameters,
+    width_of,
 )
 
 Parts = dict[str, float]  # part -> bytes
@@ -172,6 +172,7 @@ class Memory:
     phases: dict[str, Parts]
     room: float  # bytes that may be filled; infinite where nothing bounds them
     faults: tuple[str, ...] = ()
+    cache_tokens: int | None = None  # of a server's key-value cache, where it shares the trainer's GPUs
 
     def total(self, phase: str) -> float:
         """Return the bytes of a phase."""
@@ -208,7 +209,7 @@ def memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardw
 
 def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, *, fuses: bool) -> Memory:
     on_gpu = hardware.flops > 0
-    width = 2 if config.model.dtype == "bfloat16" else 4
+    width = width_of(config.model)
     passes = Passes(
         tokens=micro_batch_tokens(config, layout),
         micro_batches=update_micro_batches(config, layout),
@@ -225,8 +226,8 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
     faults: tuple[str, ...] = ()
     if config.rollout.is_embedded:
         _add_replica(config, shape, layout, phases, width)
-    elif on_gpu and not config.rollout.server.urls and config.rollout.weight_sync.mode == "colocated":
-        faults = _add_servers(config, shape, phases, width, hardware)
+    elif (tokens := cache_tokens(config, shape, hardware)) is not None:
+        faults = _add_servers(config, shape, phases, width, tokens)
     phases["weight sync"]["buckets"] = _gathered(config.rollout, shape, layout, width, on_gpu)
     if not on_gpu:
         parts = {part: max(p.get(part, 0.0) for p in phases.values()) for parts in phases.values() for part in parts}
@@ -235,7 +236,7 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
         return Memory({"whole run": parts | {"process": CPU_PROCESS_BYTES}}, room)
     for parts in phases.values():
         parts["process"] = GPU_PROCESS_BYTES
-    return Memory(phases, FILL * hardware.memory, faults)
+    return Memory(phases, FILL * hardware.memory, faults, cache_tokens(config, shape, hardware))
 
 
 def micro_batch_tokens(config: Config, layout: Spread) -> int:
@@ -276,16 +277,38 @@ def _add_replica(config: Config, shape: ModelShape, layout: Spread, phases: dict
     phases["generation"]["sampling"] = 4.0 * entries + 32.0 * min(entries, SAMPLING_ENTRIES)
 
 
+def cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> int | None:
+    """Return the tokens that the key-value cache of a server on the trainer's GPUs holds: rollout.server.kv_tokens, or
+    what `memory_fraction` leaves beside the weights. None: no server is there, or on CPUs."""
+    server = config.rollout.server
+    if not hardware.flops or not config.rollout.shares_devices:
+        return None
+    weights, token = _server_bytes(config, shape)
+    return server.kv_tokens or max(1, int((server.memory_fraction * hardware.memory - weights) / token))
+
+
+def with_cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> Config:
+    """Return the config for its servers: with rollout.server.kv_tokens as planned."""
+    tokens = cache_tokens(config, shape, hardware) or config.rollout.server.kv_tokens
+    server = config.rollout.server.model_copy(update={"kv_tokens": tokens})
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"server": server})})
+
+
+def _server_bytes(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """Return the bytes on one GPU of a server: of its weights, and of a token's keys and values."""
+    width, tp = width_of(config.model), config.rollout.server.tp
+    return width * parameters(shape) / tp, kv_bytes_per_token(shape, width) / min(tp, shape.groups)
+
+
 def _add_servers(
-    config: Config, shape: ModelShape, phases: dict[str, Parts], width: int, hardware: Hardware
+    config: Config, shape: ModelShape, phases: dict[str, Parts], width: int, tokens: int
 ) -> tuple[str, ...]:
-    """Add servers on the trainer's GPUs, and return what is wrong with them: `memory_fraction` of each for weights and
+    """Add servers on the trainer's GPUs, with a cache of `tokens`, and return what is wrong with them: weights and
     cache, released in training when they share the memory, and a process of their own. Then gradients are freed, and in
     bfloat16 the optimizer's state is on the host, during generation (MegatronPolicy.offload)."""
     server = config.rollout.server
-    weights = width * parameters(shape) / server.tp
-    pool = server.memory_fraction * hardware.memory
-    awake = {"engine weights": weights, "KV cache": max(0.0, pool - weights), "engine process": GPU_PROCESS_BYTES}
+    weights, token = _server_bytes(config, shape)
+    awake = {"engine weights": weights, "KV cache": tokens * token, "engine process": GPU_PROCESS_BYTES}
     asleep = {"engine process": GPU_PROCESS_BYTES} if server.share_memory else awake
     for name, parts in phases.items():
         generating = name in ("generation", "weight sync")
@@ -293,10 +316,9 @@ def _add_servers(
         if generating and server.share_memory:
             parts["gradients"] = 0.0
             parts["optimizer"] = 0.0 if width == 2 else parts["optimizer"]
-    needed = weights + config.max_sequence_tokens * kv_bytes_per_token(shape, width) / min(server.tp, shape.groups)
-    if pool >= needed:
+    if tokens >= config.max_sequence_tokens:
         return ()
     return (
-        f"a server's pool (rollout.server.memory_fraction {server.memory_fraction:g}) is {pool / GIB:.1f} GiB, its "
-        f"weights and one sequence need {needed / GIB:.1f}; raise memory_fraction or rollout.server.tp",
+        f"rollout.server.memory_fraction {server.memory_fraction:g} leaves a server a key-value cache of {tokens:,} "
+        f"tokens, one sequence has {config.max_sequence_tokens:,}; raise memory_fraction or rollout.server.tp",
     )

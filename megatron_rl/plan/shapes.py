@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, ModelConfig
 from megatron_rl.models.facts import ARCHITECTURES, Architecture, head_width, moe_layers, num_experts
 
 
@@ -200,6 +200,11 @@ def forward_flops(shape: ModelShape, context: float) -> tuple[float, float]:
     """
     layers, output = matrix_parameters(shape)
     return 2.0 * (layers + output), 4.0 * shape.layers * shape.heads * shape.head_dim * context
+
+
+def width_of(model: ModelConfig) -> int:
+    """Return the bytes of one weight."""
+    return 2 if model.dtype == "bfloat16" else 4
 
 
 def kv_bytes_per_token(shape: ModelShape, element_bytes: int) -> float:

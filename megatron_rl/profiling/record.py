@@ -25,12 +25,13 @@ from megatron_rl.metrics.spans import Recorder, from_json, to_json
 from megatron_rl.models.architecture import resolve_hf_config
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import datasheet_flops
-from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import Groups, destroy_groups, init_groups
 from megatron_rl.parallel.traffic import clock_offset, watch_collectives
 from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.policy.build import DTYPES
 from megatron_rl.profiling.analysis import RankRecord, Summary, summarise
 from megatron_rl.profiling.page import write_page
+from megatron_rl.rollout.clocks import waiting_seconds
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -42,13 +43,13 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     of them is traced: writing traces takes the ranks differently long, and they need a step to come together again.
     """
     folder = config.run_dir
-    groups = init_groups(config.parallel, config.seed)
+    groups = init_groups(config.parallel, config.seed, waiting_seconds(config))
     world = groups.all_ranks
     place = f"rank{groups.rank}"
     traced = warmup - 2 if trace else None
     trace_path = folder / "traces" / f"{place}.json.gz"
     recorder = Recorder(range(warmup, config.train.num_steps), watch_collectives, traced=traced, trace_path=trace_path)
-    barrier(groups)  # ranks that share cores measure their peak together, as they will work
+    groups.all_ranks.barrier()  # ranks that share cores measure their peak together, as they will work
     if device.ON_GPU:
         peak, peak_source = datasheet_flops(device.name(), bfloat16=config.model.dtype == "bfloat16")
     else:
@@ -67,11 +68,11 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     }
     (folder / "ranks").mkdir(exist_ok=True)
     write_atomically(folder / "ranks" / f"{place}.json", json.dumps(rank_record))
-    barrier(groups)
+    groups.all_ranks.barrier()
     if groups.rank == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it was saved to be timed
         conclude(config, groups, {"warmup": warmup, "traced_step": traced, "peak_source": peak_source})
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 

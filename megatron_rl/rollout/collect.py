@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_rl import launch
 from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.data import PromptCursor, stop_token_ids
 from megatron_rl.errors import UserError
@@ -36,6 +37,10 @@ class CollectError(RuntimeError, UserError):
     """A step's rollouts cannot be completed."""
 
 
+class CollectStopped(EngineError):
+    """The run was asked to stop between two generation batches of a step: what the step has is dropped."""
+
+
 @dataclass(slots=True)
 class _Pending:
     """Prompts that were drawn, and this rank's part of the work on them."""
@@ -55,7 +60,7 @@ class Collector:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: Callable[[], RolloutEngine],
         cursor: PromptCursor,
         grader: Grader,
         tokenizer: Any,
@@ -64,9 +69,10 @@ class Collector:
         revive: Callable[[], None],
         spans: Spans = OFF,
     ) -> None:
-        """`revive`: a collective that restarts dead servers and gives them the current weights."""
+        """`engine`: called when something is to be sampled. `revive`: a collective that restarts dead servers and gives
+        them the current weights."""
         self._spans = spans
-        self.engine, self.cursor, self._grader, self._tokenizer = engine, cursor, grader, tokenizer
+        self._engine, self.cursor, self._grader, self._tokenizer = engine, cursor, grader, tokenizer
         self._config, self._place, self._revive = config, place, revive
         self._ahead: deque[_Pending] = deque()
         self._threads = ThreadPoolExecutor(max(1, config.rollout.max_staleness), "rollouts-ahead")
@@ -80,8 +86,9 @@ class Collector:
         `prompts_per_step` are discarded, the last drawn first, and counted in `sampling/surplus_groups`: their prompts
         come again in the next epoch.
 
-        Raises: CollectError when `max_batches` did not suffice; DataError when the data set is too small; RewardError
-            when gradings failed too often; EngineError. All on every rank.
+        Raises: CollectError when `max_batches` did not suffice; CollectStopped when some rank was asked to stop and
+            another batch would be needed; DataError when the data set is too small; RewardError when gradings failed
+            too often; EngineError. All on every rank.
         Source: dynamic sampling, arXiv 2503.14476, section 3.2.
         """
         config = self._config
@@ -94,6 +101,8 @@ class Collector:
         while len(kept) < wanted:
             if num_batches == (dynamic.max_batches if dynamic.enabled else 1):
                 raise CollectError(_shortage(groups, len(kept), num_batches, config))
+            if num_batches and any(self._place.gather(launch.stop_requested(config.run_dir))):
+                raise CollectStopped(f"stopped after {num_batches} generation batches of step {step + 1}")
             # a prompt that came twice in one step would form one group of equal samples: an epoch's end skips it
             pending = self._ahead.popleft() if self._ahead else self._draw(step, exclude=drawn)
             drawn.update((prompt.prompt_id, prompt) for prompt in pending.prompts)
@@ -158,7 +167,7 @@ class Collector:
     def close(self) -> None:
         """End what is ahead, and the grading."""
         if self._ahead:
-            self.engine.abort()
+            self._engine().abort()
         self._threads.shutdown(wait=True)
         self._grader.close()
 
@@ -189,7 +198,7 @@ class Collector:
         answers, problem = {prompt.prompt_id: prompt.answer for prompt in prompts}, ""
         begun: list[tuple[Rollout, Future[Verdict]]] = []
         try:
-            for _, rollout in self.engine.stream(requests):
+            for _, rollout in self._engine().stream(requests):
                 begun.append((rollout, submit(rollout, answers[rollout.prompt_id], self._grader, self._tokenizer)))
         except ServersLost:
             pass  # what is missing is asked for again

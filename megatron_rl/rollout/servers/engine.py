@@ -23,6 +23,7 @@ import aiohttp
 from torch import Tensor
 from typing_extensions import override
 
+from megatron_rl.rollout.clocks import HEALTH_SECONDS
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, ServersLost
 from megatron_rl.rollout.servers.answers import as_rollout, joined, rest, too_late
 from megatron_rl.rollout.servers.fleet import Fleet
@@ -31,7 +32,6 @@ from megatron_rl.rollout.servers.protocol import Completion, Dialect
 from megatron_rl.rollout.servers.weight_sync import Channel, check_same_model
 from megatron_rl.types import Rollout
 
-_HEALTH_SECONDS = 10.0
 _MAX_TRIES = 10  # of one response on servers that break or fail and yet are healthy
 _BACKOFF_SECONDS = (0.1, 10.0)  # first and longest pause before a request is sent again
 
@@ -196,13 +196,13 @@ class ServerEngine(RolloutEngine):
     async def _look_after(self, target: _Target) -> None:
         """Ask a server whose connection broke whether it lives; mark it as lost when it does not answer."""
         try:
-            await asyncio.wait_for(self._dialect.health(target.server), _HEALTH_SECONDS)
+            await asyncio.wait_for(self._dialect.health(target.server), HEALTH_SECONDS)
         except (TimeoutError, EngineError):
             target.is_lost = True
 
     async def _quietly_abort(self, server: Server, rid: str) -> None:
         with contextlib.suppress(EngineError, TimeoutError):  # it is gone, or will finish for nobody
-            await asyncio.wait_for(self._dialect.abort(server, rid), _HEALTH_SECONDS)
+            await asyncio.wait_for(self._dialect.abort(server, rid), HEALTH_SECONDS)
 
     @override
     def abort(self) -> None:
@@ -292,7 +292,7 @@ class ServerEngine(RolloutEngine):
         async def settle(server: Server) -> None:
             for action in (self._dialect.end_update(server, -1), self._dialect.resume(server)):
                 with contextlib.suppress(EngineError, TimeoutError):  # it is dead, or had none open
-                    await asyncio.wait_for(action, _HEALTH_SECONDS)
+                    await asyncio.wait_for(action, HEALTH_SECONDS)
 
         if self._place.rank == 0:
             self._loop.submit(self._on_each(servers, settle)).result()

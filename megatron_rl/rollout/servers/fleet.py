@@ -20,6 +20,7 @@ from megatron_rl.rollout.engine import EngineError, Place
 from megatron_rl.rollout.servers.processes import EngineProcess, free_port
 from megatron_rl.rollout.servers.protocol import Dialect, LaunchSpec
 
+_CPU_KV_TOKENS = 16384
 _RETRY_SECONDS = 1.0  # between two looks at a server that is not ready
 
 
@@ -58,11 +59,11 @@ class Fleet:
         Raises: EngineError, on every rank, when a server does not come up, or more than `rollout.server.max_failures`
         died in the run.
         """
-        problem, died = "", 0
+        problem, died, began = "", 0, time.monotonic()
         try:
             died = self._restart_dead()
             for address in self._local_urls():
-                self._wait(address)
+                self._wait(address, began)
         except EngineError as error:
             problem = str(error)
         facts = self.place.gather((socket.gethostname(), self.place.local_rank, self._local_urls(), problem, died))
@@ -118,11 +119,11 @@ class Fleet:
             return False
         return True
 
-    def _wait(self, url: str) -> None:
+    def _wait(self, url: str, began: float) -> None:
         owned = next((owned for owned in self._owned if owned.url == url), None)
         if owned is not None and owned.healthy:
             return
-        limit, began, said = self.config.rollout.server.start_seconds, time.monotonic(), 0.0
+        limit, said = self.config.rollout.server.start_seconds, 0.0
         while True:
             if owned is not None and not owned.process.alive():
                 raise EngineError(f"the {self.dialect.name} server did not start: {owned.process.obituary()}")
@@ -162,7 +163,7 @@ class Fleet:
             devices=tuple(devices),
             context_tokens=config.max_sequence_tokens,
             max_concurrency=server.max_concurrency,
-            kv_tokens=server.kv_tokens,
+            kv_tokens=server.kv_tokens or (None if device.ON_GPU else max(_CPU_KV_TOKENS, config.max_sequence_tokens)),
             memory_fraction=server.memory_fraction,
             colocated=server.share_memory,
             extra_args=server.extra_args,

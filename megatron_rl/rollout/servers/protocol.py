@@ -36,7 +36,7 @@ class LaunchSpec:
     devices: tuple[int, ...]  # GPUs, `tp` of them; empty: the CPU
     context_tokens: int  # longest prompt and response together
     max_concurrency: int  # requests decoded together
-    kv_tokens: int  # size of the key-value cache on a CPU; on a GPU memory_fraction decides
+    kv_tokens: int | None  # size of the key-value cache; None, on a GPU alone: by memory_fraction
     memory_fraction: float  # of the GPU's memory, weights and key-value cache together
     colocated: bool  # the trainer shares the GPUs: the server must be able to give its memory back
     extra_args: tuple[str, ...]  # appended to the server's command line

@@ -35,6 +35,7 @@ from megatron_rl.convert.save_hf import SHARD_BYTES, write_shards
 from megatron_rl.convert.weights import expected_shapes
 from megatron_rl.models.mapping import model_rows
 from megatron_rl.parallel.engine_group import broadcast_bucket, join_engine_group, leave_engine_group
+from megatron_rl.rollout.clocks import GROUP_SECONDS
 from megatron_rl.rollout.engine import EngineError
 from megatron_rl.rollout.servers.http import Server
 from megatron_rl.rollout.servers.protocol import Dialect, Manifest
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _SHARED_MEMORY = Path("/dev/shm")
-GROUP_SECONDS = 300.0  # for the servers' workers to join, and for one broadcast
 
 Submit = Callable[[Coroutine[Any, Any, Any]], "Future[Any]"]  # runs a coroutine on the engine's event loop
 

@@ -10,11 +10,14 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
 
+from megatron_rl import device
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.build import DIALECTS
 from megatron_rl.rollout.engine import EngineError, Request, SamplingParams
 from megatron_rl.rollout.servers.http import Server
 from megatron_rl.rollout.servers.protocol import LaunchSpec, Manifest
@@ -176,6 +179,25 @@ def test_a_server_on_gpus_sees_its_own_among_those_of_the_job(tmp_path: Path, mo
     assert env["PYTORCH_CUDA_ALLOC_CONF"] == env["PYTORCH_ALLOC_CONF"] == ""  # removed: no expandable segments
     with pytest.raises(UserError, match="GPU 3, and 3 are visible"):
         DIALECT.command(spec(tmp_path, devices=(2, 3)))
+
+
+@pytest.mark.parametrize("engine", DIALECTS)
+def test_a_cache_in_tokens_does_not_depend_on_what_is_free(tmp_path: Path, engine: str) -> None:
+    """As a server starts the trainer holds part of the GPU, and the two engines read a fraction in their own ways."""
+    hf = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    option = {}
+    for kv_tokens in (None, 1000):
+        launch = spec(tmp_path, devices=(0, 1), kv_tokens=kv_tokens)
+        with mock.patch.object(device, "visible_devices", lambda _: {}):
+            argv, _ = DIALECTS[engine]().command(launch)
+        option[kv_tokens] = dict(zip(argv, argv[1:], strict=False))
+    if engine == "sglang":  # which takes the smaller of the tokens and its fraction of what is free
+        assert option[1000]["--max-total-tokens"] == "1000" and float(option[1000]["--mem-fraction-static"]) > 0.9
+        assert "--max-total-tokens" not in option[None] and option[None]["--mem-fraction-static"] == "0.5"
+    else:  # which then ignores its fraction; 1,024 tokens in blocks, 2 of 4 heads on each GPU, in float32
+        assert option[1000]["--kv-cache-memory-bytes"] == str(2 * 3 * 2 * 16 * 4 * 1024)
+        assert "--kv-cache-memory-bytes" not in option[None]
 
 
 # --- answers that no healthy server gives -----------------------------------------------------------------------------
