@@ -38,7 +38,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -84,6 +84,17 @@ class Problems:
     eval: list[Prompt]
 
 
+class Lengths(NamedTuple):
+    """A rollout's tokens, counted."""
+
+    total: int
+    prompt: int  # before the first that the policy drew; all when it drew none
+    response: int  # that the policy drew
+
+
+ELSEWHERE = torch.empty((), device="meta")  # stands for the tokens of a rollout that other ranks hold: it has no values
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled response to one prompt, with what the verifier and the reward shaping made of it.
@@ -107,11 +118,25 @@ class Rollout:
     terms: tuple[float, ...] = ()  # values of reward.terms, in their order
     routes: Tensor | None = None  # [L, mixture layers, top_k], the engine's experts; see models/expert_routes.py
     counts: bool = True  # False: no loss, and no share of the denominators
+    known_lengths: Lengths | None = None  # where `token_ids`, `rollout_logprobs` and `sampled` are ELSEWHERE at least
+
+    @property
+    def has_tokens(self) -> bool:
+        """Tell whether this rank holds the tokens."""
+        return not self.token_ids.is_meta
+
+    @property
+    def lengths(self) -> Lengths:
+        """Return how many tokens it has."""
+        if self.known_lengths is not None:
+            return self.known_lengths
+        drawn = self.sampled.nonzero()
+        return Lengths(len(self.token_ids), int(drawn[0]) if len(drawn) else len(self.token_ids), len(drawn))
 
     @property
     def response_length(self) -> int:
         """Return the number of sampled tokens."""
-        return int(self.sampled.sum())
+        return self.lengths.response
 
     @property
     def response_ids(self) -> Tensor:
@@ -125,7 +150,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class CollectResult:
-    """A step's rollouts, the same on every rank."""
+    """A step's rollouts, the same on every rank but for the tokens: a rank has those of the ones that it sampled."""
 
     rollouts: list[Rollout]  # samples_per_prompt per prompt, in the order of the draw, then by sample_index
     prompts_by_id: dict[int, Prompt]  # of those rollouts
@@ -246,11 +271,18 @@ class MiniBatch:
 
     def cat(self, name: str) -> Tensor:
         """Return the field `name` of the response tokens (`loss_mask`) of all micro-batches: `[N_local]`."""
-        return torch.cat([getattr(mb, name)[mb.loss_mask] for mb in self.micro_batches])
+        return self.response_tokens([getattr(mb, name) for mb in self.micro_batches])
 
     def cat_stats(self, name: str) -> Tensor:
         """Return the field `name` of the micro-batches' `stats`, of the response tokens: `[N_local]`."""
-        return torch.cat([getattr(mb.computed_stats, name)[mb.loss_mask] for mb in self.micro_batches])
+        return self.response_tokens([getattr(mb.computed_stats, name) for mb in self.micro_batches])
+
+    def response_tokens(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the response tokens of `values`, a tensor [T] per micro-batch: `[N_local]`. One wait for the device,
+        however many micro-batches there are."""
+        if len(values) != len(self.micro_batches):
+            raise ValueError(f"got {len(values)} tensors for {len(self.micro_batches)} micro-batches")
+        return torch.cat(list(values))[torch.cat([mb.loss_mask for mb in self.micro_batches])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +321,8 @@ class Ranks(Protocol):
     """The processes that hold other tokens, as the algorithms see them: global statistics, the same on every rank.
     parallel/reduce.py has the real one."""
 
+    size: int
+
     def sum(self, values: Tensor) -> Tensor:
         """Return the element-wise sum over ranks."""
         ...
@@ -317,6 +351,10 @@ class Ranks(Protocol):
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order."""
+        ...
+
+    def exchange_objects(self, values: Sequence[Any]) -> list[Any]:
+        """Send value i to rank i; return what each rank sent to this one, in rank order."""
         ...
 
 
