@@ -92,9 +92,6 @@ class Lengths(NamedTuple):
     response: int  # that the policy drew
 
 
-ELSEWHERE = torch.empty((), device="meta")  # stands for the tokens of a rollout that other ranks hold: it has no values
-
-
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled response to one prompt, with what the verifier and the reward shaping made of it.
@@ -118,7 +115,7 @@ class Rollout:
     terms: tuple[float, ...] = ()  # values of reward.terms, in their order
     routes: Tensor | None = None  # [L, mixture layers, top_k], the engine's experts; see models/expert_routes.py
     counts: bool = True  # False: no loss, and no share of the denominators
-    known_lengths: Lengths | None = None  # where `token_ids`, `rollout_logprobs` and `sampled` are ELSEWHERE at least
+    known_lengths: Lengths | None = None  # known where another rank holds the tokens, whose tensors have no data here
 
     @property
     def has_tokens(self) -> bool:
@@ -278,10 +275,7 @@ class MiniBatch:
         return self.response_tokens([getattr(mb.computed_stats, name) for mb in self.micro_batches])
 
     def response_tokens(self, values: Sequence[Tensor]) -> Tensor:
-        """Return the response tokens of `values`, a tensor [T] per micro-batch: `[N_local]`. One wait for the device,
-        however many micro-batches there are."""
-        if len(values) != len(self.micro_batches):
-            raise ValueError(f"got {len(values)} tensors for {len(self.micro_batches)} micro-batches")
+        """Return the response tokens of `values`, a tensor [T] per micro-batch, with one wait: `[N_local]`."""
         return torch.cat(list(values))[torch.cat([mb.loss_mask for mb in self.micro_batches])]
 
 
@@ -325,37 +319,29 @@ class Ranks(Protocol):
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the element-wise sum over ranks."""
-        ...
 
     def max(self, values: Tensor) -> Tensor:
         """Return the element-wise maximum over ranks."""
-        ...
 
     def top_k(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the k largest values of all ranks and their ids."""
-        ...
 
     def top_ks_and_sum(
         self, sets: Sequence[tuple[Tensor, Tensor, int]], sums: Tensor
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Return `top_k` of each (values, ids, k), and `sum` of `sums`, in one collective."""
-        ...
 
     def kth_largest(self, values: Tensor, k: int) -> float:
         """Return the k-th largest of all ranks' values."""
-        ...
 
     def quantiles(self, values: Tensor, fractions: list[float]) -> list[float]:
         """Return exact quantiles over all ranks' values."""
-        ...
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order."""
-        ...
 
     def exchange_objects(self, values: Sequence[Any]) -> list[Any]:
         """Send value i to rank i; return what each rank sent to this one, in rank order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,9 +382,7 @@ class UpdateResult:
     skipped: bool  # a non-finite gradient (grad_norm says so) or no counted token on any rank: the weights did not move
 
 
-_LOSS_FIELDS = {each.name for each in dataclasses.fields(LossInputs)} & {
-    each.name for each in dataclasses.fields(MicroBatch)
-}
+_LOSS_FIELDS = {f.name for f in dataclasses.fields(LossInputs)} & {f.name for f in dataclasses.fields(MicroBatch)}
 
 
 def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:

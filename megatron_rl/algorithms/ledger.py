@@ -51,7 +51,10 @@ def ledger(batch: TrainBatch, after: Sequence[TokenStats] | None, ranks: Ranks) 
     sums = _sums_on_first([labels, bucket, quantile], values, ranks)
     if sums is None:
         return {}
-    (token_ids, of_tokens), by_position, by_quantile = sums[0], *(_as_rows(*one) for one in sums[1:])
+    (token_ids, of_tokens), by_position, by_quantile = (
+        sums[0],
+        *(dict(zip(keys.tolist(), rows.tolist(), strict=True)) for keys, rows in sums[1:]),
+    )
     order = of_tokens[:, 1].abs().argsort(descending=True, stable=True)  # the ids ascend, so ties stay by id
     tokens = [[i, *row] for i, row in zip(token_ids[order].tolist(), of_tokens[order].tolist(), strict=True)]
     empty = [0.0] * len(COLUMNS)
@@ -94,28 +97,22 @@ def _sums_on_first(
     for keys, sums in local:
         owners = keys % ranks.size
         order, sizes = owners.argsort(stable=True), owners.bincount(minlength=ranks.size).tolist()
-        for share, part in zip(
-            shares, zip(keys[order].split(sizes), sums[order].split(sizes), strict=True), strict=True
-        ):
+        for share, *part in zip(shares, keys[order].split(sizes), sums[order].split(sizes), strict=True):
             share.append(part)
-    own = [_sums(*_joined(parts)) for parts in zip(*ranks.exchange_objects(shares), strict=True)]
-    parts_of_all = ranks.exchange_objects([own, *[None] * (ranks.size - 1)])
-    return None if parts_of_all[0] is None else [_sums(*_joined(parts)) for parts in zip(*parts_of_all, strict=True)]
+    own = _merged(ranks.exchange_objects(shares))
+    parts = ranks.exchange_objects([own, *[None] * (ranks.size - 1)])
+    return None if parts[0] is None else _merged(parts)
+
+
+def _merged(parts: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+    """Return `_sums` of each grouping over what each rank sent of it."""
+    return [_sums(*map(torch.cat, zip(*of_ranks, strict=True))) for of_ranks in zip(*parts, strict=True)]
 
 
 def _sums(keys: Int64[Tensor, "N"], values: Float64[Tensor, "N C"]) -> tuple[Tensor, Tensor]:
     """Return the distinct keys, ascending, and the sums of their rows, on the host."""
     unique, index = keys.unique(return_inverse=True)
     return unique.cpu(), values.new_zeros(len(unique), values.shape[1]).index_add_(0, index, values).cpu()
-
-
-def _joined(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-    keys, rows = zip(*parts, strict=True)
-    return torch.cat(keys), torch.cat(rows)
-
-
-def _as_rows(keys: Tensor, sums: Tensor) -> dict[int, list[float]]:
-    return dict(zip(keys.tolist(), sums.tolist(), strict=True))
 
 
 def _add(rows: Any) -> list[float]:

@@ -68,9 +68,9 @@ class Reducer:
     ) -> tuple[list[tuple[Float64[Tensor, "_"], Int64[Tensor, "_"]]], Float64[Tensor, "*shape"]]:
         """Return `top_k` of each (values, ids, k), and the `sum` of `sums`.
 
-        The first collective brings the sums, how many tokens each rank offers and the first of them; a second one the
-        rest, as many as the rank that offers most has. Before quotas that are large over all ranks, histograms tell
-        what can win at all, so that a rank offers about its share of the winners and not of all tokens.
+        The first collective brings the sums, how many values each rank offers and the first of them; where some are
+        missing, a second one brings as many as the rank that offers most has. Before quotas that are large over all
+        ranks, histograms tell what can win at all, so that a rank offers about its share of the winners.
         """
         if self.size > 1 and self.size * sum(k for *_, k in sets) > _MANY:
             sets = self._contenders(sets)
@@ -79,28 +79,23 @@ class Reducer:
             return local, sums.clone()
         # bits travel as integers: an id may not fit a float
         offers = [torch.stack([values.view(torch.int64), ids]) for values, ids in local]
+
+        def slots(widths: Sequence[int]) -> list[Tensor]:
+            return [_padded(offer[:, :n], n).flatten() for offer, n in zip(offers, widths, strict=True)]
+
         firsts = [min(k, _FIRST_VALUES) for *_, k in sets]
-        heads = [_padded(offer[:, :first], first).flatten() for offer, first in zip(offers, firsts, strict=True)]
         sizes = torch.tensor([offer.shape[1] for offer in offers], device=sums.device)
-        parts = [sizes, sums.contiguous().view(-1).view(torch.int64), *heads]
-        counts, totals, *slots = self._gather(torch.cat(parts)).split([len(part) for part in parts], dim=1)
-        total = totals.contiguous().view(torch.float64).sum(0).view(sums.shape)
+        counts, totals, *rows = self._gather_parts([sizes, sums.flatten().view(torch.int64), *slots(firsts)])
         offered = counts.tolist()
         most = [max(column) for column in zip(*offered, strict=True)]
-        slots = [slot.view(self.size, 2, first) for slot, first in zip(slots, firsts, strict=True)]
-        rests = [max(0, size - first) for size, first in zip(most, firsts, strict=True)]
-        if any(rests):
-            tails = [_padded(o[:, f:], n).flatten() for o, f, n in zip(offers, firsts, rests, strict=True)]
-            more = self._gather(torch.cat(tails)).split([len(tail) for tail in tails], dim=1)
-            slots = [
-                torch.cat([slot, tail.view(self.size, 2, n)], dim=2)
-                for slot, tail, n in zip(slots, more, rests, strict=True)
-            ]
+        if any(n > first for n, first in zip(most, firsts, strict=True)):
+            rows = self._gather_parts(slots(most))
         best = []
-        for i, (slot, (*_, k)) in enumerate(zip(slots, sets, strict=True)):
-            values, ids = torch.cat([row[:, : n[i]] for row, n in zip(slot, offered, strict=True)], dim=1)
-            best.append(_best(values.contiguous().view(torch.float64), ids, min(k, len(ids))))
-        return best, total
+        for i, (row, (*_, k)) in enumerate(zip(rows, sets, strict=True)):
+            pairs = row.view(self.size, 2, row.shape[1] // 2)
+            values, ids = torch.cat([pair[:, : n[i]] for pair, n in zip(pairs, offered, strict=True)], dim=1)
+            best.append(_best(values.view(torch.float64), ids, min(k, len(ids))))
+        return best, totals.contiguous().view(torch.float64).sum(0).view(sums.shape)
 
     def _contenders(
         self, sets: Sequence[tuple[Float[Tensor, "_"], Int64[Tensor, "_"], int]]
@@ -194,6 +189,10 @@ class Reducer:
         received = torch.empty(sum(came), dtype=torch.uint8, device=self.device)
         dist.all_to_all_single(received, payload.to(self.device), came, sent, group=self.group)
         return [pickle.loads(part.numpy().data) for part in received.cpu().split(came)]
+
+    def _gather_parts(self, parts: list[Tensor]) -> list[Tensor]:
+        """Return every rank's values of each of the flat `parts`: [R, N] each."""
+        return list(self._gather(torch.cat(parts)).split([len(part) for part in parts], dim=1))
 
     def _gather(self, values: Tensor) -> Tensor:
         """Return every rank's values: [R, *values.shape]."""

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.types import ELSEWHERE, Rollout
+import torch
+
+from megatron_rl.types import Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,8 @@ class Answers:
 Facts = tuple[Any, ...]  # a rollout's fields but its tokens
 _TOKENS = ("token_ids", "rollout_logprobs", "sampled", "routes")
 _FACTS = tuple(field.name for field in dataclasses.fields(Rollout) if field.name not in _TOKENS)
-_NO_TOKENS: dict[str, Any] = dict(zip(_TOKENS, (ELSEWHERE, ELSEWHERE, ELSEWHERE, None), strict=True))
+# a tensor without data raises whatever one reads from it: tokens that are elsewhere are never taken for none
+_NO_TOKENS: dict[str, Any] = dict.fromkeys(_TOKENS, torch.empty((), device="meta")) | {"routes": None}
 
 
 def facts_of(rollouts: Sequence[Rollout]) -> list[Facts]:
