@@ -7,6 +7,7 @@ between ranks is which micro-batches they compute.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -25,13 +26,14 @@ from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.metrics.step import StepReport
 from megatron_rl.metrics.write import RunLogger
 from megatron_rl.packing import pack
+from megatron_rl.packing.dealing import deal_step, hand_out
 from megatron_rl.parallel.groups import Groups, destroy_groups, init_groups
 from megatron_rl.resume import Checkpoints
 from megatron_rl.rollout.clocks import waiting_seconds
 from megatron_rl.rollout.collect import CollectStopped
 from megatron_rl.rollout.engine import EngineError
 from megatron_rl.run import Run, set_up
-from megatron_rl.types import Rollout
+from megatron_rl.types import CollectResult, Rollout, TrainBatch
 
 
 def run_step(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
@@ -41,8 +43,7 @@ def run_step(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
         collected = run.collector.collect(step)
         run.collector.go_ahead(step)
     with timers("pack"):
-        batch = pack(collected.rollouts, advantages(collected.rollouts, config), run.layout, step=step)
-        batch = batch.to(device.device())
+        collected, batch = packed(run, collected, step)
     with timers("old_logprobs"):
         batch = policy.with_old_logprobs(batch)
     loss = run.controller.next_loss(batch)
@@ -56,6 +57,17 @@ def run_step(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
         report.updated(mini_batch, result)
     run.served.weight_version = step + 1
     return report.finish(logger)
+
+
+def packed(run: Run, collected: CollectResult, step: int) -> tuple[CollectResult, TrainBatch]:
+    """Return the rollouts with the tokens of those that this rank computes, and these packed, on its device.
+
+    Every rank deals them all out by their lengths; their tokens travel to the ranks that compute them. A collective.
+    """
+    deals = deal_step(collected.rollouts, run.layout)
+    rollouts = hand_out(collected.rollouts, deals, run.layout, run.world)
+    batch = pack(rollouts, advantages(rollouts, run.config), run.layout, step=step, deals=deals)
+    return dataclasses.replace(collected, rollouts=rollouts), batch.to(device.device())
 
 
 def advantages(rollouts: Sequence[Rollout], config: Config) -> Tensor:

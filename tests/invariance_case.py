@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_rl.algorithms.covariance import covariance
 from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.config import Config, parse_config
+from megatron_rl.rollout.answers import facts_of, from_facts
 from megatron_rl.types import MiniBatch, Rollout
 
 PROMPTS, SAMPLES, MAX_PROMPT, MAX_RESPONSE, VOCAB = 6, 4, 8, 20, 37  # 37: padded at TP 2
@@ -258,7 +259,7 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         policy.keep_reference()
     kept = len(rollouts) - case.filtered
     rollouts = rollouts[:kept] + [r.replace(counts=False, finish_reason="length") for r in rollouts[kept:]]
-    collected = CollectResult(rollouts, {}, {})
+    collected = CollectResult(held_by(rollouts, groups.rank, groups.world_size), {}, {})
     layout = Layout.of(config, groups)
     if case.num_micro_batches is not None:  # the budget is large: one multiple of them is as many as there are
         layout = dataclasses.replace(layout, count_multiple=case.num_micro_batches)
@@ -287,6 +288,13 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         outcome.metrics = train.run_step(run, 0, logger)
     outcome.weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
     return outcome
+
+
+def held_by(rollouts: list[Rollout], rank: int, world_size: int) -> list[Rollout]:
+    """The step's rollouts as a rank knows them that sampled every `world_size`-th."""
+    measured = [rollout.replace(known_lengths=rollout.lengths) for rollout in rollouts]
+    others = from_facts(facts_of(measured))
+    return [measured[i] if i % world_size == rank else others[i] for i in range(len(rollouts))]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.hashing import hash_uniform
-from megatron_rl.types import Bool, Float, Float64, MicroBatch, MiniBatch, Ranks, Shaped
+from megatron_rl.types import Bool, Float, Float64, MicroBatch, MiniBatch, Ranks
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase
@@ -130,7 +130,7 @@ def clip_cov_priority(
     The order is a pure function of (seed, step, mini-batch, prompt_id, sample_index, position), so every layout draws
     the same subset.
     """
-    clipped = response_tokens(part, [_already_clipped(micro_batch, loss) for micro_batch in part.micro_batches])
+    clipped = part.response_tokens([_already_clipped(micro_batch, loss) for micro_batch in part.micro_batches])
     candidates = (cov > loss.cov_low) & (cov < loss.cov_high) & ~clipped
     return candidates, hash_uniform(
         *counter, part.cat("prompt_ids"), part.cat("sample_indices"), part.cat("position_ids")
@@ -177,7 +177,7 @@ def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, 
 
 def _spent(mini_batch: MiniBatch) -> Tensor:
     spent = [entropy_spent(mb.computed_stats, mb.advantages) for mb in mini_batch.micro_batches]
-    return response_tokens(mini_batch, spent)
+    return mini_batch.response_tokens(spent)
 
 
 def _selection_metrics(
@@ -190,9 +190,3 @@ def _selection_metrics(
     if number:
         metrics |= {"select/logprob_mean": logp / number, "select/entropy_mean": ent / number}
     return metrics
-
-
-def response_tokens(mini_batch: MiniBatch, values: list[Shaped[Tensor, "_"]]) -> Shaped[Tensor, "N"]:
-    """Return the response tokens of `values`, a tensor [T] per micro-batch."""
-    pairs = zip(values, mini_batch.micro_batches, strict=True)
-    return torch.cat([value[micro_batch.loss_mask] for value, micro_batch in pairs])

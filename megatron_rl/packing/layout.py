@@ -28,6 +28,7 @@ class Layout:
     share_prompts: bool  # the samples of a prompt compute it once
     dp_rank: int = 0
     dp_size: int = 1
+    dp_ranks: tuple[int, ...] = (0,)  # of every process, in the order of the world's ranks
     cp_rank: int = 0
     cp_size: int = 1
     pad_multiple: int = 1  # lengths of micro-batches over all context-parallel ranks (sequence, context parallelism)
@@ -57,6 +58,7 @@ class Layout:
             layout,
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
+            dp_ranks=groups.dp_ranks,
             cp_rank=groups.cp_rank,
             cp_size=groups.cp_size,
             pad_multiple=config.parallel.token_multiple,

@@ -71,6 +71,11 @@ class Groups:
         return Reducer(self.pp, device.device(), self.pp_hosts)
 
     @property
+    def dp_ranks(self) -> tuple[int, ...]:
+        """Return the data-parallel rank of every process, in the order of the world's ranks (tp-cp-dp-pp)."""
+        return tuple(rank // (self.tp_size * self.cp_size) % self.dp_size for rank in range(self.world_size))
+
+    @property
     def is_first_stage(self) -> bool:
         """Tell whether this rank holds the embedding."""
         return self.pp_rank == 0

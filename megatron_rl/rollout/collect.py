@@ -1,7 +1,8 @@
 """One step's rollouts: draw prompts, generate and grade each rank's share, gather, and drop groups that teach nothing.
 
-Every rank draws the same prompts and decides on the same gathered rollouts, so all ranks return the same result and
-leave the cursor at the same place. The collective itself comes in with `place`.
+Every rank draws the same prompts and decides on the same facts of all rollouts (rewards, lengths, faults), which are
+gathered without their tokens; so all ranks return the same result and leave the cursor at the same place. The tokens
+travel when it is known which rank computes them (packing/dealing.py). The collective itself comes in with `place`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.reward import check_failures, filter_overlong, graded, shape_rewards, submit
-from megatron_rl.rollout.answers import Answers
+from megatron_rl.rollout.answers import Answers, facts_of, from_facts
 from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
 from megatron_rl.types import CollectResult, Prompt, Rollout
 
@@ -211,18 +212,21 @@ class Collector:
             return Answers([], problem or str(error))
 
     def _take(self, pending: _Pending, oldest: int = 0) -> tuple[list[list[Rollout]], int]:
-        """One group of scored rollouts per prompt, in the prompts' order, the same on every rank; and how many were
-        thrown away because weights before version `oldest` began them. Lost and stale ones are asked for again."""
+        """One group of scored rollouts per prompt, in the prompts' order, the same on every rank but for the tokens;
+        and how many were thrown away because weights before version `oldest` began them. Lost and stale ones are asked
+        for again."""
         answers = pending.answers.result() if pending.answers else self._generate(pending.share, pending.prompts)
         found: dict[tuple[int, int], Rollout] = {}
         num_stale = 0
         while True:
-            parts = self._place.gather(answers)
-            problems = [part.problem for part in parts if part.problem]
+            own = [rollout.replace(known_lengths=rollout.lengths) for rollout in answers.rollouts]
+            parts = self._place.gather((facts_of(own), answers.problem))
+            problems = [problem for _, problem in parts if problem]
             if problems:
                 raise EngineError("\n".join(dict.fromkeys(problems)))
-            fresh = [r for part in parts for r in part.rollouts if r.weight_version >= oldest]
-            stale = sum(len(part.rollouts) for part in parts) - len(fresh)
+            by_rank = [own if i == self._place.rank else from_facts(facts) for i, (facts, _) in enumerate(parts)]
+            fresh = [r for part in by_rank for r in part if r.weight_version >= oldest]
+            stale = sum(map(len, by_rank)) - len(fresh)
             if stale and num_stale:
                 raise EngineError(f"responses that were asked for again still come from weights before {oldest}")
             num_stale += stale

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from dataclasses import dataclass, field
 from threading import Barrier, Thread, current_thread
 
@@ -13,10 +12,10 @@ from megatron_rl.config import parse_config
 from megatron_rl.data import DataError, PromptCursor
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import InProcess
-from megatron_rl.rollout.answers import Answers
+from megatron_rl.rollout.answers import Answers, facts_of, from_facts
 from megatron_rl.rollout.collect import CollectError, Collector, CollectStopped, rollout_metrics, sampling_params
 from megatron_rl.rollout.engine import EngineError, Place, ServersLost
-from megatron_rl.types import Prompt, Rollout
+from megatron_rl.types import Lengths, Prompt, Rollout
 
 HF = {
     "model_type": "qwen2",
@@ -128,7 +127,10 @@ def ids(result):
     return [(r.prompt_id, r.sample_index) for r in result.rollouts]
 
 
-def test_answers_travel_whole():
+TOKENS = ("token_ids", "rollout_logprobs", "sampled", "routes")
+
+
+def test_all_but_the_tokens_reaches_the_other_ranks():
     rollouts = [
         Rollout(
             prompt_id=4,
@@ -138,6 +140,7 @@ def test_answers_travel_whole():
             sampled=torch.arange(length) > 1,
             finish_reason="stop",
             weight_version=3,
+            known_lengths=Lengths(length, 2, length - 2),
             **more,
         )
         for index, length, more in [
@@ -145,13 +148,14 @@ def test_answers_travel_whole():
             (1, 5, {"score": 0.0, "reward": 0.0, "spans": ((3, 2),), "routes": torch.arange(20).view(5, 2, 2)}),
         ]
     ]
-    for sent in (rollouts, []):
-        answers = pickle.loads(pickle.dumps(Answers(sent, "lost")))
-        assert answers.problem == "lost" and len(answers.rollouts) == len(sent)
-        for got, want in zip(answers.rollouts, sent, strict=True):
-            for name in (f.name for f in dataclasses.fields(Rollout)):
-                a, b = getattr(got, name), getattr(want, name)
-                assert type(a) is type(b) and (torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b), name
+    for got, sent in zip(from_facts(facts_of(rollouts)), rollouts, strict=True):
+        assert sent.has_tokens and not got.has_tokens and got.response_length == sent.response_length
+        for name in {f.name for f in dataclasses.fields(Rollout)} - set(TOKENS):
+            assert getattr(got, name) == getattr(sent, name), name
+        for read in (lambda r: r.response_ids, lambda r: len(r.token_ids), lambda r: int(r.sampled.sum())):
+            with pytest.raises((IndexError, TypeError, RuntimeError)):  # nobody takes them for empty
+                read(got)
+    assert rollouts[0].replace(known_lengths=None).lengths == (3, 2, 1)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -163,6 +167,9 @@ def test_every_world_size_collects_the_same(dynamic):
         for result in results:
             assert ids(result) == ids(single) and result.metrics == single.metrics
             assert [r.reward for r in result.rollouts] == [r.reward for r in single.rollouts]
+            assert [r.lengths for r in result.rollouts] == [r.lengths for r in single.rollouts]
+        held = [[r.has_tokens for r in result.rollouts] for result in results]
+        assert [sum(ranks) for ranks in zip(*held, strict=True)] == [1] * 12  # each on the rank that sampled it
         shares = [len(engine.calls[0]) for engine in engines]
         assert sum(shares) == 12 and max(shares) - min(shares) <= 1
 
