@@ -12,7 +12,7 @@ from megatron_rl.config import parse_config
 from megatron_rl.data import DataError, PromptCursor
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import InProcess
-from megatron_rl.rollout.answers import Answers, facts_of, from_facts
+from megatron_rl.rollout.answers import facts_of, from_facts
 from megatron_rl.rollout.collect import CollectError, Collector, CollectStopped, rollout_metrics, sampling_params
 from megatron_rl.rollout.engine import EngineError, Place, ServersLost
 from megatron_rl.types import Lengths, Prompt, Rollout
