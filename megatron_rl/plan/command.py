@@ -128,6 +128,9 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
     table.add_row("total", *(f"{step.memory.total(p) / GIB:.2f}" for p in step.memory.phases), style="bold")
     console.print(table)
     console.print(f"error of such predictions: median {error}")
+    if host := step.memory.host:
+        parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in host.items())
+        console.print(f"memory of a node's host, at most, GiB: {sum(host.values()) / GIB:.1f} ({parts})")
     if not step.seconds:
         return
     table = Table(title="one step", title_justify="left")
@@ -215,6 +218,7 @@ def _as_dict(
         "layout": asdict(step.layout),
         "assumed": asdict(load),
         "bytes": step.memory.phases,
+        "host_bytes": step.memory.host,
         "fits": step.memory.fits,
         "faults": step.memory.faults,
         "seconds": step.seconds,

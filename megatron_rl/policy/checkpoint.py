@@ -97,6 +97,10 @@ class CheckpointStore:
         Raises: UserError, on every rank, when there is no room for it or it cannot be written; the others then stay.
         """
         self.finish()
+        with self.policy.without_gradients():
+            return self._save(step, extra, is_best)
+
+    def _save(self, step: int, extra: dict[str, Any], is_best: bool) -> Path:
         state = self._state(is_loading=False) | {"step": step, "extra": extra}
         target = self.path(step)
         save = _Save(target, target.with_name(f".{target.name}"), self._bytes_of(state), is_best)
