@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rl import device
-from megatron_rl.types import Float
+from megatron_rl.types import Shaped
 
 
 def assemble(
-    piece: Float[Tensor, "piece"] | None, ranges: Sequence[tuple[int, int]], owner: int, group: ProcessGroup
-) -> Float[Tensor, "whole"] | None:
+    piece: Shaped[Tensor, "..."] | None, ranges: Sequence[tuple[int, int]], owner: int, group: ProcessGroup
+) -> Shaped[Tensor, "..."] | None:
     """Return the whole float32 tensor in the host's memory of the group's rank `owner`, None on the others. A
     collective of `group`, which takes the whole tensor's bytes of each rank's device meanwhile.
 

@@ -22,7 +22,6 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_rl.parallel.pieces import assemble
 
@@ -48,7 +47,7 @@ def sharded_states(
     """
     entries, _ = extract_sharded_tensors_and_factories(model)
     entry_of = {entry.data: entry for entry in nested_values(entries)}
-    group: ProcessGroup = optimizer.data_parallel_group
+    group = optimizer.data_parallel_group
     rank, written = group.rank(), [0] * group.size()
     states: dict[int, dict[str, Any]] = {}
     for index, (parameter, ranges) in enumerate(_ranges(optimizer, group.size())):

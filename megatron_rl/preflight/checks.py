@@ -40,8 +40,8 @@ def fact_checks(config: Config, facts: list[Facts], vocabulary: int, existing_ch
         _data(facts),
         _on_nodes("reward", facts, lambda fact: fact.reward_fault, config.reward.function),
         _folder(config, facts),
-        _room(config, facts, vocabulary, existing_checkpoints),
         _save(config, facts, vocabulary),
+        _room(config, facts, vocabulary, existing_checkpoints),
     ]
 
 
