@@ -129,8 +129,8 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
     console.print(table)
     console.print(f"error of such predictions: median {error}")
     if host := step.memory.host:
-        parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in host.items())
-        console.print(f"memory of a node's host, at most, GiB: {sum(host.values()) / GIB:.1f} ({parts})")
+        text = ", ".join(f"{part} {size / GIB:.1f}" for part, size in host.items())
+        console.print(f"memory of a node's host, at most, GiB: {sum(host.values()) / GIB:.1f} ({text})")
     if not step.seconds:
         return
     table = Table(title="one step", title_justify="left")
