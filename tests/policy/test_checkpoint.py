@@ -252,7 +252,7 @@ def test_a_checkpoint_is_the_one_that_megatron_gathers(worlds: Worlds, model_fol
     saved = worlds.run(4, _save_both_ways, cases)
     for _, folder in cases:
         gathered, shared = (TorchDistReader(folder / way / "step_00000002") for way in ("gathered", "shared"))
-        assert gathered.tensors.keys() == shared.tensors.keys() and len(gathered.tensors) > 40
+        assert gathered.tensors.keys() == shared.tensors.keys() and len(gathered.tensors) > 30
         for key in gathered.tensors:
             assert torch.equal(gathered.read(key), shared.read(key)), key
     loads = [worlds.run(4, _load_each, [(c, f / way) for c, f in cases]) for way in ("gathered", "shared")]
