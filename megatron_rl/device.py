@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import inspect
 import math
+import mmap
 import os
 import resource
 import sys
@@ -86,6 +87,26 @@ def memory_bytes() -> int:
         return gpu_memory()[2]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def host_memory(count: int) -> torch.Tensor:
+    """Return `[count]` bytes of the host's memory, which a GPU reads and writes without a copy in between.
+
+    They are locked there until the process ends, and forked processes do not see them. (torch's pinned memory would be
+    the next power of two.) Raises: CudaError when the system does not let a process lock so much.
+    """
+    pages = mmap.mmap(-1, count)
+    pages.madvise(mmap.MADV_DONTFORK)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    if ON_GPU:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), count, 0))
+    return memory
+
+
+def give_back_memory() -> None:
+    """Let other processes have the device memory that torch keeps for its next tensors."""
+    if ON_GPU:
+        torch.cuda.empty_cache()
 
 
 def gpu_versions() -> dict[str, str]:

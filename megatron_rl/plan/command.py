@@ -130,6 +130,9 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
     console.print(f"error of such predictions: median {error}")
     if step.memory.cache_tokens is not None:
         console.print(f"key-value cache of a server: {step.memory.cache_tokens:,} tokens, which it is started with")
+    if host := step.memory.host:
+        text = ", ".join(f"{part} {size / GIB:.1f}" for part, size in host.items())
+        console.print(f"memory of a node's host, at most, GiB: {sum(host.values()) / GIB:.1f} ({text})")
     if not step.seconds:
         return
     table = Table(title="one step", title_justify="left")
@@ -217,6 +220,7 @@ def _as_dict(
         "layout": asdict(step.layout),
         "assumed": asdict(load),
         "bytes": step.memory.phases,
+        "host_bytes": step.memory.host,
         "fits": step.memory.fits,
         "faults": step.memory.faults,
         "cache_tokens": step.memory.cache_tokens,

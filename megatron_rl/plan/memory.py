@@ -6,7 +6,7 @@ Every function takes shapes and counts; only `memory_of` reads a config.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from megatron_rl.config import Config
 from megatron_rl.config.rollout import RolloutConfig
@@ -17,6 +17,7 @@ from megatron_rl.models.hardware import (
     FILL,
     GATHER_BYTES,
     GPU_PROCESS_BYTES,
+    HOST_PROCESS_BYTES,
     SAMPLING_ENTRIES,
     Hardware,
 )
@@ -133,6 +134,28 @@ def state_parts(held: RankParameters, layout: Spread, element_bytes: int) -> Par
     }
 
 
+def largest_weight(shape: ModelShape, layout: Spread) -> float:
+    """Return the parameters of a rank's largest weight: the embedding, or an MLP's first matrices."""
+    return shape.hidden * max(shape.vocab, (shape.mlp_matrices - 1) * shape.ffn) / layout.tp
+
+
+def host_parts(config: Config, shape: ModelShape, layout: Spread, width: int, ranks: int) -> Parts:
+    """Return the most bytes that a node's `ranks` with GPUs and their engines hold in the host's memory: the
+    optimizer's state, where it is moved or kept there, and in a save what each rank writes of weights and state, 14 or
+    16 bytes a parameter, dealt out over the ranks that share a weight."""
+    dealt = replace(layout, distributed_optimizer=True)
+    held = max(stages(shape, layout, 128).values(), key=lambda candidate: candidate.total)
+    optimizer, server = state_parts(held, layout, width)["optimizer"], config.rollout.server
+    if config.optimizer.cpu_offload:
+        moved = optimizer * 16 / 12
+    else:
+        moved = optimizer if server.share_memory and width == 2 else 0.0
+    written = (14.0 if width == 2 else 16.0) * (held.dense / dealt.shards + held.experts / dealt.expert_shards)
+    programs = 1 if config.rollout.is_embedded else 2
+    parts = {"processes": programs * HOST_PROCESS_BYTES, "optimizer": moved, "checkpoint": written}
+    return {name: ranks * size for name, size in parts.items()}
+
+
 def stages(shape: ModelShape, layout: Spread, vocab_multiple: int) -> dict[int, RankParameters]:
     """Return the stages that can be the fullest: the first, which keeps most activations, and the last, with the
     logits."""
@@ -159,6 +182,7 @@ def trainer_phases(
             "weight sync": dict(state),
             "old logprobs": state | {"activations": forward} | logits,
             "training": train,
+            "checkpoint": state | {"gradients": 0.0, "border weight": 4.0 * largest_weight(shape, layout)},
         }
         candidates.append((sum(train.values()), phases))
     return max(candidates, key=lambda candidate: candidate[0])[1]
@@ -173,6 +197,7 @@ class Memory:
     room: float  # bytes that may be filled; infinite where nothing bounds them
     faults: tuple[str, ...] = ()
     cache_tokens: int | None = None  # of a server's key-value cache, where it shares the trainer's GPUs
+    host: Parts = field(default_factory=dict)  # of a node's memory, at most at once; empty without GPUs
 
     def total(self, phase: str) -> float:
         """Return the bytes of a phase."""
@@ -230,13 +255,15 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
         faults = _add_servers(config, shape, phases, width, tokens)
     phases["weight sync"]["buckets"] = _gathered(config.rollout, shape, layout, width, on_gpu)
     if not on_gpu:
+        del phases["checkpoint"]  # a copy of a rank's share, when activations are gone
         parts = {part: max(p.get(part, 0.0) for p in phases.values()) for parts in phases.values() for part in parts}
         parts["activations"] *= CPU_HEAP
         room = FILL * hardware.memory if hardware.memory else math.inf
         return Memory({"whole run": parts | {"process": CPU_PROCESS_BYTES}}, room)
     for parts in phases.values():
         parts["process"] = GPU_PROCESS_BYTES
-    return Memory(phases, FILL * hardware.memory, faults, cache_tokens(config, shape, hardware))
+    host = host_parts(config, shape, layout, width, min(hardware.gpus_per_node, layout.gpus))
+    return Memory(phases, FILL * hardware.memory, faults, cache_tokens(config, shape, hardware), host)
 
 
 def micro_batch_tokens(config: Config, layout: Spread) -> int:

@@ -187,7 +187,6 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups, *
     for chunk, gpt in enumerate(chunks):
         module = Float16Module(tconfig, gpt) if tconfig.bf16 else gpt
         ddp.append(DistributedDataParallel(tconfig, ddp_config, module, disable_bucketing=chunk > 0))
-        _count_padding(ddp[-1])
         _add_weight_gradients(gpt)
     tconfig.finalize_model_grads_func = finalize_model_grads
     vocab_start = groups.tp_rank * (vocab // groups.tp_size)
@@ -249,18 +248,6 @@ def _hand_over_hidden(gpt: GPTModel, groups: Groups) -> None:
         return copy_to_tensor_model_parallel_region(hidden, group=groups.tp), None
 
     gpt.output_layer.forward = forward
-
-
-def _count_padding(ddp: DistributedDataParallel) -> None:
-    """Count each bucket's trailing padding as content, which only checkpoints of the distributed optimizer read.
-
-    Megatron-Core 0.16.1 gathers their state without the padding and then slices it at offsets that include it. A
-    pipeline's tied embedding is a bucket of its own: weights and moments behind it would be saved shifted, silently.
-    """
-    for buffer in ddp.buffers + ddp.expert_parallel_buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _inv_freq(hf: PretrainedConfig) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
 from megatron_rl.parallel.vocab import VocabShard, vocab_parallel_stats
 from megatron_rl.parallel.weights import weight_stream
 from megatron_rl.policy.build import build_model, build_optimizer, padded_vocab_size
+from megatron_rl.policy.host_copies import HostCopies
 from megatron_rl.policy.kept_forward import KeptForward
 from megatron_rl.policy.schedule import run_schedule
 from megatron_rl.types import MicroBatch, MiniBatch, TokenStats, TrainBatch, UpdateResult
@@ -74,6 +76,7 @@ class MegatronPolicy:
     def reset_optimizer(self) -> None:
         """Build a fresh optimizer and schedule, with main weights copied from the current parameters."""
         self.optimizer, self.scheduler = build_optimizer(self.model, self.config, self._total_updates)
+        self._host_copies, self._is_offloaded = HostCopies(self.optimizer), False
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set that of the next update only: the schedule sets it again after that."""
@@ -144,18 +147,38 @@ class MegatronPolicy:
 
     def offload(self) -> None:
         """Free the gradients' memory and move the optimizer's to the host, until `reload`; the weights stay."""
-        for ddp in self.model.ddp:
-            ddp.offload_grad_buffers()
+        self._free_gradients()
         # in float32 the optimizer's parameters are views of the model's, and moving them would tear the two apart
         if self.config.model.dtype != "float32":
-            self.optimizer.offload_to_cpu()
+            self._host_copies.move_out()
+        self._is_offloaded = True
 
     def reload(self) -> None:
         """Undo `offload`; gradients are zero."""
+        self._restore_gradients()
+        if self.config.model.dtype != "float32":
+            self._host_copies.move_back()
+        self._is_offloaded = False
+
+    @contextlib.contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """Free the gradients' memory meanwhile; they are zero afterwards. What `offload` freed stays so."""
+        if self._is_offloaded:
+            yield
+            return
+        self._free_gradients()
+        try:
+            yield
+        finally:
+            self._restore_gradients()
+
+    def _free_gradients(self) -> None:
+        for ddp in self.model.ddp:
+            ddp.offload_grad_buffers()
+
+    def _restore_gradients(self) -> None:
         for ddp in self.model.ddp:
             ddp.restore_grad_buffers()
-        if self.config.model.dtype != "float32":
-            self.optimizer.restore_from_cpu()
 
     def keep_reference(self) -> None:
         """Freeze a copy of the current weights as the reference policy."""

@@ -48,6 +48,7 @@ class Facts:
     data_fault: str = ""  # node
     sees_shared: bool = True  # node: the file that rank 0 wrote beside the run folder
     free_bytes: int = 0  # node: of that folder
+    host_bytes: int = 0  # node: memory of all its ranks together
     unknown_hosts: list[str] = field(default_factory=list)  # node: names of other nodes that it cannot resolve
 
 
@@ -77,6 +78,7 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
         data_fault=data_fault,
         sees_shared=shared.is_file(),
         free_bytes=shutil.disk_usage(shared.parent).free if shared.parent.is_dir() else 0,
+        host_bytes=_host_bytes(),
         unknown_hosts=[host for host in hosts if not _resolves(host)],
     )
 
@@ -167,6 +169,20 @@ def _fault_of(look: Callable[[], Any]) -> str:
     except (UserError, OSError) as error:
         return str(error)
     return ""
+
+
+def _host_bytes() -> int:
+    """Return the node's memory, or what a Slurm job or a container may use of it (cgroups, versions 2 and 1)."""
+    bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        for place in (Path(group), *Path(group).parents):
+            file = Path("/sys/fs/cgroup", root, str(place).lstrip("/"), name)
+            bounds += [int(text) for text in (file.read_text().strip(),) if text.isdigit()] if file.is_file() else []
+    return min(bounds)
 
 
 def _resolves(host: str) -> bool:

@@ -164,6 +164,20 @@ def test_a_server_beside_the_trainer_gets_the_cache_that_the_table_shows() -> No
     assert with_cache_tokens(config, shape, HARDWARE["cpu"]) == config
 
 
+def test_a_save_fits_the_gpu_and_the_host() -> None:
+    """By hand, for Qwen2.5-32B on 32 GPUs, TP 8: 32.8e9 padded parameters, a quarter of an eighth on a rank."""
+    raw = copy.deepcopy(RAW_32B) | {"parallel": {"world_size": 32, "tp": 8, "sp": True}}
+    memory = plan_of(parse_config(raw), *ARGUMENTS).memory
+    save, share = memory.phases["checkpoint"], 32.8e9 / 8 / 4
+    assert save["weights"] == pytest.approx(2 * 4 * share, rel=0.01) and save["gradients"] == 0
+    assert save["optimizer"] == pytest.approx(12 * share, rel=0.01)
+    assert save["border weight"] == 4 * 152064 / 8 * 5120
+    assert memory.total("checkpoint") < min(memory.total("training"), 72 * GIB)
+    assert memory.host["checkpoint"] == pytest.approx(8 * 14 * share, rel=0.01)  # as much as is written
+    assert memory.host["optimizer"] == pytest.approx(8 * 12 * share, rel=0.01)  # shares the GPU with the servers
+    assert sum(memory.host.values()) < 400 * GIB
+
+
 def test_what_does_not_fit_gets_a_change_that_does() -> None:
     config = parse_config(copy.deepcopy(RAW_32B))
     assert plan_of(config, *ARGUMENTS).memory.total("training") > 79 * GIB

@@ -37,7 +37,7 @@ def facts() -> list[Facts]:
     found = []
     for rank in range(4):
         base = Facts(rank, rank % 2, f"node{rank // 2}", {"torch": "2.9"}, [], H100)
-        node = {"data": "64 problems (ab)", "free_bytes": 2**30, "engine_version": "0.5.23"}
+        node = {"data": "64 problems (ab)", "free_bytes": 2**30, "engine_version": "0.5.23", "host_bytes": 64 * GIB}
         found.append(dataclasses.replace(base, **node) if rank % 2 == 0 else base)
     return found
 
@@ -74,6 +74,8 @@ def test_a_sound_cluster_passes() -> None:
         ("data", 2, {"data": "64 problems (cd)"}, "node1: 64 problems (cd)", "all share"),
         ("reward", 0, {"reward_fault": "unknown function"}, "node0: unknown function", ""),
         ("run folder", 2, {"sees_shared": False}, "not the same folder on node1", "MEGATRON_RL_RUNS"),
+        ("memory", 2, {"host_bytes": GIB}, "of 1.0 GiB on a node's host (processes 20.0 GiB", "--mem=0"),
+        ("memory", 1, {"gpu": ("NVIDIA H100", GIB, GIB)}, "of a GPU's 1.0 GiB", "parallel.tp"),
         ("disk", 2, {"free_bytes": 1000}, "0.0 MiB free", "keep_checkpoints"),
     ],
 )
@@ -100,6 +102,7 @@ def test_a_machine_without_gpu_says_so() -> None:
     found = [dataclasses.replace(fact, gpu=None) for fact in facts()][:2]
     of_cpu = lines(found)
     assert of_cpu["GPUs"].is_ok is None and of_cpu["GPUs"].finding.startswith("no GPU here")
+    assert of_cpu["memory"].is_ok is None
     assert of_cpu["ranks"].is_ok is None and of_cpu["ranks"].finding.startswith("2 of 4 on 1 node: those that")
 
 
@@ -124,6 +127,7 @@ def test_files_are_looked_at_for_real(tmp_path: Path) -> None:
     assert "nowhere" in found.reward_fault and not found.sees_shared
     assert found.unknown_hosts == ["no.such.host.invalid"]
     assert found.version_faults == [] and found.free_bytes > 0
+    assert 0 < found.host_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _bandwidth(wrong: bool) -> tuple[float, bool]:
