@@ -45,6 +45,7 @@ class SGLang(Dialect):
         argv += ["--context-length", str(longest), "--max-running-requests", str(spec.max_concurrency)]
         argv += ["--skip-server-warmup", "--log-level", "warning"]
         argv += ["--enable-return-routed-experts"] if spec.with_routes else []
+        argv += ["--enable-fp32-lm-head"] if spec.float32_logits else []
         env = {
             "HF_HUB_OFFLINE": "1",
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the reserved positions are never computed
