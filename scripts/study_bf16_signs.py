@@ -1,9 +1,10 @@
 """How often bfloat16 turns the sign of logp - old_logp, the gradient of KL-Cov's penalty: by the size of the true
-movement, and how much of it comes from rounding the logits. docs/measurements.md holds the tables.
+movement, and how much of it comes from which rounding. docs/measurements.md holds the tables.
 
-A Hugging Face model on a CPU. Its float32 main weights make Adam's first step for a policy-gradient loss on real text,
-and are rounded to bfloat16 as a trainer does; the truth is the movement of the rounded weights' log-probabilities, in
-float64. `python scripts/study_bf16_signs.py MODEL_FOLDER TEXT_FILE`
+A Hugging Face model of Llama's architecture on a CPU. Its float32 main weights lie anywhere between two bfloat16
+numbers, as they do in the middle of a run; they make Adam's first step for a policy-gradient loss on real text, and are
+rounded to bfloat16 as a trainer does. The truth is the movement of the rounded weights' log-probabilities, in float64.
+`python scripts/study_bf16_signs.py MODEL_FOLDER TEXT_FILE`
 """
 
 from __future__ import annotations
@@ -37,6 +38,19 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
     return hidden
 
 
+def with_float32_residuals(model: Any, ids: Tensor) -> Tensor:
+    """Return `hidden_states` of a bfloat16 model whose residual stream alone is float32."""
+    decoder = model.model
+    norms = [norm for layer in decoder.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    hooks = [norm.register_forward_hook(lambda _, __, x: x.bfloat16()) for norm in [*norms, decoder.norm]]
+    hooks.append(decoder.embed_tokens.register_forward_hook(lambda _, __, x: x.float()))
+    hooks.append(decoder.rotary_emb.register_forward_hook(lambda _, __, pair: tuple(x.bfloat16() for x in pair)))
+    hidden = hidden_states(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return hidden
+
+
 def adam_direction(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """Return Adam's first step of learning rate 1 on -advantage * logp, by name of the weight."""
     advantages = torch.randint(0, 2, (len(ids), 1), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
@@ -64,7 +78,10 @@ def table(title: str, truth: Tensor, ways: dict[str, Tensor]) -> None:
         if rows.any():
             cells = [f"{wrong(moved[rows], truth[rows]):.1%}" for moved in ways.values()]
             print(f"{low:g} to {high:g} | {int(rows.sum())} | " + " | ".join(cells))
-    print("median error, nats | | " + " | ".join(f"{(moved - truth).abs().median():.1e}" for moved in ways.values()))
+    print(
+        "median error, nats | | " + " | ".join(f"{(moved - truth).abs().median():.1e}" for moved in ways.values()),
+        flush=True,
+    )
 
 
 def real(folder: str, text: str, tokens: int, rates: list[float]) -> None:
@@ -72,35 +89,42 @@ def real(folder: str, text: str, tokens: int, rates: list[float]) -> None:
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(open(text).read()[: 8 * tokens])["input_ids"][:tokens])
     ids = ids.view(-1, SEQUENCE)
     labels = ids[:, 1:].flatten()
-    main = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
-    start = {name: parameter.detach().clone() for name, parameter in main.named_parameters()}
-    steps = adam_direction(main, ids)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
+    start = {}
+    for name, parameter in model.named_parameters():
+        between = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) - 0.5
+        start[name] = parameter.detach() * (1 + between * 2**-8)  # within a step of bfloat16 to either side
+    steps = adam_direction(model, ids)
 
-    def measure(change: float, dtype: torch.dtype, is_rounded: bool) -> tuple[Tensor, Tensor]:
-        """Hidden states and output weight of the main weights, or of the rounded ones, after a step."""
-        for name, parameter in main.named_parameters():
-            moved = start[name] + change * steps[name]
-            parameter.data = (moved.bfloat16() if is_rounded else moved).to(dtype)
-        return hidden_states(main, ids), main.get_output_embeddings().weight.detach()
+    def measure(change: float) -> dict[str, Tensor]:
+        """Return the log-probabilities after a step, by what is rounded."""
 
-    def ways(change: float) -> dict[str, Tensor]:
-        exact, half = measure(change, torch.float64, True), measure(change, torch.bfloat16, True)
-        return {
-            "truth": logprobs(*exact, labels, False),
-            "logits rounded alone": logprobs(*exact, labels, True),
-            "bfloat16, float32 logits": logprobs(*half, labels, False),
-            "bfloat16, bfloat16 logits": logprobs(*half, labels, True),
-            "main weights": logprobs(*measure(change, torch.float64, False), labels, False),
-        }
+        def use(dtype: torch.dtype, is_rounded: bool) -> Tensor:
+            for name, parameter in model.named_parameters():
+                moved = start[name] + change * steps[name]
+                parameter.data = (moved.bfloat16() if is_rounded else moved).to(dtype)
+            return model.get_output_embeddings().weight.detach()
 
-    old, again = ways(0.0), ways(0.0)
-    twice = max(float((old[way] - again[way]).abs().max()) for way in old)
-    print(f"{folder}: {len(labels)} tokens; the same weights twice differ by {twice}")
-    print("std of logp against the truth:", {w: f"{float((old[w] - old['truth']).std()):.1e}" for w in old})
+        weight = use(torch.float64, False)
+        values = {"weights not rounded": logprobs(hidden_states(model, ids), weight, labels, False)}
+        weight, hidden = use(torch.float64, True), hidden_states(model, ids)
+        values["truth"] = logprobs(hidden, weight, labels, False)
+        values["logits alone"] = logprobs(hidden, weight, labels, True)
+        weight = use(torch.bfloat16, True)
+        hidden = hidden_states(model, ids)
+        values["layers and logits"] = logprobs(hidden, weight, labels, True)
+        values["layers"] = logprobs(hidden, weight, labels, False)
+        values["layers, not residuals"] = logprobs(with_float32_residuals(model, ids), weight, labels, False)
+        assert torch.equal(hidden, hidden_states(model, ids))  # the same weights twice give the same bits
+        return values
+
+    old = measure(0.0)
+    print(f"{folder}: {len(labels)} tokens. Standard deviation of logp against the truth, nats:")
+    print({way: f"{float((old[way] - old['truth']).std()):.1e}" for way in old}, flush=True)
     for rate in rates:
-        new = ways(rate)
+        new = measure(rate)
         moved = {way: new[way] - old[way] for way in new}
-        table(f"one Adam step of lr {rate:g}", moved.pop("truth"), moved)
+        table(f"one Adam step of lr {rate:g}; rounded are:", moved.pop("truth"), moved)
 
 
 def synthetic(hidden_size: int, vocab: int, tokens: int) -> None:
@@ -123,8 +147,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("text")
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 1e-5, 1e-4])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 1e-5])
     given = parser.parse_args()
     torch.manual_seed(0)
     real(given.folder, given.text, given.tokens, given.rates)

@@ -73,3 +73,37 @@ def test_nothing_but_the_hidden_states_is_rounded(worlds: Worlds, folders: list[
             assert all(error > 2e-3 for error, _ in rounded)
             for _, weights in (fused, *rounded):
                 assert worst(whole[1], weights) < 1e-2  # of weights near 1, whose steps are 2^-7
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),  # four updates a step
+        ({"model": {"dtype": "float32"}}, False),
+        ({"model": {"dtype": "float32", "logits_dtype": "float32"}}, False),  # they are
+        ({"model": {"logits_dtype": "model"}}, False),
+        ({"train": {"prompts_per_minibatch": 8}}, False),  # one update: every ratio is 1
+        ({"train": {"prompts_per_minibatch": 8}, "loss": {"type": "ppo_clip", "ref_kl_coef": 0.1}}, True),
+        ({"train": {"prompts_per_minibatch": 8}, "loss": {"type": "ppo_clip", "rollout_correction": {}}}, True),
+        ({"train": {"prompts_per_minibatch": 8}, "model": {"logits_dtype": "float32"}}, True),
+    ],
+)
+def test_where_auto_is_on(changes: dict[str, Any], expected: bool) -> None:
+    changes = {**changes, "model": {"dtype": "bfloat16", **changes.get("model", {})}}
+    assert make_config(None, **changes).float32_logits == expected
+
+
+def test_the_plan_counts_four_bytes_a_logit() -> None:
+    from megatron_rl.models.hardware import HARDWARE
+    from megatron_rl.plan.memory import memory_of
+    from megatron_rl.plan.shapes import layout_of, shape_of
+
+    def parts(fused: str, logits: str) -> dict[str, float]:
+        config = make_config(None, model={"dtype": "bfloat16", "logits_dtype": logits, "fused_linear_stats": fused})
+        shape = shape_of(config.model.hf_config or {})
+        return memory_of(config, shape, layout_of(config), HARDWARE["h100"]).phases["training"]
+
+    assert parts("off", "float32")["logits"] == 2 * parts("off", "model")["logits"] == 40 * 37 * 4
+    # chunks of the logits, their gradient's bfloat16 copy, and the weight's float32 gradient of both
+    weight = 4 * 37 * 32
+    assert parts("on", "float32")["fused logits"] - weight == 3 * (parts("on", "model")["fused logits"] - weight)
