@@ -90,12 +90,12 @@ def train(
     if check:
         from rich.console import Console
 
-        from megatron_rl.config.notes import selection_notes
+        from megatron_rl.config.notes import run_notes
         from megatron_rl.plan.check import plan_table
 
         console = Console()
         console.print(plan_table(resolved))
-        for note in selection_notes(resolved):
+        for note in run_notes(resolved):
             console.print(f"note: {note}", highlight=False)
         if resolved.data.type != "countdown":  # its prompts are no one's to get wrong
             from megatron_rl.plan.preview import preview_table  # torch: seconds

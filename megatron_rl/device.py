@@ -286,6 +286,18 @@ def fast_linear_layers(model: torch.nn.Module) -> None:
         linear_cpu.use_in(model)
 
 
+def float32_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `x @ weight.T` of bfloat16 `[T, K]`, `[N, K]` in float32, into `out` where it is given: the sums are not
+    rounded to bfloat16."""
+    if x.is_cuda:  # an operator that torch has for CUDA alone, since 2.8
+        return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+    from megatron_rl.kernels import linear_cpu
+
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32) if out is None else out
+    linear_cpu.float32_product(x, weight, out)
+    return out
+
+
 def has_transformer_engine() -> bool:
     """Return whether Transformer Engine can run here. Megatron then takes its Adam, whichever layers the model has."""
     return ON_GPU and importlib.util.find_spec("transformer_engine") is not None

@@ -19,7 +19,7 @@ from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
-from megatron_rl.config.notes import selection_notes
+from megatron_rl.config.notes import run_notes
 from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.eval.during_training import evaluate_sets
 from megatron_rl.metrics.spans import OFF, Spans
@@ -92,7 +92,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
     start_step, notes = checkpoints.restore()
     if config.train.share_prompts == "auto":
         notes.insert(0, f"train.share_prompts=auto: {'on' if run.layout.share_prompts else 'off'}")
-    notes += selection_notes(config)
+    notes += run_notes(config)
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
         for note in notes:
             logger.message(note)

@@ -39,6 +39,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"world_size": 2, "cp": 2},
     "pp2_vpp2": {"world_size": 2, "pp": 2, "vpp": 2},
     "ep2": {"world_size": 2, "ep": 2},
+    "pp2_uneven": {"world_size": 2, "pp": 2},
+    "dp2_overlap": {
+        "world_size": 2,
+        "ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000},
+    },
+    "ep2_allgather": {"world_size": 2, "ep": 2},
     "cp2_tp2": {"world_size": 4, "cp": 2, "tp": 2},
     "cp2_tp2_sp": {"world_size": 4, "cp": 2, "tp": 2, "sp": True},
     "cp2_dp2": {"world_size": 4, "cp": 2},
@@ -48,6 +54,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp_ep2": {"world_size": 2, "tp": 2, "sp": True, "ep": 2},
     "cp2_ep2": {"world_size": 2, "cp": 2, "ep": 2},
     "ep2_pp2_vpp2": {"world_size": 4, "ep": 2, "pp": 2, "vpp": 2},
+}
+
+# what these layouts pass to Megatron's TransformerConfig
+MEGATRON: dict[str, dict[str, Any]] = {
+    "pp2_uneven": {"num_layers_in_first_pipeline_stage": 1},
+    "ep2_allgather": {"moe_token_dispatcher_type": "allgather"},
 }
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -168,7 +180,7 @@ def make_config(case: Case, layout: str) -> Config:
         loss["cov_scope"] = case.scope
     return parse_config(
         {
-            "model": {"hf_config": MODELS[case.model]},
+            "model": {"hf_config": MODELS[case.model], "megatron": MEGATRON.get(layout, {})},
             "parallel": LAYOUTS[layout],
             "data": {"type": "countdown", "max_prompt_tokens": MAX_PROMPT},
             "rollout": {

@@ -48,6 +48,9 @@ QUICK = {
     "cp2": (2, True),
     "pp2_vpp2": (8, True),
     "ep2": (2, True),
+    "pp2_uneven": (2, True),
+    "dp2_overlap": (8, True),
+    "ep2_allgather": (2, False),
 }
 EXTRA = {
     "tp1": [Case("clip_cov", 2), Case("gspo", 1)],  # whole groups, which share their prompts

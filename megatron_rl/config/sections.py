@@ -67,6 +67,14 @@ class ModelConfig(Section):
     """on: never hold the logits, and compute them twice; auto: on where the planner finds no room for them in the
     device's memory."""
 
+    logits_dtype: Literal["auto", "float32", "model"] = "auto"
+    """float32: a bfloat16 model's output layer gives float32 logits, of twice the memory, because bfloat16's steps of
+    0.06 nats and more hide the sign of logprobs - old_logprobs; model: bfloat16; auto: float32 where the
+    log-probabilities of two policies are compared: several updates a step, a correction, a reference."""
+
+    megatron: dict[str, Any] = {}
+    """Fields of Megatron's TransformerConfig by name, passed as they are: docs/models.md."""
+
     @model_validator(mode="after")
     def _has_source(self) -> ModelConfig:
         if self.path is None and self.hf_config is None:
@@ -104,6 +112,8 @@ class ParallelConfig(Section):
     timeout_seconds: PositiveFloat = 1800.0
     """Longest that ranks wait for what one of them computes, reads or writes alone, a checkpoint for instance; what
     they wait for engine servers comes on top, from rollout.server."""
+    ddp: dict[str, Any] = {}
+    """Fields of Megatron's DistributedDataParallelConfig by name, passed as they are: docs/models.md."""
 
     @property
     def processes(self) -> int:
@@ -345,6 +355,14 @@ class Config(Section):
     def minibatches_per_step(self) -> int:
         """Return the number of optimizer updates in one RL step."""
         return self.train.prompts_per_step // self.train.prompts_per_minibatch
+
+    @property
+    def float32_logits(self) -> bool:
+        """Return whether the output layer of a bfloat16 model gives float32, in the trainer and in its engines."""
+        loss, chosen = self.loss, self.model.logits_dtype
+        # with one update a step, old and current log-probabilities are the same bits: every ratio is 1
+        compares = self.minibatches_per_step > 1 or loss.rollout_correction is not None or loss.ref_kl_coef > 0
+        return self.model.dtype == "bfloat16" and (chosen == "float32" or (chosen == "auto" and compares))
 
     @property
     def max_sequence_tokens(self) -> int:

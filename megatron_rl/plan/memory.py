@@ -41,6 +41,7 @@ class Passes:
     tokens: int
     micro_batches: int
     element_bytes: int  # of weights and activations: 2 or 4
+    float32_logits: bool = False  # of 2-byte elements: the output layer gives 4 bytes
     fused: bool = True  # Transformer Engine's layers; False: Megatron's local ones on a CPU
 
 
@@ -94,7 +95,7 @@ def in_flight(layout: Spread, micro_batches: int, stage: int) -> float:
 
 def training_activations(shape: ModelShape, layout: Spread, passes: Passes, stage: int) -> float:
     """Return the peak bytes of saved activations and temporaries on a stage, without the logits."""
-    layers = shape.layers / layout.pp * in_flight(layout, passes.micro_batches, stage)
+    layers = shape.layers * layout.share(stage) * in_flight(layout, passes.micro_batches, stage)
     whole = layer_activations(shape, layout, passes)
     if layout.recompute == "full":
         kept = layers * layer_input(shape, layout, passes) + whole
@@ -104,9 +105,9 @@ def training_activations(shape: ModelShape, layout: Spread, passes: Passes, stag
 
 
 def logits_bytes(shape: ModelShape, layout: Spread, passes: Passes) -> float:
-    """Return the bytes of one `[T, V / tp]` in the model's dtype: statistics and gradient are computed in place
-    (parallel/vocab.py)."""
-    return passes.tokens / layout.cp * shape.vocab / layout.tp * passes.element_bytes
+    """Return the bytes of one `[T, V / tp]`: statistics and gradient are computed in place (parallel/vocab.py)."""
+    width = 4 if passes.float32_logits else passes.element_bytes
+    return passes.tokens / layout.cp * shape.vocab / layout.tp * width
 
 
 def _logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
@@ -114,8 +115,10 @@ def _logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
 
 
 def _fused_logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
-    """Return the bytes of a chunk of logits, and of the weight's gradient, which is summed over chunks in float32."""
-    chunk = min(logits_bytes(shape, layout, passes), CHUNK_LOGITS * passes.element_bytes)
+    """Return the bytes of a chunk of logits, of its gradient's rounded copy if it is float32 in a model of 2 bytes, and
+    of the weight's gradient, which is summed over chunks in float32."""
+    part = min(1.0, CHUNK_LOGITS * layout.tp * layout.cp / passes.tokens / shape.vocab)
+    chunk = logits_bytes(shape, layout, passes) * part * (1.5 if passes.float32_logits else 1.0)
     return {"fused logits": chunk + 4.0 * shape.vocab / layout.tp * shape.hidden}
 
 
@@ -158,12 +161,14 @@ def host_parts(config: Config, shape: ModelShape, layout: Spread, width: int, ra
 
 def stages(shape: ModelShape, layout: Spread, vocab_multiple: int) -> dict[int, RankParameters]:
     """Return the stages that can be the fullest: the first, which keeps most activations, and the last, with the
-    logits."""
+    logits; of unequal ones any."""
     last = layout.pp - 1
-    return {
-        stage: rank_parameters(shape, layout, first=stage == 0, last=stage == last, vocab_multiple=vocab_multiple)
-        for stage in {0, last}
-    }
+
+    def held(stage: int) -> RankParameters:
+        ends = {"first": stage == 0, "last": stage == last}
+        return rank_parameters(shape, layout, **ends, vocab_multiple=vocab_multiple, share=layout.share(stage))
+
+    return {stage: held(stage) for stage in (range(layout.pp) if layout.stage_layers else {0, last})}
 
 
 def trainer_phases(
@@ -239,6 +244,7 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
         tokens=micro_batch_tokens(config, layout),
         micro_batches=update_micro_batches(config, layout),
         element_bytes=width,
+        float32_logits=config.float32_logits,
         fused=on_gpu,
     )
     phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1, fuses=fuses)
@@ -284,7 +290,7 @@ def update_micro_batches(config: Config, layout: Spread) -> int:
 def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Spread, width: int, on_gpu: bool) -> float:
     """Return the bytes of a weight update's buffers: a bucket over all tensor ranks, this rank's part of it as one
     piece, the largest weight whole; gloo gathers into a copy of its own. Then two of the servers' buckets."""
-    stage = width * parameters(shape) / layout.pp
+    stage = width * parameters(shape) * layout.share()
     bucket = min(GATHER_BYTES, stage)
     copies = 1 + 1 / layout.tp + (not on_gpu and layout.tp > 1)
     largest = min(stage, width * shape.vocab * shape.hidden)

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
@@ -49,7 +50,7 @@ class Model:
     vocab_size: int  # real
     vocab_start: int  # first global column of this rank's logits shard
     packs: RememberedPacks | None  # of torch's layers, which rotate queries and keys themselves; None: Megatron does it
-    hands_over_hidden: bool  # the last stage returns hidden states, and the output layer belongs to the statistics
+    hands_over_hidden: bool  # the last stage returns hidden states, and parallel/fused_linear.py is the output layer
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -59,8 +60,17 @@ class Model:
             return gpt.shared_embedding_or_output_weight()
         return gpt.output_layer.weight
 
+    def complete_weights(self) -> None:
+        """Gather the weights that other ranks have updated, where parallel.ddp.overlap_param_gather leaves that to the
+        next forward pass. A collective."""
+        for ddp in self.ddp:
+            groups = ddp.bucket_groups + ddp.expert_parallel_bucket_groups
+            if ddp.ddp_config.overlap_param_gather and not all(group.param_gather_dispatched for group in groups):
+                ddp.start_param_sync(force_sync=True)
+
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[int, Any]:
         """Return what a checkpoint keeps of each chunk. Its keys number the layers over the whole model."""
+        self.complete_weights()
         # no list: Megatron cannot merge lists of different lengths, as another layout's would be
         states = {index: chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.chunks)}
         for state in states.values():  # Transformer Engine's _extra_state is of FP8; without it torch's layers load all
@@ -88,7 +98,7 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
     dtype, parallel, layers = DTYPES[config.model.dtype], config.parallel, device.layers(config.model.layers)
     if faults := context_faults(config, layers):
         raise ConfigError(faults[0])
-    return TransformerConfig(
+    options: dict[str, Any] = dict(
         **_moe_options(hf, config, has_engine=layers == "transformer_engine"),
         transformer_impl="transformer_engine" if layers == "transformer_engine" else "local",
         num_layers=hf.num_hidden_layers,
@@ -123,6 +133,15 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
         **_recompute_options(config.model),
         **device.transformer_config_options(layers),
     )
+    given = dict(config.model.megatron)
+    if "attention_backend" in given:
+        given["attention_backend"] = AttnBackend[given["attention_backend"]]
+    try:
+        return TransformerConfig(**options | given)
+    except (AssertionError, ValueError) as error:
+        if not given:
+            raise
+        raise ConfigError(f"model.megatron={config.model.megatron}: Megatron refuses it: {error}") from error
 
 
 def _recompute_options(model: ModelConfig) -> dict[str, Any]:
@@ -167,14 +186,16 @@ def _moe_options(hf: PretrainedConfig, config: Config, *, has_engine: bool) -> d
 def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups, *, fuse_output_layer: bool) -> Model:
     """This rank's stage and shard, with uninitialised weights (load them before use), wrapped in Megatron's DDP.
 
-    `fuse_output_layer`: the last stage returns hidden states, and the statistics compute the logits in chunks.
+    `fuse_output_layer`: the statistics compute the logits in chunks. For that, or for float32 logits, the last stage
+    returns hidden states.
     Raises: ConfigError for an unsupported architecture feature.
     """
     hf = resolve_hf_config(raw_hf_config)
     tconfig = transformer_config(hf, config)
     vocab = padded_vocab_size(hf.vocab_size, groups.tp_size)
     chunks = [_chunk(hf, tconfig, vocab, groups, chunk, config.parallel.vpp) for chunk in range(config.parallel.vpp)]
-    if fuse_output_layer and groups.is_last_stage:
+    hands_over_hidden = fuse_output_layer or config.float32_logits
+    if hands_over_hidden and groups.is_last_stage:
         _hand_over_hidden(chunks[-1], groups)
     if config.rollout.routing_replay:
         replay_routes(chunks, hf, groups)
@@ -182,6 +203,7 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups, *
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,  # the update checks the global norm, on all ranks alike, before the weights move
+        **config.parallel.ddp,
     )
     ddp = []
     for chunk, gpt in enumerate(chunks):
@@ -189,9 +211,11 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups, *
         ddp.append(DistributedDataParallel(tconfig, ddp_config, module, disable_bucketing=chunk > 0))
         _add_weight_gradients(gpt)
     tconfig.finalize_model_grads_func = finalize_model_grads
+    if ddp_config.overlap_grad_reduce:  # the last micro-batch's backward pass alone starts the exchange
+        tconfig.no_sync_func = [chunk.no_sync for chunk in ddp] if len(ddp) > 1 else ddp[0].no_sync
     vocab_start = groups.tp_rank * (vocab // groups.tp_size)
     packs = None if _has_engine(tconfig) else RememberedPacks(_inv_freq(hf).to(device.device()))
-    return Model(hf, tconfig, chunks, ddp, hf.vocab_size, vocab_start, packs, fuse_output_layer)
+    return Model(hf, tconfig, chunks, ddp, hf.vocab_size, vocab_start, packs, hands_over_hidden)
 
 
 def _chunk(

@@ -18,7 +18,7 @@ from megatron_rl.convert.hf import Source, folder_source, random_source
 from megatron_rl.errors import UserError
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.models.mapping import global_name, load_weights
-from megatron_rl.parallel.fused_linear import linear_stats
+from megatron_rl.parallel.fused_linear import float32_linear, linear_stats
 from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
 from megatron_rl.parallel.vocab import VocabShard, vocab_parallel_stats
 from megatron_rl.parallel.weights import weight_stream
@@ -53,6 +53,7 @@ class MegatronPolicy:
         self.config, self.groups = config, groups
         self.model = build_model(raw_hf_config, config, groups, fuse_output_layer=fuse_output_layer)
         self.hf_config = self.model.hf_config
+        self._fuses = fuse_output_layer
         self.temperature = config.rollout.temperature
         self.context = groups.context_ranks
         path = config.model.path
@@ -66,7 +67,8 @@ class MegatronPolicy:
 
     @property
     def parameters(self) -> list[tuple[str, Tensor]]:
-        """Return this rank's (Megatron name, shard) pairs, layers numbered over the whole model."""
+        """Return this rank's (Megatron name, shard) pairs, layers numbered over the whole model. A collective."""
+        self.model.complete_weights()
         return [
             (global_name(name, chunk.decoder.layers[0].layer_number - 1), parameter)
             for chunk in self.model.chunks
@@ -277,9 +279,12 @@ class MegatronPolicy:
     def _token_stats(self, output: Tensor, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
         group = self.groups.tp if self.groups.tp_size > 1 else None
         options: dict[str, Any] = {"temperature": self.temperature, "with_sum_p2": with_sum_p2}
+        if self._fuses:
+            shard, weight = VocabShard(group, self.model.vocab_start, self.model.vocab_size), self.model.output_weight
+            options["float32_logits"] = self.config.float32_logits
+            return linear_stats(output, weight, micro_batch.labels, shard, **options)
         if self.model.hands_over_hidden:
-            shard = VocabShard(group, self.model.vocab_start, self.model.vocab_size)
-            return linear_stats(output, self.model.output_weight, micro_batch.labels, shard, **options)
+            output = float32_linear(output, self.model.output_weight)
         return vocab_parallel_stats(
             output,
             micro_batch.labels,

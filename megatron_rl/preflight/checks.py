@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from megatron_rl.config import Config, ModelConfig, ParallelConfig
+from megatron_rl.config.megatron_options import megatron_notes
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import with_memory
@@ -36,6 +37,7 @@ def fact_checks(config: Config, facts: list[Facts], vocabulary: int, existing_ch
         _gpus(facts),
         _hosts(config.rollout, facts),
         _engine_version(config.rollout, facts),
+        Check("Megatron", "\n".join(megatron_notes(config)) or "options as this project sets them", None),
         _on_nodes("model", facts, lambda fact: fact.model_fault, config.model.path or "random weights"),
         _data(facts),
         _on_nodes("reward", facts, lambda fact: fact.reward_fault, config.reward.function),

@@ -103,7 +103,11 @@ def _transformers(config: Config, setup: EngineSetup) -> RolloutEngine:
 
     dtype = getattr(torch, config.model.dtype)
     return TransformersEngine(
-        setup.hf.to_dict(), dtype=dtype, device=setup.device, batch_size=config.rollout.batch_size
+        setup.hf.to_dict(),
+        dtype=dtype,
+        device=setup.device,
+        batch_size=config.rollout.batch_size,
+        float32_logits=config.float32_logits,
     )
 
 

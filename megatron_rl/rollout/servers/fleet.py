@@ -167,6 +167,7 @@ class Fleet:
             memory_fraction=server.memory_fraction,
             colocated=server.share_memory,
             extra_args=server.extra_args,
+            float32_logits=config.float32_logits,
             with_routes=config.rollout.routing_replay,
             host="0.0.0.0" if spans_nodes else "127.0.0.1",
         )

@@ -40,6 +40,7 @@ class LaunchSpec:
     memory_fraction: float  # of the GPU's memory, weights and key-value cache together
     colocated: bool  # the trainer shares the GPUs: the server must be able to give its memory back
     extra_args: tuple[str, ...]  # appended to the server's command line
+    float32_logits: bool = False  # its output layer gives float32 from the bfloat16 of `dtype`, as the trainer's does
     with_routes: bool = False  # it must be able to tell the experts of each token
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 when the trainer spans several machines
 

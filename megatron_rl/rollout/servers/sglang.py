@@ -46,6 +46,7 @@ class SGLang(Dialect):
         argv += ["--skip-server-warmup", "--log-level", "warning"]
         argv += ["--enable-return-routed-experts"] if spec.with_routes else []
         argv += ["--max-total-tokens", str(max(spec.kv_tokens, longest))] if spec.kv_tokens else []
+        argv += ["--enable-fp32-lm-head"] if spec.float32_logits else []
         env = {
             "HF_HUB_OFFLINE": "1",
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the reserved positions are never computed

@@ -37,6 +37,7 @@ class VLLM(Dialect):
         argv += ["--host", spec.host, "--port", str(spec.port), "--tensor-parallel-size", str(spec.tp)]
         argv += ["--max-model-len", str(spec.context_tokens), "--max-num-seqs", str(spec.max_concurrency)]
         argv += ["--enable-scale-out", "--skip-tokenizer-init", "--logprobs-mode", "processed_logprobs"]
+        argv += ["--hf-overrides", '{"head_dtype": "float32"}'] if spec.float32_logits else []
         argv += ["--worker-extension-cls", "megatron_rl_vllm.Extension"]
         argv += ["--weight-transfer-config", '{"backend": "megatron_rl"}', "--disable-uvicorn-access-log"]
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}

@@ -168,8 +168,20 @@ def test_the_command_leaves_room_for_what_the_server_reserves(tmp_path: Path) ->
     assert int(option["--context-length"]) > 64 and int(option["--max-total-tokens"]) > 64
     assert len(env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
     assert argv[-2:] == ["--log-level", "info"]  # argparse takes the last
-    flag = "--enable-return-routed-experts"
-    assert flag not in argv and flag in DIALECT.command(spec(tmp_path, with_routes=True))[0]
+    for flag, asked in {
+        "--enable-return-routed-experts": "with_routes",
+        "--enable-fp32-lm-head": "float32_logits",
+    }.items():
+        assert flag not in argv and flag in DIALECT.command(spec(tmp_path, **{asked: True}))[0]
+
+
+def test_vllm_is_told_of_a_float32_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_rl.rollout.servers.vllm import VLLM
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for asked in (True, False):
+        argv, _ = VLLM().command(spec(tmp_path, devices=(0, 1), float32_logits=asked))
+        assert ('{"head_dtype": "float32"}' in argv) == asked == ("--hf-overrides" in argv)
 
 
 def test_a_server_on_gpus_sees_its_own_among_those_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
