@@ -20,6 +20,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import torch
+from torch.multiprocessing import reductions
 
 from megatron_rl.errors import UserError
 
@@ -198,6 +199,33 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
         )
     chosen = ",".join(names[index].strip() for index in indices)
     return {"CUDA_VISIBLE_DEVICES": chosen, "PYTORCH_CUDA_ALLOC_CONF": "", "PYTORCH_ALLOC_CONF": ""}
+
+
+def portable_handle(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what torch's pickler made of a tensor, (function, arguments), with a GPU named by its UUID: the number
+    that torch writes counts the devices that this process sees, and the reader may see others.
+
+    Source: sglang.srt.utils.patch_torch, which does the same and reads both forms.
+    """
+    rebuild, arguments = reduced
+    if rebuild is not reductions.rebuild_cuda_tensor:
+        return reduced
+    name = str(torch.cuda.get_device_properties(arguments[6]).uuid)
+    return rebuild, (*arguments[:6], name, *arguments[7:])
+
+
+def collect_shared() -> None:
+    """Take back device memory that other processes read and have let go of; without it torch does so when memory runs
+    out."""
+    if ON_GPU:
+        torch.cuda.ipc_collect()
+
+
+def free_shared() -> None:
+    """Take it back, and give it to whom else uses the device."""
+    if ON_GPU:
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
 
 def cpu_cores() -> list[int]:

@@ -237,7 +237,10 @@ class ServerEngine(RolloutEngine):
         servers = [target.server for target in self._targets]
         try:
             self._agree(lambda: self._prepare(servers))
-            self._agree(lambda: self._channel.send(stream, weight_version))
+            try:
+                self._agree(lambda: self._channel.send(stream, weight_version))
+            finally:
+                self._channel.release()
             self._agree(lambda: self._finish(servers, weight_version))
         except EngineError as error:
             self._settle(servers)

@@ -88,7 +88,9 @@ def engine_of(tmp_path: Any) -> Iterator[Callable[..., ServerEngine]]:
         fleet: Any = SimpleNamespace(
             config=parse_config(raw), place=lone_place(), urls=urls, failures=0, heal=lambda: None, close=lambda: None
         )
-        channel: Any = SimpleNamespace(open=lambda servers: None, send=lambda stream, version: None, close=lambda: None)
+        channel: Any = SimpleNamespace(
+            open=lambda servers: None, send=lambda stream, version: None, release=lambda: None, close=lambda: None
+        )
         fake: Any = Fake(script)
         fake.hf = hf
         engine = ServerEngine(fake, Loop(), fleet, channel, AutoConfig.for_model(**hf))

@@ -5,6 +5,7 @@ may use what a vLLM environment has, and nothing of the trainer's package.
 """
 
 import base64
+import io
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch.distributed import PrefixStore, ProcessGroup, broadcast, destroy_process_group
 from torch.distributed.distributed_c10d import Backend, _new_process_group_helper, _world, rendezvous
+from torch.multiprocessing import reductions
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -74,8 +76,7 @@ class MegatronRlTransfer(WeightTransferEngine):
             for shape, dtype in zip(info.shapes, info.dtypes, strict=True)
         ]
         if info.payload is not None:
-            # the trainer that started this server wrote it
-            flat = pickle.loads(base64.b64decode(info.payload))  # noqa: S301
+            flat = _SharedUnpickler(io.BytesIO(base64.b64decode(info.payload))).load()
         else:
             device = next(self.model.parameters()).device
             flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device if device.type != "meta" else None)
@@ -92,6 +93,19 @@ class MegatronRlTransfer(WeightTransferEngine):
         if self.group is not None:
             destroy_process_group(self.group)
             self.group = None
+
+
+class _SharedUnpickler(pickle.Unpickler):
+    """Reads what the trainer that started this server wrote, whose handles name a GPU by its UUID: its number counts
+    among the devices that this process sees."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _rebuild if name == "rebuild_cuda_tensor" else super().find_class(module, name)
+
+
+def _rebuild(*arguments: Any) -> torch.Tensor:
+    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    return reductions.rebuild_cuda_tensor(*arguments[:6], uuids.index(arguments[6]), *arguments[7:])
 
 
 def _tensors(info: BucketInfo, flat: torch.Tensor, sizes: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
