@@ -85,6 +85,10 @@ def gpu_versions() -> dict[str, str]:
     return {"CUDA": str(torch.version.cuda), "NCCL": nccl}
 
 
+# for another interpreter: prints what gpu_versions calls NCCL
+NCCL_VERSION_CODE = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())))"
+
+
 def peak_memory_bytes() -> int:
     """Peak device memory allocated by torch, or peak resident memory of the process on a CPU."""
     if ON_GPU:
@@ -186,7 +190,8 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
     """Environment of a process that shall see these GPUs alone, counted among those that this process sees; an empty
     value removes a variable.
 
-    Expandable segments cannot be shared between processes, which colocated engines need.
+    Expandable segments cannot be shared between processes, which colocated engines need; a single hardware queue is for
+    Megatron's overlap alone.
     Raises: UserError when there are fewer GPUs.
     """
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -198,7 +203,8 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
             "trainer's ranks, rollout.server.count or .tp, or share the GPUs (rollout.weight_sync.mode=colocated)"
         )
     chosen = ",".join(names[index].strip() for index in indices)
-    return {"CUDA_VISIBLE_DEVICES": chosen, "PYTORCH_CUDA_ALLOC_CONF": "", "PYTORCH_ALLOC_CONF": ""}
+    removed = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
+    return {"CUDA_VISIBLE_DEVICES": chosen, **dict.fromkeys(removed, "")}
 
 
 def portable_handle(reduced: tuple[Any, ...]) -> tuple[Any, ...]:

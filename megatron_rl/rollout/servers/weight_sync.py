@@ -59,6 +59,7 @@ class Channel(Protocol):
 
     def release(self) -> None:
         """All ranks, once every rank has left `send`: free what it needed."""
+        return
 
     def close(self) -> None:
         """Rank 0: disconnect."""
@@ -374,8 +375,8 @@ def share(value: Any) -> bytes:
     try:
         buffer = io.BytesIO()
         pickler = ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL)
-        reduce = pickler.dispatch_table[Tensor]
-        by_name = {Tensor: lambda tensor: device.portable_handle(reduce(tensor))}
+        reduce: Any = pickler.dispatch_table[Tensor]
+        by_name: dict[type, Any] = {Tensor: lambda tensor: device.portable_handle(reduce(tensor))}
         pickler.dispatch_table = {**pickler.dispatch_table, **by_name}
         pickler.dump(value)
         return buffer.getvalue()
@@ -393,4 +394,4 @@ def _outcome(loading: Future[None] | None) -> BaseException | None:
 
 def _exhaust(stream: Iterable[Any]) -> None:
     for _ in stream:
-        pickler.dispatch_table = {**pickler.dispatch_table, **by_name}
+        pass

@@ -64,6 +64,12 @@ class Fake:
     async def end_update(self, server: Any, weight_version: int) -> None:
         self.version = weight_version
 
+    def parameter_of(self, name: str) -> str:
+        return name
+
+    async def checksums(self, server: Any) -> Any:
+        return [{"a": self.holds}]
+
     def __getattr__(self, name: str) -> Any:
         async def nothing(*_: Any) -> None:
             return None
@@ -216,5 +222,16 @@ def test_weights_that_a_server_does_not_report_are_an_error(engine_of: Any) -> N
     engine._dialect.weight_version = lie
     with pytest.raises(EngineError, match="serves weight version 7, sent 4"):
         engine.update_weights([], 4)
+    with pytest.raises(EngineError, match="its last update_weights failed"):
+        engine.generate(requests(1))
+
+
+def test_a_server_that_kept_its_weights_is_an_error(engine_of: Any) -> None:
+    engine = engine_of({"http://a": whole})
+    for version, holds in ((4, "x"), (5, "y")):
+        engine._dialect.holds = holds
+        engine.update_weights([("a", torch.tensor([float(version)]))], version)
+    with pytest.raises(EngineError, match="a at http://a was sent anew and is as before"):
+        engine.update_weights([("a", torch.tensor([6.0]))], 6)
     with pytest.raises(EngineError, match="its last update_weights failed"):
         engine.generate(requests(1))

@@ -40,7 +40,7 @@ class Recorder:
 
     async def post(self, path: str, body: Any = None, *, seconds: float, **params: str) -> Any:
         self.calls.append(("POST", path, params, body))
-        return self.answers.get(path.strip("/"), {"success": True, "message": ""})
+        return self.answers.get(path.strip("/"), {"success": True, "message": "", "ranks": [{"checksums": {}}]})
 
     async def get(self, path: str, *, seconds: float, **params: str) -> Any:
         self.calls.append(("GET", path, params, None))
@@ -87,8 +87,9 @@ def test_sglang_understands_every_request(tmp_path: Path) -> None:
         lambda s: DIALECT.receive_shared(s, MANIFEST, [payload, payload]),
         lambda s: DIALECT.load_folder(s, tmp_path, 4),
         lambda s: DIALECT.end_update(s, 4),
+        DIALECT.checksums,
     )
-    assert len({call[1] for call in recorder.calls}) == 17, "a method whose requests are not checked"
+    assert len({call[1] for call in recorder.calls}) == 18, "a method whose requests are not checked"
     broken = [
         ["POST", "/generate", {}, generate_body(Request(0, 0, (1,), GREEDY), "r") | {"inputs": [1]}],
         ["POST", "/generate", {}, {"input_ids": [1], "sampling_params": {"max_tokens": 1}}],
