@@ -47,7 +47,9 @@ def test_what_was_sent_anew_must_change_and_what_was_not_must_stay() -> None:
 def test_servers_of_one_kind_hold_the_same() -> None:
     proof = proof_after_one_update()
     with pytest.raises(EngineError, match=f"{OUT} at b is not that of another server"):
-        proof.check(sent(1, 2, 3, 5), {"a": [held("x", "z"), held("x2", "y2")], "b": [held("x", "w")] * 2})
+        proof.check(
+            sent(1, 2, 3, 5), {"a": [held("x", "z"), held("x2", "y2")], "b": [held("x", "w"), held("x2", "y2")]}
+        )
     proof.check(sent(1, 2, 3, 5), {"a": [held("x", "z"), held("x2", "y2")], "c": [held("other", "tp")]})
     with pytest.raises(EngineError, match=f"{OUT} at a is no parameter there"):
         proof.check(sent(1, 2, 3, 5), {"a": [{QKV: "x"}, {QKV: "x2"}]})

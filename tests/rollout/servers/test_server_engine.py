@@ -95,7 +95,10 @@ def engine_of(tmp_path: Any) -> Iterator[Callable[..., ServerEngine]]:
             config=parse_config(raw), place=lone_place(), urls=urls, failures=0, heal=lambda: None, close=lambda: None
         )
         channel: Any = SimpleNamespace(
-            open=lambda servers: None, send=lambda stream, version: None, release=lambda: None, close=lambda: None
+            open=lambda servers: None,
+            send=lambda stream, version: list(stream),
+            release=lambda: None,
+            close=lambda: None,
         )
         fake: Any = Fake(script)
         fake.hf = hf

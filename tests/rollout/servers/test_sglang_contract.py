@@ -21,7 +21,6 @@ from megatron_rl.rollout.servers.protocol import LaunchSpec, Manifest
 from megatron_rl.rollout.servers.sglang import SGLang, generate_body
 from megatron_rl.rollout.servers.weight_sync import share
 from tests.rollout.servers.servers_case import python_of
-from tests.worlds import ROOT
 
 DIALECT = SGLang()
 MANIFEST = Manifest(["a", "b"], [[2, 3], [4]], ["float32", "float32"])
@@ -99,7 +98,7 @@ def test_sglang_understands_every_request(tmp_path: Path) -> None:
     ]
     _, env = DIALECT.command(spec(tmp_path, python=python))
     done = subprocess.run(
-        [str(python), str(ROOT / "tests" / "rollout" / "sglang_contract.py")],
+        [str(python), str(Path(__file__).parent / "sglang_contract.py")],
         input=json.dumps([*recorder.calls, *broken]),
         env=os.environ | env,
         cwd=tmp_path,
