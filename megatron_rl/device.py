@@ -208,30 +208,21 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
 
 
 def portable_handle(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what torch's pickler made of a tensor, (function, arguments), with a GPU named by its UUID: the number
-    that torch writes counts the devices that this process sees, and the reader may see others.
-
-    Source: sglang.srt.utils.patch_torch, which does the same and reads both forms.
-    """
+    """Return torch's (function, arguments) that rebuild a tensor elsewhere, with a GPU named by its UUID: torch names
+    it by a number that means another GPU to a reader. Source: sglang.srt.utils.patch_torch."""
     rebuild, arguments = reduced
     if rebuild is not reductions.rebuild_cuda_tensor:
         return reduced
-    name = str(torch.cuda.get_device_properties(arguments[6]).uuid)
-    return rebuild, (*arguments[:6], name, *arguments[7:])
+    return rebuild, (*arguments[:6], str(torch.cuda.get_device_properties(arguments[6]).uuid), *arguments[7:])
 
 
-def collect_shared() -> None:
-    """Take back device memory that other processes read and have let go of; without it torch does so when memory runs
-    out."""
+def collect_shared(*, give_back: bool = False) -> None:
+    """Take back device memory that other processes have read: torch would wait until there is none. `give_back`: to
+    the device, with all that torch holds without use."""
     if ON_GPU:
         torch.cuda.ipc_collect()
-
-
-def free_shared() -> None:
-    """Take it back, and give it to whom else uses the device."""
-    if ON_GPU:
-        torch.cuda.ipc_collect()
-        torch.cuda.empty_cache()
+        if give_back:
+            torch.cuda.empty_cache()
 
 
 def cpu_cores() -> list[int]:

@@ -25,52 +25,33 @@ def digested(stream: Iterable[tuple[str, Tensor]], digests: dict[str, int]) -> I
 class WeightProof:
     """Compares what servers hold with what they were sent, one update after the other."""
 
-    def __init__(self, parameter_of: Callable[[str], str | None]) -> None:
-        """`parameter_of`: `Dialect.parameter_of`."""
-        self._parameter_of = parameter_of
-        self._sent: dict[str, list[int]] = {}  # by parameter: the digests of its weights, in the last update
-        self._held: dict[int, Checksums] = {}  # by the number of workers of a server: its checksums then
+    def __init__(self, parameter_of: Callable[[str], str], *, exact: bool) -> None:
+        """`parameter_of`, `exact`: the Dialect's `parameter_of` and `checksums_are_digests`."""
+        self._parameter_of, self._exact = parameter_of, exact
+        # by the number of workers of a server: by parameter, the digests sent to it last and the checksums held then
+        self._last: dict[int, tuple[dict[str, list[int]], dict[str, list[int | str | None]]]] = {}
 
     def check(self, digests: dict[str, int], servers: Mapping[str, Checksums]) -> None:
         """Check all servers after an update. `digests`: of the weights sent; `servers`: checksums by address.
 
-        Where a server's checksums are digests, each equals what was sent. Where their form is the server's own, all
-        servers of equally many workers have the same, and a parameter's checksum changed since the last update if and
-        only if its weights did. Raises: EngineError naming the server and the weight.
+        Digests equal those sent. Where a server has checksums of its own, a parameter's are those of before if and only
+        if its weights are: the server's before was the last update, or another server of equally many workers.
+        Raises: EngineError naming the server and the parameter.
         """
         sent: dict[str, list[int]] = defaultdict(list)
         for name, value in digests.items():
-            parameter = self._parameter_of(name)
-            if parameter is not None:
-                sent[parameter].append(value)
-                continue
-            for url, workers in servers.items():
-                if any(worker.get(name) != value for worker in workers):
-                    raise _fault(url, name, "is not what was sent")
-        held: dict[int, Checksums] = {}
+            sent[self._parameter_of(name)].append(value)
         for url, workers in servers.items():
-            first, before = held.setdefault(len(workers), workers), self._held.get(len(workers))
-            for parameter, values in sent.items():
-                if any(parameter not in worker for worker in workers):
-                    raise _fault(url, parameter, "is no parameter there")
-                if _differs(parameter, workers, first):
-                    raise _fault(url, parameter, "is not that of another server of the same kind")
-                if before is None or parameter not in self._sent:
-                    continue
-                moved = values != self._sent[parameter]
-                if moved != _differs(parameter, workers, before):
-                    fault = "was sent anew and is as before" if moved else "was sent as before and is another"
-                    raise _fault(url, parameter, fault)
-        self._sent, self._held = sent, held
-
-
-def _differs(parameter: str, workers: Checksums, others: Checksums) -> bool:
-    return [worker[parameter] for worker in workers] != [other[parameter] for other in others]
-
-
-def _fault(url: str, name: str, what: str) -> EngineError:
-    return EngineError(
-        f"after a weight update {name} at {url} {what}: the server does not hold the weights that it was sent. Try "
-        "another rollout.weight_sync.mode; if it keeps weights in another dtype than the policy, or in another layout "
-        "than the other servers, set rollout.weight_sync.checksums=false"
-    )
+            held = {name: [worker.get(name) for worker in workers] for name in sent}
+            sent_before, held_before = self._last.get(len(workers), ({}, {}))
+            for name, values in sent.items():
+                moved, changed = values != sent_before.get(name), held[name] != held_before.get(name)
+                is_other = self._exact and held[name] != values * len(workers)
+                if None in held[name] or moved != changed or is_other:
+                    raise EngineError(
+                        f"{url} does not hold the weights that it was sent: {name} was sent "
+                        f"{'anew' if moved else 'as before'}, and is {'another' if changed else 'as before'}. Try "
+                        "another rollout.weight_sync.mode; where servers compute in another dtype than the policy, or "
+                        "differ in their layout, set rollout.weight_sync.checksums=false"
+                    )
+            self._last[len(workers)] = sent, held

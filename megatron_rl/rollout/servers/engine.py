@@ -23,6 +23,7 @@ import aiohttp
 from torch import Tensor
 from typing_extensions import override
 
+from megatron_rl import device
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, ServersLost
 from megatron_rl.rollout.servers.answers import as_rollout, joined, rest, too_late
 from megatron_rl.rollout.servers.checksums import Checksums, WeightProof, digested
@@ -81,7 +82,7 @@ class ServerEngine(RolloutEngine):
         self.weight_version = -1
         self._dialect, self._loop, self._fleet, self._channel = dialect, loop, fleet, channel
         self._hf_config, self._place = hf_config, fleet.place
-        self._proof = WeightProof(dialect.parameter_of)
+        self._proof = WeightProof(dialect.parameter_of, exact=dialect.checksums_are_digests)
         self._config = fleet.config.rollout.server
         # requests that this rank keeps at one server: its share of the server's
         self._limit = max(1, self._config.max_concurrency // self._place.world_size)
@@ -244,16 +245,15 @@ class ServerEngine(RolloutEngine):
             stream = digested(stream, digests)
         try:
             self._agree(lambda: self._prepare(servers))
-            try:
-                self._agree(lambda: self._channel.send(stream, weight_version))
-            finally:
-                self._channel.release()
+            self._agree(lambda: self._channel.send(stream, weight_version))
             self._agree(lambda: self._finish(servers, weight_version, digests))
         except EngineError as error:
             self._settle(servers)
             if not isinstance(error, ServersLost) and not self._all_alive(servers):
                 raise ServersLost(str(error)) from error  # it could still say that it is dying
             raise
+        finally:
+            device.collect_shared(give_back=True)  # all ranks have left `send`, and the servers have read
 
     def _agree(self, action: Any) -> None:
         """Run `action` on every rank, and fail on all ranks when it fails on one."""

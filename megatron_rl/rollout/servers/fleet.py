@@ -17,7 +17,7 @@ from megatron_rl import device
 from megatron_rl.config import Config
 from megatron_rl.launch import say
 from megatron_rl.rollout.engine import EngineError, Place
-from megatron_rl.rollout.servers.nccl import check_same_nccl, joins_engines
+from megatron_rl.rollout.servers.nccl import check_same_nccl
 from megatron_rl.rollout.servers.processes import EngineProcess, free_port
 from megatron_rl.rollout.servers.protocol import Dialect, LaunchSpec
 
@@ -52,7 +52,7 @@ class Fleet:
         server = self.config.rollout.server
         if server.urls or not self.place.owns_servers or self._owned:
             return
-        if device.ON_GPU and joins_engines(self.config.rollout):
+        if device.ON_GPU and self.config.rollout.weight_sync.mode == "disaggregated":
             check_same_nccl(engine_python(self.config.rollout.engine, server.python), device.gpu_versions()["NCCL"])
         self._owned = [self._launch(index) for index in range(server.count)]
 

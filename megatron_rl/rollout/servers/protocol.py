@@ -63,6 +63,7 @@ class Dialect(Protocol):
     """
 
     name: str
+    checksums_are_digests: bool = False  # of `megatron_rl_digest`, and not of the server's own kind
 
     def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
         """Return the argument vector and the environment variables to add. Raises: EngineError for what cannot be
@@ -130,9 +131,8 @@ class Dialect(Protocol):
     async def load_folder(self, server: Server, path: Path, weight_version: int) -> None:
         """Load a Hugging Face folder that the server can read, as `weight_version`."""
 
-    def parameter_of(self, name: str) -> str | None:
-        """Return the server's parameter that holds a weight, as `checksums` calls it; None: its checksums are `digest`s
-        of the weights, by their own names."""
+    def parameter_of(self, name: str) -> str:
+        """Return the server's parameter that holds a weight, as `checksums` calls it."""
 
     async def checksums(self, server: Server) -> Checksums:
         """Return each worker's checksums: equal if and only if the bytes are."""

@@ -32,15 +32,12 @@ _INITIAL_VERSION = "default"  # what a server that never got weights reports
 # limit of max_new_tokens.
 _RESERVED_TOKENS = 8
 # Source: `stacked_params_mapping` and `make_expert_params_mapping` of sglang.srt.models and layers.moe
-_MERGED = [
-    (re.compile(pattern), merged)
-    for pattern, merged in [
-        (r"\b[qkv]_proj\b", "qkv_proj"),
-        (r"\bexperts\.\d+\.(gate|up)_proj\.", "experts.w13_"),
-        (r"\bexperts\.\d+\.down_proj\.", "experts.w2_"),
-        (r"\b(gate|up)_proj\b", "gate_up_proj"),
-    ]
-]
+_MERGED = (
+    (r"\b[qkv]_proj\b", "qkv_proj"),
+    (r"\bexperts\.\d+\.(gate|up)_proj\.", "experts.w13_"),
+    (r"\bexperts\.\d+\.down_proj\.", "experts.w2_"),
+    (r"\b(gate|up)_proj\b", "gate_up_proj"),
+)
 
 
 class SGLang(Dialect):
@@ -225,18 +222,14 @@ class SGLang(Dialect):
 
     @override
     def parameter_of(self, name: str) -> str:
-        """Return the name in SGLang's model, which merges projections and experts."""
         for pattern, merged in _MERGED:
-            name = pattern.sub(merged, name)
+            name = re.sub(pattern, merged, name)
         return name
 
     @override
     async def checksums(self, server: Server) -> Checksums:
-        """Return hashes of each worker's parameters, in the layout that they have there.
-
-        Source: `WeightChecker._compute_checksum` of sglang.srt.utils.weight_checker: SHA-256 of the bytes on a CPU, a
-        64-bit hash of the bytes and their places on a GPU.
-        """
+        """Return hashes of the bytes of each worker's shards, in SGLang's layout: SHA-256 on a CPU, one of its own on a
+        GPU. Source: `tensor_hash` of sglang.srt.managers.mm_utils."""
         answer = await _checked(server, "/weights_checker", {"action": "checksum", "selector": "target"})
         return [rank["checksums"] for rank in answer["ranks"]]
 

@@ -31,6 +31,7 @@ class VLLM(Dialect):
     """Speaks to a vLLM server."""
 
     name = "vllm"
+    checksums_are_digests = True
 
     @override
     def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
@@ -156,11 +157,12 @@ class VLLM(Dialect):
         await server.post("/update_weight_version", body, seconds=_CONTROL_SECONDS)
 
     @override
-    def parameter_of(self, name: str) -> None:
-        """Return None: on a CPU vLLM packs its parameters away, so the extension tells what its loader was given."""
+    def parameter_of(self, name: str) -> str:
+        return name
 
     @override
     async def checksums(self, server: Server) -> Checksums:
+        """Return digests of what each worker's loader was given: on a CPU vLLM packs its parameters away."""
         return await _rpc(server, "megatron_rl_digests")
 
     @override

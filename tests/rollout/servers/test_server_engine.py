@@ -36,6 +36,7 @@ class Fake:
     """A dialect whose server at `url` answers a request with `script[url](request, count)`."""
 
     name = "fake"
+    checksums_are_digests = False
 
     def __init__(self, script: dict[str, Callable[[Request, int], Any]]) -> None:
         self.script, self.seen, self.healthy, self.version = script, [], set(script), -1
@@ -97,7 +98,6 @@ def engine_of(tmp_path: Any) -> Iterator[Callable[..., ServerEngine]]:
         channel: Any = SimpleNamespace(
             open=lambda servers: None,
             send=lambda stream, version: list(stream),
-            release=lambda: None,
             close=lambda: None,
         )
         fake: Any = Fake(script)
@@ -234,7 +234,7 @@ def test_a_server_that_kept_its_weights_is_an_error(engine_of: Any) -> None:
     for version, holds in ((4, "x"), (5, "y")):
         engine._dialect.holds = holds
         engine.update_weights([("a", torch.tensor([float(version)]))], version)
-    with pytest.raises(EngineError, match="a at http://a was sent anew and is as before"):
+    with pytest.raises(EngineError, match="http://a does not hold .*: a was sent anew, and is as before"):
         engine.update_weights([("a", torch.tensor([6.0]))], 6)
     with pytest.raises(EngineError, match="its last update_weights failed"):
         engine.generate(requests(1))

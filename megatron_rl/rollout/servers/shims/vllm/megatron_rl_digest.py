@@ -4,21 +4,16 @@ import functools
 
 import torch
 
-_STEP = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: a block's place counts
-
 
 def digest(tensor: torch.Tensor) -> int:
-    """Return 64 bits of the tensor's bytes: two tensors that differ somewhere share them with a chance of 2^-31 or so.
-
-    Each block of 32-bit words is multiplied by one fixed random odd number a word and summed, modulo 2^32.
-    """
+    """Return 64 bits that two tensors of other bytes share with a chance of about 2^-31: each block of 32-bit words is
+    multiplied by fixed random odd numbers and summed."""
     data = tensor.detach().reshape(-1).view(torch.uint8)
     if data.numel() % 4 or data.storage_offset() % 4:
         data = torch.cat([data, data.new_zeros(-data.numel() % 4)])
-    factors = _factors(data.device)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    factors, total = _factors(data.device), torch.zeros((), dtype=torch.int64, device=data.device)
     for block in data.view(torch.int32).split(factors.numel()):
-        total = total * _STEP + (block * factors[: block.numel()]).sum()
+        total = total * 0x1E3779B97F4A7C15 + (block * factors[: block.numel()]).sum()
     return int(total)
 
 
