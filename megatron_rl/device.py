@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.utils.deterministic
+from torch.multiprocessing import reductions
 
 from megatron_rl.errors import UserError
 
@@ -115,6 +116,10 @@ def gpu_versions() -> dict[str, str]:
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return {"CUDA": str(torch.version.cuda), "NCCL": nccl}
+
+
+# for another interpreter: prints what gpu_versions calls NCCL
+NCCL_VERSION_CODE = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())))"
 
 
 def peak_memory_bytes() -> int:
@@ -218,7 +223,8 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
     """Environment of a process that shall see these GPUs alone, counted among those that this process sees; an empty
     value removes a variable.
 
-    Expandable segments cannot be shared between processes, which colocated engines need.
+    Expandable segments cannot be shared between processes, which colocated engines need; a single hardware queue is for
+    Megatron's overlap alone.
     Raises: UserError when there are fewer GPUs.
     """
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -230,8 +236,26 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
             "trainer's ranks, rollout.server.count or .tp, or share the GPUs (rollout.weight_sync.mode=colocated)"
         )
     chosen = ",".join(names[index].strip() for index in indices)
-    removed = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    removed = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
     return {"CUDA_VISIBLE_DEVICES": chosen, **dict.fromkeys(removed, "")}
+
+
+def portable_handle(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return torch's (function, arguments) that rebuild a tensor elsewhere, with a GPU named by its UUID: torch names
+    it by a number that means another GPU to a reader. Source: sglang.srt.utils.patch_torch."""
+    rebuild, arguments = reduced
+    if rebuild is not reductions.rebuild_cuda_tensor:
+        return reduced
+    return rebuild, (*arguments[:6], str(torch.cuda.get_device_properties(arguments[6]).uuid), *arguments[7:])
+
+
+def collect_shared(*, give_back: bool = False) -> None:
+    """Take back device memory that other processes have read: torch would wait until there is none. `give_back`: to
+    the device, with all that torch holds without use."""
+    if ON_GPU:
+        torch.cuda.ipc_collect()
+        if give_back:
+            torch.cuda.empty_cache()
 
 
 def cpu_cores() -> list[int]:

@@ -32,6 +32,7 @@ from megatron_rl.resume import Checkpoints
 from megatron_rl.rollout.clocks import waiting_seconds
 from megatron_rl.rollout.collect import CollectStopped
 from megatron_rl.rollout.engine import EngineError
+from megatron_rl.rollout.servers.nccl import agree_with_engines
 from megatron_rl.run import Run, set_up
 from megatron_rl.types import CollectResult, Rollout, TrainBatch
 
@@ -79,6 +80,7 @@ def advantages(rollouts: Sequence[Rollout], config: Config) -> Tensor:
 
 def main(config: Config) -> None:
     """Train on the world that torchrun's environment describes."""
+    agree_with_engines(config.rollout)
     groups = init_groups(config.parallel, config.seed, waiting_seconds(config))
     train(config, groups)
     groups.all_ranks.barrier()

@@ -289,13 +289,20 @@ def update_micro_batches(config: Config, layout: Spread) -> int:
 
 def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Spread, width: int, on_gpu: bool) -> float:
     """Return the bytes of a weight update's buffers: a bucket over all tensor ranks, this rank's part of it as one
-    piece, the largest weight whole; gloo gathers into a copy of its own. Then two of the servers' buckets."""
+    piece, the largest weight joined from it; gloo gathers into a copy of its own. An embedding above the bound travels
+    alone and needs no joining. Then the servers' buckets: one is loaded while the next is filled, and each holds a
+    weight at least."""
     stage = width * parameters(shape) * layout.share()
+    own_copy = not on_gpu and layout.tp > 1
     bucket = min(GATHER_BYTES, stage)
-    copies = 1 + 1 / layout.tp + (not on_gpu and layout.tp > 1)
-    largest = min(stage, width * shape.vocab * shape.hidden)
-    servers = 0 if rollout.is_embedded else 2 * rollout.weight_sync.bucket_mib * 2**20
-    return bucket * copies + largest + min(servers, 2 * width * parameters(shape))
+    embedding = min(stage, width * shape.vocab * shape.hidden)
+    largest = embedding if embedding <= GATHER_BYTES else min(bucket, 2 * width * shape.ffn * shape.hidden)
+    gathered = max(bucket * (1 + 1 / layout.tp + own_copy) + largest, embedding * (1 + own_copy))
+    if rollout.is_embedded:
+        return gathered
+    bucket = min(rollout.weight_sync.bucket_mib * 2**20, width * parameters(shape))
+    # on a CPU two buffers of one size take turns
+    return gathered + max(bucket, embedding) + (bucket if on_gpu else max(bucket, embedding))
 
 
 def _add_replica(config: Config, shape: ModelShape, layout: Spread, phases: dict[str, Parts], width: int) -> None:
