@@ -16,6 +16,7 @@ import typer
 
 from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
+from megatron_rl.config.environment import for_libraries
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.eval.commands import evaluate
@@ -146,4 +147,5 @@ def run_training(config: Config) -> int:
         processes=config.parallel.processes,
         grace_seconds=config.train.grace_seconds,
         prepare=lambda: write_atomically(path, dump_config(config)),
+        environment=for_libraries(config),
     )

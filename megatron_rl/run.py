@@ -73,6 +73,8 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     Raises: UserError for what the config names and this machine lacks, before anything slow.
     """
     require_model(config.model)
+    if config.train.deterministic:
+        device.forbid_nondeterminism()
     layout = Layout.of(config, groups)
     grader = build_grader(config.reward)
     tokenizer = build_tokenizer(config)

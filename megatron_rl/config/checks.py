@@ -66,6 +66,7 @@ def _layout_faults(config: Config) -> list[str]:
         faults.append(
             f"parallel.world_size={parallel.processes} is not a multiple of tp*pp*cp={model_parallel}; set it to {near}"
         )
+    faults += context_faults(config, config.model.layers)
     if parallel.sp and parallel.tp == 1:
         faults.append("parallel.sp=true needs parallel.tp > 1; set sp=false or raise tp")
     if parallel.vpp > 1 and parallel.pp == 1:
@@ -81,6 +82,16 @@ def _layout_faults(config: Config) -> list[str]:
             "sequence over several; set cov_scope=minibatch, which is exact under any layout, or cp=1"
         )
     return faults
+
+
+def context_faults(config: Config, layers: str) -> list[str]:
+    """Return why attention of these `layers` cannot work under context parallelism."""
+    if config.parallel.cp == 1 or config.model.dtype != "float32" or layers != "transformer_engine":
+        return []
+    return [
+        f"parallel.cp={config.parallel.cp} with model.dtype=float32: Transformer Engine's attention over context-"
+        "parallel ranks takes bfloat16 alone; set dtype=bfloat16, model.layers=torch, or cp=1"
+    ]
 
 
 def _batch_faults(config: Config) -> list[str]:

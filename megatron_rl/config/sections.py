@@ -50,6 +50,9 @@ class ModelConfig(Section):
     """Contents of a config.json; without `path` the weights are random, drawn from `seed`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations."""
+    layers: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Whose layers: Transformer Engine's, on a GPU alone, or Megatron's own with torch's attention and norms; auto:
+    Transformer Engine's where it is installed on a GPU, else torch."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: of whole layers (full) or of `recompute_modules` (selective)."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -249,6 +252,9 @@ class TrainConfig(Section):
     share_prompts: Literal["auto"] | bool = "auto"
     """Compute a prompt once for the samples of its group that meet in a micro-batch, and no tokens that predict
     nothing; exact; auto: where it works, on a CPU with parallel.cp=1 and without rollout.routing_replay."""
+    deterministic: bool = False
+    """On a GPU, no kernel whose sums depend on the order of threads, and NCCL's rings alone: slower, and a resumed run
+    repeats the trainer's bits. A CPU always does so."""
     max_nonfinite_updates: NonNegativeInt = 3
     """Updates in a row with a non-finite gradient that are skipped and counted before the run ends."""
     entropy_probe: bool = True

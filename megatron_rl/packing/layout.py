@@ -60,7 +60,7 @@ class Layout:
             cp_rank=groups.cp_rank,
             cp_size=groups.cp_size,
             pad_multiple=config.parallel.token_multiple,
-            row_multiple=device.row_multiple(),
+            row_multiple=device.row_multiple(config.parallel.token_multiple // groups.cp_size),
             equal_lengths=groups.pp_size > 1,
             count_multiple=config.parallel.micro_batch_multiple,
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -22,13 +23,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_rl import device
 from megatron_rl.config import Config, ModelConfig, OptimizerConfig
+from megatron_rl.config.checks import context_faults
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.architecture import head_dim, resolve_hf_config
 from megatron_rl.models.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
 from megatron_rl.parallel.groups import Groups, expert_tp
 from megatron_rl.policy.adam import fuse_torch_adam, host_options, use_main_weights
-from megatron_rl.policy.cpu_layers import RememberedPacks, block_spec
 from megatron_rl.policy.replay import replay_routes
+from megatron_rl.policy.torch_layers import RememberedPacks, block_spec
 
 # with Megatron's defaults, batched exchanges, the gradients of interleaved stages are silently wrong over gloo
 _INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -46,7 +48,7 @@ class Model:
     ddp: list[DistributedDataParallel]
     vocab_size: int  # real
     vocab_start: int  # first global column of this rank's logits shard
-    packs: RememberedPacks | None  # on a CPU, whose attention rotates queries and keys itself; None: Megatron does it
+    packs: RememberedPacks | None  # of torch's layers, which rotate queries and keys themselves; None: Megatron does it
     hands_over_hidden: bool  # the last stage returns hidden states, and the output layer belongs to the statistics
 
     @property
@@ -60,12 +62,19 @@ class Model:
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[int, Any]:
         """Return what a checkpoint keeps of each chunk. Its keys number the layers over the whole model."""
         # no list: Megatron cannot merge lists of different lengths, as another layout's would be
-        return {index: chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.chunks)}
+        states = {index: chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.chunks)}
+        for state in states.values():  # Transformer Engine's _extra_state is of FP8; without it torch's layers load all
+            for name in [name for name in state if name.endswith("_extra_state")]:
+                del state[name]
+        return states
 
     def load_state_dict(self, state: dict[int, Any]) -> None:
-        """Fill the chunks from the loaded state of the same structure."""
+        """Fill the chunks from the loaded state of the same structure. Raises: KeyError naming weights that it
+        lacks."""
         for index, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(state[index])
+            missing = chunk.load_state_dict(state[index], strict=False).missing_keys
+            if lost := [name for name in missing if not name.endswith("_extra_state")]:
+                raise KeyError(f"the checkpoint has no {', '.join(lost)}")
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -76,9 +85,12 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfig:
     """Megatron's description of the architecture and the layout."""
-    dtype, parallel = DTYPES[config.model.dtype], config.parallel
+    dtype, parallel, layers = DTYPES[config.model.dtype], config.parallel, device.layers(config.model.layers)
+    if faults := context_faults(config, layers):
+        raise ConfigError(faults[0])
     return TransformerConfig(
-        **_moe_options(hf, config),
+        **_moe_options(hf, config, has_engine=layers == "transformer_engine"),
+        transformer_impl="transformer_engine" if layers == "transformer_engine" else "local",
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
         ffn_hidden_size=hf.intermediate_size,
@@ -106,10 +118,10 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
         # Megatron marks a weight as tensor-parallel while it initialises it; without the mark its gradient norm counts
         # one shard only
         perform_initialization=True,
-        deterministic_mode=not device.ON_GPU,
+        deterministic_mode=config.train.deterministic or not device.ON_GPU,
         **(_INTERLEAVED | {"virtual_pipeline_model_parallel_size": parallel.vpp} if parallel.vpp > 1 else {}),
         **_recompute_options(config.model),
-        **device.transformer_config_options(),
+        **device.transformer_config_options(layers),
     )
 
 
@@ -125,7 +137,7 @@ def _recompute_options(model: ModelConfig) -> dict[str, Any]:
     return {"recompute_granularity": model.recompute, **options} if options else {}
 
 
-def _moe_options(hf: PretrainedConfig, config: Config) -> dict[str, Any]:
+def _moe_options(hf: PretrainedConfig, config: Config, *, has_engine: bool) -> dict[str, Any]:
     """The mixture of experts as transformers computes it: softmax over all experts, then the largest few.
 
     Nothing balances the load: hf.router_aux_loss_coef is for pre-training, and here it would add to the policy
@@ -145,7 +157,8 @@ def _moe_options(hf: PretrainedConfig, config: Config) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": device.ON_GPU,
+        "moe_grouped_gemm": has_engine,
+        "moe_permute_fusion": has_engine,
         "expert_model_parallel_size": config.parallel.ep,
         "expert_tensor_parallel_size": expert_tp(config.parallel),
     }
@@ -175,9 +188,10 @@ def build_model(raw_hf_config: dict[str, Any], config: Config, groups: Groups, *
         module = Float16Module(tconfig, gpt) if tconfig.bf16 else gpt
         ddp.append(DistributedDataParallel(tconfig, ddp_config, module, disable_bucketing=chunk > 0))
         _count_padding(ddp[-1])
+        _add_weight_gradients(gpt)
     tconfig.finalize_model_grads_func = finalize_model_grads
     vocab_start = groups.tp_rank * (vocab // groups.tp_size)
-    packs = None if device.ON_GPU else RememberedPacks(_inv_freq(hf))
+    packs = None if _has_engine(tconfig) else RememberedPacks(_inv_freq(hf).to(device.device()))
     return Model(hf, tconfig, chunks, ddp, hf.vocab_size, vocab_start, packs, fuse_output_layer)
 
 
@@ -187,20 +201,40 @@ def _chunk(
     """The rank's model chunk number `chunk`: the first of the first stage embeds, the last of the last has the
     output."""
     vp_stage = chunk if chunks > 1 else None
-    gpt = GPTModel(
-        tconfig,
-        block_spec(tconfig, vp_stage),
-        vocab_size=vocab,
-        max_sequence_length=hf.max_position_embeddings,
-        position_embedding_type="rope" if device.ON_GPU else "none",
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        pre_process=groups.is_first_stage and chunk == 0,
-        post_process=groups.is_last_stage and chunk == chunks - 1,
-        vp_stage=vp_stage,
-    )
-    if device.ON_GPU:
+    if _has_engine(tconfig):
+        spec = get_gpt_decoder_block_spec(tconfig, use_transformer_engine=True, vp_stage=vp_stage)
+    else:
+        spec = block_spec(tconfig, vp_stage)
+    with device.device():  # routers and norms name none, and Megatron would make them on the host
+        gpt = GPTModel(
+            tconfig,
+            spec,
+            vocab_size=vocab,
+            max_sequence_length=hf.max_position_embeddings,
+            position_embedding_type="rope" if _has_engine(tconfig) else "none",
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
+            pre_process=groups.is_first_stage and chunk == 0,
+            post_process=groups.is_last_stage and chunk == chunks - 1,
+            vp_stage=vp_stage,
+        )
+    if _has_engine(tconfig):
         gpt.rotary_pos_emb.inv_freq.copy_(_inv_freq(hf))
     return gpt
+
+
+def _has_engine(tconfig: TransformerConfig) -> bool:
+    return tconfig.transformer_impl == "transformer_engine"
+
+
+def _add_weight_gradients(gpt: GPTModel) -> None:
+    """Let Transformer Engine's products add a weight's gradient to Megatron's float32 buffer themselves, where a hook
+    of DDP would add one that was rounded to bfloat16. The hook leaves out what they have marked as added.
+
+    Megatron's own switch for it, gradient_accumulation_fusion, asks for apex in the output layer.
+    """
+    for module in gpt.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _hand_over_hidden(gpt: GPTModel, groups: Groups) -> None:

@@ -41,7 +41,13 @@ from megatron_rl.convert.model_files import policy_files, write_files
 from megatron_rl.errors import UserError
 from megatron_rl.files import free_bytes
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.policy.adam import begin_torch_adam, let_torch_adam_load, refresh_host_weights, restore_step_0
+from megatron_rl.policy.adam import (
+    begin_torch_adam,
+    fuse_torch_adam,
+    let_torch_adam_load,
+    refresh_host_weights,
+    restore_step_0,
+)
 from megatron_rl.policy.policy import MegatronPolicy
 
 _NAME = re.compile(r"step_\d{8}")
@@ -70,8 +76,7 @@ class CheckpointStore:
         self._world = groups.all_ranks
         self._background = AsyncCallsQueue()
         self._unfinished: _Save | None = None
-        if not device.ON_GPU:
-            let_torch_adam_load()
+        let_torch_adam_load()
 
     def newest(self) -> Path | None:
         """The finished checkpoint with the most steps."""
@@ -159,6 +164,7 @@ class CheckpointStore:
         configured = [{name: group[name] for name in _HYPERPARAMETERS} for group in optimizer.param_groups]
         restore_step_0(state["optimizer"])
         optimizer.load_state_dict(state["optimizer"])
+        fuse_torch_adam(optimizer)  # another Adam's checkpoint does not ask for it
         refresh_host_weights(optimizer)
         for group, values in zip(optimizer.param_groups, configured, strict=True):
             group.update(values)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_rl.policy.build import Model
@@ -56,6 +57,10 @@ def run_schedule(
             output = output.view(-1, output.shape[-1])
             return on_output(output if inputs.rows is None else output.index_select(0, inputs.rows), micro_batch)
 
+        if forward_only and get_attr_wrapped_model(ddp, "post_process"):
+            # Megatron keeps what it is given until the next micro-batch is through: it gets no logits
+            value = loss_function(computed)
+            return computed.new_empty(0), lambda output, non_loss_data=False: value
         return computed, loss_function
 
     micro_batches = mini_batch.micro_batches

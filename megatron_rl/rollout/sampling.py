@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_rl import device
 from megatron_rl.algorithms.hashing import hash_uniform
 
 # float64 copies of the logits are made for this many entries at a time: 64 MiB a copy at any vocabulary
@@ -63,7 +64,7 @@ def _sample_block(
 
 
 def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    cdf = probs.cumsum(dim=-1)
+    cdf = device.cumsum(probs)
     total = cdf[:, -1:]
     tokens = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
     # a product rounded up to the total would fall behind the last token that has mass
@@ -73,7 +74,7 @@ def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
 
 def _truncate(probs: Tensor, top_p: float, top_k: int) -> Tensor:
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-    drop = ranked.cumsum(dim=-1) - ranked >= top_p if top_p < 1 else torch.zeros_like(ranked, dtype=torch.bool)
+    drop = device.cumsum(ranked) - ranked >= top_p if top_p < 1 else torch.zeros_like(ranked, dtype=torch.bool)
     if top_k > 0:
         drop[:, top_k:] = True
     return torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(drop, 0.0))

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from typing_extensions import override
 
 from megatron_rl.convert.hf import hub_views
-from megatron_rl.device import fast_linear_layers, row_multiple
+from megatron_rl.device import decoding_multiple, fast_linear_layers
 from megatron_rl.rollout.cache import roomy_cache
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, SamplingParams
 from megatron_rl.rollout.recorder import RouteRecorder
@@ -164,7 +164,7 @@ class TransformersEngine(RolloutEngine):
         lengths = torch.zeros(count, dtype=torch.int64, device=self._device)
         stopped = torch.zeros(count, dtype=torch.bool, device=self._device)
         padded = not bool(mask.all())
-        multiple = row_multiple()
+        multiple = decoding_multiple()
         for step in range(sampling.max_response_tokens):
             if self._abort.is_set():
                 raise EngineAborted(f"generate: aborted with {count} responses unfinished")
