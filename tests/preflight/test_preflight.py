@@ -114,7 +114,7 @@ def test_wrong_sums_fail() -> None:
 
 def test_what_is_supported_is_what_the_package_asks_for() -> None:
     assert {"torch", "megatron-core"} <= {requirement.name for requirement in requirements()}
-    assert [str(requirement.specifier) for requirement in requirements("sglang")] == ["==0.5.23", "==0.3.2"]
+    assert [str(requirement.specifier) for requirement in requirements("sglang")] == ["==0.5.23"]
 
 
 def test_files_are_looked_at_for_real(tmp_path: Path) -> None:

@@ -193,8 +193,8 @@ def engine_python(engine: str, configured: str | None) -> Path:
         path = local
     if not path.is_file():
         raise EngineError(
-            f"rollout.engine={engine} is not installed: no {path}. Type `make engines` in the project's folder for a "
-            f"CPU, or `pip install 'megatron-rl[{engine}]'` on a GPU machine, or set rollout.server.python or .urls"
+            f"rollout.engine={engine} is not installed: no {path}. In the project's folder type `make engines` for a "
+            f"CPU or `make gpu-engine-{engine}` for GPUs (docs/install_gpu.md), or set rollout.server.python or .urls"
         )
     return path.absolute()
 
