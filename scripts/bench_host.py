@@ -49,7 +49,7 @@ class Crowd(Reducer):
         super().__init__(None)
         self.size, self._others, self.making = size, others, 0.0
 
-    def _gather(self, values: torch.Tensor) -> torch.Tensor:
+    def _gather(self, values: torch.Tensor, group: Any = None) -> torch.Tensor:
         return values.expand(self.size, *values.shape).clone()
 
     def gather_objects(self, value: Any) -> list[Any]:
