@@ -94,6 +94,8 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
     start_step, notes = checkpoints.restore()
     if config.train.share_prompts == "auto":
         notes.insert(0, f"train.share_prompts=auto: {'on' if run.layout.share_prompts else 'off'}")
+    if config.model.layers == "auto" and device.ON_GPU:
+        notes.insert(0, f"model.layers=auto: {device.layers('auto')}")
     notes += run_notes(config)
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
         for note in notes:

@@ -47,7 +47,6 @@ from megatron_rl.files import free_bytes
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.adam import (
     begin_torch_adam,
-    fuse_torch_adam,
     let_torch_adam_load,
     refresh_host_weights,
     restore_step_0,
@@ -57,7 +56,6 @@ from megatron_rl.policy.policy import MegatronPolicy
 
 _NAME = re.compile(r"step_\d{8}")
 _OVERHEAD_BYTES, _OVERHEAD_BYTES_PER_TENSOR = 2**20, 2**12  # metadata, archive headers, rounding to blocks
-_HYPERPARAMETERS = ("max_lr", "min_lr", "betas", "eps")  # of an optimizer's group, besides those that the schedule sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,16 +168,17 @@ class CheckpointStore:
         return int(state["step"]), state["extra"]
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Restore the moments. Hyper-parameters stay the config's, which may have changed since the save:
-        Megatron would take them from the checkpoint, and the run would not be the one that its config.yaml tells."""
+        """Restore the moments and their number of updates. All else of a group stays this run's, whose config and whose
+        Adam (of a CPU or a GPU) may have changed since the save: Megatron would take it from the checkpoint."""
         optimizer = self.policy.optimizer
-        configured = [{name: group[name] for name in _HYPERPARAMETERS} for group in optimizer.param_groups]
+        own = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
         restore_step_0(state["optimizer"])
         optimizer.load_state_dict(state["optimizer"])
-        fuse_torch_adam(optimizer)  # another Adam's checkpoint does not ask for it
         refresh_host_weights(optimizer)
-        for group, values in zip(optimizer.param_groups, configured, strict=True):
+        for group, values in zip(optimizer.param_groups, own, strict=True):
             group.update(values)
+            if "step" in group:
+                group["step"] = int(group["step"])  # torch's Adam saves a float, which no kernel of the other takes
 
     def _place_schedule(self, saved: dict[str, Any], written_by: dict[str, Any]) -> None:
         """Put the schedule where the run is, counted in steps: with mini-batches of another size that is another number

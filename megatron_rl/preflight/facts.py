@@ -61,7 +61,7 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
         local_rank=launch.local_rank(),
         host=socket.gethostname(),
         versions=versions,
-        version_faults=_version_faults(),
+        version_faults=_version_faults(device.ON_GPU and config.model.layers != "torch"),
         gpu=device.gpu_memory() if device.ON_GPU else None,
     )
     if launch.local_rank() != 0:
@@ -95,9 +95,9 @@ def requirements(extra: str = "") -> list[Requirement]:
     ]
 
 
-def _version_faults() -> list[str]:
+def _version_faults(needs_engine: bool) -> list[str]:
     try:
-        wanted = requirements() + (requirements("gpu") if device.ON_GPU else [])
+        wanted = requirements() + (requirements("gpu") if needs_engine else [])
     except importlib.metadata.PackageNotFoundError:
         return ["megatron-rl is not installed beside this code, so nothing says what it needs; pip install -e ."]
     faults = []

@@ -76,7 +76,14 @@ def _load_and_go_on(config: Config, folder: Path) -> dict[str, Any]:
 
     with policy_of(config) as policy:
         store = CheckpointStore(folder, policy, policy.groups)
-        found = {"loaded": load_newest(store), "weights": weights_of(policy), "moments": moments(policy)}
+        groups = policy.optimizer.param_groups
+        for group in groups:
+            group["bias_correction"] = True  # Transformer Engine's Adam has options that torch's does not save
+        before = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
+        loaded = load_newest(store)
+        for group, own in zip(policy.optimizer.param_groups, before, strict=True):
+            assert group.items() >= own.items() and isinstance(group.get("step", 0), int)
+        found = {"loaded": loaded, "weights": weights_of(policy), "moments": moments(policy)}
         found |= {"draws": _draws(), "skipped": policy.skipped_in_a_row}
         found["results"] = update(policy, config, range(2, 4))
         found["end"] = weights_of(policy)
