@@ -123,7 +123,7 @@ def test_a_world_gives_up_later_than_its_ranks_wait(
     def subgroups(ranks: list[list[int]], *, timeout: Any, backend: str) -> tuple[Any, list[Any]]:
         assert (ranks, backend) == ([[0, 1]], "gloo")
         asked["hosts"].append(timeout.total_seconds())
-        return object(), []
+        return mock.Mock(spec=dist.ProcessGroup), []
 
     def world(_: str, timeout: Any) -> None:
         asked["world"].append(timeout.total_seconds())
@@ -134,7 +134,7 @@ def test_a_world_gives_up_later_than_its_ranks_wait(
         monkeypatch.setattr(dist, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(dist, "init_process_group", world)
     monkeypatch.setattr(dist, "new_subgroups_by_enumeration", subgroups)
-    monkeypatch.setattr(type(dist.group), "WORLD", object())
+    monkeypatch.setattr(type(dist.group), "WORLD", mock.Mock(spec=dist.ProcessGroup))
     assert join_world(10.0, 90.0).size == 2
     assert asked == {"world": [of_world], "hosts": of_hosts}
 
