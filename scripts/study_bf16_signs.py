@@ -1,9 +1,10 @@
 """How often bfloat16 turns the sign of logp - old_logp, the gradient of KL-Cov's penalty: by the size of the true
 movement, and how much of it comes from which rounding. docs/measurements.md holds the tables.
 
-A Hugging Face model of Llama's architecture on a CPU. Its float32 main weights begin at bfloat16 numbers, as a run does,
-or with --middle anywhere between two of them, as later in a run; they make Adam's first step for a policy-gradient loss
-on real text, and are rounded to bfloat16 as a trainer does. The truth is the movement of the rounded weights' log-probabilities, in float64.
+A Hugging Face model of Llama's architecture on a CPU. Its float32 main weights begin at bfloat16 numbers, as a run
+does, or with --middle anywhere between two of them, as later in a run; they make Adam's first step for a
+policy-gradient loss on real text, and are rounded to bfloat16 as a trainer does. The truth is the movement of the
+rounded weights' log-probabilities, in float64.
 `python scripts/study_bf16_signs.py MODEL_FOLDER TEXT_FILE`
 """
 
