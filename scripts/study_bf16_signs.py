@@ -1,9 +1,10 @@
 """How often bfloat16 turns the sign of logp - old_logp, the gradient of KL-Cov's penalty: by the size of the true
 movement, and how much of it comes from which rounding. docs/measurements.md holds the tables.
 
-A Hugging Face model of Llama's architecture on a CPU. Its float32 main weights lie anywhere between two bfloat16
-numbers, as they do in the middle of a run; they make Adam's first step for a policy-gradient loss on real text, and are
-rounded to bfloat16 as a trainer does. The truth is the movement of the rounded weights' log-probabilities, in float64.
+A Hugging Face model of Llama's architecture on a CPU. Its float32 main weights begin at bfloat16 numbers, as a run
+does, or with --middle anywhere between two of them, as later in a run; they make Adam's first step for a
+policy-gradient loss on real text, and are rounded to bfloat16 as a trainer does. The truth is the movement of the
+rounded weights' log-probabilities, in float64.
 `python scripts/study_bf16_signs.py MODEL_FOLDER TEXT_FILE`
 """
 
@@ -84,7 +85,7 @@ def table(title: str, truth: Tensor, ways: dict[str, Tensor]) -> None:
     )
 
 
-def real(folder: str, text: str, tokens: int, rates: list[float]) -> None:
+def real(folder: str, text: str, tokens: int, rates: list[float], middle: bool) -> None:
     """Print a table for each learning rate: one Adam step of a real model."""
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(open(text).read()[: 8 * tokens])["input_ids"][:tokens])
     ids = ids.view(-1, SEQUENCE)
@@ -92,7 +93,7 @@ def real(folder: str, text: str, tokens: int, rates: list[float]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
     start = {}
     for name, parameter in model.named_parameters():
-        between = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) - 0.5
+        between = middle * (torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) - 0.5)
         start[name] = parameter.detach() * (1 + between * 2**-8)  # within a step of bfloat16 to either side
     steps = adam_direction(model, ids)
 
@@ -149,7 +150,8 @@ if __name__ == "__main__":
     parser.add_argument("text")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 1e-5])
+    parser.add_argument("--middle", action="store_true")
     given = parser.parse_args()
     torch.manual_seed(0)
-    real(given.folder, given.text, given.tokens, given.rates)
+    real(given.folder, given.text, given.tokens, given.rates, given.middle)
     synthetic(5120, 152_064 // 8, 256)

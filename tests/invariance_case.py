@@ -44,7 +44,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "world_size": 2,
         "ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000},
     },
-    "ep2_allgather": {"world_size": 2, "ep": 2},
+    "tp2_sp_allgather": {"world_size": 2, "tp": 2, "sp": True},
     "cp2_tp2": {"world_size": 4, "cp": 2, "tp": 2},
     "cp2_tp2_sp": {"world_size": 4, "cp": 2, "tp": 2, "sp": True},
     "cp2_dp2": {"world_size": 4, "cp": 2},
@@ -59,7 +59,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 # what these layouts pass to Megatron's TransformerConfig
 MEGATRON: dict[str, dict[str, Any]] = {
     "pp2_uneven": {"num_layers_in_first_pipeline_stage": 1},
-    "ep2_allgather": {"moe_token_dispatcher_type": "allgather"},
+    "tp2_sp_allgather": {"moe_token_dispatcher_type": "allgather"},
 }
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -50,7 +50,7 @@ QUICK = {
     "ep2": (2, True),
     "pp2_uneven": (2, True),
     "dp2_overlap": (8, True),
-    "ep2_allgather": (2, False),
+    "tp2_sp_allgather": (2, False),
 }
 EXTRA = {
     "tp1": [Case("clip_cov", 2), Case("gspo", 1)],  # whole groups, which share their prompts
@@ -134,7 +134,7 @@ def check_outcome(got: Outcome, expected: Outcome) -> None:
 
 def model_of(layout: str) -> str:
     """Only a mixture of experts has any to deal out."""
-    return "qwen3_moe" if LAYOUTS[layout].get("ep", 1) > 1 else "qwen2"
+    return "qwen3_moe" if LAYOUTS[layout].get("ep", 1) > 1 or layout.endswith("allgather") else "qwen2"
 
 
 def check_ledger(got: dict[str, Any], expected: dict[str, Any]) -> None:

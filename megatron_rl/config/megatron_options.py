@@ -114,6 +114,11 @@ def megatron_faults(config: Config) -> list[str]:
             "parallel.ddp.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
             "parallel.ddp.overlap_grad_reduce=true; set both"
         )
+    if config.model.megatron.get("moe_token_dispatcher_type") == "allgather" and config.parallel.ep > 1:
+        faults.append(
+            "model.megatron.moe_token_dispatcher_type=allgather takes equally many tokens from every rank of "
+            "parallel.ep, whose micro-batches have lengths of their own; leave it at alltoall, or set ep=1"
+        )
     return faults
 
 

@@ -67,8 +67,9 @@ def linear_stats(
         chunk_tokens = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[0]))
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: got {chunk_tokens}, expected at least 1")
+    dtype = torch.float32 if float32_logits else hidden.dtype
     values = _LinearStats.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, shard, float(temperature), with_sum_p2, chunk_tokens, float32_logits
+        hidden, weight, labels, shard, float(temperature), with_sum_p2, (chunk_tokens, dtype)
     )
     return TokenStats(*values)
 
@@ -83,13 +84,12 @@ class _LinearStats(torch.autograd.Function):
         shard: VocabShard,
         temperature: float,
         with_sum_p2: bool,
-        chunk_tokens: int,
-        float32_logits: bool,
+        chunk: tuple[int, torch.dtype],
     ) -> tuple[Tensor, ...]:
         columns, real_columns = labels - shard.start, shard.real_columns(weight.shape[0])
         shard_stats = device.vocab_kernels(hidden).shard_stats
-        dtype = torch.float32 if float32_logits else hidden.dtype
-        logits = _chunk_of_logits(hidden, weight, chunk_tokens, dtype)
+        chunk_tokens, _ = chunk
+        logits = _chunk_of_logits(hidden, weight, *chunk)
         local = torch.cat(
             [
                 shard_stats(_product(h, weight, logits), target, real_columns, temperature, with_sum_p2)
@@ -98,7 +98,7 @@ class _LinearStats(torch.autograd.Function):
         )
         maximum, log_s, *outputs = merge_shards(local, shard.group, temperature)
         ctx.save_for_backward(hidden, weight, columns, maximum, log_s, outputs[1])
-        ctx.real_columns, ctx.temperature, ctx.chunk_tokens, ctx.dtype = real_columns, temperature, chunk_tokens, dtype
+        ctx.real_columns, ctx.temperature, ctx.chunk = real_columns, temperature, chunk
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[2:])
         return tuple(outputs)
@@ -106,17 +106,18 @@ class _LinearStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Any, ...]:
-        nothing = (None,) * 6
+        nothing = (None,) * 5
         if grad_logprobs is None and grad_entropy is None:
             return None, None, *nothing
         hidden, weight, columns, maximum, log_s, entropy = ctx.saved_tensors
         factors = gradient_coefficients(log_s, entropy, grad_logprobs, grad_entropy, ctx.temperature)
         write_gradient = device.vocab_kernels(hidden).write_gradient
-        logits = _chunk_of_logits(hidden, weight, ctx.chunk_tokens, ctx.dtype)
+        chunk_tokens, _ = ctx.chunk
+        logits = _chunk_of_logits(hidden, weight, *ctx.chunk)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=maximum.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden.shape[0], ctx.chunk_tokens):
-            chunk = slice(start, start + ctx.chunk_tokens)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
             gradient = _product(hidden[chunk], weight, logits)
             chunk_factors = [None if factor is None else factor[chunk] for factor in factors]
             write_gradient(gradient, columns[chunk], ctx.real_columns, maximum[chunk], *chunk_factors, ctx.temperature)

@@ -16,6 +16,22 @@ from megatron_rl.config.megatron_options import AttnBackend, chunk_layers, field
 from megatron_rl.errors import ConfigError
 from tests.config.test_config import raw
 
+MOE = {
+    "hf_config": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+}
+EP2 = {"world_size": 2, "ep": 2}
+
 
 def load(**changes: Any) -> Any:
     return parse_config(raw(**changes))
@@ -36,6 +52,10 @@ def load(**changes: Any) -> Any:
         ({"model__megatron": {"moe_token_dispatcher_type": "all"}}, "got 'all', expected Literal.'allgather'"),
         ({"model__megatron": {"timers": "x"}}, "megatron.timers takes a Python object"),
         ({"parallel__ddp": {"overlap_param_gather": True}}, "overlap_grad_reduce=true; set both"),
+        (
+            {"model": MOE, "model__megatron": {"moe_token_dispatcher_type": "allgather"}, "parallel": EP2},
+            "equally many tokens",
+        ),
         (
             {"model__megatron": {"num_layers_in_first_pipeline_stage": 4}, "parallel__pp": 2},
             r"stages of \[4, 0\] layers.*num_hidden_layers=4",
