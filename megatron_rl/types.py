@@ -374,6 +374,6 @@ def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     return moved.replace(inputs=dataclasses.replace(micro_batch.inputs, **_tensors(micro_batch.inputs, device)))
 
 
-def _tensors(holder: Any, device: torch.device) -> dict[str, Tensor]:
+def _tensors(holder: Any, device: torch.device) -> dict[str, Any]:
     values = {each.name: getattr(holder, each.name) for each in dataclasses.fields(holder)}
     return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
