@@ -1,4 +1,4 @@
-"""Where a step waits for the device, by file and function, with the reason why it stays; and who sends objects over NCCL.
+"""Where a step waits for the device, by file and function, with the reason why it stays; who sends objects over NCCL.
 
 A wait costs what the host could have queued meanwhile. One in each layer or token stalls a GPU; a few in an update do
 not. So each entry begins with how often it happens.
@@ -51,4 +51,14 @@ READS = {
     "parallel/reduce.py Reducer.gather_objects": "gather: the sizes of the objects",
     "parallel/reduce.py Reducer.any": "flag: every rank takes the same branch",
 }
-OBJECTS: dict[str, str] = {}
+
+_SAVER = "megatron/core/dist_checkpointing/strategies/state_dict_saver.py"
+# each is a collective of bytes on a group that a GPU's world would give to NCCL: fine where no rank waits long
+OBJECTS = {
+    "megatron/core/optimizer/__init__.py _get_param_groups": "start: the names of the parameter groups",
+    "megatron/core/dist_checkpointing/validation.py determine_global_metadata": "save and load: the names of tensors",
+    "megatron/core/dist_checkpointing/validation.py _validate_common_state_dict": "save: what all ranks hold alike",
+    f"{_SAVER} save_state_dict_async_plan": "save: writers",
+    f"{_SAVER} save_state_dict_async_finalize": "save: what was written",
+    "megatron/core/dist_checkpointing/strategies/torch.py TorchDistLoadShardedStrategy.load": "load: who reads what",
+}
