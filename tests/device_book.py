@@ -196,9 +196,8 @@ class _Functions(TorchFunctionMode):
             return DEVICE if isinstance(out, torch.device) and _is_on_device(args[0]) else out
         if name in ("cpu", "to"):
             return self._move(name, func, args, kwargs)
-        if name in ("numpy", "__array__", "__reduce_ex__") and _is_on_device(args[0]):
-            if name != "__reduce_ex__" or not _is_saving():
-                self.book.fault({"__reduce_ex__": "pickling"}.get(name, "numpy()") + " of a device tensor")
+        if name in ("numpy", "__array__") and _is_on_device(args[0]):
+            self.book.fault("numpy() of a device tensor")
         if name == "tolist" and _is_on_device(args[0]):
             self.book.read()
         if name in ("tensor", "as_tensor", "asarray", "new_tensor"):
@@ -239,7 +238,12 @@ def _is_saving() -> bool:
 @contextlib.contextmanager
 def booked(book: Book) -> Iterator[None]:
     """Note in `book` what the block does with tensors. `install` must have been called."""
-    run_backward = torch.autograd._engine_run_backward
+    run_backward, reduce_tensor = torch.autograd._engine_run_backward, Tensor._reduce_ex_internal
+
+    def pickled(tensor: Tensor, protocol: int) -> Any:
+        if _is_on_device(tensor) and not _is_saving():
+            book.fault("pickling of a device tensor")
+        return reduce_tensor(tensor, protocol)
 
     def with_functions(*args: Any, **kwargs: Any) -> Any:
         """Run what backward passes do in Python under the function mode, which torch has taken away by then."""
@@ -254,6 +258,7 @@ def booked(book: Book) -> Iterator[None]:
         _Functions(book) as functions,
         _Operators(book, functions),
         mock.patch.object(torch.autograd, "_engine_run_backward", with_functions),
+        mock.patch.object(Tensor, "_reduce_ex_internal", pickled),
     ):
         yield
 
@@ -302,9 +307,15 @@ def install() -> None:
 
     torch.distributed.new_group = c10d.new_group = noted
     c10d._get_object_coll_device = place_of_objects
-    torch.distributed.get_backend = lambda group=None: (
-        "gloo" if group is not None and group.group_name in _HOST_GROUPS else "nccl"
-    )
+    get_backend = torch.distributed.get_backend
+
+    def backend_of(group: ProcessGroup | None = None) -> str:
+        """Tell the project what it would hear on a GPU."""
+        is_ours = sys._getframe(1).f_code.co_filename.startswith(f"{ROOT}megatron_rl/")
+        is_nccl = is_ours and (group is None or group.group_name not in _HOST_GROUPS)
+        return "nccl" if is_nccl else get_backend(group)
+
+    torch.distributed.get_backend = backend_of
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.config import parse_config
 from megatron_rl.metrics.collect import Metrics
@@ -124,7 +123,12 @@ def books_of(
     pool: Worlds, folder: Path, runs: Runs, size: int = 2, faults: dict[str, tuple[str, ...]] | None = None
 ) -> dict[str, Book]:
     """The book of each run, over all ranks. A run goes on from the one whose name it has before a blank."""
-    raws = {name: tiny_raw(folder, name.split()[0], **sections) for name, sections in runs.items()}
+    raws = {}
+    for name, sections in runs.items():
+        parallel = {"tp": 1} | sections["parallel"]
+        if "warm_start" in sections:
+            sections = sections | {"warm_start": sections["warm_start"] | {"cache_dir": str(folder / "warm")}}
+        raws[name] = tiny_raw(folder, name.split()[0], **sections | {"parallel": parallel})
     books = {name: Book() for name in runs}
     for rank in pool.run(size, keep_books, raws, faults or {}, timeout=LIMIT):
         for name, book in rank.items():
@@ -155,9 +159,9 @@ def test_no_operator_gets_tensors_of_two_devices(books: dict[str, Book]) -> None
 
 def test_a_step_waits_for_the_device_only_where_it_must(books: dict[str, Book]) -> None:
     """A new place is a decision: it goes into the list with its reason, or the wait goes."""
-    found = {where for book in books.values() for where in book.reads}
-    assert not found - READS.keys()
-    assert not {where for book in books.values() for where in book.objects} - OBJECTS.keys()
+    waits = {where for book in books.values() for where in book.reads}
+    objects = {where for book in books.values() for where in book.objects}
+    assert (sorted(waits - READS.keys()), sorted(objects - OBJECTS.keys())) == ([], [])
 
 
 @pytest.mark.timeout(600)
@@ -204,8 +208,8 @@ def _right(d: Tensor, h: Tensor, gloo: Any) -> None:
     dist.barrier()
 
 
-def _small_books() -> tuple[dict[str, list[str]], list[str], int]:
-    """On a rank: the faults that each of FAULTS leaves, those of what is right, and how often the latter waits."""
+def _small_books() -> tuple[dict[str, list[str]], list[str]]:
+    """On a rank: the faults that each of FAULTS leaves, and those of what is right."""
     install()
     gloo = dist.new_group(backend="gloo")
     noted = {}
@@ -214,11 +218,12 @@ def _small_books() -> tuple[dict[str, list[str]], list[str], int]:
         with booked(book):
             act(torch.ones(3, device=DEVICE), torch.ones(3), gloo)
         noted[name] = [fault.partition(" @ ")[0] for fault in book.faults]
-    return noted, noted.pop(""), 0
+    right = noted.pop("")
+    return noted, right
 
 
 def test_the_book_notes_each_kind_of_fault_and_nothing_else(pool: Worlds) -> None:
-    noted, right, _ = pool.run(1, _small_books)[0]
+    noted, right = pool.run(1, _small_books)[0]
     assert noted == {name: [name] for name in FAULTS} and right == []
 
 
@@ -229,17 +234,15 @@ def test_the_book_notes_each_kind_of_fault_and_nothing_else(pool: Worlds) -> Non
 def gpu() -> Iterator[torch.device]:
     """Tensors without values, which refuse to meet on two devices."""
     with FakeTensorMode():
-        yield torch.device("cuda")
+        yield torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("correction", [None, "token", "sequence"])
-def test_losses_stay_on_their_device(gpu: torch.device, loss: str, correction: str | None) -> None:
-    """Without gradients: torch for CPUs has none for fake tensors of a GPU."""
-    options: dict[str, Any] = {"type": loss, "entropy_coef": 0.1, "ref_kl_coef": 0.1}
-    if correction is not None:
-        options["rollout_correction"] = {"weights": "mask", "level": correction, "max_kl": 0.1}
-    config = parse_config({"model": {"hf_config": HF}, "data": {"type": "countdown"}, "loss": options}).loss
+@pytest.mark.parametrize("loss", sorted(LOSSES.keys() - {"gspo"}))
+def test_losses_stay_on_their_device(gpu: torch.device, loss: str) -> None:
+    """Without gradients, and without what sums over sequences: torch for CPUs neither derives nor indexes fake tensors
+    of a GPU."""
+    options = {"type": loss, "entropy_coef": 0.1, "ref_kl_coef": 0.1}
+    config = parse_config(tiny_raw(Path("runs"), loss=options)).loss
     numbers = ("logprobs", "entropy", "old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages", "token_weights")
     fields = {name: torch.rand(6, device=gpu) for name in (*numbers, "surrogate_weights")}
     masks = {name: torch.ones(6, dtype=torch.bool, device=gpu) for name in ("loss_mask", "selected")}
@@ -248,16 +251,6 @@ def test_losses_stay_on_their_device(gpu: torch.device, loss: str, correction: s
     assert {each.device.type for each in (outputs.loss_sum, *outputs.metrics.values())} == {"cuda"}
     with pytest.raises(RuntimeError, match=r"cuda.*cpu|cpu.*cuda|same device"):
         LOSSES[loss](LossInputs(cu_seqlens=ends, **fields | {"old_logprobs": torch.rand(6)}, **masks), config)
-
-
-@pytest.mark.parametrize("estimator", sorted(ADVANTAGES))
-def test_advantages_are_made_where_rewards_are(gpu: torch.device, estimator: str) -> None:
-    """On the host: each rank estimates them for the whole step before anything is packed."""
-    config = parse_config({"model": {"hf_config": HF}, "data": {"type": "countdown"}}).algorithm
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        rewards = torch.zeros(4, dtype=torch.float64)
-        with contextlib.suppress(torch._subclasses.fake_tensor.DynamicOutputShapeException):
-            assert ADVANTAGES[estimator](rewards, torch.zeros(4, dtype=torch.int64), config).device.type == "cpu"
 
 
 def test_metrics_reduce_on_one_device_whatever_they_were_given(gpu: torch.device) -> None:
@@ -337,4 +330,4 @@ FULL: dict[int, Runs] = {
 def test_no_layout_mixes_devices(pool: Worlds, tmp_path: Path, size: int) -> None:
     found = books_of(pool, tmp_path, FULL[size], size)
     assert {name: dict(book.faults) for name, book in found.items() if book.faults} == {}
-    assert not {where for book in found.values() for where in book.reads} - READS.keys()
+    assert {where for book in found.values() for where in book.reads} <= READS.keys()
