@@ -98,6 +98,7 @@ def _peak_of_stream() -> tuple[int, int]:
     }
     hf.tie_word_embeddings = False
     with _Live() as live:
+        live.known |= {shard.untyped_storage().data_ptr() for shard in shards.values()}
         for name, tensor in weight_stream(list(shards.items()), hf, groups, bucket_bytes=2**10):
             assert tensor.shape[0] in (4096, hf.hidden_size), name
             del tensor
