@@ -85,6 +85,10 @@ def gpu_versions() -> dict[str, str]:
     return {"CUDA": str(torch.version.cuda), "NCCL": nccl}
 
 
+# for another interpreter: prints what gpu_versions calls NCCL
+NCCL_VERSION_CODE = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())))"
+
+
 def peak_memory_bytes() -> int:
     """Peak device memory allocated by torch, or peak resident memory of the process on a CPU."""
     if ON_GPU:
@@ -186,7 +190,8 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
     """Environment of a process that shall see these GPUs alone, counted among those that this process sees; an empty
     value removes a variable.
 
-    Expandable segments cannot be shared between processes, which colocated engines need.
+    Expandable segments cannot be shared between processes, which colocated engines need; a single hardware queue is for
+    Megatron's overlap alone.
     Raises: UserError when there are fewer GPUs.
     """
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -198,34 +203,26 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
             "trainer's ranks, rollout.server.count or .tp, or share the GPUs (rollout.weight_sync.mode=colocated)"
         )
     chosen = ",".join(names[index].strip() for index in indices)
-    return {"CUDA_VISIBLE_DEVICES": chosen, "PYTORCH_CUDA_ALLOC_CONF": "", "PYTORCH_ALLOC_CONF": ""}
+    removed = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
+    return {"CUDA_VISIBLE_DEVICES": chosen, **dict.fromkeys(removed, "")}
 
 
 def portable_handle(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what torch's pickler made of a tensor, (function, arguments), with a GPU named by its UUID: the number
-    that torch writes counts the devices that this process sees, and the reader may see others.
-
-    Source: sglang.srt.utils.patch_torch, which does the same and reads both forms.
-    """
+    """Return torch's (function, arguments) that rebuild a tensor elsewhere, with a GPU named by its UUID: torch names
+    it by a number that means another GPU to a reader. Source: sglang.srt.utils.patch_torch."""
     rebuild, arguments = reduced
     if rebuild is not reductions.rebuild_cuda_tensor:
         return reduced
-    name = str(torch.cuda.get_device_properties(arguments[6]).uuid)
-    return rebuild, (*arguments[:6], name, *arguments[7:])
+    return rebuild, (*arguments[:6], str(torch.cuda.get_device_properties(arguments[6]).uuid), *arguments[7:])
 
 
-def collect_shared() -> None:
-    """Take back device memory that other processes read and have let go of; without it torch does so when memory runs
-    out."""
+def collect_shared(*, give_back: bool = False) -> None:
+    """Take back device memory that other processes have read: torch would wait until there is none. `give_back`: to
+    the device, with all that torch holds without use."""
     if ON_GPU:
         torch.cuda.ipc_collect()
-
-
-def free_shared() -> None:
-    """Take it back, and give it to whom else uses the device."""
-    if ON_GPU:
-        torch.cuda.ipc_collect()
-        torch.cuda.empty_cache()
+        if give_back:
+            torch.cuda.empty_cache()
 
 
 def cpu_cores() -> list[int]:

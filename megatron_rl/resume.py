@@ -22,7 +22,8 @@ from megatron_rl.types import Prompt
 # Options by what a change of them does to a run that goes on; a key stands for all below it. All others are warned of:
 # from there on the run is another experiment, which the config in force describes.
 _HARMLESS = (
-    "name logging parallel rollout.batch_size optimizer.lr optimizer.cpu_offload model.hf_config "
+    "name logging parallel rollout.batch_size rollout.weight_sync.checksums optimizer.lr optimizer.cpu_offload "
+    "model.hf_config "
     "model.logits_block_rows model.fused_linear_stats model.recompute model.recompute_method model.recompute_layers "
     "model.recompute_modules train.num_steps train.micro_batch_tokens train.share_prompts "
     "train.max_nonfinite_updates train.entropy_probe train.entropy_tangent train.eval_every train.save_every "

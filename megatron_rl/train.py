@@ -28,6 +28,7 @@ from megatron_rl.packing import pack
 from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
 from megatron_rl.resume import Checkpoints
 from megatron_rl.rollout.engine import EngineError
+from megatron_rl.rollout.servers.nccl import agree_with_engines
 from megatron_rl.run import Run, set_up
 from megatron_rl.types import Rollout
 
@@ -65,6 +66,7 @@ def advantages(rollouts: Sequence[Rollout], config: Config) -> Tensor:
 
 def main(config: Config) -> None:
     """Train on the world that torchrun's environment describes."""
+    agree_with_engines(config.rollout)
     groups = init_groups(config.parallel, config.seed)
     train(config, groups)
     barrier(groups)

@@ -57,6 +57,9 @@ class WeightSyncConfig(Section):
     """disaggregated: the trainer's address for the servers; null: found from the route to them."""
     folder: PathText | None = None
     """disk: the folder through which the weights go; null: run_dir/engine_weights."""
+    checksums: bool = True
+    """After each update the weights that the servers hold are compared with those sent, by checksums: a bucket that was
+    lost is an error. On a CPU this reads each weight twice more; on GPUs it was not measured."""
     max_probe_error: PositiveFloat | None = None
     """After each update a fixed prompt's log-probabilities, the servers' against the trainer's, may differ by this on
     average (nats); null: 1e-3 in float32, 0.1 in bfloat16."""

@@ -28,12 +28,14 @@ from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
 from megatron_rl.reward import build_grader, say_text_only
 from megatron_rl.rollout.engine import Place, RolloutEngine
 from megatron_rl.rollout.served import Served
+from megatron_rl.rollout.servers.nccl import agree_with_engines
 
 _REPORT_SECONDS = 30.0  # between two lines about the progress
 
 
 def main(config: Config) -> None:
     """Evaluate on the world that torchrun's environment describes; rank 0 prints the table."""
+    agree_with_engines(config.rollout)
     groups = init_groups(config.parallel, config.seed)
     world = groups.all_ranks
     place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)

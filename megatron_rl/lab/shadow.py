@@ -26,6 +26,7 @@ from megatron_rl.lab.compare import METHODS, StepFacts, compare
 from megatron_rl.packing import pack
 from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
 from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.rollout.servers.nccl import agree_with_engines
 from megatron_rl.run import set_up
 from megatron_rl.train import advantages
 
@@ -34,6 +35,7 @@ def main(
     config: Config, checkpoint: Path, losses: dict[str, dict[str, Any]] | None, updates: int, folder: Path
 ) -> None:
     """Compare on every rank of the world, write folder/NAME.json, print tables."""
+    agree_with_engines(config.rollout)
     groups = init_groups(config.parallel, config.seed)
     result = replay(config, groups, checkpoint, losses or METHODS, updates)
     if groups.rank == 0:

@@ -138,7 +138,7 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
 
     if config.rollout.is_embedded:
         return Check("engine start", "embedded: nothing to start", None)
-    from megatron_rl.rollout.build import DIALECTS, start_fleet, write_model_dir
+    from megatron_rl.rollout.build import DIALECTS, engine_key, start_fleet, write_model_dir
     from megatron_rl.rollout.servers.engine import Loop
 
     elsewhere = config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(folder)})})
@@ -147,7 +147,7 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
     world.gather_objects(None)
     place = Place(world_rank(), world.size, launch.local_rank(), world.gather_objects)
     began, fleet, problem = time.monotonic(), None, ""
-    loop = Loop()
+    loop = Loop(engine_key(config, place))
     try:
         fleet = start_fleet(elsewhere, folder / "engine_model", place, DIALECTS[config.rollout.engine](), loop)
     except (EngineError, OSError, UserError) as error:

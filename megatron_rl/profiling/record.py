@@ -31,6 +31,7 @@ from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.policy.build import DTYPES
 from megatron_rl.profiling.analysis import RankRecord, Summary, summarise
 from megatron_rl.profiling.page import write_page
+from megatron_rl.rollout.servers.nccl import agree_with_engines
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -42,6 +43,7 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     of them is traced: writing traces takes the ranks differently long, and they need a step to come together again.
     """
     folder = config.run_dir
+    agree_with_engines(config.rollout)
     groups = init_groups(config.parallel, config.seed)
     world = groups.all_ranks
     place = f"rank{groups.rank}"

@@ -17,6 +17,7 @@ from megatron_rl import device
 from megatron_rl.config import Config
 from megatron_rl.launch import say
 from megatron_rl.rollout.engine import EngineError, Place
+from megatron_rl.rollout.servers.nccl import check_same_nccl
 from megatron_rl.rollout.servers.processes import EngineProcess, free_port
 from megatron_rl.rollout.servers.protocol import Dialect, LaunchSpec
 
@@ -40,6 +41,7 @@ class Fleet:
     place: Place
     check: Callable[[str], None]  # one look at the server of that address; raises EngineError when it is not ready
     settle_in: Callable[[str], None]  # what a server of the run wants to be told once
+    key: str = ""  # that the run's own servers ask of every request
     urls: list[str] = field(default_factory=list)  # of all nodes, in the order of ranks
     readers: list[list[int]] = field(default_factory=list)  # [server][worker] -> the trainer rank on its device
     failures: int = 0  # of all servers so far
@@ -50,6 +52,8 @@ class Fleet:
         server = self.config.rollout.server
         if server.urls or not self.place.owns_servers or self._owned:
             return
+        if device.ON_GPU and self.config.rollout.weight_sync.mode == "disaggregated":
+            check_same_nccl(engine_python(self.config.rollout.engine, server.python), device.gpu_versions()["NCCL"])
         self._owned = [self._launch(index) for index in range(server.count)]
 
     def heal(self) -> None:
@@ -167,6 +171,7 @@ class Fleet:
             colocated=server.share_memory,
             extra_args=server.extra_args,
             with_routes=config.rollout.routing_replay,
+            key=self.key,
             host="0.0.0.0" if spans_nodes else "127.0.0.1",
         )
         argv, env = self.dialect.command(spec)

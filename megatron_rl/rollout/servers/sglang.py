@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_rl import device
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_config_json
 from megatron_rl.rollout.engine import EngineError, Request
+from megatron_rl.rollout.servers.checksums import Checksums
 from megatron_rl.rollout.servers.http import Server
 from megatron_rl.rollout.servers.protocol import Completion, Dialect, LaunchSpec, Manifest
 
@@ -29,6 +31,13 @@ _INITIAL_VERSION = "default"  # what a server that never got weights reports
 # ends a response early without saying so. Source: `get_worker_info` of managers.tp_worker, and of the scheduler the
 # limit of max_new_tokens.
 _RESERVED_TOKENS = 8
+# Source: `stacked_params_mapping` and `make_expert_params_mapping` of sglang.srt.models and layers.moe
+_MERGED = (
+    (r"\b[qkv]_proj\b", "qkv_proj"),
+    (r"\bexperts\.\d+\.(gate|up)_proj\.", "experts.w13_"),
+    (r"\bexperts\.\d+\.down_proj\.", "experts.w2_"),
+    (r"\b(gate|up)_proj\b", "gate_up_proj"),
+)
 
 
 class SGLang(Dialect):
@@ -45,6 +54,7 @@ class SGLang(Dialect):
         argv += ["--context-length", str(longest), "--max-running-requests", str(spec.max_concurrency)]
         argv += ["--skip-server-warmup", "--log-level", "warning"]
         argv += ["--enable-return-routed-experts"] if spec.with_routes else []
+        argv += ["--api-key", spec.key] if spec.key else []
         env = {
             "HF_HUB_OFFLINE": "1",
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the reserved positions are never computed
@@ -211,6 +221,19 @@ class SGLang(Dialect):
         await _checked(server, "/update_weights_from_disk", body)
 
     @override
+    def parameter_of(self, name: str) -> str:
+        for pattern, merged in _MERGED:
+            name = re.sub(pattern, merged, name)
+        return name
+
+    @override
+    async def checksums(self, server: Server) -> Checksums:
+        """Return hashes of the bytes of each worker's shards, in SGLang's layout: SHA-256 on a CPU, one of its own on a
+        GPU. Source: `tensor_hash` of sglang.srt.managers.mm_utils."""
+        answer = await _checked(server, "/weights_checker", {"action": "checksum", "selector": "target"})
+        return [rank["checksums"] for rank in answer["ranks"]]
+
+    @override
     async def end_update(self, server: Server, weight_version: int) -> None:
         await _checked(server, "/end_weight_update", {})
         body = {"new_version": str(weight_version), "abort_all_requests": False}
@@ -244,10 +267,11 @@ def _whole(rid: str) -> str:
     return f"{rid}."
 
 
-async def _checked(server: Server, path: str, body: dict[str, Any]) -> None:
+async def _checked(server: Server, path: str, body: dict[str, Any]) -> Any:
     answer = await server.post(path, body, seconds=_LOAD_SECONDS)
     if isinstance(answer, dict) and not answer.get("success", True):
         raise EngineError(f"{server.url}{path}: {answer.get('message', json.dumps(answer))}")
+    return answer
 
 
 def _version(text: str) -> int:

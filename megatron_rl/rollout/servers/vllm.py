@@ -15,7 +15,8 @@ from typing_extensions import override
 from megatron_rl import device
 from megatron_rl.models.facts import head_width, read_config_json
 from megatron_rl.rollout.engine import EngineError, Request
-from megatron_rl.rollout.servers.http import Server
+from megatron_rl.rollout.servers.checksums import Checksums
+from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server
 from megatron_rl.rollout.servers.protocol import Completion, Dialect, LaunchSpec, Manifest
 
 _SHIMS = Path(__file__).parent / "shims" / "vllm"
@@ -30,6 +31,7 @@ class VLLM(Dialect):
     """Speaks to a vLLM server."""
 
     name = "vllm"
+    checksums_are_digests = True
 
     @override
     def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
@@ -42,6 +44,9 @@ class VLLM(Dialect):
         argv += ["--weight-transfer-config", '{"backend": "megatron_rl"}', "--disable-uvicorn-access-log"]
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         env["PYTHONPATH"] = str(_SHIMS)
+        if spec.key:  # vLLM's own --api-key leaves the routes of the weights open
+            argv += ["--middleware", "megatron_rl_key.KeyRequired"]
+            env[KEY_VARIABLE] = spec.key
         if spec.devices:
             argv += ["--gpu-memory-utilization", str(spec.memory_fraction)]
             argv += ["--enable-sleep-mode"] if spec.colocated else []
@@ -150,6 +155,15 @@ class VLLM(Dialect):
         await _rpc(server, "megatron_rl_load_folder", path=str(path))
         body = {"new_version": str(weight_version)}
         await server.post("/update_weight_version", body, seconds=_CONTROL_SECONDS)
+
+    @override
+    def parameter_of(self, name: str) -> str:
+        return name
+
+    @override
+    async def checksums(self, server: Server) -> Checksums:
+        """Return digests of what each worker's loader was given: on a CPU vLLM packs its parameters away."""
+        return await _rpc(server, "megatron_rl_digests")
 
     @override
     async def end_update(self, server: Server, weight_version: int) -> None:

@@ -57,9 +57,6 @@ class Channel(Protocol):
     def send(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         """All ranks: exhaust the stream, whatever fails, and send it. Raises: EngineError on rank 0."""
 
-    def release(self) -> None:
-        """All ranks, once every rank has left `send`: free what it needed."""
-
     def close(self) -> None:
         """Rank 0: disconnect."""
 
@@ -119,11 +116,11 @@ def pack_buckets(
 
 
 class Buffers:
-    """Flat buffers. One holds `bucket_bytes`, less for a small model, more for a large tensor.
+    """Flat buffers of `bucket_bytes`, less for a small model, more for a large tensor.
 
-    On a GPU each bucket has one of its own, which no one writes again: a server may answer before its copies have run,
-    and torch takes the memory back when the reader has let go of it, which waits for them. On a CPU two take turns and
-    stay for the next update: fresh pages of shared memory cost as much as the bytes' whole way.
+    On a GPU each bucket has one of its own, never written again: a server may answer before its copies have run, and
+    torch reuses the memory only when the reader has let go of it, which waits for them. On a CPU two take turns, and
+    stay: fresh pages of shared memory cost much of a bucket's time.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], bucket_bytes: int, itemsize: int) -> None:
@@ -204,10 +201,6 @@ class Colocated(Channel):
         failure = failure or _outcome(loading)
         if failure is not None:
             raise failure
-
-    @override
-    def release(self) -> None:
-        device.free_shared()
 
     async def _receive(self, manifest: Manifest, payloads: Sequence[list[bytes]], readers: list[list[int]]) -> None:
         left = [list(payloads_of_rank) for payloads_of_rank in payloads]
@@ -302,10 +295,6 @@ class Disaggregated(Channel):
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
-    @override
-    def release(self) -> None:
-        device.free_shared()
-
     def _leave(self) -> None:
         """Leave the group and close its connections: a worker that waits for a broadcast then fails instead of
         hanging."""
@@ -374,8 +363,8 @@ def share(value: Any) -> bytes:
     try:
         buffer = io.BytesIO()
         pickler = ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL)
-        reduce = pickler.dispatch_table[Tensor]
-        by_name = {Tensor: lambda tensor: device.portable_handle(reduce(tensor))}
+        reduce: Any = pickler.dispatch_table[Tensor]
+        by_name: dict[type, Any] = {Tensor: lambda tensor: device.portable_handle(reduce(tensor))}
         pickler.dispatch_table = {**pickler.dispatch_table, **by_name}
         pickler.dump(value)
         return buffer.getvalue()
@@ -393,4 +382,4 @@ def _outcome(loading: Future[None] | None) -> BaseException | None:
 
 def _exhaust(stream: Iterable[Any]) -> None:
     for _ in stream:
-        pickler.dispatch_table = {**pickler.dispatch_table, **by_name}
+        pass

@@ -169,6 +169,7 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         vars(sys.modules[path]).update(contents)
     path = ROOT / "megatron_rl/rollout/servers/shims/vllm/megatron_rl_vllm.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("megatron_rl_vllm", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -21,7 +21,6 @@ from megatron_rl.rollout.servers.protocol import LaunchSpec, Manifest
 from megatron_rl.rollout.servers.sglang import SGLang, generate_body
 from megatron_rl.rollout.servers.weight_sync import share
 from tests.rollout.servers.servers_case import python_of
-from tests.worlds import ROOT
 
 DIALECT = SGLang()
 MANIFEST = Manifest(["a", "b"], [[2, 3], [4]], ["float32", "float32"])
@@ -40,7 +39,7 @@ class Recorder:
 
     async def post(self, path: str, body: Any = None, *, seconds: float, **params: str) -> Any:
         self.calls.append(("POST", path, params, body))
-        return self.answers.get(path.strip("/"), {"success": True, "message": ""})
+        return self.answers.get(path.strip("/"), {"success": True, "message": "", "ranks": [{"checksums": {}}]})
 
     async def get(self, path: str, *, seconds: float, **params: str) -> Any:
         self.calls.append(("GET", path, params, None))
@@ -87,8 +86,9 @@ def test_sglang_understands_every_request(tmp_path: Path) -> None:
         lambda s: DIALECT.receive_shared(s, MANIFEST, [payload, payload]),
         lambda s: DIALECT.load_folder(s, tmp_path, 4),
         lambda s: DIALECT.end_update(s, 4),
+        DIALECT.checksums,
     )
-    assert len({call[1] for call in recorder.calls}) == 17, "a method whose requests are not checked"
+    assert len({call[1] for call in recorder.calls}) == 18, "a method whose requests are not checked"
     broken = [
         ["POST", "/generate", {}, generate_body(Request(0, 0, (1,), GREEDY), "r") | {"inputs": [1]}],
         ["POST", "/generate", {}, {"input_ids": [1], "sampling_params": {"max_tokens": 1}}],
@@ -98,7 +98,7 @@ def test_sglang_understands_every_request(tmp_path: Path) -> None:
     ]
     _, env = DIALECT.command(spec(tmp_path, python=python))
     done = subprocess.run(
-        [str(python), str(ROOT / "tests" / "rollout" / "sglang_contract.py")],
+        [str(python), str(Path(__file__).parent / "sglang_contract.py")],
         input=json.dumps([*recorder.calls, *broken]),
         env=os.environ | env,
         cwd=tmp_path,
