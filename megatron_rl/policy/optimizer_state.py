@@ -1,9 +1,9 @@
 """The distributed optimizer's part of a checkpoint: each data-parallel rank writes and reads what it holds.
 
 A weight's state is stored whole under the weight's name, Megatron's `fully_reshardable` format, which any layout reads.
-Megatron-Core 0.16.1 gathers all ranks' state for it, on each rank or on one: over three float32 copies of a rank's model
-in the host's memory. `dp_reshardable` needs no gathering, but is bound to one TP and PP, and `fully_sharded_model_space`
-is refused by its own ShardedTensor. Here only weights on the border of two ranks are put together, one at a time.
+Megatron-Core 0.16.1 gathers all ranks' state for it, on each rank or on one: over three float32 copies of a rank's
+model in the host's memory. `dp_reshardable` gathers nothing, but is bound to one TP and PP, and its own ShardedTensor
+refuses `fully_sharded_model_space`. Here only weights on the border of two ranks are put together, one at a time.
 """
 
 from __future__ import annotations
