@@ -49,7 +49,7 @@ class HostCopies:
 
     def _places(self) -> Iterator[tuple[Any, str, Tensor]]:
         """Yield each tensor of the state with who holds it under what name: a parameter its `data`, a dict a moment."""
-        for adam in (chained.optimizer for chained in self._optimizer.chained_optimizers):
+        for adam in (c.optimizer for c in self._optimizer.chained_optimizers if c.optimizer is not None):
             for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
                 yield parameter, "data", parameter.data
             for moments in adam.state.values():
