@@ -34,8 +34,8 @@ class HostCopies:
         start = 0
         for holder, name, tensor in self._places():
             copy = self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            _put(holder, name, copy.copy_(tensor, non_blocking=True))
             start += tensor.nbytes
+            _put(holder, name, copy.copy_(tensor, non_blocking=True))
             del tensor  # the device's memory is given back below
         device.synchronize()
         device.give_back_memory()
@@ -48,11 +48,8 @@ class HostCopies:
         device.synchronize()
 
     def _places(self) -> Iterator[tuple[Any, str, Tensor]]:
-        """Yield each tensor of the state on its device, by who holds it: a parameter its `data`, a dict a moment."""
-        for chained in self._optimizer.chained_optimizers:
-            adam = chained.optimizer
-            if adam is None:  # a rank without a weight of this kind
-                continue
+        """Yield each tensor of the state with who holds it under what name: a parameter its `data`, a dict a moment."""
+        for adam in (c.optimizer for c in self._optimizer.chained_optimizers if c.optimizer is not None):
             for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
                 yield parameter, "data", parameter.data
             for moments in adam.state.values():

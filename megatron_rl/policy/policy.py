@@ -149,7 +149,8 @@ class MegatronPolicy:
 
     def offload(self) -> None:
         """Free the gradients' memory and move the optimizer's to the host, until `reload`; the weights stay."""
-        self._free_gradients()
+        for ddp in self.model.ddp:
+            ddp.offload_grad_buffers()
         # in float32 the optimizer's parameters are views of the model's, and moving them would tear the two apart
         if self.config.model.dtype != "float32":
             self._host_copies.move_out()
@@ -157,7 +158,8 @@ class MegatronPolicy:
 
     def reload(self) -> None:
         """Undo `offload`; gradients are zero."""
-        self._restore_gradients()
+        for ddp in self.model.ddp:
+            ddp.restore_grad_buffers()
         if self.config.model.dtype != "float32":
             self._host_copies.move_back()
         self._is_offloaded = False
@@ -165,22 +167,14 @@ class MegatronPolicy:
     @contextlib.contextmanager
     def without_gradients(self) -> Iterator[None]:
         """Free the gradients' memory meanwhile; they are zero afterwards. What `offload` freed stays so."""
-        if self._is_offloaded:
-            yield
-            return
-        self._free_gradients()
+        holding = [] if self._is_offloaded else self.model.ddp
+        for ddp in holding:
+            ddp.offload_grad_buffers()
         try:
             yield
         finally:
-            self._restore_gradients()
-
-    def _free_gradients(self) -> None:
-        for ddp in self.model.ddp:
-            ddp.offload_grad_buffers()
-
-    def _restore_gradients(self) -> None:
-        for ddp in self.model.ddp:
-            ddp.restore_grad_buffers()
+            for ddp in holding:
+                ddp.restore_grad_buffers()
 
     def keep_reference(self) -> None:
         """Freeze a copy of the current weights as the reference policy."""

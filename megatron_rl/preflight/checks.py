@@ -187,17 +187,16 @@ def _save(config: Config, facts: list[Facts], vocabulary: int) -> Check:
     on_a_node = max(collections.Counter(fact.host for fact in facts).values())
     hardware = with_memory(min(total for _, _, total in gpus), on_gpu=True)
     memory = memory_of(config, shape, layout, replace(hardware, gpus_per_node=on_a_node))
-    least = min(fact.host_bytes for fact in _nodes(facts))
-    needed, on_gpu = sum(memory.host.values()), memory.total("checkpoint")
+    least, needed = min(fact.host_bytes for fact in _nodes(facts)), sum(memory.host.values())
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory.host.items())
-    finding = f"a save takes {_gib(on_gpu)} of a GPU's {_gib(hardware.memory)}, and at most {_gib(needed)} of "
-    finding += f"{_gib(least)} on a node's host ({parts})"
-    if on_gpu > memory.room:
-        return Check("memory", finding, False, "give the model more GPUs: parallel.tp, .pp or .dp (megatron-rl plan)")
-    if needed > least:
+    finding = f"a save takes {_gib(memory.total('checkpoint'))} of a GPU's {_gib(hardware.memory)}, and at most "
+    finding += f"{_gib(needed)} of {_gib(least)} on a node's host ({parts})"
+    remedy = ""
+    if memory.total("checkpoint") > memory.room:
+        remedy = "give the model more GPUs: parallel.tp, .pp or .dp (megatron-rl plan)"
+    elif needed > least:
         remedy = "ask Slurm for all of a node's memory (--mem=0), or spread the ranks over more nodes"
-        return Check("memory", finding, False, remedy)
-    return Check("memory", finding)
+    return Check("memory", finding, not remedy, remedy)
 
 
 def _gib(count: float) -> str:
