@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.te import pretend
+from tests.te import pretend  # isort: skip  before the rest: the device is chosen at its import
 
-# before the rest: the device is chosen at its import
-from megatron_rl import device  # noqa: E402, I001
+from megatron_rl import device
 from megatron_rl.config import parse_config
 from megatron_rl.convert.weights import expected_shapes
 from megatron_rl.models.facts import read_hf_config

@@ -56,7 +56,9 @@ for name, answer in {
     "get_rng_state": _RNG_STATE,
 }.items():  # fmt: skip
     setattr(cuda, name, _answers(answer))
-for name in "set_device set_stream set_rng_state synchronize empty_cache manual_seed manual_seed_all _lazy_call _lazy_init".split():
+for name in (
+    "set_device set_stream set_rng_state synchronize empty_cache manual_seed manual_seed_all _lazy_call _lazy_init"
+).split():
     setattr(cuda, name, _answers(None))
 cuda.Stream = cuda.Event = _Null
 cuda.current_stream = cuda.default_stream = _Null

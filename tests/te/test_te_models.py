@@ -1,5 +1,5 @@
-"""The real models of Transformer Engine, of every recipe and architecture, built on a machine without a GPU: tensors are
-fake, nothing is computed. `make test-te` compiles the engine and runs this."""
+"""The real models of Transformer Engine, of every recipe and architecture, built without a GPU: tensors are fake, and
+nothing is computed. `make test-te` compiles the engine and runs this."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CASES: dict[str, Case] = {
     "experts tp4 ep4": (MOE, {"world_size": 8, "tp": 4, "ep": 4}, {}, [6]),
     "experts tp8 ep8": (MOE, {"world_size": 8, "tp": 8, "ep": 8}, {}, [7]),
     "experts tp2 pp2 ep4": (MOE, {"world_size": 16, "tp": 2, "pp": 2, "ep": 4}, {}, [0, 8]),
-    "experts behind two dense layers": (MOE | {"mlp_only_layers": [0, 1]}, {"world_size": 8, "tp": 2, "ep": 8}, {}, [0]),
+    "experts, two dense layers": (MOE | {"mlp_only_layers": [0, 1]}, {"world_size": 8, "tp": 2, "ep": 8}, {}, [0]),
     "llama tp8": (LLAMA, {"world_size": 8, "tp": 8}, {}, [4]),
     "mistral tp2": (MISTRAL, {"world_size": 8, "tp": 2}, {}, [0]),
 }  # fmt: skip
