@@ -19,6 +19,7 @@ import inspect
 import math
 import mmap
 import os
+import re
 import resource
 import sys
 import time
@@ -39,6 +40,8 @@ ON_GPU: bool = os.environ.get("MEGATRON_RL_DEVICE", "") != "cpu" and torch.cuda.
 BACKEND: str = "nccl" if ON_GPU else "gloo"
 _TILE_ROWS = 128
 _BUILD_ENGINE = "`make gpu` installs it, compiled against this torch;"
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_LEAST_DRIVERS = {"12": 525, "13": 580}  # by CUDA's major release; source: its release notes
 _local_rank = 0
 # torch.compile of Megatron's fused pointwise functions needs a C++ compiler on a CPU and gains nothing there
 if not ON_GPU:
@@ -111,11 +114,32 @@ def give_back_memory() -> None:
 
 
 def gpu_versions() -> dict[str, str]:
-    """Versions of the libraries under torch; empty on a CPU."""
+    """Versions of the driver and of the libraries under torch; empty on a CPU."""
     if not ON_GPU:
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return {"CUDA": str(torch.version.cuda), "NCCL": nccl}
+    return {"driver": _driver(), "CUDA": str(torch.version.cuda), "NCCL": nccl}
+
+
+def _driver() -> str:
+    """Return the version of the NVIDIA driver; empty where none is loaded."""
+    text = _DRIVER_FILE.read_text() if _DRIVER_FILE.is_file() else ""
+    match = re.search(r"Module.*?\s(\d+(?:\.\d+)+)", text)
+    return match[1] if match else ""
+
+
+def driver_faults() -> list[str]:
+    """Return why this process cannot use the machine's GPUs though a driver is loaded; it would silently go on on CPUs.
+    Empty where MEGATRON_RL_DEVICE=cpu asks for those."""
+    driver, cuda = _driver(), torch.version.cuda
+    if not driver or os.environ.get("MEGATRON_RL_DEVICE") == "cpu":
+        return []
+    if cuda is None:
+        return [f"torch {torch.__version__} is a build for CPUs beside driver {driver}; or set MEGATRON_RL_DEVICE=cpu"]
+    least = _LEAST_DRIVERS.get(cuda.split(".")[0], 0)
+    if int(driver.split(".")[0]) < least:
+        return [f"driver {driver} is too old for torch's CUDA {cuda}, which needs {least} or newer"]
+    return []
 
 
 # for another interpreter: prints what gpu_versions calls NCCL

@@ -19,6 +19,7 @@ from megatron_rl.convert.save_hf import write_shards
 from megatron_rl.convert.to_hf import open_checkpoint, parse_size
 from megatron_rl.convert.weights import Weights
 from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.models.facts import is_moe
 
 _EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
 INT8_CONFIG: dict[str, Any] = {

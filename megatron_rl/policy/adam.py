@@ -13,6 +13,15 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron_rl import device
 
 
+def engine_faults() -> list[str]:
+    """Return what keeps Megatron from Transformer Engine's layers and Adam; it goes on without either, silently."""
+    from megatron.core import optimizer
+    from megatron.core.extensions import transformer_engine
+
+    faults = [] if transformer_engine.HAVE_TE else ["Megatron-Core cannot import Transformer Engine (HAVE_TE is false)"]
+    return faults + ["Megatron-Core takes torch's Adam, not Transformer Engine's"] * optimizer.USING_PYTORCH_OPTIMIZER
+
+
 def fuse_torch_adam(optimizer: Any) -> None:
     """Let torch's AdamW update in one pass, as Megatron has it do on the host: faster, and both places then round
     alike."""

@@ -95,7 +95,12 @@ def _versions(facts: list[Facts]) -> Check:
     shown = ", ".join(f"{name} {version}" for name, version in first.items())
     faults = _each(((fact.host, "; ".join(fact.version_faults)) for fact in _nodes(facts)), len(_nodes(facts)))
     if faults:
-        return Check("versions", faults, False, "install what is supported: pip install -e '.[gpu]' on a GPU machine")
+        return Check(
+            "versions",
+            faults,
+            False,
+            "install what is supported: make gpu (docs/install_gpu.md), or make on a CPU machine",
+        )
     others = [f"{fact.host}: {_difference(first, fact.versions)}" for fact in _nodes(facts) if fact.versions != first]
     if others:
         finding = "\n".join([f"{facts[0].host}: {shown}", *others])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 import torch
 import yaml
 
+from megatron_rl import device
 from megatron_rl.config import Config, parse_config
 from megatron_rl.parallel.world import all_reduce_bandwidth
+from megatron_rl.preflight import facts as facts_module
 from megatron_rl.preflight.checks import Check, bandwidth_check, checkpoint_bytes, fact_checks
 from megatron_rl.preflight.facts import Facts, gather_facts, requirements
 from tests.tiny import tiny_raw
@@ -62,7 +65,7 @@ def test_a_sound_cluster_passes() -> None:
 @pytest.mark.parametrize(
     ("what", "rank", "fields", "finding", "remedy"),
     [
-        ("versions", 2, {"version_faults": ["torch 2.1, supported: >=2.7"]}, "node1: torch 2.1", "pip install"),
+        ("versions", 2, {"version_faults": ["torch 2.1, supported: >=2.7"]}, "node1: torch 2.1", "make gpu"),
         ("versions", 2, {"versions": {"torch": "2.8"}}, "node1: torch 2.8", "one environment"),
         ("GPUs", 3, {"gpu": None}, "no GPU on node1", "ask Slurm"),
         ("GPUs", 1, {"gpu": ("NVIDIA H100", 60 * GIB, 80 * GIB)}, "node0 GPU 1: 60.0 of 80.0", "nvidia-smi"),
@@ -115,6 +118,55 @@ def test_wrong_sums_fail() -> None:
 def test_what_is_supported_is_what_the_package_asks_for() -> None:
     assert {"torch", "megatron-core"} <= {requirement.name for requirement in requirements()}
     assert [str(requirement.specifier) for requirement in requirements("sglang")] == ["==0.5.23"]
+
+
+DRIVER = {
+    "580": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)",
+    "570": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.10  Thu Jan 16 2025\nGCC version:  gcc 12.3.0",
+}
+
+
+@pytest.mark.parametrize(
+    ("driver", "build", "fault"),
+    [
+        ("580", "13.0", None),
+        ("570", "13.0", r"driver 570\.86\.10 is too old for torch's CUDA 13\.0, which needs 580 or newer"),
+        ("570", "12.8", None),
+        ("580", None, r"torch .* is a build for CPUs beside driver 580\.95\.05; or set MEGATRON_RL_DEVICE=cpu"),
+        (None, "13.0", None),
+        (None, None, None),
+    ],
+)
+def test_a_driver_that_torch_cannot_use_is_a_fault(
+    driver: str | None, build: str | None, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch says no more than that there is no GPU, and the run would be on CPUs."""
+    if driver:
+        (tmp_path / "version").write_text(DRIVER[driver])
+    monkeypatch.setattr(device, "_DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.delenv("MEGATRON_RL_DEVICE", raising=False)
+    (found,) = device.driver_faults() or [None]
+    assert found == fault if fault is None else re.fullmatch(fault, found)
+    monkeypatch.setenv("MEGATRON_RL_DEVICE", "cpu")
+    assert device.driver_faults() == []
+
+
+def test_transformer_engine_is_asked_for_where_its_layers_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One release of its three packages, beside a torch that the binding was compiled for; on this machine without
+    them Megatron would go on with torch's Adam."""
+    from megatron_rl.policy import adam  # noqa: F401  made ready for a CPU before the device is pretended
+
+    monkeypatch.setattr(device, "ON_GPU", True)
+    faults = facts_module._version_faults("transformer_engine")
+    for name in ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13"):
+        assert f"{name} is missing, supported: ==2.11.0" in faults
+    assert [fault for fault in faults if "takes torch's Adam" in fault or "HAVE_TE" in fault] == faults[-2:]
+    assert facts_module._version_faults("torch") == []
+    versions = {"transformer-engine-cu12": "2.11.0", "transformer-engine-cu13": "2.11.0"}
+    installed = facts_module._installed
+    monkeypatch.setattr(facts_module, "_installed", lambda name: versions.get(name) or installed(name))
+    assert ["lie in the same folder" in fault for fault in facts_module._version_faults("torch")] == [True]
 
 
 def test_files_are_looked_at_for_real(tmp_path: Path) -> None:

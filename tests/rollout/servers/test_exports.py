@@ -58,10 +58,10 @@ def _served(
     return tokens, torch.tensor(completion.logprobs), logits.log_softmax(-1)
 
 
-def _int8(tmp_path: Path, **changes: Any) -> tuple[Path, Path]:
+def _int8(tmp_path: Path) -> tuple[Path, Path]:
     """A model folder, and its INT8 export."""
     torch.manual_seed(0)
-    hf = HF | {"tie_word_embeddings": False, "vocab_size": 64} | changes
+    hf = HF | {"tie_word_embeddings": False, "vocab_size": 64}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf), dtype=torch.float32)
     model.save_pretrained(tmp_path / "hf")
     character_tokenizer().save_pretrained(tmp_path / "hf")
@@ -97,15 +97,13 @@ import json, sys, torch
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 config = CompressedTensorsConfig.from_config(json.load(open(sys.argv[1]))["quantization_config"])
 config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-FusedMoE = type("FusedMoE", (torch.nn.Module,), {})
-schemes = lambda layer, name: config.get_scheme_dict(layer, "model.layers.0." + name)
-fused, layer = schemes(torch.nn.Linear(1, 1), "self_attn.qkv_proj"), torch.nn.Module()
+linear, layer = torch.nn.Linear(1, 1), torch.nn.Module()
+fused = config.get_scheme_dict(linear, "model.layers.0.self_attn.qkv_proj")
 scheme = config._get_scheme_from_parts(fused["weights"], fused["input_activations"])
 scheme.create_weights(layer, [64, 32, 32], 64, torch.bfloat16, lambda *_: None)
-moe = config.get_moe_scheme(FusedMoE(), "model.layers.0.mlp.experts")
 print(json.dumps({
     "linear": type(scheme).__name__, "activations per token": not scheme.is_static_input_scheme,
-    "experts": type(moe).__name__, "router": schemes(torch.nn.Linear(1, 1), "mlp.gate"),
+    "lm_head": config.get_scheme_dict(linear, "lm_head"),
     "parameters": {name: [str(p.dtype), list(p.shape)] for name, p in layer.named_parameters()},
 }))
 """
@@ -113,20 +111,14 @@ print(json.dumps({
 
 def test_sglang_reads_an_int8_export_as_int8(tmp_path: Path) -> None:
     python = python_of("sglang")
-    moe = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    export = _int8(tmp_path, head_dim=32, **moe)[1]
+    export = _int8(tmp_path)[1]
     shims = {"PYTHONPATH": str(ROOT / "megatron_rl/rollout/servers/shims/sglang"), "SGLANG_USE_CPU_ENGINE": "1"}
     command = [python, "-W", "ignore", "-c", LOADER, export / "config.json"]
     done = subprocess.run(command, env={**os.environ, **shims}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     read = json.loads(done.stdout.splitlines()[-1])
     assert read.pop("parameters") == {"weight": ["torch.int8", [128, 64]], "weight_scale": ["torch.float32", [128, 1]]}
-    assert read == {
-        "linear": "CompressedTensorsW8A8Int8",
-        "activations per token": True,
-        "experts": "CompressedTensorsW8A8Int8MoE",
-        "router": None,
-    }
+    assert read == {"linear": "CompressedTensorsW8A8Int8", "activations per token": True, "lm_head": None}
 
 
 async def _ask(engine: str, url: str) -> Any:
