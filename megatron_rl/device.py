@@ -209,8 +209,7 @@ def profiler_activities() -> list[torch.profiler.ProfilerActivity]:
 
 
 def record_memory_history() -> None:
-    """Let torch remember from here on where device memory was allocated, for `save_memory_snapshot`; nothing on a
-    CPU."""
+    """Let torch remember where device memory is allocated, for `save_memory_snapshot`; nothing on a CPU."""
     if ON_GPU:
         torch.cuda.memory._record_memory_history(max_entries=100_000)
 
@@ -223,24 +222,9 @@ def save_memory_snapshot(path: Path) -> None:
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
-_GEMM_SIZE, _GEMM_REPEATS = 1024, 5
-
-
 def name() -> str:
     """Return the device's name."""
     return torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads a process"
-
-
-def measured_flops(dtype: torch.dtype) -> tuple[float, str]:
-    """Return the FLOP/s that a CPU process reaches, the best of a few matrix products beside whatever else runs on its
-    cores at that moment, and a text that says so."""
-    a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
-    seconds = []
-    for _ in range(_GEMM_REPEATS):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * _GEMM_SIZE**3 / min(seconds), f"best of {_GEMM_REPEATS} matrix products of {_GEMM_SIZE} rows"
 
 
 def visible_devices(indices: Sequence[int]) -> dict[str, str]:
@@ -299,9 +283,7 @@ def vocab_kernels(logits: torch.Tensor) -> ModuleType:
     try:
         from megatron_rl.kernels import vocab_triton
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"the GPU's kernels need Triton ({error}); install the release that your torch names"
-        ) from error
+        raise UserError(f"the GPU needs Triton ({error}); install the release that your torch names") from error
     return vocab_triton
 
 
@@ -335,8 +317,7 @@ def fast_linear_layers(model: torch.nn.Module) -> None:
 
 
 def float32_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `x @ weight.T` of bfloat16 `[T, K]`, `[N, K]` in float32, into `out` where it is given: the sums are not
-    rounded to bfloat16."""
+    """Return `x @ weight.T` of bfloat16 `[T, K]`, `[N, K]`, its sums in float32, into `out` where it is given."""
     if x.is_cuda:  # an operator that torch has for CUDA alone, since 2.8
         return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
     from megatron_rl.kernels import linear_cpu
@@ -381,24 +362,8 @@ def forbid_nondeterminism() -> None:
     """Let torch take, on a GPU, no kernel whose sums depend on the order of threads. What CUDA's libraries read from
     their environment is in config/environment.py."""
     if ON_GPU:
-        torch.use_deterministic_algorithms(True)
-        # else it fills every new buffer
+        torch.use_deterministic_algorithms(True)  # alone it also fills every new buffer
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def cumsum(rows: torch.Tensor) -> torch.Tensor:
-    """Return the running sums of `[B, V]` along V, the same bits in every run.
-
-    Deterministic algorithms forbid float sums of this kind on a GPU, though of torch's two kernels only the one for a
-    single row takes blocks as they come (ATen/native/cuda/ScanUtils.cuh).
-    """
-    if not torch.are_deterministic_algorithms_enabled():
-        return rows.cumsum(-1)
-    torch.use_deterministic_algorithms(False)
-    try:
-        return rows.expand(2, -1).cumsum(-1)[:1] if len(rows) == 1 else rows.cumsum(-1)
-    finally:
-        torch.use_deterministic_algorithms(True)
 
 
 def transformer_config_options(layers: str) -> dict[str, Any]:

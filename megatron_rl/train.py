@@ -27,12 +27,11 @@ from megatron_rl.metrics.step import StepReport
 from megatron_rl.metrics.write import RunLogger
 from megatron_rl.packing import pack
 from megatron_rl.packing.dealing import deal_step, hand_out
-from megatron_rl.parallel.groups import Groups, destroy_groups, init_groups
+from megatron_rl.parallel.groups import Groups, destroy_groups
 from megatron_rl.resume import Checkpoints
-from megatron_rl.rollout.clocks import waiting_seconds
 from megatron_rl.rollout.collect import CollectStopped
 from megatron_rl.rollout.engine import EngineError
-from megatron_rl.rollout.servers.nccl import agree_with_engines
+from megatron_rl.rollout.world import join
 from megatron_rl.run import Run, set_up
 from megatron_rl.types import CollectResult, Rollout, TrainBatch
 
@@ -80,8 +79,7 @@ def advantages(rollouts: Sequence[Rollout], config: Config) -> Tensor:
 
 def main(config: Config) -> None:
     """Train on the world that torchrun's environment describes."""
-    agree_with_engines(config.rollout)
-    groups = init_groups(config.parallel, config.seed, waiting_seconds(config))
+    groups = join(config)
     train(config, groups)
     groups.all_ranks.barrier()
     destroy_groups()

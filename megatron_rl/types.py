@@ -376,8 +376,7 @@ class LossOutputs:
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What one optimizer update reports: identical on every rank but `sums`, which holds this data-parallel rank's
-    part."""
+    """What one optimizer update reports, the same on every rank but `sums`: this data-parallel rank's part."""
 
     sums: dict[str, Tensor]  # metric -> float64 [2], (sum, count)
     grad_norm: float

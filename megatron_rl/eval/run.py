@@ -24,20 +24,18 @@ from megatron_rl.eval.browse import write_pages
 from megatron_rl.eval.evaluator import Evaluator, SetResult
 from megatron_rl.eval.store import EvalError, model_name
 from megatron_rl.eval.table import write_tables
-from megatron_rl.parallel.groups import destroy_groups, init_groups
+from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.reward import build_grader, say_text_only
-from megatron_rl.rollout.clocks import waiting_seconds
 from megatron_rl.rollout.engine import Place, RolloutEngine
 from megatron_rl.rollout.served import Served
-from megatron_rl.rollout.servers.nccl import agree_with_engines
+from megatron_rl.rollout.world import join
 
 _REPORT_SECONDS = 30.0  # between two lines about the progress
 
 
 def main(config: Config) -> None:
     """Evaluate on the world that torchrun's environment describes; rank 0 prints the table."""
-    agree_with_engines(config.rollout)
-    groups = init_groups(config.parallel, config.seed, waiting_seconds(config))
+    groups = join(config)
     world = groups.all_ranks
     place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
     results = evaluate_model(config, place)

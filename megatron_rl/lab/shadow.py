@@ -22,10 +22,9 @@ from megatron_rl.config.loss import LossBase, LossConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
 from megatron_rl.lab.compare import METHODS, StepFacts, compare
-from megatron_rl.parallel.groups import destroy_groups, init_groups
+from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.policy.checkpoint import CheckpointStore
-from megatron_rl.rollout.clocks import waiting_seconds
-from megatron_rl.rollout.servers.nccl import agree_with_engines
+from megatron_rl.rollout.world import join
 from megatron_rl.run import set_up
 from megatron_rl.train import packed
 
@@ -34,8 +33,7 @@ def main(
     config: Config, checkpoint: Path, losses: dict[str, dict[str, Any]] | None, updates: int, folder: Path
 ) -> None:
     """Compare on every rank of the world, write folder/NAME.json, print tables."""
-    agree_with_engines(config.rollout)
-    groups = init_groups(config.parallel, config.seed, waiting_seconds(config))
+    groups = join(config)
     result = replay(config, groups, checkpoint, losses or METHODS, updates)
     if groups.rank == 0:
         path = folder / f"{checkpoint.name}.json"

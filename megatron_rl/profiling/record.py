@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,15 @@ from megatron_rl.metrics.spans import Recorder, from_json, to_json
 from megatron_rl.models.architecture import resolve_hf_config
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import datasheet_flops
-from megatron_rl.parallel.groups import Groups, destroy_groups, init_groups
+from megatron_rl.parallel.groups import Groups, destroy_groups
 from megatron_rl.parallel.traffic import clock_offset, watch_collectives
 from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.policy.build import DTYPES
 from megatron_rl.profiling.analysis import RankRecord, Summary, summarise
 from megatron_rl.profiling.page import write_page
-from megatron_rl.rollout.clocks import waiting_seconds
-from megatron_rl.rollout.servers.nccl import agree_with_engines
+from megatron_rl.rollout.world import join
 
+_GEMM_SIZE, _GEMM_REPEATS = 1024, 5
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -44,8 +45,7 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     of them is traced: writing traces takes the ranks differently long, and they need a step to come together again.
     """
     folder = config.run_dir
-    agree_with_engines(config.rollout)
-    groups = init_groups(config.parallel, config.seed, waiting_seconds(config))
+    groups = join(config)
     world = groups.all_ranks
     place = f"rank{groups.rank}"
     traced = warmup - 2 if trace else None
@@ -55,7 +55,7 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     if device.ON_GPU:
         peak, peak_source = datasheet_flops(device.name(), bfloat16=config.model.dtype == "bfloat16")
     else:
-        peak, peak_source = device.measured_flops(DTYPES[config.model.dtype])
+        peak, peak_source = measured_flops(DTYPES[config.model.dtype])
     offset = clock_offset(world, groups.rank, BOOT_ID.read_text() if BOOT_ID.exists() else platform.node())
     device.record_memory_history()
     train.train(config, groups, recorder)
@@ -176,3 +176,15 @@ def trace_collectives(path: Path) -> dict[str, tuple[int, float]]:
             count, seconds = totals.get(name, (0, 0.0))
             totals[name] = (count + 1, seconds + event["dur"] / 1e6)
     return totals
+
+
+def measured_flops(dtype: torch.dtype) -> tuple[float, str]:
+    """Return the FLOP/s that a CPU process reaches, the best of a few matrix products beside whatever else runs on its
+    cores at that moment, and a text that says so."""
+    a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+    seconds = []
+    for _ in range(_GEMM_REPEATS):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * _GEMM_SIZE**3 / min(seconds), f"best of {_GEMM_REPEATS} matrix products of {_GEMM_SIZE} rows"
