@@ -88,7 +88,8 @@ def test_a_vllm_server_loads_an_int8_export(tmp_path: Path) -> None:
     tokens, logprobs, expected = _served("vllm", export, tmp_path, model, "bfloat16")
     assert "Int8ScaledMMLinearKernel for CompressedTensorsW8A8Int8" in (tmp_path / "vllm.log").read_text()
     difference = (logprobs - expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]).abs()
-    assert difference.mean() < 0.03, difference
+    # bfloat16 alone moves this model by 0.036 to 0.041 nats; scales of down_proj that are off by a tenth, by 0.08
+    assert difference.mean() < 0.06, difference
 
 
 # What SGLang's own code makes of the export: it computes with INT8 on GPUs alone. The layer is one of its fused ones.
