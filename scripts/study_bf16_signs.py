@@ -94,7 +94,8 @@ def real(folder: str, text: str, tokens: int, rates: list[float], middle: bool) 
     start = {}
     for name, parameter in model.named_parameters():
         between = middle * (torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) - 0.5)
-        start[name] = parameter.detach() * (1 + between * 2**-8)  # within a step of bfloat16 to either side
+        exponent = torch.frexp(parameter.detach()).exponent
+        start[name] = parameter.detach() + torch.ldexp(between, exponent - 8)  # half a step of bfloat16 to either side
     steps = adam_direction(model, ids)
 
     def measure(change: float) -> dict[str, Tensor]:
