@@ -1,22 +1,24 @@
 # `make demo` and `make test` need python3.11 (or 3.12) and pip; they create .venv themselves. `make engines` adds the
 # servers of a CPU machine, each in an environment of its own, because each pins a torch of its own.
-export PYTHON
+# What GPU nodes need is made by gpu, gpu-one, gpu-engine-sglang and gpu-engine-vllm: docs/install_gpu.md.
+export PYTHON DRIVER
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -q
+GPU_VENV := .venv-gpu
 
-.PHONY: demo test test-all test-engines test-slurm engines lint clean
+.PHONY: demo test test-all test-engines test-slurm test-te engines gpu gpu-one gpu-engine-sglang gpu-engine-vllm lint clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 test: lint
-	$(PYTEST) -m "not slow and not engines and not slurm"
+	$(PYTEST) -m "not slow and not engines and not slurm and not te"
 
 test-all: lint
-	$(PYTEST) -m "not engines and not slurm"
+	$(PYTEST) -m "not engines and not slurm and not te"
 
 engines: .engines/sglang/.installed .engines/vllm/.installed
 
@@ -31,13 +33,21 @@ test-slurm: $(READY)
 	{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y --no-install-recommends slurm-wlm munge shellcheck; }
 	$(SUDO) $(PYTEST) -m slurm
 
+# Builds the models of Transformer Engine on a machine without a GPU; needs a CUDA 13 toolkit. Not in CI.
+test-te: .te/.installed
+	PYTHONPATH="$$PWD" .te/bin/python -m pytest -q -m te tests/te
+
+gpu: $(GPU_VENV)/.trainer
+gpu-one: $(GPU_VENV)/.one
+gpu-engine-sglang gpu-engine-vllm: gpu-engine-%: .engines/%/.gpu
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_VENV) .engines .te build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # Made anew when the locked versions change, and only then. The file is the last thing written: an interrupted
 # installation starts over. --without-pip and `pip --python`: some systems' Python comes without ensurepip.
@@ -54,6 +64,26 @@ $(VENV)/.installed: requirements/cpu.txt requirements/find_python.sh
 	python="$$(bash requirements/find_python.sh)" && \
 	"$$python" -m venv --without-pip .engines/$* && \
 	"$$python" -m pip --python .engines/$*/bin/python install --quiet --no-deps --requirement $<
+	touch $@
+
+# Of GPU nodes. A folder holds one kind at a time; making the other kind replaces it.
+$(GPU_VENV)/.trainer: requirements/install_gpu.sh scripts/install_te.sh $(wildcard requirements/gpu-trainer-*.txt)
+	bash requirements/install_gpu.sh trainer $(@D)
+	touch $@
+
+$(GPU_VENV)/.one: requirements/install_gpu.sh scripts/install_te.sh $(wildcard requirements/gpu-sglang-trainer-*.txt)
+	bash requirements/install_gpu.sh one $(@D)
+	touch $@
+
+.engines/%/.gpu: requirements/install_gpu.sh requirements/gpu-%-engine-py311.txt requirements/gpu-%-engine-py312.txt
+	bash requirements/install_gpu.sh $* $(@D)
+	touch $@
+
+# what the tests import, in the versions of the CPU's lock
+TESTED_WITH := pytest pytest-timeout iniconfig pluggy beartype jaxtyping wadler_lindig hypothesis sortedcontainers
+.te/.installed: requirements/install_gpu.sh scripts/install_te.sh $(wildcard requirements/gpu-trainer-*.txt)
+	DRIVER=unchecked nice -n 19 bash requirements/install_gpu.sh trainer $(@D)
+	.te/bin/python -m pip install --quiet --no-deps $(foreach name,$(TESTED_WITH),$$(grep -x "$(name)==.*" requirements/cpu.txt))
 	touch $@
 
 $(READY): $(VENV)/.installed pyproject.toml

@@ -18,6 +18,7 @@ ROWS = 16
 # oneDNN adds up a row in one go, MKL in parts: of long rows its sums are off by up to three times as much, which alone
 # moves a real model's logits by 1e-4
 LONGEST_SUM = 448
+_CONVERTED = 2**21  # elements of a weight that exist in float32 at once: 8 MB
 # inductor's own operator: torch offers oneDNN's float32 product by no other name without copies of both inputs
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -41,6 +42,14 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
         return _product(grad.t(), x.t())
     # oneDNN copies its first operand when it is transposed: the smaller one, then
     return _product(x.t(), grad.t()).t().contiguous()
+
+
+def float32_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write `x @ weight.T` of bfloat16 `[T, K]`, `[N, K]` into the float32 `out` `[T, N]`: a product of two bfloat16
+    numbers is exact in float32, which a tensor core adds up as well. The weight is converted in blocks."""
+    rows, x = max(1, _CONVERTED // max(1, weight.shape[1])), x.float()
+    for block, columns in zip(weight.split(rows), out.split(rows, dim=1), strict=True):
+        torch.mm(x, block.float().t(), out=columns)
 
 
 def use_in(model: torch.nn.Module) -> None:

@@ -16,6 +16,7 @@ import typer
 
 from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
+from megatron_rl.config.environment import for_libraries
 from megatron_rl.conform.commands import conform
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import ConfigError, UserError
@@ -91,12 +92,12 @@ def train(
     if check:
         from rich.console import Console
 
-        from megatron_rl.config.notes import selection_notes
+        from megatron_rl.config.notes import run_notes
         from megatron_rl.plan.check import plan_table
 
         console = Console()
         console.print(plan_table(resolved))
-        for note in selection_notes(resolved):
+        for note in run_notes(resolved):
             console.print(f"note: {note}", highlight=False)
         if resolved.data.type != "countdown":  # its prompts are no one's to get wrong
             from megatron_rl.plan.preview import preview_table  # torch: seconds
@@ -148,4 +149,5 @@ def run_training(config: Config) -> int:
         processes=config.parallel.processes,
         grace_seconds=config.train.grace_seconds,
         prepare=lambda: write_atomically(path, dump_config(config)),
+        environment=for_libraries(config),
     )

@@ -1,30 +1,47 @@
-"""Every difference between cuda and cpu: device, backend, timers, memory, and the shim that lets Megatron-Core run on a
-CPU.
+"""Every difference between cuda and cpu: device, backend, timers, memory; kernels/megatron_cpu.py lets Megatron-Core
+run on a CPU.
 
-The device is chosen once, at import: a visible GPU, unless MEGATRON_RL_DEVICE=cpu asks for the CPU.
+The device is chosen once, at import: a visible GPU, unless MEGATRON_RL_DEVICE=cpu asks for the CPU. Other facts follow
+from it, each with a name of its own:
+
+- `ON_GPU`: the kind of device, and nothing else.
+- `layers`: whose layers a model gets. Torch's rotate queries and keys themselves.
+- `has_transformer_engine`: whose Adam Megatron takes, and so what a checkpoint keeps of it.
+- `flash_attention`: who computes the attention of torch's layers.
+- `row_multiple`: what packing rounds the tokens of a micro-batch to.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
+import functools
+import importlib.util
+import inspect
+import math
+import mmap
 import os
 import re
 import resource
 import sys
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.utils.deterministic
+from torch.multiprocessing import reductions
 
 from megatron_rl.errors import UserError
 
+# before CUDA starts: Megatron overlaps tensor parallelism only where kernels start in the order of their calls
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 ON_GPU: bool = os.environ.get("MEGATRON_RL_DEVICE", "") != "cpu" and torch.cuda.is_available()
 BACKEND: str = "nccl" if ON_GPU else "gloo"
+_TILE_ROWS = 128
+_BUILD_ENGINE = "`make gpu` installs it, compiled against this torch;"
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_LEAST_DRIVERS = {"12": 525, "13": 580}  # by CUDA's major release; source: its release notes
 _local_rank = 0
 # torch.compile of Megatron's fused pointwise functions needs a C++ compiler on a CPU and gains nothing there
 if not ON_GPU:
@@ -76,12 +93,57 @@ def memory_bytes() -> int:
     return machine // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def host_memory(count: int) -> torch.Tensor:
+    """Return `[count]` bytes of the host's memory, which a GPU reads and writes without a copy in between.
+
+    They are locked there until the process ends, and forked processes do not see them. (torch's pinned memory would be
+    the next power of two.) Raises: CudaError when the system does not let a process lock so much.
+    """
+    pages = mmap.mmap(-1, count)
+    pages.madvise(mmap.MADV_DONTFORK)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    if ON_GPU:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), count, 0))
+    return memory
+
+
+def give_back_memory() -> None:
+    """Let other processes have the device memory that torch keeps for its next tensors."""
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
 def gpu_versions() -> dict[str, str]:
-    """Versions of the libraries under torch; empty on a CPU."""
+    """Versions of the driver and of the libraries under torch; empty on a CPU."""
     if not ON_GPU:
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return {"CUDA": str(torch.version.cuda), "NCCL": nccl}
+    return {"driver": _driver(), "CUDA": str(torch.version.cuda), "NCCL": nccl}
+
+
+def _driver() -> str:
+    """Return the version of the NVIDIA driver; empty where none is loaded."""
+    text = _DRIVER_FILE.read_text() if _DRIVER_FILE.is_file() else ""
+    match = re.search(r"Module.*?\s(\d+(?:\.\d+)+)", text)
+    return match[1] if match else ""
+
+
+def driver_faults() -> list[str]:
+    """Return why this process cannot use the machine's GPUs though a driver is loaded; it would silently go on on CPUs.
+    Empty where MEGATRON_RL_DEVICE=cpu asks for those."""
+    driver, cuda = _driver(), torch.version.cuda
+    if not driver or os.environ.get("MEGATRON_RL_DEVICE") == "cpu":
+        return []
+    if cuda is None:
+        return [f"torch {torch.__version__} is a build for CPUs beside driver {driver}; or set MEGATRON_RL_DEVICE=cpu"]
+    least = _LEAST_DRIVERS.get(cuda.split(".")[0], 0)
+    if int(driver.split(".")[0]) < least:
+        return [f"driver {driver} is too old for torch's CUDA {cuda}, which needs {least} or newer"]
+    return []
+
+
+# for another interpreter: prints what gpu_versions calls NCCL
+NCCL_VERSION_CODE = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())))"
 
 
 def peak_memory_bytes() -> int:
@@ -147,8 +209,7 @@ def profiler_activities() -> list[torch.profiler.ProfilerActivity]:
 
 
 def record_memory_history() -> None:
-    """Let torch remember from here on where device memory was allocated, for `save_memory_snapshot`; nothing on a
-    CPU."""
+    """Let torch remember where device memory is allocated, for `save_memory_snapshot`; nothing on a CPU."""
     if ON_GPU:
         torch.cuda.memory._record_memory_history(max_entries=100_000)
 
@@ -161,31 +222,17 @@ def save_memory_snapshot(path: Path) -> None:
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
-_GEMM_SIZE, _GEMM_REPEATS = 1024, 5
-
-
 def name() -> str:
     """Return the device's name."""
     return torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads a process"
-
-
-def measured_flops(dtype: torch.dtype) -> tuple[float, str]:
-    """Return the FLOP/s that a CPU process reaches, the best of a few matrix products beside whatever else runs on its
-    cores at that moment, and a text that says so."""
-    a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
-    seconds = []
-    for _ in range(_GEMM_REPEATS):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * _GEMM_SIZE**3 / min(seconds), f"best of {_GEMM_REPEATS} matrix products of {_GEMM_SIZE} rows"
 
 
 def visible_devices(indices: Sequence[int]) -> dict[str, str]:
     """Environment of a process that shall see these GPUs alone, counted among those that this process sees; an empty
     value removes a variable.
 
-    Expandable segments cannot be shared between processes, which colocated engines need.
+    Expandable segments cannot be shared between processes, which colocated engines need; a single hardware queue is for
+    Megatron's overlap alone.
     Raises: UserError when there are fewer GPUs.
     """
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -197,7 +244,26 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
             "trainer's ranks, rollout.server.count or .tp, or share the GPUs (rollout.weight_sync.mode=colocated)"
         )
     chosen = ",".join(names[index].strip() for index in indices)
-    return {"CUDA_VISIBLE_DEVICES": chosen, "PYTORCH_CUDA_ALLOC_CONF": "", "PYTORCH_ALLOC_CONF": ""}
+    removed = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
+    return {"CUDA_VISIBLE_DEVICES": chosen, **dict.fromkeys(removed, "")}
+
+
+def portable_handle(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return torch's (function, arguments) that rebuild a tensor elsewhere, with a GPU named by its UUID: torch names
+    it by a number that means another GPU to a reader. Source: sglang.srt.utils.patch_torch."""
+    rebuild, arguments = reduced
+    if rebuild is not reductions.rebuild_cuda_tensor:
+        return reduced
+    return rebuild, (*arguments[:6], str(torch.cuda.get_device_properties(arguments[6]).uuid), *arguments[7:])
+
+
+def collect_shared(*, give_back: bool = False) -> None:
+    """Take back device memory that other processes have read: torch would wait until there is none. `give_back`: to
+    the device, with all that torch holds without use."""
+    if ON_GPU:
+        torch.cuda.ipc_collect()
+        if give_back:
+            torch.cuda.empty_cache()
 
 
 def cpu_cores() -> list[int]:
@@ -217,9 +283,7 @@ def vocab_kernels(logits: torch.Tensor) -> ModuleType:
     try:
         from megatron_rl.kernels import vocab_triton
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"the GPU's kernels need Triton ({error}); install the release that your torch names"
-        ) from error
+        raise UserError(f"the GPU needs Triton ({error}); install the release that your torch names") from error
     return vocab_triton
 
 
@@ -228,8 +292,17 @@ def vocab_pad_multiple() -> int:
     return 128 if ON_GPU else 1
 
 
-def row_multiple() -> int:
-    """Packing rounds the tokens of a rank's micro-batch up to a multiple of it, see kernels/linear_cpu.py."""
+def row_multiple(parts: int) -> int:
+    """Packing rounds the tokens of a rank's micro-batch, a multiple of `parts`, up to a multiple of this times `parts`:
+    on a GPU of 128, so that products have whole tiles and shapes come again, whose memory the allocator then has; on a
+    CPU see kernels/linear_cpu.py."""
+    from megatron_rl.kernels import linear_cpu
+
+    return math.lcm(_TILE_ROWS, parts) // parts if ON_GPU else linear_cpu.ROWS
+
+
+def decoding_multiple() -> int:
+    """The embedded engine keeps a multiple of this many rows in a batch, see kernels/linear_cpu.py."""
     from megatron_rl.kernels import linear_cpu
 
     return 1 if ON_GPU else linear_cpu.ROWS
@@ -243,121 +316,84 @@ def fast_linear_layers(model: torch.nn.Module) -> None:
         linear_cpu.use_in(model)
 
 
-def transformer_config_options() -> dict[str, Any]:
-    """Options of Megatron's TransformerConfig that depend on the device."""
+def float32_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `x @ weight.T` of bfloat16 `[T, K]`, `[N, K]`, its sums in float32, into `out` where it is given."""
+    if x.is_cuda:  # an operator that torch has for CUDA alone, since 2.8
+        return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+    from megatron_rl.kernels import linear_cpu
+
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32) if out is None else out
+    linear_cpu.float32_product(x, weight, out)
+    return out
+
+
+def has_transformer_engine() -> bool:
+    """Return whether Transformer Engine can run here. Megatron then takes its Adam, whichever layers the model has."""
+    return ON_GPU and importlib.util.find_spec("transformer_engine") is not None
+
+
+def layers(asked: str) -> str:
+    """Return whose layers a model gets, transformer_engine or torch. `asked`: model.layers.
+
+    Raises: UserError where Transformer Engine is asked for and cannot run.
+    """
+    able = has_transformer_engine()
+    if asked == "transformer_engine" and not able:
+        lack = f"is not installed; {_BUILD_ENGINE}" if ON_GPU else "runs on GPUs alone, and this process has none;"
+        raise UserError(f"model.layers=transformer_engine: Transformer Engine {lack} or set model.layers=torch")
+    return ("transformer_engine" if able else "torch") if asked == "auto" else asked
+
+
+@functools.cache
+def flash_attention(dtype: torch.dtype) -> Callable[..., torch.Tensor] | None:
+    """Return torch's own attention over packed sequences, `varlen_attn`; None where it does not run: on a CPU, on a GPU
+    older than Ampere, in float32, in a torch whose own takes no grouped queries."""
+    if not ON_GPU or dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    attention: Callable[..., Any] = varlen_attn
+    return attention if "enable_gqa" in inspect.signature(attention).parameters else None
+
+
+def forbid_nondeterminism() -> None:
+    """Let torch take, on a GPU, no kernel whose sums depend on the order of threads. What CUDA's libraries read from
+    their environment is in config/environment.py."""
     if ON_GPU:
-        return {"bias_activation_fusion": True, "bias_dropout_fusion": True, "masked_softmax_fusion": True}
+        torch.use_deterministic_algorithms(True)  # alone it also fills every new buffer
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def transformer_config_options(layers: str) -> dict[str, Any]:
+    """Options of Megatron's TransformerConfig that depend on the device and on whose `layers` run there."""
+    is_engine = layers == "transformer_engine"
     return {
-        "use_cpu_initialization": True,
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
+        "use_cpu_initialization": not ON_GPU,
+        "gradient_accumulation_fusion": False,  # apex's, in the output layer; see build.py for Transformer Engine's own
+        "masked_softmax_fusion": is_engine,
+        "bias_activation_fusion": ON_GPU,
+        "bias_dropout_fusion": ON_GPU,
+        "apply_rope_fusion": is_engine,  # else a loop over the sequences, with a wait for the device, in each layer
     }
 
 
 def prepare_megatron() -> None:
-    """Make `megatron.core` importable and runnable here; call before its first import. Does nothing on CUDA.
+    """Make `megatron.core` importable and runnable here; call before its first import.
 
-    Raises: RuntimeError when megatron.core was imported before, unprepared.
+    Raises: UserError when Transformer Engine is installed on a GPU and broken; RuntimeError when megatron.core was
+    imported before, unprepared.
     """
-    if ON_GPU or any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
-        return
-    if "megatron.core" in sys.modules:
-        raise RuntimeError(
-            "megatron.core was imported before device.prepare_megatron(); import megatron_rl.policy first"
-        )
-    sys.meta_path.insert(0, _MegatronFinder())
-    for message in _EXPECTED_ON_CPU:
-        warnings.filterwarnings("ignore", message=message)
+    if has_transformer_engine():
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except Exception as error:
+            raise UserError(
+                f"Transformer Engine is installed and cannot be imported: {type(error).__name__}: {error}\n"
+                f"It must be compiled against the torch beside it: {_BUILD_ENGINE} or uninstall it"
+            ) from error
+    if not ON_GPU:
+        from megatron_rl.kernels import megatron_cpu
 
-
-# What Megatron says on every CPU run and nobody can act on. On a GPU a fallback is worth a warning, so nothing is
-# hidden there.
-_EXPECTED_ON_CPU = (
-    r"(Transformer Engine and )?Apex (is|are) not installed",
-    r"full scope is deprecated",
-    r"When using async grad allreduce",
-    r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # experts that stay whole
-    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
-    r"The \.grad attribute of a Tensor that is not a leaf",
-)
-
-# Megatron-Core 0.16.1 names CUDA literally. On a CPU its source is rewritten while it is imported: nothing in torch is
-# patched, so transformers and the engines in the same process see an untouched torch. Each row: what it says, what a
-# CPU needs.
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"torch\.cuda\.current_device\(\)", 'torch.device("cpu")'),
-        (r"""device=(["'])cuda\1""", 'device="cpu"'),
-        (r"""\.init_data\((["'])cuda\1\)""", '.init_data("cpu")'),
-        (r"'torch\.cuda\.(Float|Half|BFloat16)Tensor'", r"'torch.\1Tensor'"),  # optimizer, clip_grads: type checks
-        (r"torch\.cuda\.(Float|Half|BFloat16)Tensor\b", r"torch.\1Tensor"),
-        (r"\.cuda\(\)", ".cpu()"),
-        (r"torch\.cuda\.(synchronize|empty_cache)\(\)", "None"),
-        (r"torch\.cuda\.device_count\(\)", "1"),  # async_utils: rank % device_count
-        (r"torch\.cuda\.manual_seed", "torch.manual_seed"),
-        (r"torch\.cuda\.(random\.)?get_rng_state\((device=device)?\)", "torch.get_rng_state()"),
-        (r"_lazy_call\(cb\)", "torch.set_rng_state(new_state)"),  # tensor_parallel/random.py: _set_cuda_rng_state
-        (r"jit_fuser = torch\.compile", "jit_fuser = noop_decorator"),
-        (r"torch\.cuda\.(Stream|Event)\(", r"_cpu_null("),
-        (r"torch\.cuda\.(current_stream|default_stream)\(\)", "_cpu_null()"),
-        (r"torch\.cuda\.stream\(", "_cpu_null("),
-        (r"tensor\.is_cuda:\n(\s+cpu_tensor)", r"True:\n\1"),  # moe_utils: split sizes become numpy
-        # tensor_parallel/layers.py: the products of a linear layer, see kernels/linear_cpu.py
-        (r"torch\.matmul\((total_input), weight\.t\(\)\)", r"_linear_cpu.linear(\1, weight)"),
-        (r"grad_output\.matmul\(weight\)", "_linear_cpu.input_gradient(grad_output, weight)"),
-        (r"grad_output\.t\(\)\.matmul\(total_input\)", "_linear_cpu.weight_gradient(grad_output, total_input)"),
-        # transformer/mlp.py: build.py takes silu alone, and no clamp or offset
-        (r"= glu\((intermediate_parallel)\)", r"= _swiglu_cpu.swiglu(\1)"),
-    ]
-]
-# of its optimizer on the host, which asks each weight where it is: on a CPU all begin as if on a GPU
-_HOST_OPTIMIZER = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
-_HOST_OPTIMIZER_REWRITES = {
-    "for param in params if param.is_cuda": "for param in params",
-    "param.is_cuda": "not cpu_copy",
-    ".cpu().pin_memory()": ".cpu()",
-    '.to("cuda")': '.to("cpu")',
-}
-_NULL = '''
-class _cpu_null:
-    """Stands for a stream or an event: every method does nothing."""
-    def __init__(self, *args, **kwargs): pass
-    def __enter__(self): return self
-    def __exit__(self, *args): pass
-    def elapsed_time(self, other): return 0.0
-    def __getattr__(self, name): return lambda *args, **kwargs: self
-'''
-
-
-class _MegatronLoader(importlib.machinery.SourceFileLoader):
-    def path_stats(self, path: str) -> Any:
-        raise OSError  # neither read nor write .pyc: the cache would outlive the rewrite
-
-    def source_to_code(self, data: Any, path: Any, **options: Any) -> CodeType:  # type: ignore[override]
-        source = data.decode()
-        for pattern, replacement in _REWRITES:
-            source = pattern.sub(replacement, source)
-        if self.name == _HOST_OPTIMIZER:
-            for text, replacement in _HOST_OPTIMIZER_REWRITES.items():
-                source = source.replace(text, replacement)
-        if "_cpu_null" in source:
-            source += _NULL  # appended, so that line numbers in tracebacks stay true
-        for kernels in ("linear_cpu", "swiglu_cpu"):
-            if f"_{kernels}" in source:
-                source += f"\nfrom megatron_rl.kernels import {kernels} as _{kernels}\n"
-        if self.name == "megatron.core.transformer.moe.moe_utils" and "te_general_gemm" in source:
-            source += "\nte_general_gemm = None\n"  # 0.16.1 reads a name that is bound only when TE imports
-        return super().source_to_code(source.encode(), path, **options)
-
-
-class _MegatronFinder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if not name.startswith("megatron.core") or "megatron_fsdp" in name:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = _MegatronLoader(spec.loader.name, spec.loader.path)
-        return spec
+        megatron_cpu.install()

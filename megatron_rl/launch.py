@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -131,12 +131,13 @@ def in_world(
     processes: int,
     grace_seconds: float = 1.0,
     prepare: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Do `work` as one rank of a world of `processes`, or, outside a world, start the ranks with `megatron-rl COMMAND`;
     return the exit code.
 
-    `prepare` runs in the parent alone, see `run_world`. `work` imports torch and Megatron itself: the parent needs
-    neither.
+    `prepare` runs in the parent alone, see `run_world`. `environment`: set in a rank before `work`, which imports torch
+    and Megatron itself: the parent needs neither.
     Raises: UserError when another run holds the folder; in a rank, every failure is written down and ends the process.
     """
     if not is_rank():
@@ -145,6 +146,7 @@ def in_world(
 
     def checked() -> None:
         _check_world(processes)
+        os.environ.update(environment or {})
         work()
 
     run_worker(checked, run_dir)

@@ -22,9 +22,10 @@ from megatron_rl.types import Prompt
 # Options by what a change of them does to a run that goes on; a key stands for all below it. All others are warned of:
 # from there on the run is another experiment, which the config in force describes.
 _HARMLESS = (
-    "name logging parallel rollout.batch_size optimizer.lr optimizer.cpu_offload model.hf_config "
-    "model.logits_block_rows model.fused_linear_stats model.recompute model.recompute_method model.recompute_layers "
-    "model.recompute_modules train.num_steps train.micro_batch_tokens train.share_prompts "
+    "name logging parallel rollout.batch_size rollout.server.kv_tokens rollout.server.memory_fraction "
+    "rollout.weight_sync.checksums optimizer.lr optimizer.cpu_offload model.hf_config model.logits_block_rows "
+    "model.fused_linear_stats model.recompute model.recompute_method model.recompute_layers model.recompute_modules "
+    "model.layers train.num_steps train.micro_batch_tokens train.share_prompts train.deterministic "
     "train.max_nonfinite_updates train.entropy_probe train.entropy_tangent train.eval_every train.save_every "
     "train.save_final train.keep_checkpoints train.keep_best train.async_save train.save_hf train.resume "
     "train.grace_seconds warm_start.cache_dir reward.workers eval"

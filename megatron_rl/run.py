@@ -18,11 +18,11 @@ from megatron_rl.metrics import Timers
 from megatron_rl.metrics.entropy_law import LawMonitor
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.models.facts import read_hf_config, require_model
-from megatron_rl.models.hardware import with_memory
+from megatron_rl.models.hardware import Hardware, with_memory
 from megatron_rl.packing import Layout
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.plan.memory import fuses_output_layer
+from megatron_rl.plan.memory import fuses_output_layer, with_cache_tokens
 from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.policy.gradients import EntropyTangent
 from megatron_rl.policy.policy import MegatronPolicy
@@ -73,6 +73,8 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     Raises: UserError for what the config names and this machine lacks, before anything slow.
     """
     require_model(config.model)
+    if config.train.deterministic:
+        device.forbid_nondeterminism()
     layout = Layout.of(config, groups)
     grader = build_grader(config.reward)
     tokenizer = build_tokenizer(config)
@@ -83,12 +85,13 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     raw_hf_config = read_hf_config(config.model)
     raw_hf_config.setdefault("vocab_size", vocab_size(tokenizer))
     world, ranks = groups.all_ranks, groups.token_ranks
+    shape, hardware = shape_of(raw_hf_config), hardware_of(world)
     policy = MegatronPolicy(
         raw_hf_config,
         config,
         groups,
         total_updates=config.train.num_steps * config.minibatches_per_step,
-        fuse_output_layer=fuses_on_every_rank(raw_hf_config, config, world),
+        fuse_output_layer=fuses_output_layer(config, shape, layout_of(config), hardware),
     )
     cursor = PromptCursor(problems.train, config.seed)
 
@@ -96,8 +99,9 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
         probe_engine(engine, policy, layout, cursor.prompts)
 
     place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
-    served = Served(config, place, policy, tokenizer, prove=prove, shares_memory=policy)
-    engine = served.engine  # its servers come up while the policy warms up
+    with_cache = with_cache_tokens(config, shape, hardware)
+    served = Served(with_cache, place, policy, tokenizer, prove=prove, shares_memory=policy)
+    served.start_early()
     if config.warm_start is not None:
         warm_start(policy, problems.train, layout, tokenizer)
     if config.loss.ref_kl_coef > 0:
@@ -111,19 +115,17 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
         tokenizer=tokenizer,
         policy=policy,
         served=served,
-        collector=Collector(engine, cursor, grader, tokenizer, config, place, served.revive, spans),
+        collector=Collector(lambda: served.engine, cursor, grader, tokenizer, config, place, served.revive, spans),
         controller=LossController(config.loss, ranks),
         timers=Timers(device.synchronize, spans),
         train_prompts=problems.train,
         eval_prompts=problems.eval,
-        evaluator=Evaluator(lambda: engine, grader, tokenizer, config, place, revive=served.revive),
+        evaluator=Evaluator(lambda: served.engine, grader, tokenizer, config, place, revive=served.revive),
         benchmarks=benchmarks,
     )
 
 
-def fuses_on_every_rank(raw_hf_config: dict[str, Any], config: Config, world: Reducer) -> bool:
-    """Ask the planner whether the statistics shall compute the logits, for the rank with the least memory: the same
-    answer on every rank."""
+def hardware_of(world: Reducer) -> Hardware:
+    """Return the device of the rank with the least memory, for the planner's answers: the same on every rank."""
     least = -world.max(torch.tensor([-device.memory_bytes()], device=device.device()))
-    hardware = with_memory(float(least), on_gpu=device.ON_GPU)
-    return fuses_output_layer(config, shape_of(raw_hf_config), layout_of(config), hardware)
+    return with_memory(float(least), on_gpu=device.ON_GPU)

@@ -7,6 +7,7 @@ between ranks is which micro-batches they compute.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -18,18 +19,21 @@ from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
-from megatron_rl.config.notes import selection_notes
+from megatron_rl.config.notes import run_notes
 from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.eval.during_training import evaluate_sets
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.metrics.step import StepReport
 from megatron_rl.metrics.write import RunLogger
 from megatron_rl.packing import pack
-from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
+from megatron_rl.packing.dealing import deal_step, hand_out
+from megatron_rl.parallel.groups import Groups, destroy_groups
 from megatron_rl.resume import Checkpoints
+from megatron_rl.rollout.collect import CollectStopped
 from megatron_rl.rollout.engine import EngineError
+from megatron_rl.rollout.world import join
 from megatron_rl.run import Run, set_up
-from megatron_rl.types import Rollout
+from megatron_rl.types import CollectResult, Rollout, TrainBatch
 
 
 def run_step(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
@@ -39,8 +43,7 @@ def run_step(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
         collected = run.collector.collect(step)
         run.collector.go_ahead(step)
     with timers("pack"):
-        batch = pack(collected.rollouts, advantages(collected.rollouts, config), run.layout, step=step)
-        batch = batch.to(device.device())
+        collected, batch = packed(run, collected, step)
     with timers("old_logprobs"):
         batch = policy.with_old_logprobs(batch)
     loss = run.controller.next_loss(batch)
@@ -56,6 +59,17 @@ def run_step(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
     return report.finish(logger)
 
 
+def packed(run: Run, collected: CollectResult, step: int) -> tuple[CollectResult, TrainBatch]:
+    """Return the rollouts with the tokens of those that this rank computes, and these packed, on its device.
+
+    Every rank deals them all out by their lengths; their tokens travel to the ranks that compute them. A collective.
+    """
+    deals = deal_step(collected.rollouts, run.layout)
+    rollouts = hand_out(collected.rollouts, deals, run.layout, run.world)
+    batch = pack(rollouts, advantages(rollouts, run.config), run.layout, step=step, deals=deals)
+    return dataclasses.replace(collected, rollouts=rollouts), batch.to(device.device())
+
+
 def advantages(rollouts: Sequence[Rollout], config: Config) -> Tensor:
     """Return `[B]` float64, one per rollout, estimated over the whole step."""
     rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
@@ -65,9 +79,9 @@ def advantages(rollouts: Sequence[Rollout], config: Config) -> Tensor:
 
 def main(config: Config) -> None:
     """Train on the world that torchrun's environment describes."""
-    groups = init_groups(config.parallel, config.seed)
+    groups = join(config)
     train(config, groups)
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 
@@ -78,7 +92,9 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
     start_step, notes = checkpoints.restore()
     if config.train.share_prompts == "auto":
         notes.insert(0, f"train.share_prompts=auto: {'on' if run.layout.share_prompts else 'off'}")
-    notes += selection_notes(config)
+    if config.model.layers == "auto" and device.ON_GPU:
+        notes.insert(0, f"model.layers=auto: {device.layers('auto')}")
+    notes += run_notes(config)
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
         for note in notes:
             logger.message(note)
@@ -93,10 +109,14 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
                 metrics = run_step(run, step, logger)
                 metrics |= run.law.observe(metrics.get("entropy/mean", math.nan), metrics["reward/accuracy"])
                 metrics |= evaluate(run, step)
-            except EngineError:
-                if saved := checkpoints.rescue(step):
+            except EngineError as error:
+                saved = checkpoints.rescue(step)
+                if isinstance(error, CollectStopped):
+                    logger.message(f"{error}, which is begun anew; the same command continues")
+                    break
+                if saved:
                     logger.message(f"the rollout engine failed in step {step + 1}; saved after {saved} steps")
-                    run.world.any(False)  # a rank that leaves ends the others: not before rank 0 has said it
+                    run.world.barrier()  # a rank that leaves ends the others: not before rank 0 has said it
                 raise
             # before the checkpoint (whose time the next row tells): a process killed between the two then leaves a row
             # too many, which the next process drops, rather than one too few

@@ -38,7 +38,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -84,6 +84,14 @@ class Problems:
     eval: list[Prompt]
 
 
+class Lengths(NamedTuple):
+    """A rollout's tokens, counted."""
+
+    total: int
+    prompt: int  # before the first that the policy drew; all when it drew none
+    response: int  # that the policy drew
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled response to one prompt, with what the verifier and the reward shaping made of it.
@@ -107,11 +115,25 @@ class Rollout:
     terms: tuple[float, ...] = ()  # values of reward.terms, in their order
     routes: Tensor | None = None  # [L, mixture layers, top_k], the engine's experts; see models/expert_routes.py
     counts: bool = True  # False: no loss, and no share of the denominators
+    known_lengths: Lengths | None = None  # known where another rank holds the tokens, whose tensors have no data here
+
+    @property
+    def has_tokens(self) -> bool:
+        """Tell whether this rank holds the tokens."""
+        return not self.token_ids.is_meta
+
+    @property
+    def lengths(self) -> Lengths:
+        """Return how many tokens it has."""
+        if self.known_lengths is not None:
+            return self.known_lengths
+        drawn = self.sampled.nonzero()
+        return Lengths(len(self.token_ids), int(drawn[0]) if len(drawn) else len(self.token_ids), len(drawn))
 
     @property
     def response_length(self) -> int:
         """Return the number of sampled tokens."""
-        return int(self.sampled.sum())
+        return self.lengths.response
 
     @property
     def response_ids(self) -> Tensor:
@@ -125,7 +147,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class CollectResult:
-    """A step's rollouts, the same on every rank."""
+    """A step's rollouts, the same on every rank but for the tokens: a rank has those of the ones that it sampled."""
 
     rollouts: list[Rollout]  # samples_per_prompt per prompt, in the order of the draw, then by sample_index
     prompts_by_id: dict[int, Prompt]  # of those rollouts
@@ -140,6 +162,7 @@ class Inputs:
     position_ids: Int64[Tensor, "M"]  # behind a prefix they go on from it
     cu_seqlens: Int32[Tensor, "E"]  # trailing padding forms a last sequence of its own
     real: Bool[Tensor, "M"]  # no padding
+    longest: int  # tokens of the longest sequence, over all context-parallel ranks
     prefixes: Int64[Tensor, "E-1"] | None = None  # which sequence holds the tokens before one's own, -1: none
     rows: Int64[Tensor, "T"] | None = None  # which output is that of position t of the micro-batch; None: the t-th
 
@@ -177,6 +200,7 @@ class MicroBatch:
     token_ids_global: Int64[Tensor, "T"]  # unique in the step and independent of the layout; -1 on padding
     loss_denominator: int  # what this rank's part adds to the global denominator (tokens or sequences)
     num_sequences: int  # without the padding sequence
+    longest: int  # tokens of the longest sequence, over all context-parallel ranks: nobody asks the device for it
     old_logprobs: Float[Tensor, "T"] | None = None  # nats
     ref_logprobs: Float[Tensor, "T"] | None = None  # nats
     selected: Bool[Tensor, "T"] | None = None  # the tokens that Clip-Cov or KL-Cov picked
@@ -187,7 +211,8 @@ class MicroBatch:
 
     def model_inputs(self) -> Inputs:
         """Return what the model computes."""
-        return self.inputs or Inputs(self.token_ids, self.position_ids, self.cu_seqlens, self.token_ids_global >= 0)
+        real = self.token_ids_global >= 0
+        return self.inputs or Inputs(self.token_ids, self.position_ids, self.cu_seqlens, real, self.longest)
 
     @property
     def computed_stats(self) -> TokenStats:
@@ -246,11 +271,15 @@ class MiniBatch:
 
     def cat(self, name: str) -> Tensor:
         """Return the field `name` of the response tokens (`loss_mask`) of all micro-batches: `[N_local]`."""
-        return torch.cat([getattr(mb, name)[mb.loss_mask] for mb in self.micro_batches])
+        return self.response_tokens([getattr(mb, name) for mb in self.micro_batches])
 
     def cat_stats(self, name: str) -> Tensor:
         """Return the field `name` of the micro-batches' `stats`, of the response tokens: `[N_local]`."""
-        return torch.cat([getattr(mb.computed_stats, name)[mb.loss_mask] for mb in self.micro_batches])
+        return self.response_tokens([getattr(mb.computed_stats, name) for mb in self.micro_batches])
+
+    def response_tokens(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the response tokens of `values`, a tensor [T] per micro-batch, with one wait: `[N_local]`."""
+        return torch.cat(list(values))[torch.cat([mb.loss_mask for mb in self.micro_batches])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,35 +318,33 @@ class Ranks(Protocol):
     """The processes that hold other tokens, as the algorithms see them: global statistics, the same on every rank.
     parallel/reduce.py has the real one."""
 
+    size: int
+
     def sum(self, values: Tensor) -> Tensor:
         """Return the element-wise sum over ranks."""
-        ...
 
     def max(self, values: Tensor) -> Tensor:
         """Return the element-wise maximum over ranks."""
-        ...
 
     def top_k(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the k largest values of all ranks and their ids."""
-        ...
 
     def top_ks_and_sum(
         self, sets: Sequence[tuple[Tensor, Tensor, int]], sums: Tensor
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Return `top_k` of each (values, ids, k), and `sum` of `sums`, in one collective."""
-        ...
 
     def kth_largest(self, values: Tensor, k: int) -> float:
         """Return the k-th largest of all ranks' values."""
-        ...
 
     def quantiles(self, values: Tensor, fractions: list[float]) -> list[float]:
         """Return exact quantiles over all ranks' values."""
-        ...
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order."""
-        ...
+
+    def exchange_objects(self, values: Sequence[Any]) -> list[Any]:
+        """Send value i to rank i; return what each rank sent to this one, in rank order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,8 +376,7 @@ class LossOutputs:
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What one optimizer update reports: identical on every rank but `sums`, which holds this data-parallel rank's
-    part."""
+    """What one optimizer update reports, the same on every rank but `sums`: this data-parallel rank's part."""
 
     sums: dict[str, Tensor]  # metric -> float64 [2], (sum, count)
     grad_norm: float
@@ -358,9 +384,7 @@ class UpdateResult:
     skipped: bool  # a non-finite gradient (grad_norm says so) or no counted token on any rank: the weights did not move
 
 
-_LOSS_FIELDS = {each.name for each in dataclasses.fields(LossInputs)} & {
-    each.name for each in dataclasses.fields(MicroBatch)
-}
+_LOSS_FIELDS = {f.name for f in dataclasses.fields(LossInputs)} & {f.name for f in dataclasses.fields(MicroBatch)}
 
 
 def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -371,6 +395,6 @@ def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     return moved.replace(inputs=dataclasses.replace(micro_batch.inputs, **_tensors(micro_batch.inputs, device)))
 
 
-def _tensors(holder: Any, device: torch.device) -> dict[str, Tensor]:
+def _tensors(holder: Any, device: torch.device) -> dict[str, Any]:
     values = {each.name: getattr(holder, each.name) for each in dataclasses.fields(holder)}
     return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}

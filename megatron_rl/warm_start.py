@@ -21,7 +21,6 @@ from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.data import countdown_solutions
 from megatron_rl.models.facts import hf_folder
 from megatron_rl.packing import Layout, pack_supervised
-from megatron_rl.parallel.groups import barrier
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.types import Prompt
 
@@ -45,7 +44,7 @@ def warm_start(policy: MegatronPolicy, prompts: list[Prompt], layout: Layout, to
         save_hf(policy, tokenizer, draft)
         if groups.rank == 0:
             _publish(draft, folder)
-        barrier(groups)
+        groups.all_ranks.barrier()
     # also after training: RL then starts from the same bits whether or not the cache was warm
     policy.load(folder_source(folder, policy.hf_config))
     policy.reset_optimizer()

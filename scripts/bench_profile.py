@@ -65,7 +65,7 @@ def work(folder: Path) -> None:
     from megatron_rl import train
     from megatron_rl.config import load_config
     from megatron_rl.metrics.spans import Recorder
-    from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
+    from megatron_rl.parallel.groups import destroy_groups, init_groups
     from megatron_rl.parallel.traffic import watch_collectives
 
     config = load_config(folder / "given.yaml")
@@ -88,7 +88,7 @@ def work(folder: Path) -> None:
     if groups.rank == 0:
         result: Any = taken[WARMUP:]
         (folder / "steps.json").write_text(json.dumps(result))
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 

@@ -73,7 +73,7 @@ def work(setting: dict[str, Any]) -> None:
     """One rank: build the policy, and update the server a few times."""
     from megatron_rl import train
     from megatron_rl.config import parse_config
-    from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
+    from megatron_rl.parallel.groups import destroy_groups, init_groups
 
     config = parse_config(raw_config(setting, setting["mode"], setting["bucket"] or 512))
     groups = init_groups(config.parallel, config.seed)
@@ -82,7 +82,7 @@ def work(setting: dict[str, Any]) -> None:
     run.close()
     if groups.rank == 0:
         (Path(setting["run_dir"]) / "row.json").write_text(json.dumps(row))
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 
@@ -151,7 +151,7 @@ def plain_broadcast(run: Any, *, fresh: bool) -> None:
         nbytes = sum(tensor.nbytes for _, tensor in run.policy.hf_weights())
         run.plain = torch.zeros(nbytes, dtype=torch.uint8)
     received = torch.empty_like(run.plain) if fresh and run.groups.rank else run.plain
-    broadcast_bucket(received, run.groups.world)
+    broadcast_bucket(received, run.groups.all_ranks.group)
 
 
 def median_seconds(action: Callable[[], None], repeats: int) -> float:

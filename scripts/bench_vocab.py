@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_rl import device, launch
 from megatron_rl.config import ParallelConfig
 from megatron_rl.parallel.fused_linear import linear_stats
-from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import Groups, destroy_groups, init_groups
 from megatron_rl.parallel.vocab import VocabShard, vocab_parallel_stats
 
 Way = Callable[[Any, Tensor, dict[str, Any], Groups], tuple[Tensor, Tensor]]
@@ -107,7 +107,7 @@ def run_once(setting: dict[str, Any], groups: Groups, way: Way) -> dict[str, flo
     inputs, labels = make_inputs(setting)
     device.reset_peak()
     before = device.peak_since_reset()
-    barrier(groups)
+    groups.all_ranks.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
     logprobs, entropy = way(inputs, labels, setting, groups)
     (logprobs * torch.linspace(-1, 1, len(labels), device=labels.device) + 0.01 * entropy).sum().backward()

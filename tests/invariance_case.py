@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_rl.algorithms.covariance import covariance
 from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.config import Config, parse_config
+from megatron_rl.rollout.answers import facts_of, from_facts
 from megatron_rl.types import MiniBatch, Rollout
 
 PROMPTS, SAMPLES, MAX_PROMPT, MAX_RESPONSE, VOCAB = 6, 4, 8, 20, 37  # 37: padded at TP 2
@@ -38,6 +39,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"world_size": 2, "cp": 2},
     "pp2_vpp2": {"world_size": 2, "pp": 2, "vpp": 2},
     "ep2": {"world_size": 2, "ep": 2},
+    "pp2_uneven": {"world_size": 2, "pp": 2},
+    "dp2_overlap": {
+        "world_size": 2,
+        "ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000},
+    },
+    "tp2_sp_allgather": {"world_size": 2, "tp": 2, "sp": True},
     "cp2_tp2": {"world_size": 4, "cp": 2, "tp": 2},
     "cp2_tp2_sp": {"world_size": 4, "cp": 2, "tp": 2, "sp": True},
     "cp2_dp2": {"world_size": 4, "cp": 2},
@@ -47,6 +54,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp_ep2": {"world_size": 2, "tp": 2, "sp": True, "ep": 2},
     "cp2_ep2": {"world_size": 2, "cp": 2, "ep": 2},
     "ep2_pp2_vpp2": {"world_size": 4, "ep": 2, "pp": 2, "vpp": 2},
+}
+
+# what these layouts pass to Megatron's TransformerConfig
+MEGATRON: dict[str, dict[str, Any]] = {
+    "pp2_uneven": {"num_layers_in_first_pipeline_stage": 1},
+    "tp2_sp_allgather": {"moe_token_dispatcher_type": "allgather"},
 }
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -167,7 +180,7 @@ def make_config(case: Case, layout: str) -> Config:
         loss["cov_scope"] = case.scope
     return parse_config(
         {
-            "model": {"hf_config": MODELS[case.model]},
+            "model": {"hf_config": MODELS[case.model], "megatron": MEGATRON.get(layout, {})},
             "parallel": LAYOUTS[layout],
             "data": {"type": "countdown", "max_prompt_tokens": MAX_PROMPT},
             "rollout": {
@@ -258,7 +271,7 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         policy.keep_reference()
     kept = len(rollouts) - case.filtered
     rollouts = rollouts[:kept] + [r.replace(counts=False, finish_reason="length") for r in rollouts[kept:]]
-    collected = CollectResult(rollouts, {}, {})
+    collected = CollectResult(held_by(rollouts, groups.rank, groups.world_size), {}, {})
     layout = Layout.of(config, groups)
     if case.num_micro_batches is not None:  # the budget is large: one multiple of them is as many as there are
         layout = dataclasses.replace(layout, count_multiple=case.num_micro_batches)
@@ -287,6 +300,13 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         outcome.metrics = train.run_step(run, 0, logger)
     outcome.weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
     return outcome
+
+
+def held_by(rollouts: list[Rollout], rank: int, world_size: int) -> list[Rollout]:
+    """The step's rollouts as a rank knows them that sampled every `world_size`-th."""
+    measured = [rollout.replace(known_lengths=rollout.lengths) for rollout in rollouts]
+    others = from_facts(facts_of(measured))
+    return [measured[i] if i % world_size == rank else others[i] for i in range(len(rollouts))]
 
 
 @contextlib.contextmanager

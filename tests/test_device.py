@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl import device
+from megatron_rl.kernels.megatron_cpu import REWRITES
 from tests.worlds import ROOT
 
 if device.ON_GPU:
@@ -38,6 +39,7 @@ def picture():
 
 before = picture()
 from megatron_rl import device
+from megatron_rl.kernels.megatron_cpu import REWRITES
 finders = len(sys.meta_path)
 device.prepare_megatron()
 device.prepare_megatron()
@@ -61,6 +63,7 @@ print("rng:", random._get_cuda_rng_state().device)
 TOO_LATE = """
 import megatron.core
 from megatron_rl import device
+from megatron_rl.kernels.megatron_cpu import REWRITES
 for _ in range(2):
     try:
         device.prepare_megatron()
@@ -89,7 +92,7 @@ def _sources() -> dict[str, str]:
 def test_every_rewrite_still_finds_its_target() -> None:
     """A Megatron release that spells a line differently must fail here, not inside a schedule."""
     text = "\n".join(_sources().values())
-    assert [pattern.pattern for pattern, _ in device._REWRITES if not pattern.search(text)] == []
+    assert [pattern.pattern for pattern, _ in REWRITES if not pattern.search(text)] == []
 
 
 def test_rewritten_modules_of_the_training_path_ask_for_no_cuda_device() -> None:
@@ -110,7 +113,7 @@ def test_rewritten_modules_of_the_training_path_ask_for_no_cuda_device() -> None
     assert sum(bool(asks.search(sources[module])) for module in modules) > 5  # else the list proves nothing
     for module in modules:
         source = sources[module]
-        for pattern, replacement in device._REWRITES:
+        for pattern, replacement in REWRITES:
             source = pattern.sub(replacement, source)
         assert not asks.search(source), module
         compile(source, module, "exec")

@@ -165,11 +165,27 @@ def megatron_imports(name: str, tree: ast.AST) -> list[str]:
 
 
 def cuda_words(name: str, tree: ast.AST) -> list[str]:
-    if name in ("device.py", "kernels/aot.py"):  # the latter compiles for a GPU that is not there
+    # the latter two compile for a GPU that is not there, and rewrite what Megatron says of one
+    if name in ("device.py", "kernels/aot.py", "kernels/megatron_cpu.py"):
         return []
     return [
         f"{name}:{line}: {text!r}" for line, text in words(tree) if CUDA.search(text) and text not in MEGATRON_NAMES
     ]
+
+
+def waits_on_numbers(name: str, tree: ast.AST) -> list[str]:
+    """Waits that may be in NCCL, where ranks spin and are given up: torch's own, and worlds of another timeout."""
+    if name == "parallel/reduce.py":
+        return []
+    faults = [
+        f"{name}:{line}: {text}, use Reducer's"
+        for line, text in dotted_names(tree)
+        if re.fullmatch(r"(torch\.)?dist(ributed)?\.(\w*barrier|\w+_object(_list|s)?)", text)
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "init_groups" and len(node.args) < 3:
+            faults.append(f"{name}:{node.lineno}: init_groups without waiting_seconds(config)")
+    return faults
 
 
 def algorithm_imports(name: str, tree: ast.AST) -> list[str]:
@@ -254,6 +270,7 @@ RULES = (
     collectives,
     megatron_imports,
     cuda_words,
+    waits_on_numbers,
     algorithm_imports,
     upward_imports,
     long_things,
@@ -332,6 +349,9 @@ def test_files_are_short() -> None:
         (cuda_words, "policy/x.py", "x = 'cuda:0'"),
         (cuda_words, "policy/x.py", "f(is_cuda=True)"),
         (cuda_words, "policy/x.py", "from torch import cuda"),
+        (waits_on_numbers, "parallel/x.py", "dist.barrier(group=groups.world)"),
+        (waits_on_numbers, "policy/x.py", "torch.distributed.all_gather_object(found, mine)"),
+        (waits_on_numbers, "train.py", "groups = init_groups(config.parallel, config.seed)"),
         (algorithm_imports, "algorithms/x.py", "from megatron_rl.config import Config"),
         (algorithm_imports, "algorithms/x.py", "import torch.distributed"),
         (algorithm_imports, "algorithms/x.py", "from .. import config"),
@@ -361,6 +381,7 @@ def test_each_rule_finds_its_fault(rule, name: str, code: str) -> None:
         (upward_imports, "policy/x.py", "from megatron_rl.policy.build import Model\nfrom megatron_rl import device"),
         (megatron_imports, "train.py", "from megatron_rl.types import Prompt"),
         (cuda_words, "train.py", '"""Not on cuda."""  # nor on cuda'),
+        (waits_on_numbers, "parallel/x.py", "world.barrier()\ndist.all_reduce(x)\nworld.gather_objects(None)"),
         (algorithm_imports, "algorithms/x.py", "if TYPE_CHECKING:\n    from megatron_rl.config import Config"),
         (algorithm_imports, "algorithms/x.py", "from torch import Tensor\nfrom megatron_rl.algorithms.kl import kl"),
         (many_parameters, "train.py", "class A:\n    def f(self, a, b, c, d, *, e, f, g, h): ..."),

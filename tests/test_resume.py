@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +122,41 @@ def test_a_run_killed_in_a_step_and_in_a_save_ends_like_one_that_was_not(
         assert _texts(other) == _texts(straight)
 
 
+def _stopped_between_batches(raw: dict[str, Any]) -> str:
+    """Train until rank 1 is asked to stop in a step of several generation batches, the second step or later; return
+    what was said."""
+    from megatron_rl import launch
+
+    def stop_requested(run_dir: Path | None = None) -> bool:
+        in_a_step = sys._getframe(1).f_code.co_name != "train"
+        return os.environ["RANK"] == "1" and in_a_step and len(rows_of(raw)) >= 1
+
+    said = io.StringIO()
+    parse_config(raw).run_dir.mkdir(parents=True, exist_ok=True)
+    (parse_config(raw).run_dir / "metrics.jsonl").touch()
+    with mock.patch.object(launch, "stop_requested", stop_requested), contextlib.redirect_stdout(said), trained(raw):
+        return said.getvalue()
+
+
+def test_a_run_stopped_between_generation_batches_repeats_the_step(worlds: Worlds, tmp_path: Path) -> None:
+    """The batches that the step had are dropped on every rank; resumed, it draws the same prompts: bit for bit."""
+    options: dict[str, Any] = {
+        "algorithm": {"dynamic_sampling": {"enabled": True}},
+        "reward": {"function": "tests.test_train:seldom"},
+        "train": {"num_steps": 4, **TRAIN},
+        "logging": {"samples_per_step": 16},
+    }
+    raw, straight = (tiny_raw(tmp_path, name, **options) for name in ("stopped", "straight"))
+    said = worlds.run(2, _stopped_between_batches, raw, timeout=LIMIT)[0]
+    steps = len(rows_of(raw))
+    assert 1 <= steps < 4 and f"stopped after 1 generation batches of step {steps + 1}, which is begun anew" in said
+    assert _names(tmp_path / "stopped") == [f"step_{steps:08d}"]
+    ended, expected = worlds.run(2, train_each, [raw, straight], timeout=LIMIT)[0]
+    assert rows_of(straight)[steps]["sampling/num_batches"] > 1
+    assert [measured(row) for row in rows_of(raw)] == [measured(row) for row in rows_of(straight)]
+    assert rows_of(raw, "samples.jsonl") == rows_of(straight, "samples.jsonl") and _equal(ended, expected)
+
+
 def _texts(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """The logged samples without their tokens' statistics, which another layout rounds otherwise."""
     return [{key: value for key, value in row.items() if key != "tokens"} for row in rows_of(raw, "samples.jsonl")]
@@ -217,7 +254,7 @@ def _train_with_accuracies(raws: list[dict[str, Any]]) -> None:
     from megatron_rl.rollout.collect import Collector
 
     def evaluated(collector: Any, *_: Any) -> dict[str, float]:
-        return {"eval/accuracy": ACCURACY[collector.engine.weight_version]}
+        return {"eval/accuracy": ACCURACY[collector._engine().weight_version]}
 
     with mock.patch.object(Collector, "evaluate", evaluated):
         train_each(raws)

@@ -80,10 +80,20 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str], bool]] = {
             "name": "renamed",
             "parallel": {"tp": 1, "pp": 2},
             "optimizer": {"lr": 1e-4},
-            "train": {"num_steps": 9, "micro_batch_tokens": 512, "save_every": 3, "async_save": True},
+            "train": {
+                "num_steps": 9,
+                "micro_batch_tokens": 512,
+                "save_every": 3,
+                "async_save": True,
+                "deterministic": True,
+            },
             "logging": {"samples_per_step": 5},
             "rollout": {"batch_size": 3},
-            "model": {"hf_config": HF | {"vocab_size": 21}, "recompute": "full"},  # the same, more explicitly
+            "model": {
+                "hf_config": HF | {"vocab_size": 21},
+                "recompute": "full",
+                "layers": "torch",
+            },  # the same, more explicitly
         },
         [],
         False,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.hashing import hash_uniform
-from megatron_rl.types import Bool, Float, Float64, MicroBatch, MiniBatch, Ranks, Shaped
+from megatron_rl.types import Bool, Float, Float64, MicroBatch, MiniBatch, Ranks
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase
@@ -41,9 +41,9 @@ def covariances(
     """Return `covariance` of several sets of tokens, each centred by itself, in one collective."""
     doubles = [(logprobs.double(), advantages.double()) for logprobs, advantages in pairs]
     rows = [torch.stack([torch.full_like(logp.sum(), logp.numel()), logp.sum(), adv.sum()]) for logp, adv in doubles]
-    sums = torch.stack(rows)
+    sums = torch.stack(rows) if ranks is None else ranks.sum(torch.stack(rows))
     centred = []
-    for (logp, adv), (size, logp_sum, adv_sum) in zip(doubles, sums if ranks is None else ranks.sum(sums), strict=True):
+    for (logp, adv), (_, logp_sum, adv_sum), size in zip(doubles, sums, sums[:, 0].tolist(), strict=True):
         count = int(size)
         centred.append(((logp - logp_sum / count) * (adv - adv_sum / count) if count else logp, count))
     return centred
@@ -130,7 +130,7 @@ def clip_cov_priority(
     The order is a pure function of (seed, step, mini-batch, prompt_id, sample_index, position), so every layout draws
     the same subset.
     """
-    clipped = response_tokens(part, [_already_clipped(micro_batch, loss) for micro_batch in part.micro_batches])
+    clipped = part.response_tokens([_already_clipped(micro_batch, loss) for micro_batch in part.micro_batches])
     candidates = (cov > loss.cov_low) & (cov < loss.cov_high) & ~clipped
     return candidates, hash_uniform(
         *counter, part.cat("prompt_ids"), part.cat("sample_indices"), part.cat("position_ids")
@@ -163,33 +163,30 @@ def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, 
     most = max(TOP_FRACTIONS.values())
     sets = [(c, m.cat("token_ids_global"), quota(most, n)) for (c, n), m in zip(centred, updates, strict=True)]
     tops, totals = ranks.top_ks_and_sum(sets, torch.stack(sums))
+    means = [
+        torch.stack([*total / count, *(top[: quota(fraction, count)].mean() for fraction in TOP_FRACTIONS.values())])
+        for (top, _), total, (_, count) in zip(tops, totals, centred, strict=True)
+        if count
+    ]
     rows = []
-    for (top, _), total, (_, count) in zip(tops, totals, centred, strict=True):
-        if count:
-            mean, square, vocab_mean = (total / count).tolist()
-            row = {"cov/mean": mean, "cov/std": math.sqrt(max(0.0, square - mean * mean)), "cov/vocab_mean": vocab_mean}
-            row |= {name: float(top[: quota(fraction, count)].mean()) for name, fraction in TOP_FRACTIONS.items()}
-            rows.append(row)
+    for mean, square, vocab_mean, *highest in torch.stack(means).tolist() if means else []:  # one wait for the device
+        row = {"cov/mean": mean, "cov/std": math.sqrt(max(0.0, square - mean * mean)), "cov/vocab_mean": vocab_mean}
+        rows.append(row | dict(zip(TOP_FRACTIONS, highest, strict=True)))
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
 
 def _spent(mini_batch: MiniBatch) -> Tensor:
     spent = [entropy_spent(mb.computed_stats, mb.advantages) for mb in mini_batch.micro_batches]
-    return response_tokens(mini_batch, spent)
+    return mini_batch.response_tokens(spent)
 
 
 def _selection_metrics(
     selected: Tensor, logprobs: Tensor, entropy: Tensor, count: int, ranks: Ranks
 ) -> dict[str, float]:
-    picked = torch.stack([selected.double().sum(), logprobs[selected].double().sum(), entropy[selected].double().sum()])
+    values = (torch.ones_like(logprobs), logprobs, entropy)
+    picked = torch.stack([torch.where(selected, value, 0.0).double().sum() for value in values])
     number, logp, ent = ranks.sum(picked).tolist()
     metrics = {"select/count": number, "select/fraction": number / count}
     if number:
         metrics |= {"select/logprob_mean": logp / number, "select/entropy_mean": ent / number}
     return metrics
-
-
-def response_tokens(mini_batch: MiniBatch, values: list[Shaped[Tensor, "_"]]) -> Shaped[Tensor, "N"]:
-    """Return the response tokens of `values`, a tensor [T] per micro-batch."""
-    pairs = zip(values, mini_batch.micro_batches, strict=True)
-    return torch.cat([value[micro_batch.loss_mask] for value, micro_batch in pairs])

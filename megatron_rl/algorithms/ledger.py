@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.covariance import covariance, response_tokens
+from megatron_rl.algorithms.covariance import covariance
 from megatron_rl.algorithms.entropy import entropy_spent
-from megatron_rl.types import Ranks, TokenStats, TrainBatch
+from megatron_rl.types import Float64, Int64, Ranks, TokenStats, TrainBatch
 
 TOP_TOKENS = 24  # token ids listed by name; the rest is one row
 QUANTILES = (0.5, 0.8, 0.9, 0.98, 0.998)  # edges between rows of covariance: the bottom half to the top 0.2%
@@ -24,7 +24,9 @@ COLUMNS = ("count", "spent", "probed", "realised")
 
 
 def ledger(batch: TrainBatch, after: Sequence[TokenStats] | None, ranks: Ranks) -> dict[str, Any]:
-    """Return one step's entry, plain data, the same on every rank; empty when no token counts.
+    """Return one step's entry, plain data, on the first of `ranks`; empty elsewhere and when no token counts.
+
+    The token ids are dealt out, so that a rank sums up its share of them, and the first gets no more than their totals.
 
     batch: with the statistics at the start of the step, with sum_p2. after: those of the first mini-batch after the
     updates; None: nothing was probed, and `realised` is 0 over 0 tokens.
@@ -46,14 +48,21 @@ def ledger(batch: TrainBatch, after: Sequence[TokenStats] | None, ranks: Ranks) 
     # the quantile is an element of the float32 values, so they are compared in that precision
     quantile = torch.searchsorted(torch.tensor(edges, dtype=torch.float32, device=cov.device), cov.float())
     bucket = torch.frexp((positions + 1).double()).exponent.long() - 1  # floor(log2), exactly
-    by_token, by_position, by_quantile = _sums([labels, bucket, quantile], values, ranks)
-    order = sorted(by_token, key=lambda i: (-abs(by_token[i][1]), i))
+    sums = _sums_on_first([labels, bucket, quantile], values, ranks)
+    if sums is None:
+        return {}
+    (token_ids, of_tokens), by_position, by_quantile = (
+        sums[0],
+        *(dict(zip(keys.tolist(), rows.tolist(), strict=True)) for keys, rows in sums[1:]),
+    )
+    order = of_tokens[:, 1].abs().argsort(descending=True, stable=True)  # the ids ascend, so ties stay by id
+    tokens = [[i, *row] for i, row in zip(token_ids[order].tolist(), of_tokens[order].tolist(), strict=True)]
     empty = [0.0] * len(COLUMNS)
     return {
         "columns": list(COLUMNS),
         "total": _add(by_quantile.values()),
-        "tokens": [[i, *by_token[i]] for i in order[:TOP_TOKENS]],
-        "other_tokens": _add([by_token[i] for i in order[TOP_TOKENS:]]),
+        "tokens": tokens[:TOP_TOKENS],
+        "other_tokens": _add([row[1:] for row in tokens[TOP_TOKENS:]]),
         "positions": [[2**b - 1, 2 ** (b + 1) - 2, *by_position[b]] for b in sorted(by_position)],
         "quantiles": list(QUANTILES),
         "covariance": [[edge, *by_quantile.get(i, empty)] for i, edge in enumerate([*edges, None])],
@@ -65,29 +74,45 @@ def _values(batch: TrainBatch, after: Sequence[TokenStats] | None) -> Tensor:
     parts = []
     for mini_batch in batch.mini_batches:
         micro_batches = mini_batch.micro_batches
-        spent = response_tokens(mini_batch, [entropy_spent(mb.computed_stats, mb.advantages) for mb in micro_batches])
+        spent = mini_batch.response_tokens([entropy_spent(mb.computed_stats, mb.advantages) for mb in micro_batches])
         change, probed = torch.zeros_like(spent), 0.0
         if after is not None and mini_batch.index == 0:
-            entropies = response_tokens(mini_batch, [stats.entropy for stats in after])
+            entropies = mini_batch.response_tokens([stats.entropy for stats in after])
             change, probed = (entropies - mini_batch.cat_stats("entropy")).double(), 1.0
         ones = torch.ones_like(spent)
         parts.append(torch.stack([ones, spent, ones * probed, change], 1))
     return torch.cat(parts)
 
 
-def _sums(groupings: Sequence[Tensor], values: Tensor, ranks: Ranks) -> list[dict[int, list[float]]]:
-    """Return for each of the `groupings` (keys [N]) the sums of the rows of `values` [N, C] by key, over all ranks."""
-    local = []
-    for keys in groupings:
-        unique, index = keys.unique(return_inverse=True)
-        sums = torch.zeros(len(unique), values.shape[1], dtype=values.dtype, device=values.device)
-        local.append((unique.tolist(), sums.index_add_(0, index, values).tolist()))
-    totals: list[dict[int, list[float]]] = [{} for _ in groupings]
-    for parts in ranks.gather_objects(local):
-        for total, (ids, rows) in zip(totals, parts, strict=True):
-            for i, row in zip(ids, rows, strict=True):
-                total[i] = _add([total[i], row]) if i in total else row
-    return totals
+def _sums_on_first(
+    groupings: Sequence[Tensor], values: Tensor, ranks: Ranks
+) -> list[tuple[Int64[Tensor, "G"], Float64[Tensor, "G C"]]] | None:
+    """Return for each of the `groupings` (keys [N]) its keys, ascending, and the sums of the rows of `values` [N, C]
+    over all ranks, on the host; None on all ranks but the first.
+
+    Key i is summed up by rank i modulo their number, in the order of ranks.
+    """
+    local = [_sums(keys, values) for keys in groupings]
+    shares: list[list[Any]] = [[] for _ in range(ranks.size)]
+    for keys, sums in local:
+        owners = keys % ranks.size
+        order, sizes = owners.argsort(stable=True), owners.bincount(minlength=ranks.size).tolist()
+        for share, *part in zip(shares, keys[order].split(sizes), sums[order].split(sizes), strict=True):
+            share.append(part)
+    own = _merged(ranks.exchange_objects(shares))
+    parts = ranks.exchange_objects([own, *[None] * (ranks.size - 1)])
+    return None if parts[0] is None else _merged(parts)
+
+
+def _merged(parts: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+    """Return `_sums` of each grouping over what each rank sent of it."""
+    return [_sums(*map(torch.cat, zip(*of_ranks, strict=True))) for of_ranks in zip(*parts, strict=True)]
+
+
+def _sums(keys: Int64[Tensor, "N"], values: Float64[Tensor, "N C"]) -> tuple[Tensor, Tensor]:
+    """Return the distinct keys, ascending, and the sums of their rows, on the host."""
+    unique, index = keys.unique(return_inverse=True)
+    return unique.cpu(), values.new_zeros(len(unique), values.shape[1]).index_add_(0, index, values).cpu()
 
 
 def _add(rows: Any) -> list[float]:

@@ -44,8 +44,8 @@ def mark_tokens(
     mini_batch = select_tokens(mini_batch, loss, ranks, seed=seed, step=step)
     if loss.type not in WEIGHTINGS:
         return mini_batch
-    tokens = torch.tensor([sum(micro_batch.num_tokens for micro_batch in mini_batch.micro_batches)])
-    if not int(ranks.sum(tokens.to(mini_batch.micro_batches[0].advantages.device))):  # no token on any rank
+    tokens = torch.stack([micro_batch.loss_mask.sum() for micro_batch in mini_batch.micro_batches]).sum()
+    if not int(ranks.sum(tokens)):  # no token on any rank
         nothing = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
         return mini_batch.replace_each("surrogate_weights", nothing)
     weights = WEIGHTINGS[loss.type](mini_batch, loss, ranks)
@@ -122,8 +122,6 @@ WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
 
 def _uncat(mini_batch: MiniBatch, values: Tensor) -> list[Tensor]:
     """Return [T] per micro-batch, 0 outside `loss_mask`, from values of the response tokens [N]."""
-    parts = values.split([micro_batch.num_tokens for micro_batch in mini_batch.micro_batches])
-    return [
-        torch.zeros_like(micro_batch.advantages).masked_scatter(micro_batch.loss_mask, part)
-        for micro_batch, part in zip(mini_batch.micro_batches, parts, strict=True)
-    ]
+    masks = [micro_batch.loss_mask for micro_batch in mini_batch.micro_batches]
+    whole = values.new_zeros(sum(map(len, masks))).masked_scatter(torch.cat(masks), values)
+    return list(whole.split([len(mask) for mask in masks]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.config.engine_checks import engine_faults, model_engine_faults
 from megatron_rl.config.evaluation import set_path
 from megatron_rl.config.loss import CovarianceLoss
+from megatron_rl.config.megatron_options import chunk_layers, megatron_faults, option_faults
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.facts import (
     architecture_faults,
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 
 def check_consistency(config: Config) -> None:
     """Check what must agree. Raises: ConfigError listing every inconsistency with its remedy."""
-    groups = (_folder_faults, _layout_faults, _batch_faults, _save_faults, _loss_faults, _offload_faults)
+    groups = (
+        megatron_faults,
+        _folder_faults,
+        _layout_faults,
+        _batch_faults,
+        _save_faults,
+        _loss_faults,
+        _offload_faults,
+    )
     faults = [fault for find in groups for fault in find(config)]
     hf = read_hf_config(config.model)
     unsupported = architecture_faults(hf, needs_vocabulary=config.data.type != "countdown")
@@ -66,6 +75,7 @@ def _layout_faults(config: Config) -> list[str]:
         faults.append(
             f"parallel.world_size={parallel.processes} is not a multiple of tp*pp*cp={model_parallel}; set it to {near}"
         )
+    faults += context_faults(config, config.model.layers)
     if parallel.sp and parallel.tp == 1:
         faults.append("parallel.sp=true needs parallel.tp > 1; set sp=false or raise tp")
     if parallel.vpp > 1 and parallel.pp == 1:
@@ -81,6 +91,16 @@ def _layout_faults(config: Config) -> list[str]:
             "sequence over several; set cov_scope=minibatch, which is exact under any layout, or cp=1"
         )
     return faults
+
+
+def context_faults(config: Config, layers: str) -> list[str]:
+    """Return why attention of these `layers` cannot work under context parallelism."""
+    if config.parallel.cp == 1 or config.model.dtype != "float32" or layers != "transformer_engine":
+        return []
+    return [
+        f"parallel.cp={config.parallel.cp} with model.dtype=float32: Transformer Engine's attention over context-"
+        "parallel ranks takes bfloat16 alone; set dtype=bfloat16, model.layers=torch, or cp=1"
+    ]
 
 
 def _batch_faults(config: Config) -> list[str]:
@@ -244,8 +264,18 @@ def _model_faults(config: Config, hf: dict[str, Any]) -> list[str]:
         )
     if has_dense_layers(hf) and hf["intermediate_size"] % tp:
         faults.append(f"model intermediate_size={hf['intermediate_size']} is not divisible by parallel.tp={tp}")
-    vpp = config.parallel.vpp
-    if layers % pp:
+    vpp, options = config.parallel.vpp, config.model.megatron
+    options = {} if option_faults("model.megatron", options) else options
+    chunks = chunk_layers(layers, config.parallel, options)
+    fewest = min(map(min, chunks))
+    if any("_pipeline_s" in name for name in options):
+        if fewest < 1 or sum(map(sum, chunks)) != layers:
+            faults.append(
+                f"model.megatron: pipeline stages of {[sum(stage) for stage in chunks]} layers, each of {vpp} equal "
+                f"chunks with a layer at least, do not make num_hidden_layers={layers}; change them, or "
+                "parallel.pp"
+            )
+    elif layers % pp:
         fits = [d for d in range(1, layers + 1) if layers % d == 0]
         faults.append(f"model num_hidden_layers={layers} is not divisible by parallel.pp={pp}; choose pp from {fits}")
     elif layers % (pp * vpp):
@@ -253,11 +283,11 @@ def _model_faults(config: Config, hf: dict[str, Any]) -> list[str]:
         faults.append(
             f"parallel.vpp={vpp} does not divide the {layers // pp} layers of a pipeline stage; choose vpp from {fits}"
         )
-    chunk_layers, recomputed = layers // (pp * vpp), config.model.recompute_layers or 1
-    if recomputed > max(1, chunk_layers):
+    recomputed = config.model.recompute_layers or 1
+    if recomputed > max(1, fewest):
         faults.append(
-            f"model.recompute_layers={recomputed} exceeds the {chunk_layers} layers of a model chunk (num_hidden_layers"
-            f" / pp / vpp); lower it"
+            f"model.recompute_layers={recomputed} exceeds the {fewest} layers of a model chunk (num_hidden_layers"
+            " / pp / vpp); lower it"
         )
     for name, occurs in {"mlp": has_dense_layers(hf), "moe": is_moe(hf)}.items():
         if name in (config.model.recompute_modules or ()) and not occurs:

@@ -83,7 +83,7 @@ def _memory_faults(rollout: RolloutConfig, longest: int) -> list[str]:
             "rollout.server.share_memory=true lets trainer and servers take turns, rollout.max_staleness > 0 lets them "
             "work at the same time; choose one"
         )
-    if rollout.server.kv_tokens < longest:
+    if (rollout.server.kv_tokens or longest) < longest:
         faults.append(
             f"rollout.server.kv_tokens={rollout.server.kv_tokens} is below the longest sequence (max_prompt_tokens + "
             f"max_response_tokens = {longest}); raise it, best to {longest} times rollout.server.max_concurrency"

@@ -1,11 +1,15 @@
-"""`${MEGATRON_RL_NAME:-default}` in a config's texts: where a site keeps its models, data and runs."""
+"""Environment variables: those that a config's texts name (`${MEGATRON_RL_NAME:-default}`: where a site keeps its
+models, data and runs), and those that a config sets for its ranks."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_rl.config.sections import Config
 
 # one prefix, so that no text of a prompt is taken for a variable
 _VARIABLE = re.compile(r"\$\{(MEGATRON_RL_[A-Z0-9_]+)(?::-([^}]*))?\}")
@@ -35,3 +39,17 @@ def _value(found: re.Match[str], environment: Mapping[str, str]) -> str:
             f"{found[0]}: the environment variable {name} is not set; set it, or write ${{{name}:-default}}"
         )
     return value
+
+
+def for_libraries(config: Config) -> dict[str, str]:
+    """Return what the ranks' libraries shall read when they start, which on a GPU is before its first use."""
+    settings = {}
+    if config.model.dtype == "float32":
+        settings["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine's products would be TF32: 10 bits
+    if config.train.deterministic:
+        settings |= {
+            "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine's attention
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "NCCL_ALGO": "Ring",
+        }
+    return settings

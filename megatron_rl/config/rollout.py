@@ -28,10 +28,11 @@ class ServerConfig(Section):
     """Interpreter with the engine; null: this one if it has it, else .engines/ENGINE/bin/python."""
     max_concurrency: PositiveInt = 64
     """Requests in flight per server."""
-    kv_tokens: PositiveInt = 16384
-    """Key-value cache of a server on a CPU, tokens."""
+    kv_tokens: PositiveInt | None = None
+    """Key-value cache of a server, tokens; null: 16384 on a CPU, on a GPU by memory_fraction."""
     memory_fraction: Fraction = 0.6
-    """Fraction of a GPU's memory for a server's weights and key-value cache."""
+    """Fraction of a GPU's memory for a server's weights and key-value cache. On the trainer's GPUs the planner turns it
+    into tokens, so that a server's cache does not depend on what the trainer holds when it starts."""
     share_memory: bool = False
     """Servers and trainer take turns with the GPUs: the servers' memory is released while training, gradients and
     optimizer state move to the host while generating."""
@@ -57,6 +58,9 @@ class WeightSyncConfig(Section):
     """disaggregated: the trainer's address for the servers; null: found from the route to them."""
     folder: PathText | None = None
     """disk: the folder through which the weights go; null: run_dir/engine_weights."""
+    checksums: bool = True
+    """After each update the weights that the servers hold are compared with those sent, by checksums: a bucket that was
+    lost is an error. On a CPU this reads each weight twice more; on GPUs it was not measured."""
     max_probe_error: PositiveFloat | None = None
     """After each update a fixed prompt's log-probabilities, the servers' against the trainer's, may differ by this on
     average (nats); null: 1e-3 in float32, 0.1 in bfloat16."""
@@ -97,3 +101,8 @@ class RolloutConfig(Section):
     def is_embedded(self) -> bool:
         """Return whether each trainer process generates its own share, without servers."""
         return self.engine == "transformers"
+
+    @property
+    def shares_devices(self) -> bool:
+        """Return whether the run starts servers on the devices of its trainer."""
+        return not self.is_embedded and not self.server.urls and self.weight_sync.mode == "colocated"

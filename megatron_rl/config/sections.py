@@ -50,6 +50,9 @@ class ModelConfig(Section):
     """Contents of a config.json; without `path` the weights are random, drawn from `seed`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations."""
+    layers: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Whose layers: Transformer Engine's, on a GPU alone, or Megatron's own with torch's attention and norms; auto:
+    Transformer Engine's where it is installed on a GPU, else torch."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: of whole layers (full) or of `recompute_modules` (selective)."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -63,6 +66,14 @@ class ModelConfig(Section):
     fused_linear_stats: Annotated[Literal["off", "on", "auto"], BeforeValidator(_switch)] = "off"
     """on: never hold the logits, and compute them twice; auto: on where the planner finds no room for them in the
     device's memory."""
+
+    logits_dtype: Literal["auto", "float32", "model"] = "auto"
+    """float32: a bfloat16 model's output layer gives float32 logits, of twice the memory, because bfloat16's steps of
+    0.06 nats and more hide the sign of logprobs - old_logprobs; model: bfloat16; auto: float32 where the
+    log-probabilities of two policies are compared: several updates a step, a correction, a reference."""
+
+    megatron: dict[str, Any] = {}
+    """Fields of Megatron's TransformerConfig by name, passed as they are: docs/models.md."""
 
     @model_validator(mode="after")
     def _has_source(self) -> ModelConfig:
@@ -98,6 +109,11 @@ class ParallelConfig(Section):
     """Sequence parallelism inside the tensor-parallel group."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over data-parallel ranks."""
+    timeout_seconds: PositiveFloat = 1800.0
+    """Longest that ranks wait for what one of them computes, reads or writes alone, a checkpoint for instance; what
+    they wait for engine servers comes on top, from rollout.server."""
+    ddp: dict[str, Any] = {}
+    """Fields of Megatron's DistributedDataParallelConfig by name, passed as they are: docs/models.md."""
 
     @property
     def processes(self) -> int:
@@ -249,6 +265,9 @@ class TrainConfig(Section):
     share_prompts: Literal["auto"] | bool = "auto"
     """Compute a prompt once for the samples of its group that meet in a micro-batch, and no tokens that predict
     nothing; exact; auto: where it works, on a CPU with parallel.cp=1 and without rollout.routing_replay."""
+    deterministic: bool = False
+    """On a GPU, no kernel whose sums depend on the order of threads, and NCCL's rings alone: slower, and a resumed run
+    repeats the trainer's bits. A CPU always does so."""
     max_nonfinite_updates: NonNegativeInt = 3
     """Updates in a row with a non-finite gradient that are skipped and counted before the run ends."""
     entropy_probe: bool = True
@@ -336,6 +355,14 @@ class Config(Section):
     def minibatches_per_step(self) -> int:
         """Return the number of optimizer updates in one RL step."""
         return self.train.prompts_per_step // self.train.prompts_per_minibatch
+
+    @property
+    def float32_logits(self) -> bool:
+        """Return whether the output layer of a bfloat16 model gives float32, in the trainer and in its engines."""
+        loss, chosen = self.loss, self.model.logits_dtype
+        # with one update a step, old and current log-probabilities are the same bits: every ratio is 1
+        compares = self.minibatches_per_step > 1 or loss.rollout_correction is not None or loss.ref_kl_coef > 0
+        return self.model.dtype == "bfloat16" and (chosen == "float32" or (chosen == "auto" and compares))
 
     @property
     def max_sequence_tokens(self) -> int:

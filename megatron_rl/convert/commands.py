@@ -44,19 +44,24 @@ def megatron_to_hf(
     force: _Force = False,
     quantize: Annotated[
         Literal["fp8", "int8"] | None,
-        typer.Option(help="Quantise through nvidia-modelopt; holds the whole model in memory, twice at its peak."),
+        typer.Option(help="fp8: through nvidia-modelopt, holds the model in memory twice. int8: rounds the weights."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Texts for --quantize: one a line, or JSONL with problem, prompt or text.")
+        Path | None, typer.Option(help="Texts for --quantize fp8: one a line, or JSONL with problem, prompt or text.")
     ] = None,
 ) -> None:
     """Write a Hugging Face folder from a checkpoint of any layout."""
-    if quantize is not None:
-        if calibration is None:
-            raise typer.BadParameter("give the texts to calibrate with", param_hint="--calibration")
-        from megatron_rl.convert.quantize import quantize_to_hf
+    if (quantize == "fp8") != (calibration is not None):
+        problem = "--quantize fp8 needs texts to calibrate with, and nothing else does"
+        raise typer.BadParameter(problem, param_hint="--calibration")
+    if calibration is not None:
+        from megatron_rl.convert.quantize import fp8_to_hf
 
-        quantize_to_hf(source, target, recipe=quantize, calibration=calibration, dtype=dtype, force=force)
+        fp8_to_hf(source, target, calibration=calibration, dtype=dtype, force=force)
+    elif quantize == "int8":
+        from megatron_rl.convert.quantize import int8_to_hf
+
+        int8_to_hf(source, target, dtype=dtype, max_shard_size=max_shard_size, force=force)
     else:
         from megatron_rl.convert import to_hf
 

@@ -1,4 +1,5 @@
-"""Export a quantised model through nvidia-modelopt: the unified Hugging Face format that SGLang and vLLM load."""
+"""Export a quantised model in forms that SGLang and vLLM load: FP8 through nvidia-modelopt, INT8 as compressed-tensors
+stores it."""
 
 from __future__ import annotations
 
@@ -11,30 +12,43 @@ import torch
 
 from megatron_rl import device
 from megatron_rl.convert.check import transformers_model
-from megatron_rl.convert.folders import DTYPES, check_tokenizer, converted, load_tokenizer, published
+from megatron_rl.convert.folders import DTYPES, cast, check_tokenizer, converted, load_tokenizer, published
 from megatron_rl.convert.model_files import converted_files, write_files
-from megatron_rl.convert.to_hf import open_checkpoint
+from megatron_rl.convert.safetensors_io import TensorInfo
+from megatron_rl.convert.save_hf import write_shards
+from megatron_rl.convert.to_hf import open_checkpoint, parse_size
+from megatron_rl.convert.weights import Weights
 from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.models.facts import is_moe
 
-# the exported INT8 format is named after SmoothQuant (W8A8_SQ_PER_CHANNEL), with or without its factors
-RECIPES = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_SMOOTHQUANT_CFG"}
+_EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
+INT8_CONFIG: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": _EIGHT_BITS | {"strategy": "channel", "dynamic": False},
+            "input_activations": _EIGHT_BITS | {"strategy": "token", "dynamic": True},
+        }
+    },
+}
+_LINEAR = "_proj.weight"  # ends the Hugging Face names of all weights of linear layers but lm_head
 _MAX_TEXTS = 128
 _MAX_TOKENS = 512
 _FREE_BYTES = 2 * 10**9  # beside the quantised model: what modelopt writes on the way
+_SLACK_BYTES = 64 * 2**20  # headers, scales, tokenizer
 
 
-def quantize_to_hf(
-    source: Path, target: Path, *, recipe: str, calibration: Path, dtype: str = "keep", force: bool = False
-) -> None:
-    """Write a quantised Hugging Face folder from a Megatron checkpoint. The whole model is held in memory, twice at its
-    peak.
+def fp8_to_hf(source: Path, target: Path, *, calibration: Path, dtype: str = "keep", force: bool = False) -> None:
+    """Write an FP8 Hugging Face folder from a Megatron checkpoint: weights and activations, one scale a tensor. The
+    whole model is held in memory, twice at its peak.
 
-    recipe: fp8 (weights and activations, one scale a tensor) or int8 (SmoothQuant, one scale a channel). calibration: a
-    file of texts typical of the model's use (see `read_texts`) from which the activations' scales come.
+    calibration: a file of texts typical of the model's use (see `read_texts`) from which the activations' scales come.
     Raises: UserError without nvidia-modelopt or when it cannot quantise this model, ConfigError for a refused source.
     """
-    if recipe not in RECIPES:
-        raise ConfigError(f"--quantize {recipe}: expected one of {', '.join(RECIPES)}")
     mtq, export = _modelopt()
     weights, texts = open_checkpoint(source), list(read_texts(calibration))
     tensors = converted(weights.tensors, dtype)
@@ -52,16 +66,60 @@ def quantize_to_hf(
                     calibrated(batch)
 
         try:
-            export(mtq.quantize(model, getattr(mtq, RECIPES[recipe]), feed), export_dir=str(draft))
+            export(mtq.quantize(model, mtq.FP8_DEFAULT_CFG, feed), export_dir=str(draft))
         except (RuntimeError, ValueError, NotImplementedError, AssertionError, KeyError) as error:
             raise UserError(
-                f"nvidia-modelopt cannot make {recipe} of this {weights.hf.model_type} model on this machine: "
+                f"nvidia-modelopt cannot make fp8 of this {weights.hf.model_type} model on this machine: "
                 f"{type(error).__name__}: {error}"
             ) from error
         exported = json.loads((draft / "config.json").read_bytes())
-        files = converted_files(weights, tensors.values())
-        described = json.loads(files["config.json"]) | {"quantization_config": exported["quantization_config"]}
-        write_files(draft, files | {"config.json": json.dumps(described, indent=2).encode()})
+        _describe(draft, weights, tensors, exported["quantization_config"])
+
+
+def int8_to_hf(
+    source: Path, target: Path, *, dtype: str = "keep", max_shard_size: str = "5GB", force: bool = False
+) -> None:
+    """Write an INT8 Hugging Face folder from a Megatron checkpoint, in the form that compressed-tensors calls
+    int-quantized: the linear layers' weights rounded, one float32 scale an output channel; the engine quantises each
+    token's activations itself, so nothing is calibrated. Embeddings, norms and lm_head keep their dtype.
+
+    Memory: one file of at most `max_shard_size`.
+    Raises: ConfigError when the source is refused, UserError when the target is; before anything is written.
+    """
+    weights, limit = open_checkpoint(source), parse_size(max_shard_size)
+    if is_moe(weights.raw_config):
+        raise ConfigError(
+            f"{source}: --quantize int8 takes no mixture of experts: SGLang 0.5.23 loads INT8 experts on NPUs alone; "
+            "take --quantize fp8"
+        )
+    tensors = converted(weights.tensors, dtype)
+    check_tokenizer(weights)
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, info in tensors.items():
+            if name.endswith(_LINEAR):
+                rounded, scale = _round_channels(weights.read(name))
+                yield name, rounded
+                yield f"{name}_scale", scale
+            else:
+                yield name, cast(name, weights.read(name), info.dtype)
+
+    with published(target, source, sum(info.nbytes for info in tensors.values()) + _SLACK_BYTES, force) as draft:
+        write_shards(draft, stream(), limit)
+        _describe(draft, weights, tensors, INT8_CONFIG)
+
+
+def _round_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `[out, in]` int8 and `[out, 1]` float32 whose product is `weight` to half a scale."""
+    weight = weight.float()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale.where(scale > 0, 1.0)).round().to(torch.int8), scale
+
+
+def _describe(draft: Path, weights: Weights, tensors: dict[str, TensorInfo], quantization: dict[str, Any]) -> None:
+    files = converted_files(weights, tensors.values())
+    described = json.loads(files["config.json"]) | {"quantization_config": quantization}
+    write_files(draft, files | {"config.json": json.dumps(described, indent=2).encode()})
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -113,6 +171,6 @@ def _modelopt() -> tuple[Any, Any]:
         from modelopt.torch.export import export_hf_checkpoint
     except ImportError as error:
         raise UserError(
-            f"--quantize needs nvidia-modelopt ({error}); install it: pip install 'megatron_rl[quantize]'"
+            f"--quantize fp8 needs nvidia-modelopt ({error}); type: pip install 'nvidia-modelopt==0.47.*' requests"
         ) from error
     return mtq, export_hf_checkpoint

@@ -22,7 +22,7 @@ from megatron_rl.errors import ConfigError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {torch.int8: "I8"}  # of an export, which no one reads back
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 

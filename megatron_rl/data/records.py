@@ -14,7 +14,7 @@ ACCEPTED = (
     "accepted are UTF-8 JSON lines with `problem` and `answer`, a .json list of such objects, and Parquet, each also "
     "with verl's columns (`prompt` and `reward_model.ground_truth`)"
 )
-INSTALL_PARQUET = "install it with: pip install 'megatron-rl[data]'"
+INSTALL_PARQUET = "install it with: pip install 'datasets>=5.0,<6' 'pyarrow>=21'"
 
 Record = dict[str, Any]
 

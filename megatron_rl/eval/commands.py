@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_rl.config import Config, dump_config, load_config
+from megatron_rl.config.environment import for_libraries
 from megatron_rl.config.evaluation import set_path
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
@@ -78,4 +79,5 @@ def run_evaluation(config: Config) -> int:
         processes=config.parallel.processes,
         grace_seconds=config.train.grace_seconds,
         prepare=lambda: write_atomically(path, dump_config(config)),
+        environment=for_libraries(config),
     )

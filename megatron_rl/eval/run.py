@@ -24,23 +24,24 @@ from megatron_rl.eval.browse import write_pages
 from megatron_rl.eval.evaluator import Evaluator, SetResult
 from megatron_rl.eval.store import EvalError, model_name
 from megatron_rl.eval.table import write_tables
-from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.reward import build_grader, say_text_only
 from megatron_rl.rollout.engine import Place, RolloutEngine
 from megatron_rl.rollout.served import Served
+from megatron_rl.rollout.world import join
 
 _REPORT_SECONDS = 30.0  # between two lines about the progress
 
 
 def main(config: Config) -> None:
     """Evaluate on the world that torchrun's environment describes; rank 0 prints the table."""
-    groups = init_groups(config.parallel, config.seed)
+    groups = join(config)
     world = groups.all_ranks
     place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
     results = evaluate_model(config, place)
     if place.rank == 0:
         print(f"{write_results(config, results)}\n{config.run_dir / 'index.html'}", flush=True)
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 

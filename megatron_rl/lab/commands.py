@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from megatron_rl.config import Config, parse_config
+from megatron_rl.config.environment import for_libraries
 from megatron_rl.config.yaml_text import read_yaml
 from megatron_rl.errors import ConfigError, UserError
 
@@ -42,7 +43,9 @@ def shadow(
         main(config, path, losses, updates, run_dir / "shadow")
 
     # the folder is the lock, so that the run's own stays free
-    sys.exit(launch.in_world(work, sys.argv[1:], run_dir / "shadow", processes=config.parallel.processes))
+    processes, environment = config.parallel.processes, for_libraries(config)
+    folder = run_dir / "shadow"
+    sys.exit(launch.in_world(work, sys.argv[1:], folder, processes=processes, environment=environment))
 
 
 def shadow_config(checkpoint: Path, *, one_process: bool) -> Config:

@@ -14,7 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl import device
 from megatron_rl.algorithms.control import mean_entropy
 from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.algorithms.weighting import mark_tokens
@@ -23,25 +22,25 @@ from megatron_rl.config.loss import LossBase, LossConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
 from megatron_rl.lab.compare import METHODS, StepFacts, compare
-from megatron_rl.packing import pack
-from megatron_rl.parallel.groups import barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.rollout.world import join
 from megatron_rl.run import set_up
-from megatron_rl.train import advantages
+from megatron_rl.train import packed
 
 
 def main(
     config: Config, checkpoint: Path, losses: dict[str, dict[str, Any]] | None, updates: int, folder: Path
 ) -> None:
     """Compare on every rank of the world, write folder/NAME.json, print tables."""
-    groups = init_groups(config.parallel, config.seed)
+    groups = join(config)
     result = replay(config, groups, checkpoint, losses or METHODS, updates)
     if groups.rank == 0:
         path = folder / f"{checkpoint.name}.json"
         write_atomically(path, json.dumps(_finite(result), indent=1))
         show(result, Console())
         print(path)
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 
@@ -61,7 +60,7 @@ def replay(
     run.served.weight_version, run.controller.state = state["weight_version"], state["control"]
     with run.served.session(run.timers):
         collected = run.collector.collect(step)
-    batch = pack(collected.rollouts, advantages(collected.rollouts, config), run.layout, step=step).to(device.device())
+    _, batch = packed(run, collected, step)
     batch = run.policy.with_old_logprobs(batch)
     own = run.controller.next_loss(batch)
     facts = StepFacts(config.seed, step, mean_entropy(batch, run.ranks))

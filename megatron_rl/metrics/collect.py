@@ -33,15 +33,15 @@ class Metrics:
         self._values: dict[str, float] = {}
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Accumulate pairs `[2]` = (sum, count) in float64, on the pair's own device.
+        """Accumulate pairs `[2]` = (sum, count) in float64, on the device of this object, wherever the pairs are.
 
         Raises: ValueError when a tensor is not of shape [2].
         """
         for name, pair in sums.items():
             if pair.shape != (2,):
                 raise ValueError(f"metric {name!r}: got shape {tuple(pair.shape)}, expected [2] = (sum, count)")
-            # .double() of a float64 tensor is the caller's own storage, which a later in-place change would corrupt
-            pair = pair.detach().double()
+            # .to() of a float64 tensor there is the caller's own storage, which a later in-place change would corrupt
+            pair = pair.detach().to(self._device, torch.float64)
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair.clone()
 
     def set(self, values: Mapping[str, float]) -> None:
@@ -70,7 +70,7 @@ class Metrics:
         self._check_same_names(names, maxima, all_reduce_max)
         result = dict(self._values)
         if names:
-            packed = all_reduce_sum(torch.stack([self._sums[name] for name in names]).flatten().to(self._device))
+            packed = all_reduce_sum(torch.stack([self._sums[name] for name in names]).flatten())
             for name, (total, count) in zip(names, packed.view(-1, 2).tolist(), strict=True):
                 if count != 0:
                     result[name] = total / count

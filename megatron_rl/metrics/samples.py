@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.covariance import covariances, response_tokens
-from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.types import MiniBatch, Prompt, Rollout, TrainBatch
+from megatron_rl.algorithms.covariance import covariances
+from megatron_rl.types import MiniBatch, Prompt, Ranks, Rollout
 
 Key = tuple[int, int]  # prompt id, sample index
 
@@ -19,17 +18,26 @@ Key = tuple[int, int]  # prompt id, sample index
 def samples_for_log(
     logged: Sequence[Rollout],
     prompts_by_id: Mapping[int, Prompt],
-    batch: TrainBatch,
+    batch: Sequence[MiniBatch],
     updates: Sequence[MiniBatch],
     tokenizer: Any,
-    ranks: Reducer,
+    ranks: Ranks,
 ) -> list[dict[str, Any]]:
-    """Return these rollouts decoded, with the values of their tokens (`token_values`) under `tokens`. Collective."""
+    """Return these rollouts decoded, with the values of their tokens (`token_values`) under `tokens`, on the first of
+    `ranks`; nothing elsewhere. Collective.
+
+    logged: with tokens on one of `ranks` at least. batch, updates: the mini-batches that hold them, see `token_values`.
+    """
     if not logged:
         return []
     decode = tokenizer.decode
     keys = [(rollout.prompt_id, rollout.sample_index) for rollout in logged]
-    values = token_values(batch, updates, keys, ranks)
+    held = {key: rollout.response_ids for key, rollout in zip(keys, logged, strict=True) if rollout.has_tokens}
+    own = held, token_values(batch, updates, keys, ranks)
+    parts = ranks.exchange_objects([own, *[None] * (ranks.size - 1)])
+    if parts[0] is None:
+        return []
+    responses = {key: response for held, _ in parts for key, response in held.items()}
     samples = []
     for key, rollout in zip(keys, logged, strict=True):
         prompt = prompts_by_id[rollout.prompt_id]
@@ -37,59 +45,56 @@ def samples_for_log(
             "prompt_id": rollout.prompt_id,
             "sample_index": rollout.sample_index,
             "prompt": decode(prompt.token_ids),
-            "response": decode(rollout.response_ids),
+            "response": decode(responses[key]),
             "answer": prompt.answer,
             "score": rollout.score,
             "reward": rollout.reward,
             "finish_reason": rollout.finish_reason,
         }
-        if key in values:
-            sample["tokens"] = {"text": [decode([i]) for i in values[key]["token_id"]], **values[key]}
+        if rows := [row for _, values in parts for row in values.get(key, [])]:
+            columns = _columns(sorted(rows))
+            sample["tokens"] = {"text": [decode([i]) for i in columns["token_id"]], **columns}
         samples.append(sample)
     return samples
 
 
 def token_values(
-    batch: TrainBatch, updates: Sequence[MiniBatch], wanted: Sequence[Key], ranks: Reducer
-) -> dict[Key, dict[str, list[Any]]]:
-    """Return, per counted response token of the `wanted` samples, in order: `token_id`; `logprob` and `entropy`, nats;
-    `covariance`, the centred product of its optimiser mini-batch (nats * advantage). `selected` lists the indices of
-    the tokens that the method picked.
+    batch: Sequence[MiniBatch], updates: Sequence[MiniBatch], wanted: Sequence[Key], ranks: Ranks
+) -> dict[Key, list[list[float]]]:
+    """Return, per counted response token of the `wanted` samples that this rank computes, a row: position; token id;
+    logprob and entropy, nats; the centred product of its optimiser mini-batch (nats * advantage); whether the method
+    picked it. Collective.
 
-    batch: with the statistics at the step's start, so that a later mini-batch chosen with `cov_logprobs: current` was
-    chosen by newer values than these. updates: its mini-batches as they were trained on, with `selected`. ranks: over
-    the ranks that hold different tokens.
-    Collective; the same on every rank. A sample without counted tokens is left out.
+    batch: the mini-batches that hold `wanted`, the same on every rank, with the statistics at the step's start, so that
+    a later one chosen with `cov_logprobs: current` was chosen by newer values than these. updates: the same as they
+    were trained on, with `selected`. ranks: over the ranks that hold different tokens.
     """
-    mine: list[tuple[Key, tuple[float, ...]]] = []
-    logprobs_of = [mini_batch.cat_stats("logprobs") for mini_batch in batch.mini_batches]
-    advantages_of = [mini_batch.cat("advantages") for mini_batch in batch.mini_batches]
+    rows: dict[Key, list[list[float]]] = {}
+    logprobs_of = [mini_batch.cat_stats("logprobs") for mini_batch in batch]
+    advantages_of = [mini_batch.cat("advantages") for mini_batch in batch]
     centred = covariances(list(zip(logprobs_of, advantages_of, strict=True)), ranks)
-    for mini_batch, update, logprobs, (cov, _) in zip(batch.mini_batches, updates, logprobs_of, centred, strict=True):
+    for mini_batch, update, logprobs, (cov, _) in zip(batch, updates, logprobs_of, centred, strict=True):
         columns = [mini_batch.cat(name) for name in ("position_ids", "labels")]
         columns += [logprobs, mini_batch.cat_stats("entropy"), cov, _picked(update)]
-        prompts, samples = mini_batch.cat("prompt_ids"), mini_batch.cat("sample_indices")
-        for key in wanted:
-            rows = ((prompts == key[0]) & (samples == key[1])).nonzero()[:, 0]
-            if len(rows):
-                mine += [(key, row) for row in zip(*(column[rows].tolist() for column in columns), strict=True)]
-    found: dict[Key, list[tuple[float, ...]]] = {}
-    for part in ranks.gather_objects(mine):
-        for key, row in part:
-            found.setdefault(key, []).append(row)
-    return {key: _columns(sorted(rows)) for key, rows in found.items()}
+        owners = torch.stack([mini_batch.cat("prompt_ids"), mini_batch.cat("sample_indices")], 1)
+        keys = torch.tensor(wanted, device=owners.device)
+        which, where = (keys[:, None] == owners).all(2).nonzero().unbind(1)
+        values = torch.stack([column[where].double() for column in columns], 1)
+        for i, row in zip(which.tolist(), values.tolist(), strict=True):
+            rows.setdefault(wanted[i], []).append(row)
+    return rows
 
 
 def _picked(update: MiniBatch) -> Tensor:
     """Return bool `[N_local]`: the response tokens that the method picked; none where it picks none."""
     picked = [torch.zeros_like(mb.loss_mask) if mb.selected is None else mb.selected for mb in update.micro_batches]
-    return response_tokens(update, picked)
+    return update.response_tokens(picked)
 
 
-def _columns(rows: Sequence[tuple[float, ...]]) -> dict[str, list[Any]]:
+def _columns(rows: Sequence[Sequence[float]]) -> dict[str, list[Any]]:
     _, token_ids, logprobs, entropy, cov, picked = zip(*rows, strict=True)
     return {
-        "token_id": list(token_ids),
+        "token_id": [int(i) for i in token_ids],
         "logprob": _rounded(logprobs),
         "entropy": _rounded(entropy),
         "covariance": _rounded(cov),

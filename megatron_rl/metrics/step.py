@@ -18,7 +18,7 @@ from megatron_rl.config.loss import LossBase
 from megatron_rl.metrics.collect import Metrics, Timers
 from megatron_rl.metrics.samples import samples_for_log
 from megatron_rl.metrics.write import RunLogger
-from megatron_rl.packing import computed, packing_metrics
+from megatron_rl.packing import Layout, computed, packing_metrics
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.types import CollectResult, MiniBatch, Ranks, TokenStats, TrainBatch, UpdateResult
 
@@ -46,6 +46,7 @@ class Reported(Protocol):
 
     config: Config
     ranks: Reducer
+    layout: Layout
     controller: LossController
     tokenizer: Any
     timers: Timers
@@ -95,9 +96,9 @@ class StepReport:
                 logger.log_ledger(self._step, ledger(batch, after, run.ranks), run.tokenizer)
             metrics.set(batch_totals(batch, self._collected, run.ranks))
             logged = self._collected.rollouts[: options.samples_per_step]
-            samples = samples_for_log(
-                logged, self._collected.prompts_by_id, batch, self._updates, run.tokenizer, run.ranks
-            )
+            holding = slice(-(-len(logged) // run.layout.samples_per_minibatch))
+            parts = batch.mini_batches[holding], self._updates[holding]
+            samples = samples_for_log(logged, self._collected.prompts_by_id, *parts, run.tokenizer, run.ranks)
             logger.log_samples(self._step, samples)
             return metrics.reduce(run.ranks.sum, run.ranks.max)
 
@@ -116,16 +117,15 @@ class StepReport:
 def add_batch_metrics(metrics: Metrics, batch: TrainBatch, ranks: Reducer) -> None:
     """Add the entropy (mean, 10% and 90% quantiles, nats) and the mismatch of the step's tokens, under the weights that
     sampled them."""
-    entropies: list[Tensor] = []
-    worst = 0.0
-    for micro_batch in batch.micro_batches:
+    entropies, worst = [], []
+    for mini_batch in batch.mini_batches:
+        entropies.append(mini_batch.cat_stats("entropy"))
+        worst.append((mini_batch.cat_stats("logprobs") - mini_batch.cat("rollout_logprobs")).abs())
+    for micro_batch in batch.micro_batches:  # nothing here waits for the device
         stats, mask = micro_batch.computed_stats, micro_batch.loss_mask
-        entropies.append(stats.entropy[mask])
         metrics.add({"entropy/mean": masked_sum_count(stats.entropy, mask)})
         metrics.add(mismatch_metrics(stats.logprobs, micro_batch.rollout_logprobs, mask))
-        if mask.any():
-            worst = max(worst, float((stats.logprobs - micro_batch.rollout_logprobs)[mask].abs().max()))
-    metrics.max("mismatch/abs_max", worst)
+    metrics.max("mismatch/abs_max", torch.cat([*worst, worst[0].new_zeros(1)]).max())
     p10, p90 = ranks.quantiles(torch.cat(entropies), [0.1, 0.9])
     metrics.set({"entropy/p10": p10, "entropy/p90": p90})
 
@@ -147,7 +147,7 @@ def batch_totals(batch: TrainBatch, collected: CollectResult, ranks: Reducer) ->
     return {
         "batch/tokens": float(positions),
         "batch/response_tokens": float(response_tokens),
-        "batch/sequence_tokens": float(sum(len(rollout.token_ids) for rollout in collected.rollouts)),
+        "batch/sequence_tokens": float(sum(rollout.lengths.total for rollout in collected.rollouts)),
         "packing/computed_tokens": float(tokens),
         "packing/attention_pairs": float(pairs),
         "memory/peak_bytes": float(device.peak_memory_bytes()),

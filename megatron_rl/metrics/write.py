@@ -193,7 +193,7 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"logging.wandb_project={config.logging.wandb_project!r} needs wandb, which is not installed: "
-            "pip install megatron-rl[wandb], or remove the option"
+            "pip install wandb, or remove the option"
         ) from error
     run_dir.mkdir(parents=True, exist_ok=True)
     # Each process is a W&B run of its own (W&B refuses steps that go back); the group holds the resumed ones together.

@@ -52,6 +52,8 @@ def with_memory(memory: float, *, on_gpu: bool) -> Hardware:
 # Driver context, cuBLAS and attention workspaces, NCCL's buffers, of one process on a GPU. Assumed: never measured
 # here.
 GPU_PROCESS_BYTES = 2.0 * GIB
+# What a rank, or an engine's process, with a GPU holds of the host's memory besides. Assumed: never measured here.
+HOST_PROCESS_BYTES = 5.0 * GIB
 # Share of a GPU's memory that a plan may fill; the rest is for fragmentation and what the formulas leave out.
 FILL = 0.92
 # Peak RSS of a rank that has imported torch, Megatron-Core and transformers and trained a model of 10 thousand

@@ -227,7 +227,8 @@ def from_shards(row: Row, shards: list[Tensor], hf: PretrainedConfig) -> list[Te
         case "row":
             return [torch.cat(shards, dim=1)]
         case "vocab":
-            return [torch.cat(shards, dim=0)[: hf.vocab_size]]
+            whole = torch.cat(shards, dim=0) if len(shards) > 1 else shards[0]
+            return [whole[: hf.vocab_size]]
         case "qkv":
             groups = hf.num_key_value_heads
             ratio = hf.num_attention_heads // groups

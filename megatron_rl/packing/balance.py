@@ -1,7 +1,4 @@
-"""Which samples of a mini-batch are computed together: the micro-batches of every data-parallel rank.
-
-Every rank computes the same deal, so it needs no communication.
-"""
+"""Which samples of a mini-batch are computed together: the micro-batches of every data-parallel rank."""
 
 from __future__ import annotations
 
@@ -37,8 +34,8 @@ class Work:
         return total
 
 
-def deal(work: Work, capacity: int, rank: int, ranks: int, *, count_multiple: int = 1) -> list[list[int]]:
-    """Return this data-parallel rank's micro-batches, as samples in ascending order.
+def deal(work: Work, capacity: int, ranks: int, *, count_multiple: int = 1) -> list[list[list[int]]]:
+    """Return each data-parallel rank's micro-batches, as samples in ascending order.
 
     Every rank gets the same number of them, a multiple of `count_multiple`. None exceeds `capacity` tokens, which each
     sample alone must not. Families that share a prefix stay together as far as that balances; where it does not, they
@@ -54,7 +51,7 @@ def deal(work: Work, capacity: int, rank: int, ranks: int, *, count_multiple: in
     if best is None:
         longest = max(work.lengths.values())
         raise ValueError(f"a sample of {longest} tokens exceeds the {capacity} of a micro-batch; raise the budget")
-    return _share(best[1], work, rank, ranks)
+    return _shares(best[1], work, ranks)
 
 
 def _splits(work: Work) -> Iterator[list[list[int]]]:
@@ -89,20 +86,19 @@ def _cut(samples: list[int], parts: int) -> list[list[int]]:
     return [samples[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def _share(bins: list[list[int]], work: Work, rank: int, ranks: int) -> list[list[int]]:
-    """Return rank `rank`'s bins: heaviest first, one to each rank per round, the heaviest of a round to the rank with
+def _shares(bins: list[list[int]], work: Work, ranks: int) -> list[list[list[int]]]:
+    """Return each rank's bins: heaviest first, one to each rank per round, the heaviest of a round to the rank with
     the least so far: equal counts, balanced ranks, and micro-batches of one round that are alike, so that ranks keep
     pace."""
     bins = sorted(bins, key=lambda chosen: (-work.load(chosen), chosen))
-    mine: list[list[int]] = []
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
     totals = [0] * ranks
     for start in range(0, len(bins), ranks):
         order = sorted(range(ranks), key=lambda which: (totals[which], which))
         for which, chosen in zip(order, bins[start : start + ranks], strict=True):
             totals[which] += work.load(chosen)
-            if which == rank:
-                mine.append(chosen)
-    return mine
+            shares[which].append(chosen)
+    return shares
 
 
 def _longest_first(loads: list[int], count: int) -> list[list[int]]:

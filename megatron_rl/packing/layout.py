@@ -28,6 +28,7 @@ class Layout:
     share_prompts: bool  # the samples of a prompt compute it once
     dp_rank: int = 0
     dp_size: int = 1
+    dp_ranks: tuple[int, ...] = (0,)  # of every process, in the order of the world's ranks
     cp_rank: int = 0
     cp_size: int = 1
     pad_multiple: int = 1  # lengths of micro-batches over all context-parallel ranks (sequence, context parallelism)
@@ -57,10 +58,11 @@ class Layout:
             layout,
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
+            dp_ranks=groups.dp_ranks,
             cp_rank=groups.cp_rank,
             cp_size=groups.cp_size,
             pad_multiple=config.parallel.token_multiple,
-            row_multiple=device.row_multiple(),
+            row_multiple=device.row_multiple(config.parallel.token_multiple // groups.cp_size),
             equal_lengths=groups.pp_size > 1,
             count_multiple=config.parallel.micro_batch_multiple,
         )
@@ -118,16 +120,14 @@ def shares_prompts(config: Config) -> bool:
     Exact: a sample's tokens attend to the prompt's keys and go on from its positions, and each sample predicts its
     first token from the prompt's last output. A sample's last token, which predicts nothing, is left out. A GPU has no
     such path here: it would need an attention kernel that takes a shared prefix (a block mask, or two calls merged by
-    their log-sum-exp), which Transformer Engine's packed one does not. Under context parallelism the two chunks of a
-    rank would have to see a prefix that other ranks hold. With rollout.routing_replay, an engine may take a prompt's
-    token to other experts in each sample.
+    their log-sum-exp), which neither Transformer Engine's packed one nor torch's does. Under context parallelism the
+    two chunks of a rank would have to see a prefix that other ranks hold. With rollout.routing_replay, an engine may
+    take a prompt's token to other experts in each sample.
     Raises: ConfigError when it is on and cannot work on this machine.
     Source: prefix grouping, arXiv 2506.05433.
     """
     if config.train.share_prompts is True and device.ON_GPU:
-        raise ConfigError(
-            "train.share_prompts=true: on a GPU Transformer Engine's attention has no shared prefix; set auto or false"
-        )
+        raise ConfigError("train.share_prompts=true: on a GPU packed attention has no shared prefix; set auto or false")
     able = not device.ON_GPU and config.parallel.cp == 1 and not config.rollout.routing_replay
     return able and config.train.share_prompts is not False
 

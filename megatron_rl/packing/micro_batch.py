@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """A mini-batch's samples, known by their index in the step, and their tokens one behind the other: `[N]`."""
+    """A rank's samples of a mini-batch, known by their index in the step, and their tokens one behind the other:
+    `[N]`."""
 
     starts: dict[int, int]  # sample -> where it begins
     lengths: dict[int, int]
-    prompt_lengths: dict[int, int]  # tokens before the first that counts; the whole length where none does
+    prompt_lengths: dict[int, int]  # tokens before the first that was sampled
     routes: dict[int, Tensor | None]  # see models/expert_routes.py
     token_ids: Tensor
     counted: Tensor  # bool, sampled, in a rollout that counts
@@ -35,47 +36,33 @@ class Samples:
     sample_indices: Tensor
 
     @staticmethod
-    def of(members: range, rollouts: list[Rollout], advantages: Tensor) -> Samples:
-        """Return those with the indices `members`; `advantages` `[B]` are the step's."""
-        chosen = [rollouts[i] for i in members]
+    def of(members: list[int], rollouts: list[Rollout], advantages: Tensor) -> Samples:
+        """Return those with the indices `members`, whose tokens this rank holds; `advantages` `[B]` are the step's."""
+        chosen = [rollouts[i] for i in members] or [_NOTHING]
         sizes = [len(rollout.token_ids) for rollout in chosen]
         lengths = torch.tensor(sizes)
         counted = torch.cat([r.sampled if r.counts else torch.zeros_like(r.sampled) for r in chosen])
         ends, so_far = lengths.cumsum(0), counted.cumsum(0)
         starts = ends - lengths
         counted_before = so_far[starts] - counted[starts].long()
-        # no token from `starts` on has a higher count than `counted_before` until the first that counts
-        first = torch.searchsorted(so_far, counted_before + 1)
-        owners = torch.tensor([(i, rollouts[i].prompt_id, rollouts[i].sample_index) for i in members])
+        owners = torch.tensor([(i, rollouts[i].prompt_id, rollouts[i].sample_index) for i in members] or [(-1, -1, -1)])
+        of_members = advantages[members].float() if members else torch.zeros(1)
         return Samples(
-            dict(zip(members, starts.tolist(), strict=True)),
-            dict(zip(members, sizes, strict=True)),
-            dict(zip(members, (torch.minimum(first, ends) - starts).tolist(), strict=True)),
+            dict(zip(members, starts.tolist(), strict=False)),
+            {i: rollouts[i].lengths.total for i in members},
+            {i: rollouts[i].lengths.prompt for i in members},
             {i: rollouts[i].routes for i in members},
             torch.cat([rollout.token_ids for rollout in chosen]),
             counted,
             torch.cat([rollout.rollout_logprobs for rollout in chosen]),
             so_far - 1 - counted_before.repeat_interleave(lengths),
-            advantages[members.start : members.stop].float().repeat_interleave(lengths),
+            of_members.repeat_interleave(lengths),
             *owners.repeat_interleave(lengths, dim=0).unbind(1),
         )
 
-    def work(self) -> Work:
-        """Return the tokens that the predictions of a response need: all before its last, of which the samples of a
-        prompt share the prompt. A sample without a counted token needs none."""
-        needed = {i: length - 1 if self.prompt_lengths[i] < length else 0 for i, length in self.lengths.items()}
-        by_prompt: dict[int, list[int]] = {}
-        for i, start in self.starts.items():
-            if needed[i]:
-                by_prompt.setdefault(int(self.prompt_ids[start]), []).append(i)
-        families: dict[int, int] = {}
-        prefixes: dict[int, int] = {}
-        for family, members in by_prompt.items():
-            starts = torch.tensor([self.starts[i] for i in members])
-            prompts = self.token_ids[starts[:, None] + torch.arange(min(self.prompt_lengths[i] for i in members))]
-            prefixes[family] = int((prompts == prompts[0]).all(0).cumprod(0).sum())
-            families.update(dict.fromkeys(members, family) if prefixes[family] else {})
-        return Work(needed, families, prefixes)
+
+# one token of nobody, so that the micro-batches of a rank without samples have something to read their padding from
+_NOTHING = Rollout(-1, -1, torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1, dtype=torch.bool), "", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +149,7 @@ def _predictions(
         token_ids_global=torch.where(real, samples.indices[source] * layout.max_tokens + position_ids + 1, -1),
         loss_denominator=denominator,
         num_sequences=num_samples,
+        longest=max(widths),
     )
 
 
@@ -184,11 +172,15 @@ def _shared_inputs(counts: dict[int, int], position_ids: Tensor, samples: Sample
         skip = work.prefixes[family] if family in together else 0
         if skip and family not in prefix_of:
             prefix_of[family] = append(Segment(samples.starts[i], skip, 0))
+        begins = samples.starts[i], segments[prefix_of.get(family, 0)].begin if skip else 0
+        if skip and not torch.equal(*(samples.token_ids[begin : begin + skip] for begin in begins)):
+            raise ValueError(f"samples of prompt {family} begin with other tokens; expected its {skip} first in all")
         prefix = prefix_of[family] if skip else -1
         outputs.append((ends[prefix] if skip else 0, ends[-1], skip))
         if own := work.lengths[i] - skip:  # a response of one token is predicted by the prompt alone
             append(Segment(samples.starts[i] + skip, own, skip, prefix=prefix))
-    segment, offset, cu_seqlens = _places(_with_padding([s.tokens for s in segments], length))
+    widths = _with_padding([s.tokens for s in segments], length)
+    segment, offset, cu_seqlens = _places(widths)
     begin, tokens, position, _, prefixes = _columns(segments)
     real = offset < tokens[segment]
     sample, *_ = _places(_with_padding(list(counts.values()), len(position_ids)))
@@ -200,6 +192,7 @@ def _shared_inputs(counts: dict[int, int], position_ids: Tensor, samples: Sample
         position_ids=position[segment] + offset,
         cu_seqlens=cu_seqlens,
         real=real,
+        longest=max(widths),
         prefixes=prefixes[: len(cu_seqlens) - 1] if any(s.prefix >= 0 for s in segments) else None,
         rows=position_ids + shift,
     )

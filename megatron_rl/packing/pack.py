@@ -1,7 +1,7 @@
 """Rollouts into packed micro-batches: which rank and which forward pass gets which sequence.
 
-Every rank holds the full list of rollouts and computes the same assignment, so packing needs no communication. The
-assignment changes where a token is computed, never its `token_ids_global`, its mini-batch or its weight in the loss.
+Every rank knows the lengths of all rollouts and computes the same assignment (dealing.py). It changes where a token is
+computed, never its `token_ids_global`, its mini-batch or its weight in the loss.
 """
 
 from __future__ import annotations
@@ -12,39 +12,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_rl.packing.balance import Work, deal
+from megatron_rl.packing.dealing import Deal, check_rollouts, deal_samples, deal_step, listed, name_of
 from megatron_rl.packing.layout import Layout
 from megatron_rl.packing.micro_batch import Samples, micro_batch
 from megatron_rl.parallel.context import local_tokens
 from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
 
-def pack(rollouts: list[Rollout], advantages: Tensor, layout: Layout, *, step: int) -> TrainBatch:
+def pack(
+    rollouts: list[Rollout], advantages: Tensor, layout: Layout, *, step: int, deals: Sequence[Deal] | None = None
+) -> TrainBatch:
     """Return this rank's share of one step: the micro-batches of its data-parallel rank, and its context-parallel part
     of each.
 
-    `rollouts`: the step's full list, the same on every rank, ordered by prompt then sample. `advantages`: `[B]` float,
-    one per rollout. Mini-batch j holds the j-th run of `prompts_per_minibatch` prompts. Every rank gets the same number
-    of micro-batches per mini-batch, the smallest that longest-processing-time balancing fits into the token budget.
-    With `share_prompts` they hold predictions alone, and what the model computes for them is `MicroBatch.inputs`.
+    `rollouts`: the step's full list, ordered by prompt then sample, with the tokens of this rank's at least.
+    `advantages`: `[B]` float, one per rollout. `deals`: what `deal_step` says of them, where it was asked before.
+    With `share_prompts` micro-batches hold predictions alone, and what the model computes is `MicroBatch.inputs`.
 
-    Raises: ValueError, naming the rollouts, when the samples of a prompt are incomplete or out of order, a rollout is
-    empty, has no response, exceeds the budget or the configured lengths, or an advantage is not finite.
+    Raises: ValueError as `deal_step`, or when an advantage is not finite.
     """
-    _check_order(rollouts, layout)
-    _check_rollouts(rollouts, layout)
+    deals = deal_step(rollouts, layout) if deals is None else deals
     if advantages.shape != (len(rollouts),):
         raise ValueError(
             f"advantages: got shape {tuple(advantages.shape)}, expected [{len(rollouts)}], one per rollout"
         )
     if not torch.isfinite(advantages).all():
-        bad = [_name(rollouts[i]) for i in torch.nonzero(~torch.isfinite(advantages)).flatten().tolist()]
-        raise ValueError(f"advantages are not finite for {_listed(bad)}; look at the rewards of these prompts")
-    size = layout.samples_per_minibatch
-    mini_batches = tuple(
-        _pack_minibatch(index, range(start, start + size), rollouts, advantages, layout)
-        for index, start in enumerate(range(0, len(rollouts), size))
-    )
+        bad = [name_of(rollouts[i]) for i in torch.nonzero(~torch.isfinite(advantages)).flatten().tolist()]
+        raise ValueError(f"advantages are not finite for {listed(bad)}; look at the rewards of these prompts")
+    mini_batches = tuple(_packed(index, each, rollouts, advantages, layout) for index, each in enumerate(deals))
     return TrainBatch(step, mini_batches)
 
 
@@ -61,8 +56,9 @@ def pack_supervised(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], la
     if not rollouts:
         raise ValueError("no sequences to pack: the supervised data set is empty")
     layout = layout.supervised(max(len(rollout.token_ids) for rollout in rollouts))
-    _check_rollouts(rollouts, layout)
-    return _pack_minibatch(0, range(len(rollouts)), rollouts, torch.ones(len(rollouts)), layout)
+    check_rollouts(rollouts, layout)
+    dealt = deal_samples(range(len(rollouts)), rollouts, layout)
+    return _packed(0, dealt, rollouts, torch.ones(len(rollouts)), layout)
 
 
 def computed(batch: TrainBatch) -> Tensor:
@@ -86,7 +82,7 @@ def packing_metrics(batch: TrainBatch) -> dict[str, float]:
     """
     positions, tokens, count, imbalance = 0, 0, 0, 0.0
     for mini_batch in batch.mini_batches:
-        filled = [int(mb.model_inputs().real.sum()) for mb in mini_batch.micro_batches]
+        filled = torch.stack([mb.model_inputs().real.sum() for mb in mini_batch.micro_batches]).tolist()
         positions += sum(len(mb.model_inputs().token_ids) for mb in mini_batch.micro_batches)
         tokens += sum(filled)
         count += len(filled)
@@ -100,12 +96,9 @@ def packing_metrics(batch: TrainBatch) -> dict[str, float]:
     }
 
 
-def _pack_minibatch(
-    index: int, members: range, rollouts: list[Rollout], advantages: Tensor, layout: Layout
-) -> MiniBatch:
-    samples = Samples.of(members, rollouts, advantages)
-    work = samples.work() if layout.share_prompts else Work({i: layout.padded(n) for i, n in samples.lengths.items()})
-    bins = deal(work, layout.capacity, layout.dp_rank, layout.dp_size, count_multiple=layout.count_multiple)
+def _packed(index: int, dealt: Deal, rollouts: list[Rollout], advantages: Tensor, layout: Layout) -> MiniBatch:
+    work, bins = dealt.work, dealt.bins[layout.dp_rank]
+    samples = Samples.of(sorted(i for chosen in bins for i in chosen), rollouts, advantages)
     totals = [work.load(chosen) for chosen in bins]
     longest = max(totals)
     micro_batches = []
@@ -136,58 +129,3 @@ def _as_rollout(index: int, prompt: Sequence[int], response: Sequence[int]) -> R
         finish_reason="stop",
         weight_version=0,
     )
-
-
-def _check_order(rollouts: list[Rollout], layout: Layout) -> None:
-    prompts, samples = layout.prompts_per_step, layout.samples_per_prompt
-    if len(rollouts) != prompts * samples:
-        raise ValueError(
-            f"got {len(rollouts)} rollouts, expected {prompts * samples} "
-            f"(train.prompts_per_step={prompts} * rollout.samples_per_prompt={samples})"
-        )
-    for start in range(0, len(rollouts), samples):
-        siblings = rollouts[start : start + samples]
-        order = [r.sample_index for r in siblings]
-        if len({r.prompt_id for r in siblings}) > 1 or order != sorted(set(order)):
-            raise ValueError(
-                f"rollouts {start} to {start + samples - 1} are {_listed([_name(r) for r in siblings])}; expected "
-                f"{samples} samples of one prompt with ascending sample_index: order the list by prompt, then sample"
-            )
-
-
-def _check_rollouts(rollouts: list[Rollout], layout: Layout) -> None:
-    faults = [f"{_name(rollout)}: {fault}" for rollout in rollouts if (fault := _fault(rollout, layout))]
-    if faults:
-        raise ValueError("rollouts cannot be packed: " + _listed(faults))
-
-
-def _fault(rollout: Rollout, layout: Layout) -> str | None:
-    """Return why the rollout cannot be packed; None when it can."""
-    length = len(rollout.token_ids)
-    if rollout.sampled.shape != (length,) or rollout.rollout_logprobs.shape != (length,):
-        return (
-            f"token_ids, sampled and rollout_logprobs have {length}, {len(rollout.sampled)} and "
-            f"{len(rollout.rollout_logprobs)} entries; expected equal lengths"
-        )
-    if length == 0:
-        return "no tokens"
-    if not rollout.sampled.any():
-        return "the response has length 0 (sampled is False everywhere)"
-    if rollout.sampled[0]:
-        return "the response starts at token 0; no position predicts it, so give a prompt"
-    if layout.padded(length) > layout.capacity:
-        return (
-            f"{layout.padded(length)} tokens exceed micro_batch_tokens={layout.micro_batch_tokens} "
-            f"(of which {layout.capacity} are usable with lengths padded to a multiple of {layout.pad_multiple})"
-        )
-    if length > layout.max_tokens:
-        return f"{length} tokens exceed max_prompt_tokens + max_response_tokens = {layout.max_tokens}"
-    return None
-
-
-def _name(rollout: Rollout) -> str:
-    return f"(prompt_id={rollout.prompt_id}, sample_index={rollout.sample_index})"
-
-
-def _listed(items: list[str], most: int = 8) -> str:
-    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

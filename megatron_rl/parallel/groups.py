@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import os
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch.distributed import ProcessGroup
 from megatron_rl import device
 from megatron_rl.config import ParallelConfig
 from megatron_rl.parallel.reduce import Reducer
+from megatron_rl.parallel.world import host_group, join_world
 from megatron_rl.types import Float
 
 device.prepare_megatron()
@@ -30,13 +30,16 @@ class Groups:
     parallelism) and those with another part of the same ones (context parallelism). `dp_rank` and `dp_size` count
     data parallelism alone.
     `ep` holds ranks of one pipeline stage that deal a layer's experts out among them; without expert parallelism it is
-    this rank alone, and experts are split over `tp` as the other weights are.
+    this rank alone, and experts are split over `tp` as the other weights are. `dp_cp_hosts` and `pp_hosts` are gloo
+    groups of the same ranks, for objects.
     """
 
-    world: ProcessGroup
+    all_ranks: Reducer
     tp: ProcessGroup
     pp: ProcessGroup
+    pp_hosts: ProcessGroup
     dp_cp: ProcessGroup
+    dp_cp_hosts: ProcessGroup
     cp: ProcessGroup
     ep: ProcessGroup
     rank: int
@@ -53,14 +56,9 @@ class Groups:
     ep_size: int
 
     @property
-    def all_ranks(self) -> Reducer:
-        """Return what reduces over every rank."""
-        return Reducer(self.world, device.device())
-
-    @property
     def token_ranks(self) -> Reducer:
         """Return what reduces over the ranks that hold different tokens."""
-        return Reducer(self.dp_cp, device.device())
+        return Reducer(self.dp_cp, device.device(), self.dp_cp_hosts)
 
     @property
     def context_ranks(self) -> Reducer | None:
@@ -70,7 +68,12 @@ class Groups:
     @property
     def stage_ranks(self) -> Reducer:
         """Return what reduces over the stages of this rank's pipeline."""
-        return Reducer(self.pp, device.device())
+        return Reducer(self.pp, device.device(), self.pp_hosts)
+
+    @property
+    def dp_ranks(self) -> tuple[int, ...]:
+        """Return the data-parallel rank of every process, in the order of the world's ranks (tp-cp-dp-pp)."""
+        return tuple(rank // (self.tp_size * self.cp_size) % self.dp_size for rank in range(self.world_size))
 
     @property
     def is_first_stage(self) -> bool:
@@ -94,15 +97,15 @@ def expert_tp(parallel: ParallelConfig) -> int:
     return 1 if parallel.ep > 1 else parallel.tp
 
 
-def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
+def init_groups(parallel: ParallelConfig, seed: int, waiting_seconds: float = 0.0) -> Groups:
     """Join the world that torchrun's environment describes and lay out TP, CP, DP and PP (order tp-cp-dp-pp, as
     Megatron does); EP takes neighbouring ranks of a stage, over TP first, then CP and DP.
 
+    waiting_seconds: how long ranks may wait for each other (rollout/clocks.py), at least parallel.timeout_seconds.
     Raises: RuntimeError when WORLD_SIZE differs from the config's.
     """
-    device.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        dist.init_process_group(device.BACKEND, timeout=datetime.timedelta(minutes=30))
+    seconds = parallel.timeout_seconds
+    all_ranks = join_world(seconds, max(seconds, waiting_seconds))
     if dist.get_world_size() != parallel.processes:
         raise RuntimeError(
             f"torchrun started {dist.get_world_size()} processes, the config asks for "
@@ -115,6 +118,7 @@ def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=expert_tp(parallel),
+        distributed_timeout_minutes=math.ceil(seconds / 60),
     )
     model_parallel_cuda_manual_seed(seed)
     tp, pp, dp_cp, cp, ep = (
@@ -125,10 +129,12 @@ def init_groups(parallel: ParallelConfig, seed: int) -> Groups:
         mpu.get_expert_model_parallel_group(),
     )
     return Groups(
-        world=dist.group.WORLD,  # type: ignore[arg-type]
+        all_ranks=all_ranks,
         tp=tp,
         pp=pp,
+        pp_hosts=host_group(pp, all_ranks, seconds),
         dp_cp=dp_cp,
+        dp_cp_hosts=host_group(dp_cp, all_ranks, seconds),
         cp=cp,
         ep=ep,
         rank=dist.get_rank(),
@@ -151,11 +157,6 @@ def destroy_groups() -> None:
     mpu.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def barrier(groups: Groups) -> None:
-    """Wait for every rank."""
-    dist.barrier(group=groups.world)
 
 
 def broadcast_from_last_stage(

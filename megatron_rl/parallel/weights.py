@@ -8,7 +8,7 @@ the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from megatron_rl.models.mapping import Row, experts_per_rank, find_row, from_shards
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reduce import Reducer, all_gather_flat
+from megatron_rl.parallel.reduce import all_gather_flat
 from megatron_rl.types import Shaped
 
 
@@ -53,20 +53,29 @@ def weight_stream(
     gathered bucket (one parameter at least).
     """
     local = [_entry(name, parameter, hf, groups) for name, parameter in parameters]
-    stages: list[list[_Entry]] = Reducer(groups.pp, parameters[0][1].device).gather_objects(local)
+    stages: list[list[_Entry]] = groups.stage_ranks.gather_objects(local)
     sent: set[str] = set()
     for stage, entries in enumerate(stages):
         start = 0
         for bucket in _buckets(entries, bucket_bytes, groups):
             shards = [p for _, p in parameters[start : start + len(bucket)]] if stage == groups.pp_rank else None
             start += len(bucket)
-            for entry, tensors in _exchange(bucket, shards, stage, groups, parameters[0][1].device):
-                if entry.rows[0].hf[0] in sent:  # a tied output layer is the embedding again
-                    continue
-                whole = [[tensor] for tensor in tensors] if entry.is_dealt else [tensors]
-                for row, row_shards in zip(entry.rows, whole, strict=True):
-                    sent.update(row.hf)
-                    yield from zip(row.hf, from_shards(row, row_shards, hf), strict=True)
+            groups.all_ranks.barrier()  # a rank may be writing the last bucket to a disk, or waiting for a server
+            # in a frame of its own, so that no name here keeps this bucket alive while the next is gathered
+            yield from _whole_tensors(_exchange(bucket, shards, stage, groups, parameters[0][1].device), hf, sent)
+
+
+def _whole_tensors(
+    exchanged: Iterable[tuple[_Entry, list[Tensor]]], hf: PretrainedConfig, sent: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the Hugging Face tensors of a bucket; add their names to `sent`, and leave out those that it holds."""
+    for entry, tensors in exchanged:
+        if entry.rows[0].hf[0] in sent:  # a tied output layer is the embedding again
+            continue
+        whole = [[tensor] for tensor in tensors] if entry.is_dealt else [tensors]
+        for row, row_shards in zip(entry.rows, whole, strict=True):
+            sent.update(row.hf)
+            yield from zip(row.hf, from_shards(row, row_shards, hf), strict=True)
 
 
 def _entry(name: str, parameter: Tensor, hf: PretrainedConfig, groups: Groups) -> _Entry:
@@ -102,10 +111,15 @@ def _exchange(
     total = sum(entry.numel for entry in bucket)
     gathered = torch.empty(ranks, total, dtype=bucket[0].dtype, device=device)
     if shards is not None:
-        flat = torch.cat([shard.detach().reshape(-1) for shard in shards])
-        all_gather_flat(gathered.view(-1), flat, group=group)
+        flats = [shard.detach().reshape(-1) for shard in shards]
+        all_gather_flat(gathered.view(-1), torch.cat(flats) if len(flats) > 1 else flats[0], group=group)
     if groups.pp_size > 1:
         dist.broadcast(gathered, src=groups.pp_ranks[stage], group=groups.pp)
+    first = bucket[0]
+    if len(bucket) == 1 and first.rows[0].kind == "vocab":
+        # the largest weight: its shards lie behind each other already, and a copy would double it
+        yield first, [gathered.view(-1, *first.shape[1:])]
+        return
     offset = 0
     for entry in bucket:
         columns = gathered[:, offset : offset + entry.numel]

@@ -1,4 +1,4 @@
-"""A world without Megatron's groups, and how fast it reduces: what preflight needs."""
+"""The world of ranks, the groups on which they wait for each other, and how fast the world reduces."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_rl import device
 from megatron_rl.parallel.reduce import Reducer
@@ -16,11 +17,32 @@ from megatron_rl.parallel.reduce import Reducer
 _WARM_UP = 2
 
 
-def join_world(timeout_minutes: float = 5) -> Reducer:
-    """Join the world that torchrun's environment describes, with collectives that give up after `timeout_minutes`."""
+def join_world(seconds: float, waiting_seconds: float) -> Reducer:
+    """Join the world that torchrun's environment describes, unless this process is in one; return all its ranks.
+
+    Collectives of numbers give up after `seconds`, those for which ranks wait after `waiting_seconds`
+    (rollout/clocks.py). On a CPU both are one group's.
+    """
     device.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(device.BACKEND, timeout=datetime.timedelta(minutes=timeout_minutes))
-    return Reducer(dist.group.WORLD, device.device())
+    if not dist.is_initialized():
+        longest = max(seconds, waiting_seconds) if device.BACKEND == dist.Backend.GLOO else seconds
+        dist.init_process_group(device.BACKEND, timeout=datetime.timedelta(seconds=longest))
+    world = dist.group.WORLD
+    assert world is not None
+    return Reducer(world, device.device(), host_group(world, None, waiting_seconds))
+
+
+def host_group(group: ProcessGroup, world: Reducer | None, seconds: float) -> ProcessGroup:
+    """Return a gloo group of the ranks of `group`, which is the group itself where that is gloo's. A collective over
+    `world`; None: `group` holds all ranks."""
+    if dist.get_backend(group) == dist.Backend.GLOO:
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    every = [ranks] if world is None else [list(row) for row in sorted(set(map(tuple, world.gather_objects(ranks))))]
+    limit = datetime.timedelta(seconds=seconds)
+    own: ProcessGroup
+    own, _ = dist.new_subgroups_by_enumeration(every, timeout=limit, backend=dist.Backend.GLOO)
+    return own
 
 
 def leave_world() -> None:
@@ -54,7 +76,7 @@ def all_reduce_bandwidth(world: Reducer, *, nbytes: int, repeats: int) -> tuple[
     for turn in range(_WARM_UP + repeats):
         if turn == _WARM_UP:
             device.synchronize()
-            dist.barrier(group=world.group)
+            world.barrier()
             began = time.perf_counter()
         values.fill_(1.0)
         dist.all_reduce(values, group=world.group)

@@ -19,9 +19,9 @@ from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
 from megatron_rl.plan.measured import COUNTDOWN_VOCAB
 from megatron_rl.plan.search import Proposal, plan_of, remedies, search
 from megatron_rl.plan.seconds import fitted_constants
-from megatron_rl.plan.shapes import shape_of
+from megatron_rl.plan.shapes import shape_of, width_of
 from megatron_rl.plan.step import Load, StepPlan
-from megatron_rl.plan.transfer import sync_bytes, width_of
+from megatron_rl.plan.transfer import sync_bytes
 
 _SHOWN = 10  # layouts
 
@@ -128,6 +128,11 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
     table.add_row("total", *(f"{step.memory.total(p) / GIB:.2f}" for p in step.memory.phases), style="bold")
     console.print(table)
     console.print(f"error of such predictions: median {error}")
+    if step.memory.cache_tokens is not None:
+        console.print(f"key-value cache of a server: {step.memory.cache_tokens:,} tokens, which it is started with")
+    if host := step.memory.host:
+        text = ", ".join(f"{part} {size / GIB:.1f}" for part, size in host.items())
+        console.print(f"memory of a node's host, at most, GiB: {sum(host.values()) / GIB:.1f} ({text})")
     if not step.seconds:
         return
     table = Table(title="one step", title_justify="left")
@@ -215,8 +220,10 @@ def _as_dict(
         "layout": asdict(step.layout),
         "assumed": asdict(load),
         "bytes": step.memory.phases,
+        "host_bytes": step.memory.host,
         "fits": step.memory.fits,
         "faults": step.memory.faults,
+        "cache_tokens": step.memory.cache_tokens,
         "seconds": step.seconds,
         "mfu": step.mfu,
         "bubble": step.bubble,

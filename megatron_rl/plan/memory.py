@@ -6,7 +6,7 @@ Every function takes shapes and counts; only `memory_of` reads a config.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from megatron_rl.config import Config
 from megatron_rl.config.rollout import RolloutConfig
@@ -16,8 +16,8 @@ from megatron_rl.models.hardware import (
     CPU_PROCESS_BYTES,
     FILL,
     GATHER_BYTES,
-    GIB,
     GPU_PROCESS_BYTES,
+    HOST_PROCESS_BYTES,
     SAMPLING_ENTRIES,
     Hardware,
 )
@@ -28,6 +28,7 @@ from megatron_rl.plan.shapes import (
     kv_bytes_per_token,
     parameters,
     rank_parameters,
+    width_of,
 )
 
 Parts = dict[str, float]  # part -> bytes
@@ -40,6 +41,7 @@ class Passes:
     tokens: int
     micro_batches: int
     element_bytes: int  # of weights and activations: 2 or 4
+    float32_logits: bool = False  # of 2-byte elements: the output layer gives 4 bytes
     fused: bool = True  # Transformer Engine's layers; False: Megatron's local ones on a CPU
 
 
@@ -93,7 +95,7 @@ def in_flight(layout: Spread, micro_batches: int, stage: int) -> float:
 
 def training_activations(shape: ModelShape, layout: Spread, passes: Passes, stage: int) -> float:
     """Return the peak bytes of saved activations and temporaries on a stage, without the logits."""
-    layers = shape.layers / layout.pp * in_flight(layout, passes.micro_batches, stage)
+    layers = shape.layers * layout.share(stage) * in_flight(layout, passes.micro_batches, stage)
     whole = layer_activations(shape, layout, passes)
     if layout.recompute == "full":
         kept = layers * layer_input(shape, layout, passes) + whole
@@ -103,9 +105,9 @@ def training_activations(shape: ModelShape, layout: Spread, passes: Passes, stag
 
 
 def logits_bytes(shape: ModelShape, layout: Spread, passes: Passes) -> float:
-    """Return the bytes of one `[T, V / tp]` in the model's dtype: statistics and gradient are computed in place
-    (parallel/vocab.py)."""
-    return passes.tokens / layout.cp * shape.vocab / layout.tp * passes.element_bytes
+    """Return the bytes of one `[T, V / tp]`: statistics and gradient are computed in place (parallel/vocab.py)."""
+    width = 4 if passes.float32_logits else passes.element_bytes
+    return passes.tokens / layout.cp * shape.vocab / layout.tp * width
 
 
 def _logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
@@ -113,8 +115,10 @@ def _logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
 
 
 def _fused_logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
-    """Return the bytes of a chunk of logits, and of the weight's gradient, which is summed over chunks in float32."""
-    chunk = min(logits_bytes(shape, layout, passes), CHUNK_LOGITS * passes.element_bytes)
+    """Return the bytes of a chunk of logits, of its gradient's rounded copy if it is float32 in a model of 2 bytes, and
+    of the weight's gradient, which is summed over chunks in float32."""
+    part = min(1.0, CHUNK_LOGITS * layout.tp * layout.cp / passes.tokens / shape.vocab)
+    chunk = logits_bytes(shape, layout, passes) * part * (1.5 if passes.float32_logits else 1.0)
     return {"fused logits": chunk + 4.0 * shape.vocab / layout.tp * shape.hidden}
 
 
@@ -133,14 +137,38 @@ def state_parts(held: RankParameters, layout: Spread, element_bytes: int) -> Par
     }
 
 
+def largest_weight(shape: ModelShape, layout: Spread) -> float:
+    """Return the parameters of a rank's largest weight: the embedding, or an MLP's first matrices."""
+    return shape.hidden * max(shape.vocab, (shape.mlp_matrices - 1) * shape.ffn) / layout.tp
+
+
+def host_parts(config: Config, shape: ModelShape, layout: Spread, width: int, ranks: int) -> Parts:
+    """Return the most bytes that a node's `ranks` with GPUs and their engines hold in the host's memory: the
+    optimizer's state, where it is moved or kept there, and in a save what each rank writes of weights and state, 14 or
+    16 bytes a parameter, dealt out over the ranks that share a weight."""
+    dealt = replace(layout, distributed_optimizer=True)
+    held = max(stages(shape, layout, 128).values(), key=lambda candidate: candidate.total)
+    optimizer, server = state_parts(held, layout, width)["optimizer"], config.rollout.server
+    if config.optimizer.cpu_offload:
+        moved = optimizer * 16 / 12
+    else:
+        moved = optimizer if server.share_memory and width == 2 else 0.0
+    written = (14.0 if width == 2 else 16.0) * (held.dense / dealt.shards + held.experts / dealt.expert_shards)
+    programs = 1 if config.rollout.is_embedded else 2
+    parts = {"processes": programs * HOST_PROCESS_BYTES, "optimizer": moved, "checkpoint": written}
+    return {name: ranks * size for name, size in parts.items()}
+
+
 def stages(shape: ModelShape, layout: Spread, vocab_multiple: int) -> dict[int, RankParameters]:
     """Return the stages that can be the fullest: the first, which keeps most activations, and the last, with the
-    logits."""
+    logits; of unequal ones any."""
     last = layout.pp - 1
-    return {
-        stage: rank_parameters(shape, layout, first=stage == 0, last=stage == last, vocab_multiple=vocab_multiple)
-        for stage in {0, last}
-    }
+
+    def held(stage: int) -> RankParameters:
+        ends = {"first": stage == 0, "last": stage == last}
+        return rank_parameters(shape, layout, **ends, vocab_multiple=vocab_multiple, share=layout.share(stage))
+
+    return {stage: held(stage) for stage in (range(layout.pp) if layout.stage_layers else {0, last})}
 
 
 def trainer_phases(
@@ -159,6 +187,7 @@ def trainer_phases(
             "weight sync": dict(state),
             "old logprobs": state | {"activations": forward} | logits,
             "training": train,
+            "checkpoint": state | {"gradients": 0.0, "border weight": 4.0 * largest_weight(shape, layout)},
         }
         candidates.append((sum(train.values()), phases))
     return max(candidates, key=lambda candidate: candidate[0])[1]
@@ -172,6 +201,8 @@ class Memory:
     phases: dict[str, Parts]
     room: float  # bytes that may be filled; infinite where nothing bounds them
     faults: tuple[str, ...] = ()
+    cache_tokens: int | None = None  # of a server's key-value cache, where it shares the trainer's GPUs
+    host: Parts = field(default_factory=dict)  # of a node's memory, at most at once; empty without GPUs
 
     def total(self, phase: str) -> float:
         """Return the bytes of a phase."""
@@ -208,11 +239,12 @@ def memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardw
 
 def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, *, fuses: bool) -> Memory:
     on_gpu = hardware.flops > 0
-    width = 2 if config.model.dtype == "bfloat16" else 4
+    width = width_of(config.model)
     passes = Passes(
         tokens=micro_batch_tokens(config, layout),
         micro_batches=update_micro_batches(config, layout),
         element_bytes=width,
+        float32_logits=config.float32_logits,
         fused=on_gpu,
     )
     phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1, fuses=fuses)
@@ -225,17 +257,19 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
     faults: tuple[str, ...] = ()
     if config.rollout.is_embedded:
         _add_replica(config, shape, layout, phases, width)
-    elif on_gpu and not config.rollout.server.urls and config.rollout.weight_sync.mode == "colocated":
-        faults = _add_servers(config, shape, phases, width, hardware)
+    elif (tokens := cache_tokens(config, shape, hardware)) is not None:
+        faults = _add_servers(config, shape, phases, width, tokens)
     phases["weight sync"]["buckets"] = _gathered(config.rollout, shape, layout, width, on_gpu)
     if not on_gpu:
+        del phases["checkpoint"]  # a copy of a rank's share, when activations are gone
         parts = {part: max(p.get(part, 0.0) for p in phases.values()) for parts in phases.values() for part in parts}
         parts["activations"] *= CPU_HEAP
         room = FILL * hardware.memory if hardware.memory else math.inf
         return Memory({"whole run": parts | {"process": CPU_PROCESS_BYTES}}, room)
     for parts in phases.values():
         parts["process"] = GPU_PROCESS_BYTES
-    return Memory(phases, FILL * hardware.memory, faults)
+    host = host_parts(config, shape, layout, width, min(hardware.gpus_per_node, layout.gpus))
+    return Memory(phases, FILL * hardware.memory, faults, cache_tokens(config, shape, hardware), host)
 
 
 def micro_batch_tokens(config: Config, layout: Spread) -> int:
@@ -255,13 +289,20 @@ def update_micro_batches(config: Config, layout: Spread) -> int:
 
 def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Spread, width: int, on_gpu: bool) -> float:
     """Return the bytes of a weight update's buffers: a bucket over all tensor ranks, this rank's part of it as one
-    piece, the largest weight whole; gloo gathers into a copy of its own. Then two of the servers' buckets."""
-    stage = width * parameters(shape) / layout.pp
+    piece, the largest weight joined from it; gloo gathers into a copy of its own. An embedding above the bound travels
+    alone and needs no joining. Then the servers' buckets: one is loaded while the next is filled, and each holds a
+    weight at least."""
+    stage = width * parameters(shape) * layout.share()
+    own_copy = not on_gpu and layout.tp > 1
     bucket = min(GATHER_BYTES, stage)
-    copies = 1 + 1 / layout.tp + (not on_gpu and layout.tp > 1)
-    largest = min(stage, width * shape.vocab * shape.hidden)
-    servers = 0 if rollout.is_embedded else 2 * rollout.weight_sync.bucket_mib * 2**20
-    return bucket * copies + largest + min(servers, 2 * width * parameters(shape))
+    embedding = min(stage, width * shape.vocab * shape.hidden)
+    largest = embedding if embedding <= GATHER_BYTES else min(bucket, 2 * width * shape.ffn * shape.hidden)
+    gathered = max(bucket * (1 + 1 / layout.tp + own_copy) + largest, embedding * (1 + own_copy))
+    if rollout.is_embedded:
+        return gathered
+    bucket = min(rollout.weight_sync.bucket_mib * 2**20, width * parameters(shape))
+    # on a CPU two buffers of one size take turns
+    return gathered + max(bucket, embedding) + (bucket if on_gpu else max(bucket, embedding))
 
 
 def _add_replica(config: Config, shape: ModelShape, layout: Spread, phases: dict[str, Parts], width: int) -> None:
@@ -276,16 +317,38 @@ def _add_replica(config: Config, shape: ModelShape, layout: Spread, phases: dict
     phases["generation"]["sampling"] = 4.0 * entries + 32.0 * min(entries, SAMPLING_ENTRIES)
 
 
+def cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> int | None:
+    """Return the tokens that the key-value cache of a server on the trainer's GPUs holds: rollout.server.kv_tokens, or
+    what `memory_fraction` leaves beside the weights. None: no server is there, or on CPUs."""
+    server = config.rollout.server
+    if not hardware.flops or not config.rollout.shares_devices:
+        return None
+    weights, token = _server_bytes(config, shape)
+    return server.kv_tokens or max(1, int((server.memory_fraction * hardware.memory - weights) / token))
+
+
+def with_cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> Config:
+    """Return the config for its servers: with rollout.server.kv_tokens as planned."""
+    tokens = cache_tokens(config, shape, hardware) or config.rollout.server.kv_tokens
+    server = config.rollout.server.model_copy(update={"kv_tokens": tokens})
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"server": server})})
+
+
+def _server_bytes(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """Return the bytes on one GPU of a server: of its weights, and of a token's keys and values."""
+    width, tp = width_of(config.model), config.rollout.server.tp
+    return width * parameters(shape) / tp, kv_bytes_per_token(shape, width) / min(tp, shape.groups)
+
+
 def _add_servers(
-    config: Config, shape: ModelShape, phases: dict[str, Parts], width: int, hardware: Hardware
+    config: Config, shape: ModelShape, phases: dict[str, Parts], width: int, tokens: int
 ) -> tuple[str, ...]:
-    """Add servers on the trainer's GPUs, and return what is wrong with them: `memory_fraction` of each for weights and
+    """Add servers on the trainer's GPUs, with a cache of `tokens`, and return what is wrong with them: weights and
     cache, released in training when they share the memory, and a process of their own. Then gradients are freed, and in
     bfloat16 the optimizer's state is on the host, during generation (MegatronPolicy.offload)."""
     server = config.rollout.server
-    weights = width * parameters(shape) / server.tp
-    pool = server.memory_fraction * hardware.memory
-    awake = {"engine weights": weights, "KV cache": max(0.0, pool - weights), "engine process": GPU_PROCESS_BYTES}
+    weights, token = _server_bytes(config, shape)
+    awake = {"engine weights": weights, "KV cache": tokens * token, "engine process": GPU_PROCESS_BYTES}
     asleep = {"engine process": GPU_PROCESS_BYTES} if server.share_memory else awake
     for name, parts in phases.items():
         generating = name in ("generation", "weight sync")
@@ -293,10 +356,9 @@ def _add_servers(
         if generating and server.share_memory:
             parts["gradients"] = 0.0
             parts["optimizer"] = 0.0 if width == 2 else parts["optimizer"]
-    needed = weights + config.max_sequence_tokens * kv_bytes_per_token(shape, width) / min(server.tp, shape.groups)
-    if pool >= needed:
+    if tokens >= config.max_sequence_tokens:
         return ()
     return (
-        f"a server's pool (rollout.server.memory_fraction {server.memory_fraction:g}) is {pool / GIB:.1f} GiB, its "
-        f"weights and one sequence need {needed / GIB:.1f}; raise memory_fraction or rollout.server.tp",
+        f"rollout.server.memory_fraction {server.memory_fraction:g} leaves a server a key-value cache of {tokens:,} "
+        f"tokens, one sequence has {config.max_sequence_tokens:,}; raise memory_fraction or rollout.server.tp",
     )

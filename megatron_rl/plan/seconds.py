@@ -78,12 +78,12 @@ def pass_work(
     split, again = layout.tp * layout.cp, float(backward and layout.recompute == "full")
     passes = 3.0 if backward else 1.0
     layer_matrix, output_matrix = matrix_parameters(shape)
-    matrix = 2.0 * tokens * (layer_matrix / layout.pp * (passes + again) + output_matrix * passes) / split
+    matrix = 2.0 * tokens * (layer_matrix * layout.share() * (passes + again) + output_matrix * passes) / split
     _, flops = forward_flops(shape, context)
     attention_passes = 1.0 + (2.5 + (layout.recompute != "none") if backward else 0.0)
-    attention = tokens * flops / layout.pp / split * attention_passes
+    attention = tokens * flops * layout.share() / split * attention_passes
     one = Passes(1, 1, 2)
-    layers = shape.layers / layout.pp
+    layers = shape.layers * layout.share()  # of the slowest stage
     kept = layers * layer_activations(shape, layout, one) * layout.cp * (passes + again)
     logits = shape.vocab / layout.tp * one.element_bytes * passes
     moved = 2.0 * tokens / layout.cp * (kept + logits)

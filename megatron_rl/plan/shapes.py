@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.config import Config
-from megatron_rl.models.facts import ARCHITECTURES, Architecture, head_width, moe_layers, num_experts
+from megatron_rl.config import Config, ModelConfig
+from megatron_rl.config.megatron_options import chunk_layers
+from megatron_rl.models.facts import (
+    ARCHITECTURES,
+    Architecture,
+    head_width,
+    moe_layers,
+    num_experts,
+    read_hf_config,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,13 @@ class Spread:
     sp: bool = False
     distributed_optimizer: bool = True
     recompute: str = "none"  # none, selective, full
+    stage_layers: tuple[int, ...] = ()  # of each pipeline stage; none: equal parts
+
+    def share(self, stage: int | None = None) -> float:
+        """Return the share of all layers that a pipeline stage has; None: the stage with most of them."""
+        if not self.stage_layers:
+            return 1 / self.pp
+        return (max(self.stage_layers) if stage is None else self.stage_layers[stage]) / sum(self.stage_layers)
 
     @property
     def gpus(self) -> int:
@@ -85,7 +100,8 @@ class Spread:
 
 def layout_of(config: Config) -> Spread:
     """Return the layout that the config asks for."""
-    parallel = config.parallel
+    parallel, layers = config.parallel, read_hf_config(config.model)["num_hidden_layers"]
+    stages = [sum(stage) for stage in chunk_layers(layers, parallel, config.model.megatron)]
     return Spread(
         tp=parallel.tp,
         pp=parallel.pp,
@@ -96,6 +112,7 @@ def layout_of(config: Config) -> Spread:
         sp=parallel.sp,
         distributed_optimizer=parallel.distributed_optimizer,
         recompute=config.model.recompute,
+        stage_layers=tuple(stages) if len(set(stages)) > 1 else (),
     )
 
 
@@ -145,9 +162,10 @@ class RankParameters:
 
 
 def rank_parameters(
-    shape: ModelShape, layout: Spread, *, first: bool, last: bool, vocab_multiple: int
+    shape: ModelShape, layout: Spread, *, first: bool, last: bool, vocab_multiple: int, share: float | None = None
 ) -> RankParameters:
-    """Return the parameters of a rank on a pipeline stage that is the first, the last, both or neither.
+    """Return the parameters of a rank on a pipeline stage that is the first, the last, both or neither, and has `share`
+    of the layers; None: an equal part.
 
     The vocabulary is padded to a multiple of tp * vocab_multiple. A tied embedding lies on both ends of a pipeline.
     Source: the shapes of Megatron-Core's GPTModel, as policy/build.py asks for them.
@@ -164,7 +182,8 @@ def rank_parameters(
     multiple = tp * vocab_multiple
     embedding = -(-shape.vocab // multiple) * vocab_multiple * hidden
     copies = first + last if not (shape.tied and first and last) else 1
-    return RankParameters(dense / layout.pp + copies * embedding + last * hidden, experts / layout.pp)
+    share = 1 / layout.pp if share is None else share
+    return RankParameters(dense * share + copies * embedding + last * hidden, experts * share)
 
 
 def parameters(shape: ModelShape) -> float:
@@ -200,6 +219,11 @@ def forward_flops(shape: ModelShape, context: float) -> tuple[float, float]:
     """
     layers, output = matrix_parameters(shape)
     return 2.0 * (layers + output), 4.0 * shape.layers * shape.heads * shape.head_dim * context
+
+
+def width_of(model: ModelConfig) -> int:
+    """Return the bytes of one weight."""
+    return 2 if model.dtype == "bfloat16" else 4
 
 
 def kv_bytes_per_token(shape: ModelShape, element_bytes: int) -> float:

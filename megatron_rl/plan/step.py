@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from megatron_rl.config import Config
 from megatron_rl.models.hardware import GPU_PROCESS_BYTES, Hardware
-from megatron_rl.plan.memory import Memory, memory_of
+from megatron_rl.plan.memory import Memory, cache_tokens, memory_of
 from megatron_rl.plan.seconds import Constants, Generation, generation_seconds, pass_seconds
-from megatron_rl.plan.shapes import ModelShape, Spread, bubble, forward_flops, parameters
-from megatron_rl.plan.transfer import optimizer_seconds, sync_seconds, width_of
+from megatron_rl.plan.shapes import ModelShape, Spread, bubble, forward_flops, kv_bytes_per_token, parameters, width_of
+from megatron_rl.plan.transfer import optimizer_seconds, sync_seconds
 
 # One answer's verification on a CPU core; the verifier math takes 0.1 to 5 ms.
 REWARD_SECONDS = 0.01
@@ -116,7 +116,9 @@ def rollout_seconds(
     else:
         nodes = max(1, layout.gpus // hardware.gpus_per_node)
         engines, tp, together, share = nodes * server.count, server.tp, server.max_concurrency, server.memory_fraction
-    weights = width * parameters(shape)
+    pool = tp * (share * hardware.memory - GPU_PROCESS_BYTES) - width * parameters(shape)
+    if (tokens := cache_tokens(config, shape, hardware)) is not None:
+        pool = tokens * kv_bytes_per_token(shape, width)
     return generation_seconds(
         shape,
         hardware,
@@ -127,7 +129,7 @@ def rollout_seconds(
             prompt=load.prompt,
             response=load.response,
             limit=config.rollout.max_response_tokens,
-            pool_bytes=max(0.0, tp * (share * hardware.memory - GPU_PROCESS_BYTES) - weights),
+            pool_bytes=max(0.0, pool),
             most_together=together,
             samples_per_prompt=config.rollout.samples_per_prompt,
             element_bytes=width,

@@ -5,15 +5,10 @@ Data-sheet bandwidths, not fitted: published rows do not tell these apart. They 
 
 from __future__ import annotations
 
-from megatron_rl.config import Config, ModelConfig
+from megatron_rl.config import Config
 from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import stages
-from megatron_rl.plan.shapes import ModelShape, Spread, parameters
-
-
-def width_of(model: ModelConfig) -> int:
-    """Return the bytes of one weight."""
-    return 2 if model.dtype == "bfloat16" else 4
+from megatron_rl.plan.shapes import ModelShape, Spread, parameters, width_of
 
 
 def data_link(layout: Spread, hardware: Hardware) -> float:

@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 from megatron_rl import device
+
+
+def engine_faults() -> list[str]:
+    """Return what keeps Megatron from Transformer Engine's layers and Adam; it goes on without either, silently."""
+    from megatron.core import optimizer
+    from megatron.core.extensions import transformer_engine
+
+    faults = [] if transformer_engine.HAVE_TE else ["Megatron-Core cannot import Transformer Engine (HAVE_TE is false)"]
+    return faults + ["Megatron-Core takes torch's Adam, not Transformer Engine's"] * optimizer.USING_PYTORCH_OPTIMIZER
 
 
 def fuse_torch_adam(optimizer: Any) -> None:
@@ -26,11 +35,12 @@ def begin_torch_adam(optimizer: Any) -> None:
     """Give torch's Adam the state that its first update would begin with, if it has none yet: Megatron can neither save
     an optimizer without it nor load into one. Its own way to get one is a step, which weight decay makes felt."""
     for adam in (chained.optimizer for chained in optimizer.chained_optimizers if not chained.optimizer.state):
-        if device.ON_GPU and not isinstance(adam, HybridDeviceOptimizer):
+        if not isinstance(adam, torch.optim.AdamW | HybridDeviceOptimizer):
             continue
         for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            step = torch.zeros((), device="cpu" if isinstance(adam, HybridDeviceOptimizer) else parameter.device)
+            adam.state[parameter] = {"step": step, **moments}  # fused, AdamW counts where the weights are
 
 
 def restore_step_0(optimizer: dict[str, Any]) -> None:
@@ -43,12 +53,12 @@ def restore_step_0(optimizer: dict[str, Any]) -> None:
 
 
 def let_torch_adam_load() -> None:
-    """Mend how Megatron-Core 0.16.1 loads the distributed optimizer where torch's AdamW replaces another.
+    """Mend how Megatron-Core 0.16.1 loads the distributed optimizer where it has torch's AdamW for want of another.
 
     Its restoring expects a `step`, and then all parameters share one `step` tensor, which AdamW would count once per
     parameter.
     """
-    if getattr(DistributedOptimizer, "_loads_torch_adam", False):
+    if HAVE_APEX_OR_TE or getattr(DistributedOptimizer, "_loads_torch_adam", False):
         return
     DistributedOptimizer._loads_torch_adam = True
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -64,7 +74,7 @@ def let_torch_adam_load() -> None:
     def with_own_steps(self: Any, state_dict: Any) -> None:
         load_state_dict(self, state_dict)
         for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
+            state["step"] = state["step"].to(state["exp_avg"].device, copy=True)
 
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
     DistributedOptimizer.load_state_dict = with_own_steps

@@ -30,6 +30,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject,
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.tensor_parallel.random import get_all_rng_states
 from torch.distributed.checkpoint.api import CheckpointException
@@ -41,12 +45,17 @@ from megatron_rl.convert.model_files import policy_files, write_files
 from megatron_rl.errors import UserError
 from megatron_rl.files import free_bytes
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.policy.adam import begin_torch_adam, let_torch_adam_load, refresh_host_weights, restore_step_0
+from megatron_rl.policy.adam import (
+    begin_torch_adam,
+    let_torch_adam_load,
+    refresh_host_weights,
+    restore_step_0,
+)
+from megatron_rl.policy.optimizer_state import share_state
 from megatron_rl.policy.policy import MegatronPolicy
 
 _NAME = re.compile(r"step_\d{8}")
 _OVERHEAD_BYTES, _OVERHEAD_BYTES_PER_TENSOR = 2**20, 2**12  # metadata, archive headers, rounding to blocks
-_HYPERPARAMETERS = ("max_lr", "min_lr", "betas", "eps")  # of an optimizer's group, besides those that the schedule sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +77,12 @@ class CheckpointStore:
         self.folder, self.policy, self.groups = folder, policy, groups
         self._beside_weights = policy_files(policy, tokenizer) if groups.rank == 0 else {}
         self._world = groups.all_ranks
+        one_file = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        # ranks that share weights deal them out among themselves, once: a run's checkpoints are all alike
+        self._writer = FullyParallelSaveStrategyWrapper(one_file, groups.dp_cp, do_cache_distribution=True)
         self._background = AsyncCallsQueue()
         self._unfinished: _Save | None = None
-        if not device.ON_GPU:
-            let_torch_adam_load()
+        let_torch_adam_load()
 
     def newest(self) -> Path | None:
         """The finished checkpoint with the most steps."""
@@ -89,6 +100,10 @@ class CheckpointStore:
         Raises: UserError, on every rank, when there is no room for it or it cannot be written; the others then stay.
         """
         self.finish()
+        with self.policy.without_gradients():
+            return self._save(step, extra, is_best)
+
+    def _save(self, step: int, extra: dict[str, Any], is_best: bool) -> Path:
         state = self._state(is_loading=False) | {"step": step, "extra": extra}
         target = self.path(step)
         save = _Save(target, target.with_name(f".{target.name}"), self._bytes_of(state), is_best)
@@ -126,7 +141,7 @@ class CheckpointStore:
         """
         try:
             written_by = yaml.safe_load((path / "config.yaml").read_text())
-            strategy = get_default_load_sharded_strategy(str(path))
+            strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), self.groups.dp_cp)
             wanted = self._state(is_loading=True)
             saved, layout = dist_checkpointing.load_common_state_dict(str(path))["layout"], wanted["layout"]
             if (saved["ep"] > 1) != (layout["ep"] > 1):
@@ -153,15 +168,17 @@ class CheckpointStore:
         return int(state["step"]), state["extra"]
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Restore the moments. Hyper-parameters stay the config's, which may have changed since the save:
-        Megatron would take them from the checkpoint, and the run would not be the one that its config.yaml tells."""
+        """Restore the moments and their number of updates. All else of a group stays this run's, whose config and whose
+        Adam (of a CPU or a GPU) may have changed since the save: Megatron would take it from the checkpoint."""
         optimizer = self.policy.optimizer
-        configured = [{name: group[name] for name in _HYPERPARAMETERS} for group in optimizer.param_groups]
+        own = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
         restore_step_0(state["optimizer"])
         optimizer.load_state_dict(state["optimizer"])
         refresh_host_weights(optimizer)
-        for group, values in zip(optimizer.param_groups, configured, strict=True):
+        for group, values in zip(optimizer.param_groups, own, strict=True):
             group.update(values)
+            if "step" in group:
+                group["step"] = int(group["step"])  # torch's Adam saves a float, which no kernel of the other takes
 
     def _place_schedule(self, saved: dict[str, Any], written_by: dict[str, Any]) -> None:
         """Put the schedule where the run is, counted in steps: with mini-batches of another size that is another number
@@ -182,6 +199,7 @@ class CheckpointStore:
             "dp_cp_group": self.groups.dp_cp,
         }
         begin_torch_adam(self.policy.optimizer)
+        share_state(self.policy.optimizer)
         model = self.policy.model.sharded_state_dict(metadata)
         gc.freeze()  # Megatron collects garbage in the next line: a second of walking through all that was imported
         optimizer = self.policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
@@ -206,8 +224,7 @@ class CheckpointStore:
     def _request(self, state: dict[str, Any], draft: Path) -> AsyncRequest:
         """Megatron's plan of the writing, with a writer and a way back for its results that leave no process behind."""
         filesystem_async._results_queue = _Results()
-        one_file = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-        request = dist_checkpointing.save(state, str(draft), one_file, async_sharded_save=True)
+        request = dist_checkpointing.save(state, str(draft), self._writer, async_sharded_save=True)
         assert request is not None
         if request.async_fn is None:  # this rank has nothing to write
             return request

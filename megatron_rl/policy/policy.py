@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ from megatron_rl.convert.hf import Source, folder_source, random_source
 from megatron_rl.errors import UserError
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.models.mapping import global_name, load_weights
-from megatron_rl.parallel.fused_linear import linear_stats
+from megatron_rl.parallel.fused_linear import float32_linear, linear_stats
 from megatron_rl.parallel.groups import Groups, broadcast_from_last_stage
 from megatron_rl.parallel.vocab import VocabShard, vocab_parallel_stats
 from megatron_rl.parallel.weights import weight_stream
 from megatron_rl.policy.build import build_model, build_optimizer, padded_vocab_size
+from megatron_rl.policy.host_copies import HostCopies
 from megatron_rl.policy.kept_forward import KeptForward
 from megatron_rl.policy.schedule import run_schedule
 from megatron_rl.types import MicroBatch, MiniBatch, TokenStats, TrainBatch, UpdateResult
@@ -51,6 +53,7 @@ class MegatronPolicy:
         self.config, self.groups = config, groups
         self.model = build_model(raw_hf_config, config, groups, fuse_output_layer=fuse_output_layer)
         self.hf_config = self.model.hf_config
+        self._fuses = fuse_output_layer
         self.temperature = config.rollout.temperature
         self.context = groups.context_ranks
         path = config.model.path
@@ -64,7 +67,8 @@ class MegatronPolicy:
 
     @property
     def parameters(self) -> list[tuple[str, Tensor]]:
-        """Return this rank's (Megatron name, shard) pairs, layers numbered over the whole model."""
+        """Return this rank's (Megatron name, shard) pairs, layers numbered over the whole model. A collective."""
+        self.model.complete_weights()
         return [
             (global_name(name, chunk.decoder.layers[0].layer_number - 1), parameter)
             for chunk in self.model.chunks
@@ -74,6 +78,7 @@ class MegatronPolicy:
     def reset_optimizer(self) -> None:
         """Build a fresh optimizer and schedule, with main weights copied from the current parameters."""
         self.optimizer, self.scheduler = build_optimizer(self.model, self.config, self._total_updates)
+        self._host_copies, self._is_offloaded = HostCopies(self.optimizer), False
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set that of the next update only: the schedule sets it again after that."""
@@ -148,14 +153,28 @@ class MegatronPolicy:
             ddp.offload_grad_buffers()
         # in float32 the optimizer's parameters are views of the model's, and moving them would tear the two apart
         if self.config.model.dtype != "float32":
-            self.optimizer.offload_to_cpu()
+            self._host_copies.move_out()
+        self._is_offloaded = True
 
     def reload(self) -> None:
         """Undo `offload`; gradients are zero."""
         for ddp in self.model.ddp:
             ddp.restore_grad_buffers()
         if self.config.model.dtype != "float32":
-            self.optimizer.restore_from_cpu()
+            self._host_copies.move_back()
+        self._is_offloaded = False
+
+    @contextlib.contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """Free the gradients' memory meanwhile; they are zero afterwards. What `offload` freed stays so."""
+        holding = [] if self._is_offloaded else self.model.ddp
+        for ddp in holding:
+            ddp.offload_grad_buffers()
+        try:
+            yield
+        finally:
+            for ddp in holding:
+                ddp.restore_grad_buffers()
 
     def keep_reference(self) -> None:
         """Freeze a copy of the current weights as the reference policy."""
@@ -209,7 +228,7 @@ class MegatronPolicy:
         collected = run_schedule(self.model, mini_batch, on_output, forward_only=False, output=output)
         sums = _add_up(collected)
         if self.groups.pp_size > 1:
-            sums = self.groups.stage_ranks.gather_objects(sums)[-1]
+            sums = self.groups.stage_ranks.gather_objects({name: pair.cpu() for name, pair in sums.items()})[-1]
         return sums
 
     def clear_gradients(self) -> None:
@@ -254,9 +273,12 @@ class MegatronPolicy:
     def _token_stats(self, output: Tensor, micro_batch: MicroBatch, with_sum_p2: bool) -> TokenStats:
         group = self.groups.tp if self.groups.tp_size > 1 else None
         options: dict[str, Any] = {"temperature": self.temperature, "with_sum_p2": with_sum_p2}
+        if self._fuses:
+            shard, weight = VocabShard(group, self.model.vocab_start, self.model.vocab_size), self.model.output_weight
+            options["float32_logits"] = self.config.float32_logits
+            return linear_stats(output, weight, micro_batch.labels, shard, **options)
         if self.model.hands_over_hidden:
-            shard = VocabShard(group, self.model.vocab_start, self.model.vocab_size)
-            return linear_stats(output, self.model.output_weight, micro_batch.labels, shard, **options)
+            output = float32_linear(output, self.model.output_weight)
         return vocab_parallel_stats(
             output,
             micro_batch.labels,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_rl.policy.build import Model
@@ -56,6 +57,10 @@ def run_schedule(
             output = output.view(-1, output.shape[-1])
             return on_output(output if inputs.rows is None else output.index_select(0, inputs.rows), micro_batch)
 
+        if forward_only and get_attr_wrapped_model(ddp, "post_process"):
+            # Megatron keeps what it is given until the next micro-batch is through: it gets no logits
+            value = loss_function(computed)
+            return computed.new_empty(0), lambda output, non_loss_data=False: value
         return computed, loss_function
 
     micro_batches = mini_batch.micro_batches
@@ -79,15 +84,14 @@ def _packed(inputs: Inputs, routes: Tensor | None, model: Model) -> RoutedSequen
     if model.packs is not None:
         return model.packs.of(inputs, context_size, routes)
     cu_seqlens = inputs.cu_seqlens * context_size
-    # the true longest sequence: Megatron takes a RoPE table as long as the whole pack for per-token positions
-    longest = int(cu_seqlens.diff().max())
     padded = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens} if context_size > 1 else {}
     return RoutedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        # the true longest: Megatron takes a RoPE table as long as the whole pack for per-token positions
+        max_seqlen_q=inputs.longest,
+        max_seqlen_kv=inputs.longest,
         routes=routes,
         **padded,
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rl.config import Config, ModelConfig, ParallelConfig
+from megatron_rl.config.megatron_options import megatron_notes
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.models.facts import read_hf_config
-from megatron_rl.plan.shapes import count_parameters
+from megatron_rl.models.hardware import with_memory
+from megatron_rl.plan.memory import memory_of
+from megatron_rl.plan.shapes import count_parameters, layout_of, shape_of
 from megatron_rl.preflight.facts import Facts
 
 _MOSTLY_FREE = 0.9  # of a GPU's memory, before anything is loaded
@@ -33,10 +37,12 @@ def fact_checks(config: Config, facts: list[Facts], vocabulary: int, existing_ch
         _gpus(facts),
         _hosts(config.rollout, facts),
         _engine_version(config.rollout, facts),
+        Check("Megatron", "\n".join(megatron_notes(config)) or "options as this project sets them", None),
         _on_nodes("model", facts, lambda fact: fact.model_fault, config.model.path or "random weights"),
         _data(facts),
         _on_nodes("reward", facts, lambda fact: fact.reward_fault, config.reward.function),
         _folder(config, facts),
+        _save(config, facts, vocabulary),
         _room(config, facts, vocabulary, existing_checkpoints),
     ]
 
@@ -89,7 +95,12 @@ def _versions(facts: list[Facts]) -> Check:
     shown = ", ".join(f"{name} {version}" for name, version in first.items())
     faults = _each(((fact.host, "; ".join(fact.version_faults)) for fact in _nodes(facts)), len(_nodes(facts)))
     if faults:
-        return Check("versions", faults, False, "install what is supported: pip install -e '.[gpu]' on a GPU machine")
+        return Check(
+            "versions",
+            faults,
+            False,
+            "install what is supported: make gpu (docs/install_gpu.md), or make on a CPU machine",
+        )
     others = [f"{fact.host}: {_difference(first, fact.versions)}" for fact in _nodes(facts) if fact.versions != first]
     if others:
         finding = "\n".join([f"{facts[0].host}: {shown}", *others])
@@ -170,6 +181,27 @@ def _room(config: Config, facts: list[Facts], vocabulary: int, existing: int) ->
     if free < more * one:
         return Check("disk", finding, False, "make room, lower train.keep_checkpoints, or move logging.run_dir")
     return Check("disk", finding)
+
+
+def _save(config: Config, facts: list[Facts], vocabulary: int) -> Check:
+    """Check the GPU's and the host's memory at the time of a save, as plan/memory.py predicts them."""
+    gpus = [fact.gpu for fact in facts if fact.gpu is not None]
+    if not gpus:
+        return Check("memory", "no GPU here: each rank copies its share of a checkpoint", None)
+    shape, layout = shape_of(read_hf_config(config.model), vocabulary), layout_of(config)
+    on_a_node = max(collections.Counter(fact.host for fact in facts).values())
+    hardware = with_memory(min(total for _, _, total in gpus), on_gpu=True)
+    memory = memory_of(config, shape, layout, replace(hardware, gpus_per_node=on_a_node))
+    least, needed = min(fact.host_bytes for fact in _nodes(facts)), sum(memory.host.values())
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory.host.items())
+    finding = f"a save takes {_gib(memory.total('checkpoint'))} of a GPU's {_gib(hardware.memory)}, and at most "
+    finding += f"{_gib(needed)} of {_gib(least)} on a node's host ({parts})"
+    remedy = ""
+    if memory.total("checkpoint") > memory.room:
+        remedy = "give the model more GPUs: parallel.tp, .pp or .dp (megatron-rl plan)"
+    elif needed > least:
+        remedy = "ask Slurm for all of a node's memory (--mem=0), or spread the ranks over more nodes"
+    return Check("memory", finding, not remedy, remedy)
 
 
 def _gib(count: float) -> str:

@@ -26,7 +26,8 @@ from megatron_rl.models.facts import read_hf_config, require_model
 from megatron_rl.reward import build_grader
 from megatron_rl.rollout.servers.fleet import engine_python
 
-_SHOWN = ("torch", "megatron-core", "transformers", "transformer-engine")
+_CORES = ("transformer-engine-cu12", "transformer-engine-cu13")
+_SHOWN = ("torch", "megatron-core", "transformers", "transformer-engine", "transformer-engine-torch", *_CORES)
 _PROBE_SECONDS = 120.0  # for the engine's interpreter to name its version, from a cold shared disk
 
 
@@ -48,6 +49,7 @@ class Facts:
     data_fault: str = ""  # node
     sees_shared: bool = True  # node: the file that rank 0 wrote beside the run folder
     free_bytes: int = 0  # node: of that folder
+    host_bytes: int = 0  # node: memory of all its ranks together
     unknown_hosts: list[str] = field(default_factory=list)  # node: names of other nodes that it cannot resolve
 
 
@@ -60,7 +62,7 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
         local_rank=launch.local_rank(),
         host=socket.gethostname(),
         versions=versions,
-        version_faults=_version_faults(),
+        version_faults=_version_faults(config.model.layers) + device.driver_faults(),
         gpu=device.gpu_memory() if device.ON_GPU else None,
     )
     if launch.local_rank() != 0:
@@ -77,6 +79,7 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
         data_fault=data_fault,
         sees_shared=shared.is_file(),
         free_bytes=shutil.disk_usage(shared.parent).free if shared.parent.is_dir() else 0,
+        host_bytes=_host_bytes(),
         unknown_hosts=[host for host in hosts if not _resolves(host)],
     )
 
@@ -93,9 +96,11 @@ def requirements(extra: str = "") -> list[Requirement]:
     ]
 
 
-def _version_faults() -> list[str]:
+def _version_faults(layers: str) -> list[str]:
+    """Return what is not as the project's metadata asks. `layers`: model.layers; torch's need no Transformer Engine."""
+    has_engine = device.ON_GPU and (layers == "transformer_engine" or device.has_transformer_engine())
     try:
-        wanted = requirements() + (requirements("gpu") if device.ON_GPU else [])
+        wanted = requirements() + (requirements("gpu") if has_engine else [])
     except importlib.metadata.PackageNotFoundError:
         return ["megatron-rl is not installed beside this code, so nothing says what it needs; pip install -e ."]
     faults = []
@@ -103,8 +108,15 @@ def _version_faults() -> list[str]:
         version = _installed(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             faults.append(f"{requirement.name} {version or 'is missing'}, supported: {requirement.specifier or 'any'}")
+    cores = [name for name in _CORES if _installed(name)]
+    if len(cores) > 1:
+        faults.append(
+            f"{' and '.join(cores)} lie in the same folder, one over the other; uninstall both, then make gpu"
+        )
     try:
-        from megatron_rl.policy import build  # noqa: F401  a Transformer Engine of another torch breaks this import
+        from megatron_rl.policy.adam import engine_faults  # a Transformer Engine of another torch breaks this import
+
+        faults += engine_faults() if has_engine else []
     except Exception as error:
         faults.append(f"Megatron-Core cannot be imported: {type(error).__name__}: {error}")
     return faults
@@ -167,6 +179,20 @@ def _fault_of(look: Callable[[], Any]) -> str:
     except (UserError, OSError) as error:
         return str(error)
     return ""
+
+
+def _host_bytes() -> int:
+    """Return the node's memory, or what a Slurm job or a container may use of it (cgroups, versions 2 and 1)."""
+    bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        for place in (Path(group), *Path(group).parents):
+            file = Path("/sys/fs/cgroup", root, str(place).lstrip("/"), name)
+            bounds += [int(text) for text in (file.read_text().strip(),) if text.isdigit()] if file.is_file() else []
+    return min(bounds)
 
 
 def _resolves(host: str) -> bool:

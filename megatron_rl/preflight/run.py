@@ -54,6 +54,7 @@ def check_rank(config: Config) -> None:
     """Run all checks as one rank of a world. Raises: UserError on rank 0 when a check failed."""
     from megatron_rl import device
     from megatron_rl.parallel.world import all_reduce_bandwidth, join_world, leave_world
+    from megatron_rl.rollout.clocks import waiting_seconds
 
     if device.ON_GPU and launch.local_rank() >= device.local_gpus():
         raise UserError(
@@ -61,7 +62,7 @@ def check_rank(config: Config) -> None:
             "ask for as many GPUs as processes of a node (--gpus-per-node), or lower parallel.world_size"
         )
     launch.check_address()
-    world = join_world()
+    world = join_world(config.parallel.timeout_seconds, waiting_seconds(config))
     # large enough on GPUs for the links' full speed; on CPUs it only shows that the ranks reach each other
     bandwidth, is_right = all_reduce_bandwidth(world, nbytes=2**28 if device.ON_GPU else 2**22, repeats=5)
     checks = _check(config, world, bandwidth, is_right)
@@ -138,16 +139,20 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
 
     if config.rollout.is_embedded:
         return Check("engine start", "embedded: nothing to start", None)
-    from megatron_rl.rollout.build import DIALECTS, start_fleet, write_model_dir
+    from megatron_rl.plan.memory import with_cache_tokens
+    from megatron_rl.plan.shapes import shape_of
+    from megatron_rl.rollout.build import DIALECTS, engine_key, start_fleet, write_model_dir
     from megatron_rl.rollout.servers.engine import Loop
+    from megatron_rl.run import hardware_of
 
     elsewhere = config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(folder)})})
+    elsewhere = with_cache_tokens(elsewhere, shape_of(_architecture(config).to_dict()), hardware_of(world))
     if world_rank() == 0:
         write_model_dir(folder / "engine_model", _Description(config, _architecture(config)), _tokenizer(config))
     world.gather_objects(None)
     place = Place(world_rank(), world.size, launch.local_rank(), world.gather_objects)
     began, fleet, problem = time.monotonic(), None, ""
-    loop = Loop()
+    loop = Loop(engine_key(config, place))
     try:
         fleet = start_fleet(elsewhere, folder / "engine_model", place, DIALECTS[config.rollout.engine](), loop)
     except (EngineError, OSError, UserError) as error:

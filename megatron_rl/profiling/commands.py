@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
+from megatron_rl.config.environment import for_libraries
 from megatron_rl.errors import UserError
 from megatron_rl.files import write_atomically
 
@@ -102,6 +103,7 @@ def _run(config: Config, out: Path, options: list[str], *, steps: int, warmup: i
         processes=config.parallel.processes,
         grace_seconds=config.train.grace_seconds,
         prepare=lambda: write_atomically(path, dump_config(config)),
+        environment=for_libraries(config),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from megatron_rl.metrics.spans import Recorder, from_json, to_json
 from megatron_rl.models.architecture import resolve_hf_config
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import datasheet_flops
-from megatron_rl.parallel.groups import Groups, barrier, destroy_groups, init_groups
+from megatron_rl.parallel.groups import Groups, destroy_groups
 from megatron_rl.parallel.traffic import clock_offset, watch_collectives
 from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.policy.build import DTYPES
 from megatron_rl.profiling.analysis import RankRecord, Summary, summarise
 from megatron_rl.profiling.page import write_page
+from megatron_rl.rollout.world import join
 
+_GEMM_SIZE, _GEMM_REPEATS = 1024, 5
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -42,17 +45,17 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     of them is traced: writing traces takes the ranks differently long, and they need a step to come together again.
     """
     folder = config.run_dir
-    groups = init_groups(config.parallel, config.seed)
+    groups = join(config)
     world = groups.all_ranks
     place = f"rank{groups.rank}"
     traced = warmup - 2 if trace else None
     trace_path = folder / "traces" / f"{place}.json.gz"
     recorder = Recorder(range(warmup, config.train.num_steps), watch_collectives, traced=traced, trace_path=trace_path)
-    barrier(groups)  # ranks that share cores measure their peak together, as they will work
+    groups.all_ranks.barrier()  # ranks that share cores measure their peak together, as they will work
     if device.ON_GPU:
         peak, peak_source = datasheet_flops(device.name(), bfloat16=config.model.dtype == "bfloat16")
     else:
-        peak, peak_source = device.measured_flops(DTYPES[config.model.dtype])
+        peak, peak_source = measured_flops(DTYPES[config.model.dtype])
     offset = clock_offset(world, groups.rank, BOOT_ID.read_text() if BOOT_ID.exists() else platform.node())
     device.record_memory_history()
     train.train(config, groups, recorder)
@@ -67,11 +70,11 @@ def record(config: Config, *, warmup: int, trace: bool) -> None:
     }
     (folder / "ranks").mkdir(exist_ok=True)
     write_atomically(folder / "ranks" / f"{place}.json", json.dumps(rank_record))
-    barrier(groups)
+    groups.all_ranks.barrier()
     if groups.rank == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it was saved to be timed
         conclude(config, groups, {"warmup": warmup, "traced_step": traced, "peak_source": peak_source})
-    barrier(groups)
+    groups.all_ranks.barrier()
     destroy_groups()
 
 
@@ -173,3 +176,15 @@ def trace_collectives(path: Path) -> dict[str, tuple[int, float]]:
             count, seconds = totals.get(name, (0, 0.0))
             totals[name] = (count + 1, seconds + event["dur"] / 1e6)
     return totals
+
+
+def measured_flops(dtype: torch.dtype) -> tuple[float, str]:
+    """Return the FLOP/s that a CPU process reaches, the best of a few matrix products beside whatever else runs on its
+    cores at that moment, and a text that says so."""
+    a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+    seconds = []
+    for _ in range(_GEMM_REPEATS):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * _GEMM_SIZE**3 / min(seconds), f"best of {_GEMM_REPEATS} matrix products of {_GEMM_SIZE} rows"

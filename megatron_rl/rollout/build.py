@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine
 from megatron_rl.rollout.servers.engine import Loop, ServerEngine
 from megatron_rl.rollout.servers.fleet import Fleet, address_for
-from megatron_rl.rollout.servers.http import Server
+from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server
 from megatron_rl.rollout.servers.processes import free_port
 from megatron_rl.rollout.servers.protocol import Dialect
 from megatron_rl.rollout.servers.weight_sync import (
@@ -58,9 +60,17 @@ def write_model_dir(folder: Path, policy: Described, tokenizer: Any) -> None:
 
 def build_server_engine(config: Config, setup: EngineSetup) -> ServerEngine:
     """The engine, with the node's servers starting up. Raises: EngineError when they cannot be started."""
-    dialect, loop = DIALECTS[config.rollout.engine](), Loop()
+    dialect, loop = DIALECTS[config.rollout.engine](), Loop(engine_key(config, setup.place))
     fleet = start_fleet(config, setup.model_dir, setup.place, dialect, loop)
     return ServerEngine(dialect, loop, fleet, _channel(config, setup, dialect, loop, fleet), setup.hf)
+
+
+def engine_key(config: Config, place: Place) -> str:
+    """Return the key that goes to every server, the same on all ranks: the environment's, else a new one for servers of
+    the run, which listen to the network where the trainer spans machines. A collective."""
+    fresh = "" if config.rollout.server.urls else secrets.token_hex(16)
+    key: str = place.gather(os.environ.get(KEY_VARIABLE) or fresh)[0]
+    return key
 
 
 def start_fleet(config: Config, model_dir: Path, place: Place, dialect: Dialect, loop: Loop) -> Fleet:
@@ -72,7 +82,7 @@ def start_fleet(config: Config, model_dir: Path, place: Place, dialect: Dialect,
     def settle_in(url: str) -> None:
         loop.submit(dialect.settle_in(Server(url, loop.session))).result()
 
-    fleet = Fleet(dialect, config, model_dir, place, check, settle_in)
+    fleet = Fleet(dialect, config, model_dir, place, check, settle_in, loop.key)
     try:
         fleet.start()
     except UserError:
@@ -103,7 +113,11 @@ def _transformers(config: Config, setup: EngineSetup) -> RolloutEngine:
 
     dtype = getattr(torch, config.model.dtype)
     return TransformersEngine(
-        setup.hf.to_dict(), dtype=dtype, device=setup.device, batch_size=config.rollout.batch_size
+        setup.hf.to_dict(),
+        dtype=dtype,
+        device=setup.device,
+        batch_size=config.rollout.batch_size,
+        float32_logits=config.float32_logits,
     )
 
 

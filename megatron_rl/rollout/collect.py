@@ -1,7 +1,8 @@
 """One step's rollouts: draw prompts, generate and grade each rank's share, gather, and drop groups that teach nothing.
 
-Every rank draws the same prompts and decides on the same gathered rollouts, so all ranks return the same result and
-leave the cursor at the same place. The collective itself comes in with `place`.
+Every rank draws the same prompts and decides on the same facts of all rollouts (rewards, lengths, faults), which are
+gathered without their tokens; so all ranks return the same result and leave the cursor at the same place. The tokens
+travel when it is known which rank computes them (packing/dealing.py). The collective itself comes in with `place`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_rl import launch
 from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.data import PromptCursor, stop_token_ids
 from megatron_rl.errors import UserError
@@ -21,7 +23,7 @@ from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.reward import check_failures, filter_overlong, graded, shape_rewards, submit
-from megatron_rl.rollout.answers import Answers
+from megatron_rl.rollout.answers import Answers, facts_of, from_facts
 from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
 from megatron_rl.types import CollectResult, Prompt, Rollout
 
@@ -34,6 +36,10 @@ _TRAIN_STREAM, _EVAL_STREAM = 1, 2
 
 class CollectError(RuntimeError, UserError):
     """A step's rollouts cannot be completed."""
+
+
+class CollectStopped(EngineError):
+    """The run was asked to stop between two generation batches of a step: what the step has is dropped."""
 
 
 @dataclass(slots=True)
@@ -55,7 +61,7 @@ class Collector:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: Callable[[], RolloutEngine],
         cursor: PromptCursor,
         grader: Grader,
         tokenizer: Any,
@@ -64,9 +70,10 @@ class Collector:
         revive: Callable[[], None],
         spans: Spans = OFF,
     ) -> None:
-        """`revive`: a collective that restarts dead servers and gives them the current weights."""
+        """`engine`: called when something is to be sampled. `revive`: a collective that restarts dead servers and gives
+        them the current weights."""
         self._spans = spans
-        self.engine, self.cursor, self._grader, self._tokenizer = engine, cursor, grader, tokenizer
+        self._engine, self.cursor, self._grader, self._tokenizer = engine, cursor, grader, tokenizer
         self._config, self._place, self._revive = config, place, revive
         self._ahead: deque[_Pending] = deque()
         self._threads = ThreadPoolExecutor(max(1, config.rollout.max_staleness), "rollouts-ahead")
@@ -80,8 +87,9 @@ class Collector:
         `prompts_per_step` are discarded, the last drawn first, and counted in `sampling/surplus_groups`: their prompts
         come again in the next epoch.
 
-        Raises: CollectError when `max_batches` did not suffice; DataError when the data set is too small; RewardError
-            when gradings failed too often; EngineError. All on every rank.
+        Raises: CollectError when `max_batches` did not suffice; CollectStopped when some rank was asked to stop and
+            another batch would be needed; DataError when the data set is too small; RewardError when gradings failed
+            too often; EngineError. All on every rank.
         Source: dynamic sampling, arXiv 2503.14476, section 3.2.
         """
         config = self._config
@@ -94,6 +102,8 @@ class Collector:
         while len(kept) < wanted:
             if num_batches == (dynamic.max_batches if dynamic.enabled else 1):
                 raise CollectError(_shortage(groups, len(kept), num_batches, config))
+            if num_batches and any(self._place.gather(launch.stop_requested(config.run_dir))):
+                raise CollectStopped(f"stopped after {num_batches} generation batches of step {step + 1}")
             # a prompt that came twice in one step would form one group of equal samples: an epoch's end skips it
             pending = self._ahead.popleft() if self._ahead else self._draw(step, exclude=drawn)
             drawn.update((prompt.prompt_id, prompt) for prompt in pending.prompts)
@@ -158,7 +168,7 @@ class Collector:
     def close(self) -> None:
         """End what is ahead, and the grading."""
         if self._ahead:
-            self.engine.abort()
+            self._engine().abort()
         self._threads.shutdown(wait=True)
         self._grader.close()
 
@@ -189,7 +199,7 @@ class Collector:
         answers, problem = {prompt.prompt_id: prompt.answer for prompt in prompts}, ""
         begun: list[tuple[Rollout, Future[Verdict]]] = []
         try:
-            for _, rollout in self.engine.stream(requests):
+            for _, rollout in self._engine().stream(requests):
                 begun.append((rollout, submit(rollout, answers[rollout.prompt_id], self._grader, self._tokenizer)))
         except ServersLost:
             pass  # what is missing is asked for again
@@ -202,18 +212,21 @@ class Collector:
             return Answers([], problem or str(error))
 
     def _take(self, pending: _Pending, oldest: int = 0) -> tuple[list[list[Rollout]], int]:
-        """One group of scored rollouts per prompt, in the prompts' order, the same on every rank; and how many were
-        thrown away because weights before version `oldest` began them. Lost and stale ones are asked for again."""
+        """One group of scored rollouts per prompt, in the prompts' order, the same on every rank but for the tokens;
+        and how many were thrown away because weights before version `oldest` began them. Lost and stale ones are asked
+        for again."""
         answers = pending.answers.result() if pending.answers else self._generate(pending.share, pending.prompts)
         found: dict[tuple[int, int], Rollout] = {}
         num_stale = 0
         while True:
-            parts = self._place.gather(answers)
-            problems = [part.problem for part in parts if part.problem]
+            own = [rollout.replace(known_lengths=rollout.lengths) for rollout in answers.rollouts]
+            parts = self._place.gather((facts_of(own), answers.problem))
+            problems = [problem for _, problem in parts if problem]
             if problems:
                 raise EngineError("\n".join(dict.fromkeys(problems)))
-            fresh = [r for part in parts for r in part.rollouts if r.weight_version >= oldest]
-            stale = sum(len(part.rollouts) for part in parts) - len(fresh)
+            by_rank = [own if i == self._place.rank else from_facts(facts) for i, (facts, _) in enumerate(parts)]
+            fresh = [r for part in by_rank for r in part if r.weight_version >= oldest]
+            stale = sum(map(len, by_rank)) - len(fresh)
             if stale and num_stale:
                 raise EngineError(f"responses that were asked for again still come from weights before {oldest}")
             num_stale += stale

@@ -63,7 +63,7 @@ def _sample_block(
 
 
 def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    cdf = probs.cumsum(dim=-1)
+    cdf = cumsum(probs)
     total = cdf[:, -1:]
     tokens = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
     # a product rounded up to the total would fall behind the last token that has mass
@@ -73,7 +73,22 @@ def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
 
 def _truncate(probs: Tensor, top_p: float, top_k: int) -> Tensor:
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-    drop = ranked.cumsum(dim=-1) - ranked >= top_p if top_p < 1 else torch.zeros_like(ranked, dtype=torch.bool)
+    drop = cumsum(ranked) - ranked >= top_p if top_p < 1 else torch.zeros_like(ranked, dtype=torch.bool)
     if top_k > 0:
         drop[:, top_k:] = True
     return torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(drop, 0.0))
+
+
+def cumsum(rows: torch.Tensor) -> torch.Tensor:
+    """Return the running sums of `[B, V]` along V, the same bits in every run.
+
+    Deterministic algorithms forbid float sums of this kind on a GPU, though of torch's two kernels only the one for a
+    single row takes blocks as they come (ATen/native/cuda/ScanUtils.cuh).
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return rows.cumsum(-1)
+    torch.use_deterministic_algorithms(False)
+    try:
+        return rows.expand(2, -1).cumsum(-1)[:1] if len(rows) == 1 else rows.cumsum(-1)
+    finally:
+        torch.use_deterministic_algorithms(True)

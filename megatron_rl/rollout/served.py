@@ -13,7 +13,7 @@ from megatron_rl import device, launch
 from megatron_rl.config import Config
 from megatron_rl.metrics.collect import Timers
 from megatron_rl.rollout.build import build_engine, write_model_dir
-from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine, ServersLost
+from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost
 
 
 class Weights(Protocol):
@@ -67,9 +67,18 @@ class Served:
         self._engine_version: int | None = None  # of the weights that the engine has
         self.weight_version = 0
 
+    def start_early(self) -> None:
+        """Have servers come up while the policy warms up, where they have devices of their own.
+
+        On the trainer's the first `session` starts them, when all ranks have loaded what they will and made room: a
+        server takes its memory by what it finds free, and refuses devices on which that differs.
+        """
+        if self._shares_memory is None and not (device.ON_GPU and self._config.rollout.shares_devices):
+            _ = self.engine
+
     @property
     def engine(self) -> RolloutEngine:
-        """Return the engine, started at the first call, when servers begin to come up; `sync` gives it weights."""
+        """Return the engine, started at the first call; `sync` gives it weights."""
         if self._engine is None:
             model_dir = self._config.run_dir / "engine_model"
             if not self._config.rollout.is_embedded:
@@ -85,18 +94,32 @@ class Served:
         """Lend the engine with its memory and the current weights; where it shares the accelerator with the trainer,
         gradients and optimizer state are on the host meanwhile."""
         sharing = self._shares_memory
-        with timers("sync"):
+        try:
+            with timers("sync"):
+                if sharing is not None:
+                    sharing.offload()
+                    with contextlib.suppress(ServersLost):  # the update restarts what died asleep
+                        self.engine.wake()
+                self.sync()
+            yield self.engine
             if sharing is not None:
-                sharing.offload()
-                with contextlib.suppress(ServersLost):  # the update restarts what died asleep
-                    self.engine.wake()
-            self.sync()
-        yield self.engine
-        with timers("sync"):
+                with timers("sync"):
+                    self.engine.sleep()
+                    self._engine_version = None
+                    sharing.reload()
+        except EngineError:  # on every rank; it ends the run, whose last checkpoint needs the memory
             if sharing is not None:
-                self.engine.sleep()
-                self._engine_version = None
+                self._dismiss()
                 sharing.reload()
+            raise
+
+    def _dismiss(self) -> None:
+        """Stop the run's own servers, whatever state they are in, and put others to sleep."""
+        if self._config.rollout.server.urls:
+            with contextlib.suppress(EngineError):
+                self.engine.sleep()
+        self.close()
+        self._place.gather(None)  # no rank goes on beside a server that still has the memory
 
     def sync(self) -> None:
         """Give the engine the current weights, unless it has them, and prove that it serves them.

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from typing_extensions import override
 
 from megatron_rl.convert.hf import hub_views
-from megatron_rl.device import fast_linear_layers, row_multiple
+from megatron_rl.device import decoding_multiple, fast_linear_layers, float32_product
 from megatron_rl.rollout.cache import roomy_cache
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, SamplingParams
 from megatron_rl.rollout.recorder import RouteRecorder
@@ -37,8 +37,17 @@ _GROUPED = "grouped_sdpa"  # attention, by the name that transformers knows it b
 class TransformersEngine(RolloutEngine):
     """`RolloutEngine` over a replica of the policy in this process."""
 
-    def __init__(self, hf_config: dict[str, Any], *, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
-        """`hf_config` holds the contents of a config.json; `batch_size` is the most sequences decoded together."""
+    def __init__(
+        self,
+        hf_config: dict[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int,
+        float32_logits: bool = False,
+    ) -> None:
+        """`hf_config` holds the contents of a config.json; `batch_size` is the most sequences decoded together;
+        `float32_logits`: of a bfloat16 model, as the trainer computes them."""
         config = transformers.AutoConfig.for_model(**hf_config)
         # no random initialisation: every parameter must be streamed before use, and the global RNG stays untouched
         with no_init_weights(), torch.device(device):
@@ -48,6 +57,9 @@ class TransformersEngine(RolloutEngine):
         model.tie_weights()  # without initialisation transformers leaves them apart
         self.model = model.eval().requires_grad_(False)
         fast_linear_layers(self.model)
+        if float32_logits:
+            head = self.model.get_output_embeddings()
+            head.forward = lambda x: float32_product(x.flatten(0, -2), head.weight).unflatten(0, x.shape[:-1])
         self._routes = RouteRecorder(self.model)
         self.weight_version = -1
         self._device = torch.device(device)
@@ -164,7 +176,7 @@ class TransformersEngine(RolloutEngine):
         lengths = torch.zeros(count, dtype=torch.int64, device=self._device)
         stopped = torch.zeros(count, dtype=torch.bool, device=self._device)
         padded = not bool(mask.all())
-        multiple = row_multiple()
+        multiple = decoding_multiple()
         for step in range(sampling.max_response_tokens):
             if self._abort.is_set():
                 raise EngineAborted(f"generate: aborted with {count} responses unfinished")

@@ -72,6 +72,7 @@ def _micro_batch(sequences: list[dict[str, Tensor]]) -> tuple[MicroBatch, TokenS
         token_ids_global=cat("token_ids_global", -1),
         loss_denominator=denominator,
         num_sequences=len(sequences),
+        longest=max([*lengths, 2]),
         old_logprobs=cat("old_logprobs", 0.0),
     )
     # garbage where nothing counts: it must not reach any sum

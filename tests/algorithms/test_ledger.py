@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import numpy as np
 import torch
 
 from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.ledger import ledger
+from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.types import TokenStats, TrainBatch
 from tests.algorithms.covariance_case import ALONE, build, by_hand
+from tests.worlds import Worlds
 
 
 def test_groups_by_hand() -> None:
@@ -50,3 +55,33 @@ def test_the_packing_does_not_matter_and_nothing_is_lost() -> None:
         np.testing.assert_allclose(total, one["total"], rtol=1e-9)
     assert one["total"][2] * 2 == one["total"][0]
     assert ledger(TrainBatch(0, (build([[]])[0],)), None, ALONE) == {}
+
+
+def _of_rank(bins: list[list[list[int]]]) -> tuple[dict[str, Any], list[int]]:
+    """This rank's entry, and the token ids of each of the two exchanges that it receives."""
+    import torch.distributed as dist
+
+    received, ranks = list[int](), Reducer(dist.group.WORLD)
+    exchange = ranks.exchange_objects
+
+    def counted(values: list[Any]) -> list[Any]:
+        came = exchange(values)
+        received.append(sum(len(part[0][0]) for part in came if part is not None))
+        return came
+
+    mini_batch, _ = build(bins[dist.get_rank()])
+    labels = [mb.token_ids_global * 7 % 101 for mb in mini_batch.micro_batches]
+    with mock.patch.object(ranks, "exchange_objects", counted):
+        return ledger(TrainBatch(0, (mini_batch.replace_each("labels", labels),)), None, ranks), received
+
+
+def test_ranks_deal_the_token_ids_out_and_the_first_tells_all(worlds: Worlds) -> None:
+    (alone, _), *_ = worlds.run(1, _of_rank, [[list(range(8))]])
+    (entry, (dealt, totals)), *others = worlds.run(4, _of_rank, [[[0, 1]], [[2], [3]], [[]], [[4, 5], [6, 7]]])
+    assert entry["tokens"] and [token[0] for token in entry["tokens"]] == [token[0] for token in alone["tokens"]]
+    for part in ("total", "tokens", "other_tokens", "positions", "covariance"):
+        got, want = (np.array(one[part], dtype=float) for one in (entry, alone))
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+    assert [other for other, _ in others] == [{}] * 3 and [received[1] for _, received in others] == [0] * 3
+    shares = [dealt, *(received[0] for _, received in others)]
+    assert max(shares) < 0.4 * sum(shares) and totals <= 101

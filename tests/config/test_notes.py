@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import parse_config
-from megatron_rl.config.notes import selection_notes
+from megatron_rl.config.notes import run_notes, selection_notes
 from tests.config.test_config import raw
 
 MICROBATCH = {"type": "clip_cov", "cov_scope": "microbatch"}  # the longest sequence has 96 tokens
@@ -36,6 +36,15 @@ def notes(**changes: Any) -> list[str]:
 def test_each_fault_is_told_with_its_remedy(changes: dict[str, Any], message: str) -> None:
     (note,) = notes(**changes)
     assert re.search(message, note)
+
+
+def test_servers_of_others_must_give_float32_logits() -> None:
+    changes = {"model__dtype": "bfloat16", "rollout__engine": "vllm", "rollout__weight_sync": {"mode": "disk"}}
+    changes |= {"loss": {"type": "ppo_clip"}, "rollout__server": {"kv_tokens": 1000}}
+    assert run_notes(parse_config(raw(**changes))) == []
+    changes["rollout__server"] |= {"urls": ["http://127.0.0.1:1"]}
+    (note,) = run_notes(parse_config(raw(**changes)))
+    assert "head_dtype" in note
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.convert import disk
-from megatron_rl.convert.quantize import quantize_to_hf, read_texts
+from megatron_rl.convert.quantize import fp8_to_hf, read_texts
 from megatron_rl.convert.safetensors_io import write_file
 from megatron_rl.convert.to_hf import megatron_to_hf
 from megatron_rl.convert.to_megatron import hf_to_megatron
@@ -349,8 +349,8 @@ def test_quantisation_without_modelopt_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "modelopt", None)
     (tmp_path / "texts").write_text("1+2\n")
-    with pytest.raises(UserError, match=r"needs nvidia-modelopt .*pip install 'megatron_rl\[quantize\]'"):
-        quantize_to_hf(models / "megatron", tmp_path / "out", recipe="fp8", calibration=tmp_path / "texts")
+    with pytest.raises(UserError, match=r"fp8 needs nvidia-modelopt .*pip install 'nvidia-modelopt==0"):
+        fp8_to_hf(models / "megatron", tmp_path / "out", calibration=tmp_path / "texts")
     assert not (tmp_path / "out").exists()
 
 

@@ -87,7 +87,9 @@ def test_parquet_without_pyarrow_names_the_command_that_installs_it(
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match=r"x\.parquet: Parquet needs pyarrow; .* pip install 'megatron-rl\[data\]'"):
+    with pytest.raises(
+        DataError, match=r"x\.parquet: Parquet needs pyarrow; .* pip install 'datasets>=5.0,<6' 'pyarrow>=21'"
+    ):
         list(read_records(tmp_path / "x.parquet"))
 
 

@@ -153,11 +153,9 @@ def test_a_shared_prompt_by_hand() -> None:
     assert [part.token_ids.tolist() for part in parts] == [[11, 12, 13, 14, 16], [11, 12, 13, 15, 16]]
     assert [part.rows.tolist() for part in parts] == [[2, 3, 4]] * 2  # type: ignore
     assert [part.prefixes for part in parts] == [None, None]
-    # prompts that differ share what they begin with
     other = [make_rollout(7, s, [11, 12 + s, 13], [14]) for s in (0, 1)]
-    (mb,) = micro_batches(pack(other, torch.zeros(2), config, **options))
-    inputs = mb.model_inputs()
-    assert inputs.token_ids.tolist() == [11, 12, 13, 13, 13] and inputs.cu_seqlens.tolist() == [0, 1, 3, 5]
+    with pytest.raises(ValueError, match="samples of prompt 7 begin with other tokens; expected its 3 first in all"):
+        pack(other, torch.zeros(2), config, **options)
     # one token each: the prompt alone predicts them, and no sequence has a prefix
     short = [make_rollout(7, s, [11, 12, 13], [14 + s]) for s in (0, 1)]
     (mb,) = micro_batches(pack(short, torch.zeros(2), config, **options))
@@ -185,14 +183,14 @@ def test_groups_stay_together_as_far_as_that_balances() -> None:
     """Two groups over two ranks: one each. One group over two ranks, or over two micro-batches: half and half."""
     lengths = {i: 10 for i in range(8)}
     two = Work(lengths, {i: i // 4 for i in lengths}, {0: 8, 1: 8})
-    assert [deal(two, 99, rank, 2) for rank in (0, 1)] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    assert deal(two, 99, 2) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     one = Work(lengths, dict.fromkeys(lengths, 0), {0: 8})
-    assert [deal(one, 99, rank, 2) for rank in (0, 1)] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    assert deal(one, 99, 2) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     assert one.load([0, 1, 2, 3]) == 8 + 4 * 2 and one.load([0]) == 10
     # a prefix and four samples fill 16 tokens, with all eight 24
-    assert deal(one, 16, 0, 1) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert deal(one, 16, 1) == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
     with pytest.raises(ValueError, match="a sample of 10 tokens exceeds the 9 of a micro-batch"):
-        deal(one, 9, 0, 1)
+        deal(one, 9, 1)
 
 
 def test_interleaved_pipelines_get_a_multiple_of_micro_batches() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.parallel.fused_linear import linear_stats
+from megatron_rl.parallel.fused_linear import float32_linear, linear_stats
 from megatron_rl.parallel.vocab import VocabShard, vocab_parallel_stats
 from tests.parallel.test_vocab import _Watch
 from tests.worlds import Worlds
@@ -49,6 +49,53 @@ def _both(dtype: torch.dtype) -> list[list[Tensor]]:
         values = [stats.logprobs, stats.entropy, stats.sum_p2, stats.sum_p2_logp]
         found.append([*(value.detach() for value in values if value is not None), h.grad, w.grad])
     return found
+
+
+def _float32() -> list[list[Tensor]]:
+    """As `_both`: exact products of the same bfloat16 numbers, then float32 logits whole and in chunks."""
+    hidden, weight, labels, upstream = _inputs(torch.bfloat16)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    shard = weight.chunk(size)[rank]
+    place = VocabShard(dist.group.WORLD, rank * len(shard), V)
+    keywords: dict[str, Any] = {"group": place.group, "vocab_start": place.start, "vocab_size": V}
+    found = []
+    for way in ("exact", "whole", "chunks"):
+        dtype = torch.float32 if way == "exact" else torch.bfloat16
+        h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, shard))
+        if way == "chunks":
+            stats = linear_stats(h, w, labels, place, chunk_tokens=4, float32_logits=True)
+        else:
+            stats = vocab_parallel_stats(float32_linear(h, w) if way == "whole" else h @ w.t(), labels, **keywords)
+        (stats.logprobs * upstream[0] + stats.entropy * upstream[1]).sum().backward()
+        assert h.grad is not None and w.grad is not None
+        found.append([stats.logprobs.detach(), stats.entropy.detach(), h.grad, w.grad])
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_float32_logits_round_only_their_gradient(worlds: Worlds, size: int) -> None:
+    for exact, *ways in worlds.run(size, _float32):
+        for values in ways:
+            for want, got, tolerance in zip(exact, values, (2e-6, 2e-6, 1e-2, 1e-2), strict=True):
+                torch.testing.assert_close(got.float(), want, rtol=0, atol=tolerance * float(want.abs().max()))
+            assert [value.dtype for value in values] == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+def test_float32_logits_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_rl.kernels import linear_cpu
+    from megatron_rl.parallel import fused_linear
+
+    hidden, weight, _, _ = _inputs(torch.bfloat16)
+    results = []
+    for elements in (2**20, 4 * T):  # 5 rows of the weight; a row, or 4 columns, of the gradient
+        monkeypatch.setattr(linear_cpu, "_CONVERTED", elements)
+        monkeypatch.setattr(fused_linear, "_ROUNDED_ELEMENTS", elements)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logits = float32_linear(h, w)
+        logits.backward(torch.randn(T, V_PADDED, generator=torch.Generator().manual_seed(1)))
+        results.append([logits.detach(), h.grad, w.grad])
+    for one, many in zip(*results, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-2, atol=1e-2 if many.dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2])

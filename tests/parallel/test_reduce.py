@@ -212,9 +212,62 @@ def test_objects_of_any_size_arrive_in_rank_order(worlds: Worlds, size: int) -> 
         assert flags == [False, True, True]
 
 
+def _exchanged() -> list[Any]:
+    reducer, rank = world()
+    return reducer.exchange_objects([(rank, to, torch.arange(3000 * to)) for to in range(reducer.size)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_each_rank_receives_what_was_sent_to_it(worlds: Worlds, size: int) -> None:
+    for rank, came in enumerate(worlds.run(size, _exchanged)):
+        assert [(sender, to) for sender, to, _ in came] == [(sender, rank) for sender in range(size)]
+        assert all(torch.equal(tensor, torch.arange(3000 * rank)) for *_, tensor in came)
+
+
+def _top_k_traffic(values: Tensor, ids: Tensor, split: tuple[int, ...], k: int, many: int) -> tuple[Any, list[int]]:
+    reducer, rank = world()
+    sizes, gather = [], reducer._gather
+
+    def counted(payload: Tensor) -> Tensor:
+        sizes.append(payload.numel())
+        return gather(payload)
+
+    mine = share(values, split, rank), share(ids, split, rank), k
+    with mock.patch.multiple(reduce, _MANY=many, _FIRST_VALUES=2), mock.patch.object(reducer, "_gather", counted):
+        return reducer.top_ks_and_sum([mine], values.new_zeros(0)), sizes
+
+
+@pytest.mark.parametrize("k", [8, 200])
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_a_rank_offers_no_more_than_it_has_or_can_win(worlds: Worlds, k: int, narrowed: bool) -> None:
+    """Values that float32 cannot tell apart, both zeros, infinities and NaN of both signs pass the histograms."""
+    draw = torch.Generator().manual_seed(5)
+    values = 1 + 1e-12 * torch.randn(40, generator=draw, dtype=torch.float64)
+    values[::3] = torch.tensor([0.0, -0.0]).repeat(7).double()
+    values[[4, 28]], values[[5, 11]] = (
+        torch.tensor([math.nan, -math.nan]).double(),
+        torch.tensor([-math.inf, math.inf]).double(),
+    )
+    ids, split = torch.randperm(40, generator=draw) + (1 << 60), (10, 10, 12, 8)
+    for case in (values, -values, values.clamp(-1, 0)):
+        ranks = worlds.run(4, _top_k_traffic, case, ids, split, k, 0 if narrowed else 1 << 20)
+        (((best, winners),), _), sizes = same_on_all(ranks)
+        key = lambda pair: (not math.isnan(pair[0]), -pair[0] if not math.isnan(pair[0]) else 0, pair[1])  # noqa: E731
+        expected = sorted(zip(case.tolist(), ids.tolist(), strict=True), key=key)[:k]
+        assert winners.tolist() == [i for _, i in expected]
+        np.testing.assert_array_equal(best.numpy(), [value for value, _ in expected])
+        # a count and two pairs; then as many pairs as the rank with most has
+        assert sizes[4 * narrowed] == 1 + 2 * 2 and sum(sizes[4 * narrowed + 1 :]) <= 2 * min(k, 12)
+    if narrowed and k == 8:
+        apart = torch.arange(40.0, dtype=torch.float64)[torch.randperm(40, generator=draw)]  # about two to a rank
+        for _, sizes in worlds.run(4, _top_k_traffic, apart, ids, split, k, 0):
+            assert sum(sizes[5:]) < 2 * 8
+
+
 def test_without_a_group_the_process_is_alone() -> None:
     reducer = Reducer(None)
     values, ids = torch.tensor([1.0, 3.0, 3.0], dtype=torch.float64), torch.tensor([5, 9, 2])
     assert reducer.size == 1 and reducer.sum(values).tolist() == [1.0, 3.0, 3.0]
     assert reducer.top_k(values, ids, 2)[1].tolist() == [2, 9]
     assert reducer.quantiles(values, [0.0, 0.5]) == [1.0, 3.0] and reducer.gather_objects("x") == ["x"]
+    assert reducer.exchange_objects(["x"]) == ["x"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from megatron_rl.models.mapping import expected_hf_names
@@ -57,6 +59,56 @@ def test_the_source_can_tell_tensors_apart(worlds: Worlds) -> None:
         weights = worlds.run(1, initial_weights, model)[0]
         values = torch.cat([t.flatten() for n, t in weights.items() if n != "lm_head.weight"])
         assert len(values.unique()) > 0.98 * len(values)
+
+
+class _Live(TorchDispatchMode):
+    """Most bytes that tensors made inside had at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage.data_ptr(), storage.nbytes())
+        return made
+
+    def freed(self, address: int, nbytes: int) -> None:
+        self.known.discard(address)
+        self.now -= nbytes
+
+
+def _peak_of_stream() -> tuple[int, int]:
+    """(most bytes alive in a stream of small buckets, those of the embedding)."""
+    from megatron_rl.parallel.groups import init_groups
+    from megatron_rl.parallel.weights import weight_stream
+
+    groups = init_groups(make_config(Case("ppo_clip"), "tp2").parallel, seed=1)
+    hf = AutoConfig.for_model(**MODELS["qwen2"] | {"vocab_size": 4096})
+    shards = {
+        "embedding.word_embeddings.weight": torch.zeros(2048, hf.hidden_size),
+        "decoder.final_layernorm.weight": torch.zeros(hf.hidden_size),
+        "output_layer.weight": torch.zeros(2048, hf.hidden_size),
+    }
+    hf.tie_word_embeddings = False
+    with _Live() as live:
+        live.known |= {shard.untyped_storage().data_ptr() for shard in shards.values()}
+        for name, tensor in weight_stream(list(shards.items()), hf, groups, bucket_bytes=2**10):
+            assert tensor.shape[0] in (4096, hf.hidden_size), name
+            del tensor
+    return live.peak, 4096 * hf.hidden_size * 4
+
+
+def test_a_large_embedding_is_there_once(worlds: Worlds) -> None:
+    """Gathered, and neither joined nor kept while the next is gathered."""
+    for peak, embedding in worlds.run(2, _peak_of_stream):
+        assert embedding <= peak < 1.1 * embedding
 
 
 MOE: dict[str, Any] = {

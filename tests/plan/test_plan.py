@@ -20,7 +20,13 @@ from megatron_rl.models.hardware import GIB, HARDWARE
 from megatron_rl.plan import published
 from megatron_rl.plan.fit import fit
 from megatron_rl.plan.measured import measured_peaks
-from megatron_rl.plan.memory import Passes, layer_activations, state_parts, training_activations
+from megatron_rl.plan.memory import (
+    Passes,
+    layer_activations,
+    state_parts,
+    training_activations,
+    with_cache_tokens,
+)
 from megatron_rl.plan.score import QUICKSTART, cpu_memory_errors, stored_scores, summarise
 from megatron_rl.plan.search import changed, plan_of, remedies, search
 from megatron_rl.plan.seconds import fitted_constants
@@ -138,6 +144,38 @@ def test_adam_on_the_host_leaves_the_float32_weights_on_the_gpu() -> None:
     before = plan_of(parse_config(raw), *ARGUMENTS).memory.phases["training"]
     after = plan_of(parse_config(raw | {"optimizer": {"cpu_offload": True}}), *ARGUMENTS).memory.phases["training"]
     assert before["optimizer"] - after["optimizer"] == pytest.approx(8 * before["weights"] / 2 / 4)  # of dp 4
+
+
+def test_a_server_beside_the_trainer_gets_the_cache_that_the_table_shows() -> None:
+    raw, hardware = copy.deepcopy(RAW_32B), HARDWARE["h100"]
+    raw["rollout"]["server"] |= {"kv_tokens": None}
+    config, shape = parse_config(raw), shape_of(HF_32B)
+    memory, started = plan_of(config, *ARGUMENTS).memory, with_cache_tokens(config, shape, hardware)
+    tokens = started.rollout.server.kv_tokens
+    assert tokens == memory.cache_tokens is not None and config.rollout.server.kv_tokens is None
+    # keys and values of 64 layers, 2 of 8 heads of 128 on each GPU, in bfloat16; 0.7 of the memory with the weights
+    assert memory.phases["generation"]["KV cache"] == tokens * 2 * 64 * 2 * 128 * 2
+    pool = memory.phases["generation"]["KV cache"] + memory.phases["generation"]["engine weights"]
+    assert 0 <= 0.7 * hardware.memory - pool < 2 * 64 * 2 * 128 * 2
+    assert plan_of(parse_config(RAW_32B), *ARGUMENTS).memory.cache_tokens == 81920  # the user's word
+    for apart in ({"weight_sync": {"mode": "disaggregated"}}, {"server": {"urls": ["http://127.0.0.1:1"]}}):
+        alone = parse_config(raw | {"rollout": {"engine": "sglang", "max_response_tokens": 8192} | apart})
+        assert with_cache_tokens(alone, shape, hardware) == alone
+    assert with_cache_tokens(config, shape, HARDWARE["cpu"]) == config
+
+
+def test_a_save_fits_the_gpu_and_the_host() -> None:
+    """By hand, for Qwen2.5-32B on 32 GPUs, TP 8: 32.8e9 padded parameters, a quarter of an eighth on a rank."""
+    raw = copy.deepcopy(RAW_32B) | {"parallel": {"world_size": 32, "tp": 8, "sp": True}}
+    memory = plan_of(parse_config(raw), *ARGUMENTS).memory
+    save, share = memory.phases["checkpoint"], 32.8e9 / 8 / 4
+    assert save["weights"] == pytest.approx(2 * 4 * share, rel=0.01) and save["gradients"] == 0
+    assert save["optimizer"] == pytest.approx(12 * share, rel=0.01)
+    assert save["border weight"] == 4 * 152064 / 8 * 5120
+    assert memory.total("checkpoint") < min(memory.total("training"), 72 * GIB)
+    assert memory.host["checkpoint"] == pytest.approx(8 * 14 * share, rel=0.01)  # as much as is written
+    assert memory.host["optimizer"] == pytest.approx(8 * 12 * share, rel=0.01)  # shares the GPU with the servers
+    assert sum(memory.host.values()) < 400 * GIB
 
 
 def test_what_does_not_fit_gets_a_change_that_does() -> None:

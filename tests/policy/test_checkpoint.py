@@ -76,7 +76,14 @@ def _load_and_go_on(config: Config, folder: Path) -> dict[str, Any]:
 
     with policy_of(config) as policy:
         store = CheckpointStore(folder, policy, policy.groups)
-        found = {"loaded": load_newest(store), "weights": weights_of(policy), "moments": moments(policy)}
+        groups = policy.optimizer.param_groups
+        for group in groups:
+            group["bias_correction"] = True  # Transformer Engine's Adam has options that torch's does not save
+        before = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
+        loaded = load_newest(store)
+        for group, own in zip(policy.optimizer.param_groups, before, strict=True):
+            assert group.items() >= own.items() and isinstance(group.get("step", 0), int)
+        found = {"loaded": loaded, "weights": weights_of(policy), "moments": moments(policy)}
         found |= {"draws": _draws(), "skipped": policy.skipped_in_a_row}
         found["results"] = update(policy, config, range(2, 4))
         found["end"] = weights_of(policy)
@@ -222,6 +229,52 @@ def test_experts_resume_under_expert_parallelism_and_refuse_to_leave_it(worlds: 
     for messages in worlds.run(2, load_errors, [(dp2, tmp_path / "ep2"), (ep2, tmp_path / "dp2")]):
         assert "saved with parallel.ep=2, and here it is 1" in messages[0]
         assert "saved with parallel.ep=1, and here it is 2" in messages[1]
+
+
+# --- how the ranks share the work -------------------------------------------------------------------------------------
+
+
+def _save_both_ways(cases: list[tuple[Config, Path]]) -> list[dict[str, Any]]:
+    """Megatron's own gathering of the optimizer's state, and a rank's own share of it."""
+    from megatron_rl.policy import checkpoint, optimizer_state
+
+    found = []
+    for config, folder in cases:
+        with policy_of(config) as policy:
+            update(policy, config, range(2))
+            with mock.patch.object(checkpoint, "share_state"):
+                checkpoint.CheckpointStore(folder / "gathered", policy, policy.groups).save(2, EXTRA)
+            with mock.patch.object(optimizer_state, "assemble", wraps=optimizer_state.assemble) as assembled:
+                checkpoint.CheckpointStore(folder / "shared", policy, policy.groups).save(2, EXTRA)
+            found.append({"assembled": assembled.call_count, "weights": weights_of(policy), "moments": moments(policy)})
+    return found
+
+
+def test_a_checkpoint_is_the_one_that_megatron_gathers(worlds: Worlds, model_folder: Path, tmp_path: Path) -> None:
+    """The same tensors under the same names, though weights lie on borders between ranks; and either loads."""
+    from megatron_rl.convert.torch_dist import TorchDistReader
+
+    layouts = {"dp4": {"world_size": 4}, "tp2_dp2": {"world_size": 4, "tp": 2}}
+    cases = [(config_of(model_folder, own, "bfloat16"), tmp_path / name) for name, own in layouts.items()]
+    saved = worlds.run(4, _save_both_ways, cases)
+    for _, folder in cases:
+        gathered, shared = (TorchDistReader(folder / way / "step_00000002") for way in ("gathered", "shared"))
+        assert gathered.tensors.keys() == shared.tensors.keys() and len(gathered.tensors) > 30
+        for key in gathered.tensors:
+            assert torch.equal(gathered.read(key), shared.read(key)), key
+    loads = [worlds.run(4, _load_each, [(c, f / way) for c, f in cases]) for way in ("gathered", "shared")]
+    for rank, before in enumerate(saved):
+        for case, one in enumerate(before):
+            assert one["assembled"] > 0
+            for after in (loaded[rank][case] for loaded in loads):
+                assert same_bits(one["weights"], after["weights"])
+                assert all(torch.equal(a, b) for a, b in zip(one["moments"], after["moments"], strict=True))
+
+
+def test_ranks_with_the_same_weights_write_equal_shares(saved: dict[str, tuple[Path, list[Any]]]) -> None:
+    for layout in ("dp2", "dp2, bf16", "dp2, without distributed optimizer"):
+        first, second = ((saved[layout][0] / f"step_00000002/__{rank}_0.distcp").stat().st_size for rank in (0, 1))
+        assert 0.8 < first / second < 1.25, layout
 
 
 # --- what a checkpoint holds beside the state -------------------------------------------------------------------------

@@ -107,14 +107,17 @@ def _decided(raw: dict[str, Any]) -> bool:
     import torch.distributed as dist
 
     from megatron_rl import device
-    from megatron_rl.run import fuses_on_every_rank
+    from megatron_rl.plan.memory import fuses_output_layer
+    from megatron_rl.plan.shapes import layout_of, shape_of
+    from megatron_rl.run import hardware_of
 
     config = parse_config(raw)
     with (
         mock.patch.object(device, "memory_bytes", lambda: 2**40 if dist.get_rank() == 0 else 2**20),
         policy_of(config) as policy,
     ):
-        return fuses_on_every_rank(config.model.hf_config, config, policy.groups.all_ranks)
+        hardware = hardware_of(policy.groups.all_ranks)
+        return fuses_output_layer(config, shape_of(config.model.hf_config), layout_of(config), hardware)
 
 
 def test_all_ranks_decide_alike(worlds: Worlds) -> None:

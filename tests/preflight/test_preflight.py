@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 import torch
 import yaml
 
+from megatron_rl import device
 from megatron_rl.config import Config, parse_config
 from megatron_rl.parallel.world import all_reduce_bandwidth
+from megatron_rl.preflight import facts as facts_module
 from megatron_rl.preflight.checks import Check, bandwidth_check, checkpoint_bytes, fact_checks
 from megatron_rl.preflight.facts import Facts, gather_facts, requirements
 from tests.tiny import tiny_raw
@@ -37,7 +40,7 @@ def facts() -> list[Facts]:
     found = []
     for rank in range(4):
         base = Facts(rank, rank % 2, f"node{rank // 2}", {"torch": "2.9"}, [], H100)
-        node = {"data": "64 problems (ab)", "free_bytes": 2**30, "engine_version": "0.5.23"}
+        node = {"data": "64 problems (ab)", "free_bytes": 2**30, "engine_version": "0.5.23", "host_bytes": 64 * GIB}
         found.append(dataclasses.replace(base, **node) if rank % 2 == 0 else base)
     return found
 
@@ -62,7 +65,7 @@ def test_a_sound_cluster_passes() -> None:
 @pytest.mark.parametrize(
     ("what", "rank", "fields", "finding", "remedy"),
     [
-        ("versions", 2, {"version_faults": ["torch 2.1, supported: >=2.7"]}, "node1: torch 2.1", "pip install"),
+        ("versions", 2, {"version_faults": ["torch 2.1, supported: >=2.7"]}, "node1: torch 2.1", "make gpu"),
         ("versions", 2, {"versions": {"torch": "2.8"}}, "node1: torch 2.8", "one environment"),
         ("GPUs", 3, {"gpu": None}, "no GPU on node1", "ask Slurm"),
         ("GPUs", 1, {"gpu": ("NVIDIA H100", 60 * GIB, 80 * GIB)}, "node0 GPU 1: 60.0 of 80.0", "nvidia-smi"),
@@ -74,6 +77,8 @@ def test_a_sound_cluster_passes() -> None:
         ("data", 2, {"data": "64 problems (cd)"}, "node1: 64 problems (cd)", "all share"),
         ("reward", 0, {"reward_fault": "unknown function"}, "node0: unknown function", ""),
         ("run folder", 2, {"sees_shared": False}, "not the same folder on node1", "MEGATRON_RL_RUNS"),
+        ("memory", 2, {"host_bytes": GIB}, "of 1.0 GiB on a node's host (processes 20.0 GiB", "--mem=0"),
+        ("memory", 1, {"gpu": ("NVIDIA H100", GIB, GIB)}, "of a GPU's 1.0 GiB", "parallel.tp"),
         ("disk", 2, {"free_bytes": 1000}, "0.0 MiB free", "keep_checkpoints"),
     ],
 )
@@ -100,6 +105,7 @@ def test_a_machine_without_gpu_says_so() -> None:
     found = [dataclasses.replace(fact, gpu=None) for fact in facts()][:2]
     of_cpu = lines(found)
     assert of_cpu["GPUs"].is_ok is None and of_cpu["GPUs"].finding.startswith("no GPU here")
+    assert of_cpu["memory"].is_ok is None
     assert of_cpu["ranks"].is_ok is None and of_cpu["ranks"].finding.startswith("2 of 4 on 1 node: those that")
 
 
@@ -111,7 +117,56 @@ def test_wrong_sums_fail() -> None:
 
 def test_what_is_supported_is_what_the_package_asks_for() -> None:
     assert {"torch", "megatron-core"} <= {requirement.name for requirement in requirements()}
-    assert [str(requirement.specifier) for requirement in requirements("sglang")] == ["==0.5.23", "==0.3.2"]
+    assert [str(requirement.specifier) for requirement in requirements("sglang")] == ["==0.5.23"]
+
+
+DRIVER = {
+    "580": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)",
+    "570": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.10  Thu Jan 16 2025\nGCC version:  gcc 12.3.0",
+}
+
+
+@pytest.mark.parametrize(
+    ("driver", "build", "fault"),
+    [
+        ("580", "13.0", None),
+        ("570", "13.0", r"driver 570\.86\.10 is too old for torch's CUDA 13\.0, which needs 580 or newer"),
+        ("570", "12.8", None),
+        ("580", None, r"torch .* is a build for CPUs beside driver 580\.95\.05; or set MEGATRON_RL_DEVICE=cpu"),
+        (None, "13.0", None),
+        (None, None, None),
+    ],
+)
+def test_a_driver_that_torch_cannot_use_is_a_fault(
+    driver: str | None, build: str | None, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch says no more than that there is no GPU, and the run would be on CPUs."""
+    if driver:
+        (tmp_path / "version").write_text(DRIVER[driver])
+    monkeypatch.setattr(device, "_DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.delenv("MEGATRON_RL_DEVICE", raising=False)
+    (found,) = device.driver_faults() or [None]
+    assert found == fault if fault is None else re.fullmatch(fault, found)
+    monkeypatch.setenv("MEGATRON_RL_DEVICE", "cpu")
+    assert device.driver_faults() == []
+
+
+def test_transformer_engine_is_asked_for_where_its_layers_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One release of its three packages, beside a torch that the binding was compiled for; on this machine without
+    them Megatron would go on with torch's Adam."""
+    from megatron_rl.policy import adam  # noqa: F401  made ready for a CPU before the device is pretended
+
+    monkeypatch.setattr(device, "ON_GPU", True)
+    faults = facts_module._version_faults("transformer_engine")
+    for name in ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13"):
+        assert f"{name} is missing, supported: ==2.11.0" in faults
+    assert [fault for fault in faults if "takes torch's Adam" in fault or "HAVE_TE" in fault] == faults[-2:]
+    assert facts_module._version_faults("torch") == []
+    versions = {"transformer-engine-cu12": "2.11.0", "transformer-engine-cu13": "2.11.0"}
+    installed = facts_module._installed
+    monkeypatch.setattr(facts_module, "_installed", lambda name: versions.get(name) or installed(name))
+    assert ["lie in the same folder" in fault for fault in facts_module._version_faults("torch")] == [True]
 
 
 def test_files_are_looked_at_for_real(tmp_path: Path) -> None:
@@ -124,6 +179,7 @@ def test_files_are_looked_at_for_real(tmp_path: Path) -> None:
     assert "nowhere" in found.reward_fault and not found.sees_shared
     assert found.unknown_hosts == ["no.such.host.invalid"]
     assert found.version_faults == [] and found.free_bytes > 0
+    assert 0 < found.host_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _bandwidth(wrong: bool) -> tuple[float, bool]:

@@ -1,21 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from dataclasses import dataclass, field
-from threading import Barrier, Thread
+from threading import Barrier, Thread, current_thread
 
 import pytest
 import torch
 
+from megatron_rl import launch
 from megatron_rl.config import parse_config
 from megatron_rl.data import DataError, PromptCursor
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import InProcess
-from megatron_rl.rollout.answers import Answers
-from megatron_rl.rollout.collect import CollectError, Collector, rollout_metrics, sampling_params
+from megatron_rl.rollout.answers import facts_of, from_facts
+from megatron_rl.rollout.collect import CollectError, Collector, CollectStopped, rollout_metrics, sampling_params
 from megatron_rl.rollout.engine import EngineError, Place, ServersLost
-from megatron_rl.types import Prompt, Rollout
+from megatron_rl.types import Lengths, Prompt, Rollout
 
 HF = {
     "model_type": "qwen2",
@@ -105,13 +105,15 @@ def run(config, cursor, reward_fn=odd_prompts_learn, world_size=1, step=0):
         own.restore(cursor.state())
         try:
             place = Place(rank, world_size, rank, gather)
-            collector = Collector(engines[rank], own, InProcess([reward_fn]), Tokenizer(), config, place, no_revival)
+            collector = Collector(
+                lambda: engines[rank], own, InProcess([reward_fn]), Tokenizer(), config, place, no_revival
+            )
             results[rank] = collector.collect(step)
         except Exception as error:
             results[rank] = error
         states[rank] = own.state()
 
-    threads = [Thread(target=rank_main, args=(rank,)) for rank in range(world_size)]
+    threads = [Thread(target=rank_main, args=(rank,), name=f"rank {rank}") for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -125,7 +127,10 @@ def ids(result):
     return [(r.prompt_id, r.sample_index) for r in result.rollouts]
 
 
-def test_answers_travel_whole():
+TOKENS = ("token_ids", "rollout_logprobs", "sampled", "routes")
+
+
+def test_all_but_the_tokens_reaches_the_other_ranks():
     rollouts = [
         Rollout(
             prompt_id=4,
@@ -135,6 +140,7 @@ def test_answers_travel_whole():
             sampled=torch.arange(length) > 1,
             finish_reason="stop",
             weight_version=3,
+            known_lengths=Lengths(length, 2, length - 2),
             **more,
         )
         for index, length, more in [
@@ -142,13 +148,14 @@ def test_answers_travel_whole():
             (1, 5, {"score": 0.0, "reward": 0.0, "spans": ((3, 2),), "routes": torch.arange(20).view(5, 2, 2)}),
         ]
     ]
-    for sent in (rollouts, []):
-        answers = pickle.loads(pickle.dumps(Answers(sent, "lost")))
-        assert answers.problem == "lost" and len(answers.rollouts) == len(sent)
-        for got, want in zip(answers.rollouts, sent, strict=True):
-            for name in (f.name for f in dataclasses.fields(Rollout)):
-                a, b = getattr(got, name), getattr(want, name)
-                assert type(a) is type(b) and (torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b), name
+    for got, sent in zip(from_facts(facts_of(rollouts)), rollouts, strict=True):
+        assert sent.has_tokens and not got.has_tokens and got.response_length == sent.response_length
+        for name in {f.name for f in dataclasses.fields(Rollout)} - set(TOKENS):
+            assert getattr(got, name) == getattr(sent, name), name
+        for read in (lambda r: r.response_ids, lambda r: len(r.token_ids), lambda r: int(r.sampled.sum())):
+            with pytest.raises((IndexError, TypeError, RuntimeError)):  # nobody takes them for empty
+                read(got)
+    assert rollouts[0].replace(known_lengths=None).lengths == (3, 2, 1)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -160,6 +167,9 @@ def test_every_world_size_collects_the_same(dynamic):
         for result in results:
             assert ids(result) == ids(single) and result.metrics == single.metrics
             assert [r.reward for r in result.rollouts] == [r.reward for r in single.rollouts]
+            assert [r.lengths for r in result.rollouts] == [r.lengths for r in single.rollouts]
+        held = [[r.has_tokens for r in result.rollouts] for result in results]
+        assert [sum(ranks) for ranks in zip(*held, strict=True)] == [1] * 12  # each on the rank that sampled it
         shares = [len(engine.calls[0]) for engine in engines]
         assert sum(shares) == 12 and max(shares) - min(shares) <= 1
 
@@ -196,6 +206,24 @@ def test_dynamic_sampling_gives_up_on_every_rank_with_the_numbers():
         assert isinstance(error, CollectError)
         assert "kept 0 of 12 groups after 3 generation batches" in str(error) and "all correct 1.000" in str(error)
         assert "max_batches (3)" in str(error)
+
+
+def test_a_rank_that_is_asked_to_stop_stops_all_before_another_batch_is_drawn(monkeypatch):
+    asked = []
+
+    def stop_requested(run_dir):
+        asked.append(current_thread().name)
+        return current_thread().name == "rank 1"
+
+    monkeypatch.setattr(launch, "stop_requested", stop_requested)
+    cursor = PromptCursor(prompts(40), 3)
+    results, engines = run(make_config(dynamic=True, max_batches=10), cursor, world_size=3)
+    assert [len(engine.calls) for engine in engines] == [1, 1, 1] and sorted(asked) == ["rank 0", "rank 1", "rank 2"]
+    for error in results:
+        assert isinstance(error, CollectStopped) and "after 1 generation batches of step 1" in str(error)
+    asked.clear()
+    ((result,), _) = run(make_config(), cursor, world_size=1)  # a step that is whole is not stopped
+    assert len(result.rollouts) == 12 and not asked
 
 
 def test_dynamic_sampling_compares_shaped_rewards():
@@ -287,7 +315,9 @@ def test_evaluation():
     config = make_config(train={"prompts_per_step": 4, "prompts_per_minibatch": 4, "eval_samples": 2})
     engine = FakeEngine()
     cursor, place = PromptCursor(prompts(4), 3), Place(0, 1, 0, lambda local: [local])
-    collector = Collector(engine, cursor, InProcess([odd_prompts_learn]), Tokenizer(), config, place, no_revival)
+    collector = Collector(
+        lambda: engine, cursor, InProcess([odd_prompts_learn]), Tokenizer(), config, place, no_revival
+    )
     got = collector.evaluate(prompts(4))
     # prompt 0 scores 1, 1; prompts 1 and 3 score 1, 0; prompt 2 scores 0, 0
     assert got == {
@@ -307,7 +337,7 @@ def collector_of(engine, revive=no_revival, steps=6, **rollout):
     loss = {"type": "ppo_clip", "rollout_correction": {"cap": 2.0}}
     config = make_config(rollout=raw, loss=loss, train=TRAIN | {"num_steps": steps})
     cursor, place = PromptCursor(prompts(40), 3), Place(0, 1, 0, lambda local: [local])
-    return Collector(engine, cursor, InProcess([odd_prompts_learn]), Tokenizer(), config, place, revive)
+    return Collector(lambda: engine, cursor, InProcess([odd_prompts_learn]), Tokenizer(), config, place, revive)
 
 
 TRAIN = {"prompts_per_step": 4, "prompts_per_minibatch": 4}

@@ -297,3 +297,17 @@ def test_routes_are_those_of_a_plain_forward():
         assert rollout.routes.dtype == torch.uint8 and bool((rollout.routes[-1] == 255).all())
         assert torch.equal(rollout.routes[:-1].long(), torch.stack(seen, dim=1)[:-1])
     assert all(r.routes is None for r in engine.generate([replace(r, with_routes=False) for r in requests[:3]]))
+
+
+def test_float32_logits_of_a_bfloat16_model():
+    options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "batch_size": 4}
+    ids = torch.arange(6).view(2, 3)
+    for wide in (False, True):
+        engine = TransformersEngine(HF, float32_logits=wide, **options)
+        engine.update_weights(make_model().named_parameters(), 7)
+        with torch.inference_mode():
+            hidden, logits = engine.model.model(ids).last_hidden_state, engine.model(ids).logits
+        exact = hidden.double() @ engine.model.lm_head.weight.double().t()
+        assert logits.dtype == (torch.float32 if wide else torch.bfloat16)
+        assert (float((logits.double() - exact).abs().max()) < 1e-6) == wide
+        assert len(engine.generate(make_requests(2, 2))) == 4

@@ -70,7 +70,7 @@ def shrink(name: str, *more: str, reward: str = "tests.slurm.rewards:slow") -> l
 
 
 def submit(cluster: Cluster, *overrides: str) -> str:
-    return cluster.submit(ROOT, "--nodes=2", "--time=60", "slurm/32b_kl_cov.sbatch", *overrides)
+    return cluster.submit(ROOT, "--nodes=2", "--time=180", "slurm/32b_kl_cov.sbatch", *overrides)
 
 
 @pytest.fixture(scope="module")

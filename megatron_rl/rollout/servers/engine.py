@@ -23,15 +23,17 @@ import aiohttp
 from torch import Tensor
 from typing_extensions import override
 
+from megatron_rl import device
+from megatron_rl.rollout.clocks import HEALTH_SECONDS
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, ServersLost
 from megatron_rl.rollout.servers.answers import as_rollout, joined, rest, too_late
+from megatron_rl.rollout.servers.checksums import Checksums, WeightProof, digested
 from megatron_rl.rollout.servers.fleet import Fleet
 from megatron_rl.rollout.servers.http import Server, ServerBusy, ServerFailed, ServerLost
 from megatron_rl.rollout.servers.protocol import Completion, Dialect
 from megatron_rl.rollout.servers.weight_sync import Channel, check_same_model
 from megatron_rl.types import Rollout
 
-_HEALTH_SECONDS = 10.0
 _MAX_TRIES = 10  # of one response on servers that break or fail and yet are healthy
 _BACKOFF_SECONDS = (0.1, 10.0)  # first and longest pause before a request is sent again
 
@@ -48,15 +50,17 @@ class _Target:
 class Loop:
     """An event loop in a thread, and the HTTP session that lives on it."""
 
-    def __init__(self) -> None:
-        """Start the thread."""
+    def __init__(self, key: str = "") -> None:
+        """Start the thread. `key`: goes along with every request; empty: none."""
+        self.key = key
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-servers", daemon=True)
         self._thread.start()
         self.session: aiohttp.ClientSession = self.submit(self._open()).result()
 
     async def _open(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else None
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers)
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         """Run the coroutine on the loop; return a future of its result."""
@@ -78,6 +82,7 @@ class ServerEngine(RolloutEngine):
         self.weight_version = -1
         self._dialect, self._loop, self._fleet, self._channel = dialect, loop, fleet, channel
         self._hf_config, self._place = hf_config, fleet.place
+        self._proof = WeightProof(dialect.parameter_of, exact=dialect.checksums_are_digests)
         self._config = fleet.config.rollout.server
         # requests that this rank keeps at one server: its share of the server's
         self._limit = max(1, self._config.max_concurrency // self._place.world_size)
@@ -196,13 +201,13 @@ class ServerEngine(RolloutEngine):
     async def _look_after(self, target: _Target) -> None:
         """Ask a server whose connection broke whether it lives; mark it as lost when it does not answer."""
         try:
-            await asyncio.wait_for(self._dialect.health(target.server), _HEALTH_SECONDS)
+            await asyncio.wait_for(self._dialect.health(target.server), HEALTH_SECONDS)
         except (TimeoutError, EngineError):
             target.is_lost = True
 
     async def _quietly_abort(self, server: Server, rid: str) -> None:
         with contextlib.suppress(EngineError, TimeoutError):  # it is gone, or will finish for nobody
-            await asyncio.wait_for(self._dialect.abort(server, rid), _HEALTH_SECONDS)
+            await asyncio.wait_for(self._dialect.abort(server, rid), HEALTH_SECONDS)
 
     @override
     def abort(self) -> None:
@@ -235,15 +240,20 @@ class ServerEngine(RolloutEngine):
         if [target.server.url for target in self._targets] != self._fleet.urls:
             self._targets = [_Target(Server(url, self._loop.session)) for url in self._fleet.urls]
         servers = [target.server for target in self._targets]
+        digests: dict[str, int] = {}
+        if self._place.rank == 0 and self._fleet.config.rollout.weight_sync.checksums:
+            stream = digested(stream, digests)
         try:
             self._agree(lambda: self._prepare(servers))
             self._agree(lambda: self._channel.send(stream, weight_version))
-            self._agree(lambda: self._finish(servers, weight_version))
+            self._agree(lambda: self._finish(servers, weight_version, digests))
         except EngineError as error:
             self._settle(servers)
             if not isinstance(error, ServersLost) and not self._all_alive(servers):
                 raise ServersLost(str(error)) from error  # it could still say that it is dying
             raise
+        finally:
+            device.collect_shared(give_back=True)  # all ranks have left `send`, and the servers have read
 
     def _agree(self, action: Any) -> None:
         """Run `action` on every rank, and fail on all ranks when it fails on one."""
@@ -263,10 +273,14 @@ class ServerEngine(RolloutEngine):
             self._loop.submit(self._on_each(servers, self._open_update)).result()
             self._channel.open(servers)
 
-    def _finish(self, servers: list[Server], weight_version: int) -> None:
+    def _finish(self, servers: list[Server], weight_version: int, digests: dict[str, int]) -> None:
+        held: dict[str, Checksums] = {}
+
         async def finish(server: Server) -> None:
             if self._fleet.config.rollout.weight_sync.mode != "disk":
                 await self._dialect.end_update(server, weight_version)
+            if digests:
+                held[server.url] = await self._dialect.checksums(server)
             await self._dialect.flush(server)
             await self._dialect.resume(server)
             served = await self._dialect.weight_version(server)
@@ -275,6 +289,7 @@ class ServerEngine(RolloutEngine):
 
         if self._place.rank == 0:
             self._loop.submit(self._on_each(servers, finish)).result()
+            self._proof.check(digests, held)
 
     def _all_alive(self, servers: list[Server]) -> bool:
         """Return, on every rank, whether every server answers."""
@@ -292,7 +307,7 @@ class ServerEngine(RolloutEngine):
         async def settle(server: Server) -> None:
             for action in (self._dialect.end_update(server, -1), self._dialect.resume(server)):
                 with contextlib.suppress(EngineError, TimeoutError):  # it is dead, or had none open
-                    await asyncio.wait_for(action, _HEALTH_SECONDS)
+                    await asyncio.wait_for(action, HEALTH_SECONDS)
 
         if self._place.rank == 0:
             self._loop.submit(self._on_each(servers, settle)).result()

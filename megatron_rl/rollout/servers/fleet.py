@@ -17,9 +17,11 @@ from megatron_rl import device
 from megatron_rl.config import Config
 from megatron_rl.launch import say
 from megatron_rl.rollout.engine import EngineError, Place
+from megatron_rl.rollout.servers.nccl import check_same_nccl
 from megatron_rl.rollout.servers.processes import EngineProcess, free_port
 from megatron_rl.rollout.servers.protocol import Dialect, LaunchSpec
 
+_CPU_KV_TOKENS = 16384
 _RETRY_SECONDS = 1.0  # between two looks at a server that is not ready
 
 
@@ -40,6 +42,7 @@ class Fleet:
     place: Place
     check: Callable[[str], None]  # one look at the server of that address; raises EngineError when it is not ready
     settle_in: Callable[[str], None]  # what a server of the run wants to be told once
+    key: str = ""  # that the run's own servers ask of every request
     urls: list[str] = field(default_factory=list)  # of all nodes, in the order of ranks
     readers: list[list[int]] = field(default_factory=list)  # [server][worker] -> the trainer rank on its device
     failures: int = 0  # of all servers so far
@@ -50,6 +53,8 @@ class Fleet:
         server = self.config.rollout.server
         if server.urls or not self.place.owns_servers or self._owned:
             return
+        if device.ON_GPU and self.config.rollout.weight_sync.mode == "disaggregated":
+            check_same_nccl(engine_python(self.config.rollout.engine, server.python), device.gpu_versions()["NCCL"])
         self._owned = [self._launch(index) for index in range(server.count)]
 
     def heal(self) -> None:
@@ -58,11 +63,11 @@ class Fleet:
         Raises: EngineError, on every rank, when a server does not come up, or more than `rollout.server.max_failures`
         died in the run.
         """
-        problem, died = "", 0
+        problem, died, began = "", 0, time.monotonic()
         try:
             died = self._restart_dead()
             for address in self._local_urls():
-                self._wait(address)
+                self._wait(address, began)
         except EngineError as error:
             problem = str(error)
         facts = self.place.gather((socket.gethostname(), self.place.local_rank, self._local_urls(), problem, died))
@@ -118,11 +123,11 @@ class Fleet:
             return False
         return True
 
-    def _wait(self, url: str) -> None:
+    def _wait(self, url: str, began: float) -> None:
         owned = next((owned for owned in self._owned if owned.url == url), None)
         if owned is not None and owned.healthy:
             return
-        limit, began, said = self.config.rollout.server.start_seconds, time.monotonic(), 0.0
+        limit, said = self.config.rollout.server.start_seconds, 0.0
         while True:
             if owned is not None and not owned.process.alive():
                 raise EngineError(f"the {self.dialect.name} server did not start: {owned.process.obituary()}")
@@ -162,11 +167,13 @@ class Fleet:
             devices=tuple(devices),
             context_tokens=config.max_sequence_tokens,
             max_concurrency=server.max_concurrency,
-            kv_tokens=server.kv_tokens,
+            kv_tokens=server.kv_tokens or (None if device.ON_GPU else max(_CPU_KV_TOKENS, config.max_sequence_tokens)),
             memory_fraction=server.memory_fraction,
             colocated=server.share_memory,
             extra_args=server.extra_args,
+            float32_logits=config.float32_logits,
             with_routes=config.rollout.routing_replay,
+            key=self.key,
             host="0.0.0.0" if spans_nodes else "127.0.0.1",
         )
         argv, env = self.dialect.command(spec)
@@ -186,8 +193,8 @@ def engine_python(engine: str, configured: str | None) -> Path:
         path = local
     if not path.is_file():
         raise EngineError(
-            f"rollout.engine={engine} is not installed: no {path}. Type `make engines` in the project's folder for a "
-            f"CPU, or `pip install 'megatron-rl[{engine}]'` on a GPU machine, or set rollout.server.python or .urls"
+            f"rollout.engine={engine} is not installed: no {path}. In the project's folder type `make engines` for a "
+            f"CPU or `make gpu-engine-{engine}` for GPUs (docs/install_gpu.md), or set rollout.server.python or .urls"
         )
     return path.absolute()
 

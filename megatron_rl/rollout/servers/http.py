@@ -9,6 +9,9 @@ import aiohttp
 
 from megatron_rl.rollout.engine import EngineError
 
+# of the environment: the key that servers ask for, as --api-key told them; rank 0's counts for all
+KEY_VARIABLE = "MEGATRON_RL_ENGINE_KEY"
+
 
 class ServerRefused(EngineError):
     """The server answered with an error: the request was understood and not carried out."""
@@ -58,7 +61,8 @@ class Server:
                 if response.status >= 400:
                     kind = ServerFailed if response.status >= 500 else ServerRefused
                     kind = ServerBusy if response.status in (429, 503) else kind
-                    raise kind(f"{self.url}{path}: HTTP {response.status}: {text[:500]}", response.status)
+                    hint = f"; set {KEY_VARIABLE} to the server's key" if response.status in (401, 403) else ""
+                    raise kind(f"{self.url}{path}: HTTP {response.status}: {text[:500]}{hint}", response.status)
                 is_json = "json" in response.headers.get("content-type", "")
                 return await response.json() if is_json else text
         except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 # What a launcher tells the ranks of the trainer. A server that reads it takes itself for one of them: under torchrun,
-# torch would look for the launcher's store instead of making the server's own.
+# torch would look for the launcher's store instead of making the server's own. PYTHONPATH holds the trainer's packages.
 _OF_THE_TRAINER = re.compile(
-    r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_NUM_THREADS|GLIBC_TUNABLES)$"
+    r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_NUM_THREADS|GLIBC_TUNABLES|PYTHONPATH)$"
 )
 _GUARD = Path(__file__).parent / "guard.py"
 _TAIL_LINES = 20

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_rl.rollout.engine import Request
+from megatron_rl.rollout.servers.checksums import Checksums
 from megatron_rl.rollout.servers.http import Server
 
 
@@ -36,11 +37,13 @@ class LaunchSpec:
     devices: tuple[int, ...]  # GPUs, `tp` of them; empty: the CPU
     context_tokens: int  # longest prompt and response together
     max_concurrency: int  # requests decoded together
-    kv_tokens: int  # size of the key-value cache on a CPU; on a GPU memory_fraction decides
+    kv_tokens: int | None  # size of the key-value cache; None, on a GPU alone: by memory_fraction
     memory_fraction: float  # of the GPU's memory, weights and key-value cache together
     colocated: bool  # the trainer shares the GPUs: the server must be able to give its memory back
     extra_args: tuple[str, ...]  # appended to the server's command line
+    float32_logits: bool = False  # its output layer gives float32 from the bfloat16 of `dtype`, as the trainer's does
     with_routes: bool = False  # it must be able to tell the experts of each token
+    key: str = ""  # that every request must bring; empty: none
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 when the trainer spans several machines
 
 
@@ -61,6 +64,7 @@ class Dialect(Protocol):
     """
 
     name: str
+    checksums_are_digests: bool = False  # of `megatron_rl_digest`, and not of the server's own kind
 
     def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
         """Return the argument vector and the environment variables to add. Raises: EngineError for what cannot be
@@ -127,6 +131,12 @@ class Dialect(Protocol):
 
     async def load_folder(self, server: Server, path: Path, weight_version: int) -> None:
         """Load a Hugging Face folder that the server can read, as `weight_version`."""
+
+    def parameter_of(self, name: str) -> str:
+        """Return the server's parameter that holds a weight, as `checksums` calls it."""
+
+    async def checksums(self, server: Server) -> Checksums:
+        """Return each worker's checksums: equal if and only if the bytes are."""
 
     async def end_update(self, server: Server, weight_version: int) -> None:
         """Finish: from here on responses carry `weight_version`."""

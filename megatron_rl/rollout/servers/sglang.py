@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,19 +17,27 @@ from typing_extensions import override
 from megatron_rl import device
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_config_json
+from megatron_rl.rollout.clocks import CONTROL_SECONDS, LOAD_SECONDS
 from megatron_rl.rollout.engine import EngineError, Request
+from megatron_rl.rollout.servers.checksums import Checksums
 from megatron_rl.rollout.servers.http import Server
 from megatron_rl.rollout.servers.protocol import Completion, Dialect, LaunchSpec, Manifest
 
 _SHIMS = Path(__file__).parent / "shims" / "sglang"
-_CONTROL_SECONDS = 60.0  # for what should answer at once
-_LOAD_SECONDS = 600.0  # for what moves weights
+_NO_LIMIT = 0.95  # of free memory
 _IDLE_SECONDS = 30  # for requests that end to have ended
 _INITIAL_VERSION = "default"  # what a server that never got weights reports
 # A server keeps this many positions of --context-length, and of its cache, for itself: it refuses a longer prompt, and
 # ends a response early without saying so. Source: `get_worker_info` of managers.tp_worker, and of the scheduler the
 # limit of max_new_tokens.
 _RESERVED_TOKENS = 8
+# Source: `stacked_params_mapping` and `make_expert_params_mapping` of sglang.srt.models and layers.moe
+_MERGED = (
+    (r"\b[qkv]_proj\b", "qkv_proj"),
+    (r"\bexperts\.\d+\.(gate|up)_proj\.", "experts.w13_"),
+    (r"\bexperts\.\d+\.down_proj\.", "experts.w2_"),
+    (r"\b(gate|up)_proj\b", "gate_up_proj"),
+)
 
 
 class SGLang(Dialect):
@@ -45,18 +54,22 @@ class SGLang(Dialect):
         argv += ["--context-length", str(longest), "--max-running-requests", str(spec.max_concurrency)]
         argv += ["--skip-server-warmup", "--log-level", "warning"]
         argv += ["--enable-return-routed-experts"] if spec.with_routes else []
+        argv += ["--max-total-tokens", str(max(spec.kv_tokens, longest))] if spec.kv_tokens else []
+        argv += ["--enable-fp32-lm-head"] if spec.float32_logits else []
+        argv += ["--api-key", spec.key] if spec.key else []
         env = {
             "HF_HUB_OFFLINE": "1",
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the reserved positions are never computed
             "SGL_FORCE_SHUTDOWN": "1",  # SIGTERM waits for no request
         }
         if spec.devices:
-            argv += ["--mem-fraction-static", str(spec.memory_fraction)]
+            # SGLang takes a fraction of what it finds free, and its cache is the smaller of that and the tokens
+            argv += ["--mem-fraction-static", str(_NO_LIMIT if spec.kv_tokens else spec.memory_fraction)]
             argv += ["--enable-memory-saver"] if spec.colocated else []
             env |= device.visible_devices(spec.devices)
         else:
             argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
-            argv += ["--max-total-tokens", str(max(spec.kv_tokens, longest)), "--mem-fraction-static", "0.8"]
+            argv += ["--mem-fraction-static", "0.8"]
             cores = device.cpu_cores()
             env |= {
                 # glibc keeps freed memory for the next weight bucket, whose fresh pages cost as much as its way here
@@ -81,7 +94,7 @@ class SGLang(Dialect):
     async def settle_in(self, server: Server) -> None:
         """Exempt the objects made so far from garbage collection: each flush collects garbage, which then takes 0.25 s
         less."""
-        await server.post("/freeze_gc", seconds=_CONTROL_SECONDS)
+        await server.post("/freeze_gc", seconds=CONTROL_SECONDS)
 
     @override
     async def generate(self, server: Server, request: Request, rid: str, *, seconds: float) -> Completion:
@@ -108,23 +121,23 @@ class SGLang(Dialect):
 
     @override
     async def abort(self, server: Server, rid: str) -> None:
-        await server.post("/abort_request", {"rid": _whole(rid)}, seconds=_CONTROL_SECONDS)
+        await server.post("/abort_request", {"rid": _whole(rid)}, seconds=CONTROL_SECONDS)
 
     @override
     async def pause(self, server: Server) -> None:
         """Stop decoding; requests give up their cache and are computed anew, so that none mixes entries of two
         models."""
-        await server.post("/pause_generation", {"mode": "retract"}, seconds=_CONTROL_SECONDS)
+        await server.post("/pause_generation", {"mode": "retract"}, seconds=CONTROL_SECONDS)
 
     @override
     async def resume(self, server: Server) -> None:
-        await server.post("/continue_generation", {}, seconds=_CONTROL_SECONDS)
+        await server.post("/continue_generation", {}, seconds=CONTROL_SECONDS)
 
     @override
     async def flush(self, server: Server) -> None:
         """Forget all key-value entries, without SGLang's `timeout`: it would wait for requests that a pause holds
         back."""
-        await server.post("/flush_cache", {}, seconds=_CONTROL_SECONDS)
+        await server.post("/flush_cache", {}, seconds=CONTROL_SECONDS)
 
     @override
     async def sleep(self, server: Server) -> None:
@@ -132,12 +145,12 @@ class SGLang(Dialect):
 
         Raises: ServerRefused when requests have not ended after 30 s.
         """
-        await server.post("/flush_cache", {}, seconds=_CONTROL_SECONDS, timeout=str(_IDLE_SECONDS))
-        await server.post("/release_memory_occupation", {}, seconds=_CONTROL_SECONDS)
+        await server.post("/flush_cache", {}, seconds=CONTROL_SECONDS, timeout=str(_IDLE_SECONDS))
+        await server.post("/release_memory_occupation", {}, seconds=CONTROL_SECONDS)
 
     @override
     async def wake(self, server: Server) -> None:
-        await server.post("/resume_memory_occupation", {}, seconds=_CONTROL_SECONDS)
+        await server.post("/resume_memory_occupation", {}, seconds=CONTROL_SECONDS)
 
     @override
     async def hf_config(self, server: Server) -> dict[str, Any]:
@@ -145,7 +158,7 @@ class SGLang(Dialect):
 
         Not /model_info, which names the folder of the last `load_folder`: that one may be gone.
         """
-        path = (await server.get("/server_info", seconds=_CONTROL_SECONDS))["model_path"]
+        path = (await server.get("/server_info", seconds=CONTROL_SECONDS))["model_path"]
         try:
             return read_config_json(Path(path))
         except UserError as error:
@@ -156,11 +169,11 @@ class SGLang(Dialect):
 
     @override
     async def weight_version(self, server: Server) -> int:
-        return _version((await server.get("/model_info", seconds=_CONTROL_SECONDS))["weight_version"])
+        return _version((await server.get("/model_info", seconds=CONTROL_SECONDS))["weight_version"])
 
     @override
     async def num_workers(self, server: Server) -> int:
-        return int((await server.get("/server_info", seconds=_CONTROL_SECONDS))["tp_size"])
+        return int((await server.get("/server_info", seconds=CONTROL_SECONDS))["tp_size"])
 
     @override
     async def open_group(
@@ -211,6 +224,19 @@ class SGLang(Dialect):
         await _checked(server, "/update_weights_from_disk", body)
 
     @override
+    def parameter_of(self, name: str) -> str:
+        for pattern, merged in _MERGED:
+            name = re.sub(pattern, merged, name)
+        return name
+
+    @override
+    async def checksums(self, server: Server) -> Checksums:
+        """Return hashes of the bytes of each worker's shards, in SGLang's layout: SHA-256 on a CPU, one of its own on a
+        GPU. Source: `tensor_hash` of sglang.srt.managers.mm_utils."""
+        answer = await _checked(server, "/weights_checker", {"action": "checksum", "selector": "target"})
+        return [rank["checksums"] for rank in answer["ranks"]]
+
+    @override
     async def end_update(self, server: Server, weight_version: int) -> None:
         await _checked(server, "/end_weight_update", {})
         body = {"new_version": str(weight_version), "abort_all_requests": False}
@@ -244,10 +270,11 @@ def _whole(rid: str) -> str:
     return f"{rid}."
 
 
-async def _checked(server: Server, path: str, body: dict[str, Any]) -> None:
-    answer = await server.post(path, body, seconds=_LOAD_SECONDS)
+async def _checked(server: Server, path: str, body: dict[str, Any]) -> Any:
+    answer = await server.post(path, body, seconds=LOAD_SECONDS)
     if isinstance(answer, dict) and not answer.get("success", True):
         raise EngineError(f"{server.url}{path}: {answer.get('message', json.dumps(answer))}")
+    return answer
 
 
 def _version(text: str) -> int:

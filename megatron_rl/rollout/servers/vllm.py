@@ -14,13 +14,13 @@ from typing_extensions import override
 
 from megatron_rl import device
 from megatron_rl.models.facts import head_width, read_config_json
+from megatron_rl.rollout.clocks import CONTROL_SECONDS, LOAD_SECONDS
 from megatron_rl.rollout.engine import EngineError, Request
-from megatron_rl.rollout.servers.http import Server
+from megatron_rl.rollout.servers.checksums import Checksums
+from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server
 from megatron_rl.rollout.servers.protocol import Completion, Dialect, LaunchSpec, Manifest
 
 _SHIMS = Path(__file__).parent / "shims" / "vllm"
-_CONTROL_SECONDS = 60.0  # for what should answer at once
-_LOAD_SECONDS = 600.0  # for what moves weights
 # of vLLM's attention on a CPU: vllm.v1.attention.backends.cpu_attn, get_supported_head_sizes
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _INITIAL_VERSION = "default"  # what a server that never got weights reports
@@ -30,6 +30,7 @@ class VLLM(Dialect):
     """Speaks to a vLLM server."""
 
     name = "vllm"
+    checksums_are_digests = True
 
     @override
     def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:
@@ -38,18 +39,24 @@ class VLLM(Dialect):
         argv += ["--host", spec.host, "--port", str(spec.port), "--tensor-parallel-size", str(spec.tp)]
         argv += ["--max-model-len", str(spec.context_tokens), "--max-num-seqs", str(spec.max_concurrency)]
         argv += ["--enable-scale-out", "--skip-tokenizer-init", "--logprobs-mode", "processed_logprobs"]
+        argv += ["--hf-overrides", '{"head_dtype": "float32"}'] if spec.float32_logits else []
         argv += ["--worker-extension-cls", "megatron_rl_vllm.Extension"]
         argv += ["--weight-transfer-config", '{"backend": "megatron_rl"}', "--disable-uvicorn-access-log"]
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         env["PYTHONPATH"] = str(_SHIMS)
+        hf = read_config_json(spec.model_dir)
+        if spec.key:  # vLLM's own --api-key leaves the routes of the weights open
+            argv += ["--middleware", "megatron_rl_key.KeyRequired"]
+            env[KEY_VARIABLE] = spec.key
         if spec.devices:
             argv += ["--gpu-memory-utilization", str(spec.memory_fraction)]
             argv += ["--enable-sleep-mode"] if spec.colocated else []
+            argv += ["--kv-cache-memory-bytes", str(_cache_bytes(hf, spec))] if spec.kv_tokens else []
             env |= device.visible_devices(spec.devices)
         else:
             if spec.colocated:
                 raise EngineError("rollout.server.share_memory=true: vLLM cannot sleep on a CPU; set it to false")
-            hf, cores = read_config_json(spec.model_dir), device.cpu_cores()
+            cores = device.cpu_cores()
             if head_width(hf) not in _CPU_HEAD_SIZES:
                 raise EngineError(
                     f"rollout.engine=vllm on a CPU cannot serve heads of width {head_width(hf)}; it has "
@@ -78,31 +85,31 @@ class VLLM(Dialect):
 
     @override
     async def abort(self, server: Server, rid: str) -> None:
-        await server.post("/abort_requests", {"request_ids": [rid]}, seconds=_CONTROL_SECONDS)
+        await server.post("/abort_requests", {"request_ids": [rid]}, seconds=CONTROL_SECONDS)
 
     @override
     async def pause(self, server: Server) -> None:
         """Stop decoding; requests stay, and the flush that follows has them computed anew."""
-        await server.post("/pause", seconds=_CONTROL_SECONDS, mode="keep")
+        await server.post("/pause", seconds=CONTROL_SECONDS, mode="keep")
 
     @override
     async def resume(self, server: Server) -> None:
-        await server.post("/resume", seconds=_CONTROL_SECONDS)
+        await server.post("/resume", seconds=CONTROL_SECONDS)
 
     @override
     async def flush(self, server: Server) -> None:
-        answer = await server.post("/reset_prefix_cache", seconds=_CONTROL_SECONDS, reset_running_requests="true")
+        answer = await server.post("/reset_prefix_cache", seconds=CONTROL_SECONDS, reset_running_requests="true")
         if not answer["success"]:
             raise EngineError(f"{server.url} did not reset its prefix cache")
 
     @override
     async def sleep(self, server: Server) -> None:
         """Give the memory back; at level 2 vLLM keeps no copy of the weights either."""
-        await server.post("/sleep", seconds=_CONTROL_SECONDS, level="2")
+        await server.post("/sleep", seconds=CONTROL_SECONDS, level="2")
 
     @override
     async def wake(self, server: Server) -> None:
-        await server.post("/wake_up", seconds=_CONTROL_SECONDS)
+        await server.post("/wake_up", seconds=CONTROL_SECONDS)
 
     @override
     async def hf_config(self, server: Server) -> dict[str, Any]:
@@ -110,7 +117,7 @@ class VLLM(Dialect):
 
     @override
     async def weight_version(self, server: Server) -> int:
-        return _version((await server.get("/weight_info", seconds=_CONTROL_SECONDS))["weight_version"])
+        return _version((await server.get("/weight_info", seconds=CONTROL_SECONDS))["weight_version"])
 
     @override
     async def num_workers(self, server: Server) -> int:
@@ -122,19 +129,19 @@ class VLLM(Dialect):
     ) -> None:
         info = {"host": host, "port": port, "rank_offset": rank_offset, "world_size": world_size}
         body = {"init_info": info | {"name": name, "backend": backend}}
-        await server.post("/init_weight_transfer_engine", body, seconds=_LOAD_SECONDS)
+        await server.post("/init_weight_transfer_engine", body, seconds=LOAD_SECONDS)
 
     @override
     async def close_group(self, server: Server, name: str) -> None:
-        await server.post("/shutdown_weight_transfer_engine", seconds=_CONTROL_SECONDS)
+        await server.post("/shutdown_weight_transfer_engine", seconds=CONTROL_SECONDS)
 
     @override
     async def begin_update(self, server: Server) -> None:
-        await server.post("/start_weight_update", seconds=_LOAD_SECONDS)
+        await server.post("/start_weight_update", seconds=LOAD_SECONDS)
 
     @override
     async def receive_broadcast(self, server: Server, manifest: Manifest, group: str) -> None:
-        await server.post("/update_weights", {"update_info": _bucket(manifest)}, seconds=_LOAD_SECONDS)
+        await server.post("/update_weights", {"update_info": _bucket(manifest)}, seconds=LOAD_SECONDS)
 
     @override
     def shared_object(self, manifest: Manifest, flat: Tensor) -> Any:
@@ -143,18 +150,27 @@ class VLLM(Dialect):
     @override
     async def receive_shared(self, server: Server, manifest: Manifest, payloads: list[bytes]) -> None:
         infos = [_bucket(manifest) | {"payload": base64.b64encode(payload).decode()} for payload in payloads]
-        await server.post("/update_weights", {"update_info": infos}, seconds=_LOAD_SECONDS)
+        await server.post("/update_weights", {"update_info": infos}, seconds=LOAD_SECONDS)
 
     @override
     async def load_folder(self, server: Server, path: Path, weight_version: int) -> None:
         await _rpc(server, "megatron_rl_load_folder", path=str(path))
         body = {"new_version": str(weight_version)}
-        await server.post("/update_weight_version", body, seconds=_CONTROL_SECONDS)
+        await server.post("/update_weight_version", body, seconds=CONTROL_SECONDS)
+
+    @override
+    def parameter_of(self, name: str) -> str:
+        return name
+
+    @override
+    async def checksums(self, server: Server) -> Checksums:
+        """Return digests of what each worker's loader was given: on a CPU vLLM packs its parameters away."""
+        return await _rpc(server, "megatron_rl_digests")
 
     @override
     async def end_update(self, server: Server, weight_version: int) -> None:
         body = {"weight_version": str(weight_version)}
-        await server.post("/finish_weight_update", body, seconds=_LOAD_SECONDS)
+        await server.post("/finish_weight_update", body, seconds=LOAD_SECONDS)
 
 
 def generate_body(request: Request, rid: str) -> dict[str, Any]:
@@ -181,8 +197,8 @@ def generate_body(request: Request, rid: str) -> dict[str, Any]:
 
 
 async def _rpc(server: Server, method: str, **arguments: str) -> list[Any]:
-    body = {"method": method, "kwargs": arguments, "timeout": _LOAD_SECONDS}
-    answer = await server.post("/collective_rpc", body, seconds=_LOAD_SECONDS)
+    body = {"method": method, "kwargs": arguments, "timeout": LOAD_SECONDS}
+    answer = await server.post("/collective_rpc", body, seconds=LOAD_SECONDS)
     return answer["results"]
 
 
@@ -195,7 +211,7 @@ def _cache_bytes(hf: dict[str, Any], spec: LaunchSpec) -> int:
     tokens."""
     heads = math.ceil((hf.get("num_key_value_heads") or hf["num_attention_heads"]) / spec.tp)
     itemsize = getattr(torch, spec.dtype).itemsize
-    tokens = math.ceil(spec.kv_tokens / 128) * 128
+    tokens = math.ceil((spec.kv_tokens or 0) / 128) * 128
     return 2 * hf["num_hidden_layers"] * heads * head_width(hf) * itemsize * tokens
 
 

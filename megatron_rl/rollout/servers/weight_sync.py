@@ -7,7 +7,7 @@ Every trainer rank walks through the weight stream, which is a collective, and r
 - disaggregated: rank 0 broadcasts the bucket through a process group whose other members are the servers' workers.
 - disk: rank 0 writes a Hugging Face folder that the servers load.
 
-Two buffers take turns: while the servers load one, the next is gathered into the other.
+While the servers load one bucket, the next is gathered.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from megatron_rl.convert.save_hf import SHARD_BYTES, write_shards
 from megatron_rl.convert.weights import expected_shapes
 from megatron_rl.models.mapping import model_rows
 from megatron_rl.parallel.engine_group import broadcast_bucket, join_engine_group, leave_engine_group
+from megatron_rl.rollout.clocks import GROUP_SECONDS
 from megatron_rl.rollout.engine import EngineError
 from megatron_rl.rollout.servers.http import Server
 from megatron_rl.rollout.servers.protocol import Dialect, Manifest
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _SHARED_MEMORY = Path("/dev/shm")
-GROUP_SECONDS = 300.0  # for the servers' workers to join, and for one broadcast
 
 Submit = Callable[[Coroutine[Any, Any, Any]], "Future[Any]"]  # runs a coroutine on the engine's event loop
 
@@ -81,16 +81,15 @@ def check_same_model(policy: PretrainedConfig, theirs: PretrainedConfig, url: st
 
 
 def pack_buckets(
-    stream: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], buffers: Callable[[int], Tensor]
+    stream: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], buffers: Callable[[int, int], Tensor]
 ) -> Iterator[tuple[Manifest, Tensor]]:
     """Copy the stream into flat buckets; yield (what a bucket holds, `[bytes]` uint8 view of its buffer).
 
-    `buffers(i)` is bucket i's buffer; it is asked for when the first tensor goes in. Raises: EngineError when the
-    stream brings a weight that `shapes` does not have so, twice, or not at all.
+    `buffers(i, nbytes)` is bucket i's buffer, of `nbytes` at least; it is asked for when the first tensor goes in.
+    Raises: EngineError when the stream brings a weight that `shapes` does not have so, twice, or not at all.
     """
     missing, number = dict(shapes), 0
-    manifest, used = Manifest([], [], []), 0
-    buffer = buffers(0)
+    manifest, used, buffer = Manifest([], [], []), 0, None
     for name, tensor in stream:
         if missing.pop(name, None) != tuple(tensor.shape):
             expected = shapes.get(name, "none of that name")
@@ -98,35 +97,47 @@ def pack_buckets(
         flat = tensor.detach().reshape(-1).view(torch.uint8)
         dtype = str(tensor.dtype).removeprefix("torch.")
         # one dtype a bucket keeps every tensor aligned
-        if manifest.names and (used + flat.numel() > buffer.numel() or dtype != manifest.dtypes[-1]):
+        if buffer is not None and (used + flat.numel() > buffer.numel() or dtype != manifest.dtypes[-1]):
             yield manifest, buffer[:used]
             number += 1
-            manifest, used, buffer = Manifest([], [], []), 0, buffers(number)
+            manifest, used, buffer = Manifest([], [], []), 0, None
+        if buffer is None:
+            buffer = buffers(number, flat.numel())
         buffer[used : used + flat.numel()].copy_(flat)
         used += flat.numel()
         manifest.names.append(name)
         manifest.shapes.append(list(tensor.shape))
         manifest.dtypes.append(dtype)
-    if manifest.names:
+        del tensor, flat  # they hold a gathered bucket, and the next one is gathered now
+    if buffer is not None:
         yield manifest, buffer[:used]
     if missing:
         raise EngineError(f"the policy did not send {len(missing)} weights: {', '.join(list(missing)[:3])}")
 
 
 class Buffers:
-    """Two flat buffers that take turns. A buffer holds `bucket_bytes`, less for a small model, more for a large
-    tensor."""
+    """Flat buffers of `bucket_bytes`, less for a small model, more for a large tensor.
+
+    On a GPU each bucket has one of its own, never written again: a server may answer before its copies have run, and
+    torch reuses the memory only when the reader has let go of it, which waits for them. On a CPU two take turns, and
+    stay: fresh pages of shared memory cost much of a bucket's time.
+    """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], bucket_bytes: int, itemsize: int) -> None:
         """Set the size. `itemsize`: bytes of an element of the stream's widest dtype."""
         sizes = [torch.Size(shape).numel() * itemsize for shape in shapes.values()]
-        self.nbytes = max(max(sizes), min(bucket_bytes, sum(sizes)))
+        self._bucket = min(bucket_bytes, sum(sizes))
+        self.nbytes = max(max(sizes), self._bucket)  # of each that takes turns
         self._flats: list[Tensor] = []
 
-    def __call__(self, number: int) -> Tensor:
-        """Return the buffer of bucket `number`; its former contents must have been read."""
+    def __call__(self, number: int, nbytes: int) -> Tensor:
+        """Return the buffer of bucket `number`, of `nbytes` at least; the bucket before the last must have been
+        read."""
+        if device.ON_GPU:
+            device.collect_shared()
+            return torch.empty(max(self._bucket, nbytes), dtype=torch.uint8, device=device.device())
         while len(self._flats) <= min(number, 1):
-            self._flats.append(torch.empty(self.nbytes, dtype=torch.uint8, device=device.device()))
+            self._flats.append(torch.empty(self.nbytes, dtype=torch.uint8))
         return self._flats[number % 2]
 
     def free(self) -> None:
@@ -173,8 +184,8 @@ class Colocated(Channel):
     def send(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         """Send the stream through shared memory.
 
-        A rank refills a buffer once it has left the gather of the next bucket, and rank 0 enters that gather only when
-        the servers have loaded the buffer.
+        A rank lets go of a bucket once it has left the gather of the next one, and rank 0 enters that gather only when
+        the servers have loaded the bucket.
         """
         readers = self._readers()
         copies = sum(workers.count(self._sender.rank) for workers in readers)
@@ -341,15 +352,21 @@ class Disk(Channel):
 
 
 def share(value: Any) -> bytes:
-    """Return a pickle in which tensors are handles to shared memory: CUDA IPC, or a shared-memory file.
+    """Return a pickle in which tensors are handles to shared memory: CUDA IPC that names the device by its UUID, or a
+    shared-memory file.
 
-    Any process can open the file by its name; torch's default, a file descriptor, reaches relatives alone.
+    Any process can open the file by its name; torch's default, a file descriptor, reaches relatives alone. Each pickle
+    of device memory is for one reader, which must open it: torch counts readers by pickles.
     """
     former = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
         buffer = io.BytesIO()
-        ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+        pickler = ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL)
+        reduce: Any = pickler.dispatch_table[Tensor]
+        by_name: dict[type, Any] = {Tensor: lambda tensor: device.portable_handle(reduce(tensor))}
+        pickler.dispatch_table = {**pickler.dispatch_table, **by_name}
+        pickler.dump(value)
         return buffer.getvalue()
     finally:
         torch.multiprocessing.set_sharing_strategy(former)

@@ -69,7 +69,14 @@ def serving(
 
 @contextlib.contextmanager
 def started(
-    engine: str, model_dir: Path, folder: Path, *, tp: int = 1, with_routes: bool = False, own_weights: bool = False
+    engine: str,
+    model_dir: Path,
+    folder: Path,
+    *,
+    tp: int = 1,
+    with_routes: bool = False,
+    own_weights: bool = False,
+    dtype: str = "float32",
 ) -> Iterator[Any]:
     """A server of a model folder, started as a run starts it, but that it may load the folder's weights: (process,
     url)."""
@@ -82,7 +89,7 @@ def started(
         model_dir=model_dir,
         port=port,
         tp=tp,
-        dtype="float32",
+        dtype=dtype,
         devices=(),
         context_tokens=400,
         max_concurrency=16,

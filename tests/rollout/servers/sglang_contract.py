@@ -30,7 +30,8 @@ def faults_of(method: str, path: str, query: dict[str, str], body: dict[str, Any
         return ["no such route"]
     hints = typing.get_type_hints(routes[0].endpoint)
     hints.pop("return", None)
-    kinds = [kind for kind in hints.values() if dataclasses.is_dataclass(kind) or hasattr(kind, "__struct_fields__")]
+    parts = [part for kind in hints.values() for part in typing.get_args(kind) or (kind,)]  # of an Optional
+    kinds = [kind for kind in parts if dataclasses.is_dataclass(kind) or hasattr(kind, "__struct_fields__")]
     faults = [f"unknown query parameter {name}" for name in query if name not in hints]
     if not kinds:
         assert all(kind in (Request, float, int, bool, str) for kind in hints.values()), hints

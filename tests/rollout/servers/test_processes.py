@@ -102,7 +102,7 @@ def test_the_obituary_says_how_and_quotes_the_last_lines_of_this_start(tmp_path:
 
 def test_the_server_is_no_rank_of_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torchrun's TORCHELASTIC_USE_AGENT_STORE a server looks for torchrun's store and never starts."""
-    of_a_rank = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"}
+    of_a_rank = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "PYTHONPATH"}
     for name in (*of_a_rank, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("KEPT", "kept")

@@ -36,6 +36,7 @@ class Fake:
     """A dialect whose server at `url` answers a request with `script[url](request, count)`."""
 
     name = "fake"
+    checksums_are_digests = False
 
     def __init__(self, script: dict[str, Callable[[Request, int], Any]]) -> None:
         self.script, self.seen, self.healthy, self.version = script, [], set(script), -1
@@ -64,6 +65,12 @@ class Fake:
     async def end_update(self, server: Any, weight_version: int) -> None:
         self.version = weight_version
 
+    def parameter_of(self, name: str) -> str:
+        return name
+
+    async def checksums(self, server: Any) -> Any:
+        return [{"a": self.holds}]
+
     def __getattr__(self, name: str) -> Any:
         async def nothing(*_: Any) -> None:
             return None
@@ -88,7 +95,11 @@ def engine_of(tmp_path: Any) -> Iterator[Callable[..., ServerEngine]]:
         fleet: Any = SimpleNamespace(
             config=parse_config(raw), place=lone_place(), urls=urls, failures=0, heal=lambda: None, close=lambda: None
         )
-        channel: Any = SimpleNamespace(open=lambda servers: None, send=lambda stream, version: None, close=lambda: None)
+        channel: Any = SimpleNamespace(
+            open=lambda servers: None,
+            send=lambda stream, version: list(stream),
+            close=lambda: None,
+        )
         fake: Any = Fake(script)
         fake.hf = hf
         engine = ServerEngine(fake, Loop(), fleet, channel, AutoConfig.for_model(**hf))
@@ -214,5 +225,16 @@ def test_weights_that_a_server_does_not_report_are_an_error(engine_of: Any) -> N
     engine._dialect.weight_version = lie
     with pytest.raises(EngineError, match="serves weight version 7, sent 4"):
         engine.update_weights([], 4)
+    with pytest.raises(EngineError, match="its last update_weights failed"):
+        engine.generate(requests(1))
+
+
+def test_a_server_that_kept_its_weights_is_an_error(engine_of: Any) -> None:
+    engine = engine_of({"http://a": whole})
+    for version, holds in ((4, "x"), (5, "y")):
+        engine._dialect.holds = holds
+        engine.update_weights([("a", torch.tensor([float(version)]))], version)
+    with pytest.raises(EngineError, match="http://a does not hold .*: a was sent anew, and is as before"):
+        engine.update_weights([("a", torch.tensor([6.0]))], 6)
     with pytest.raises(EngineError, match="its last update_weights failed"):
         engine.generate(requests(1))

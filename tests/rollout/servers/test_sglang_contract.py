@@ -10,18 +10,20 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
 
+from megatron_rl import device
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.build import DIALECTS
 from megatron_rl.rollout.engine import EngineError, Request, SamplingParams
 from megatron_rl.rollout.servers.http import Server
 from megatron_rl.rollout.servers.protocol import LaunchSpec, Manifest
 from megatron_rl.rollout.servers.sglang import SGLang, generate_body
 from megatron_rl.rollout.servers.weight_sync import share
 from tests.rollout.servers.servers_case import python_of
-from tests.worlds import ROOT
 
 DIALECT = SGLang()
 MANIFEST = Manifest(["a", "b"], [[2, 3], [4]], ["float32", "float32"])
@@ -40,7 +42,7 @@ class Recorder:
 
     async def post(self, path: str, body: Any = None, *, seconds: float, **params: str) -> Any:
         self.calls.append(("POST", path, params, body))
-        return self.answers.get(path.strip("/"), {"success": True, "message": ""})
+        return self.answers.get(path.strip("/"), {"success": True, "message": "", "ranks": [{"checksums": {}}]})
 
     async def get(self, path: str, *, seconds: float, **params: str) -> Any:
         self.calls.append(("GET", path, params, None))
@@ -87,8 +89,9 @@ def test_sglang_understands_every_request(tmp_path: Path) -> None:
         lambda s: DIALECT.receive_shared(s, MANIFEST, [payload, payload]),
         lambda s: DIALECT.load_folder(s, tmp_path, 4),
         lambda s: DIALECT.end_update(s, 4),
+        DIALECT.checksums,
     )
-    assert len({call[1] for call in recorder.calls}) == 17, "a method whose requests are not checked"
+    assert len({call[1] for call in recorder.calls}) == 18, "a method whose requests are not checked"
     broken = [
         ["POST", "/generate", {}, generate_body(Request(0, 0, (1,), GREEDY), "r") | {"inputs": [1]}],
         ["POST", "/generate", {}, {"input_ids": [1], "sampling_params": {"max_tokens": 1}}],
@@ -98,7 +101,7 @@ def test_sglang_understands_every_request(tmp_path: Path) -> None:
     ]
     _, env = DIALECT.command(spec(tmp_path, python=python))
     done = subprocess.run(
-        [str(python), str(ROOT / "tests" / "rollout" / "sglang_contract.py")],
+        [str(python), str(Path(__file__).parent / "sglang_contract.py")],
         input=json.dumps([*recorder.calls, *broken]),
         env=os.environ | env,
         cwd=tmp_path,
@@ -165,8 +168,20 @@ def test_the_command_leaves_room_for_what_the_server_reserves(tmp_path: Path) ->
     assert int(option["--context-length"]) > 64 and int(option["--max-total-tokens"]) > 64
     assert len(env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
     assert argv[-2:] == ["--log-level", "info"]  # argparse takes the last
-    flag = "--enable-return-routed-experts"
-    assert flag not in argv and flag in DIALECT.command(spec(tmp_path, with_routes=True))[0]
+    for flag, asked in {
+        "--enable-return-routed-experts": "with_routes",
+        "--enable-fp32-lm-head": "float32_logits",
+    }.items():
+        assert flag not in argv and flag in DIALECT.command(spec(tmp_path, **{asked: True}))[0]
+
+
+def test_vllm_is_told_of_a_float32_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_rl.rollout.servers.vllm import VLLM
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for asked in (True, False):
+        argv, _ = VLLM().command(spec(tmp_path, devices=(0, 1), float32_logits=asked))
+        assert ('{"head_dtype": "float32"}' in argv) == asked == ("--hf-overrides" in argv)
 
 
 def test_a_server_on_gpus_sees_its_own_among_those_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +191,25 @@ def test_a_server_on_gpus_sees_its_own_among_those_of_the_job(tmp_path: Path, mo
     assert env["PYTORCH_CUDA_ALLOC_CONF"] == env["PYTORCH_ALLOC_CONF"] == ""  # removed: no expandable segments
     with pytest.raises(UserError, match="GPU 3, and 3 are visible"):
         DIALECT.command(spec(tmp_path, devices=(2, 3)))
+
+
+@pytest.mark.parametrize("engine", DIALECTS)
+def test_a_cache_in_tokens_does_not_depend_on_what_is_free(tmp_path: Path, engine: str) -> None:
+    """As a server starts the trainer holds part of the GPU, and the two engines read a fraction in their own ways."""
+    hf = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    option = {}
+    for kv_tokens in (None, 1000):
+        launch = spec(tmp_path, devices=(0, 1), kv_tokens=kv_tokens)
+        with mock.patch.object(device, "visible_devices", lambda _: {}):
+            argv, _ = DIALECTS[engine]().command(launch)
+        option[kv_tokens] = dict(zip(argv, argv[1:], strict=False))
+    if engine == "sglang":  # which takes the smaller of the tokens and its fraction of what is free
+        assert option[1000]["--max-total-tokens"] == "1000" and float(option[1000]["--mem-fraction-static"]) > 0.9
+        assert "--max-total-tokens" not in option[None] and option[None]["--mem-fraction-static"] == "0.5"
+    else:  # which then ignores its fraction; 1,024 tokens in blocks, 2 of 4 heads on each GPU, in float32
+        assert option[1000]["--kv-cache-memory-bytes"] == str(2 * 3 * 2 * 16 * 4 * 1024)
+        assert "--kv-cache-memory-bytes" not in option[None]
 
 
 # --- answers that no healthy server gives -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ may use what a vLLM environment has, and nothing of the trainer's package.
 """
 
 import base64
+import io
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron_rl_digest import digest
 from safetensors import safe_open
 from torch.distributed import PrefixStore, ProcessGroup, broadcast, destroy_process_group
 from torch.distributed.distributed_c10d import Backend, _new_process_group_helper, _world, rendezvous
+from torch.multiprocessing import reductions
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 _SECONDS = 300  # for the group to stand, and for one broadcast
+_received: dict[str, int] = {}  # digests of the weights of the last update, as the model's loader got them
 
 
 @dataclass
@@ -65,6 +69,7 @@ class MegatronRlTransfer(WeightTransferEngine):
 
     def start_weight_update(self) -> None:
         """Keep the parameters' loading layout at hand."""
+        _received.clear()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, info: BucketInfo) -> None:
@@ -74,8 +79,7 @@ class MegatronRlTransfer(WeightTransferEngine):
             for shape, dtype in zip(info.shapes, info.dtypes, strict=True)
         ]
         if info.payload is not None:
-            # the trainer that started this server wrote it
-            flat = pickle.loads(base64.b64decode(info.payload))  # noqa: S301
+            flat = _SharedUnpickler(io.BytesIO(base64.b64decode(info.payload))).load()
         else:
             device = next(self.model.parameters()).device
             flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device if device.type != "meta" else None)
@@ -94,18 +98,36 @@ class MegatronRlTransfer(WeightTransferEngine):
             self.group = None
 
 
+class _SharedUnpickler(pickle.Unpickler):
+    """Reads what the trainer that started this server wrote, whose handles name a GPU by its UUID: its number counts
+    among the devices that this process sees."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _rebuild if name == "rebuild_cuda_tensor" else super().find_class(module, name)
+
+
+def _rebuild(*arguments: Any) -> torch.Tensor:
+    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    return reductions.rebuild_cuda_tensor(*arguments[:6], uuids.index(arguments[6]), *arguments[7:])
+
+
 def _tensors(info: BucketInfo, flat: torch.Tensor, sizes: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
     start = 0
     for name, shape, dtype, size in zip(info.names, info.shapes, info.dtypes, sizes, strict=True):
         # a copy: a loader may keep what it is given, and the trainer fills the buffer again
-        yield name, flat[start : start + size].view(getattr(torch, dtype)).view(shape).clone()
+        tensor = flat[start : start + size].view(getattr(torch, dtype)).view(shape).clone()
+        _received[name] = digest(tensor)
+        yield name, tensor
         start += size
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                _received[name] = digest(tensor)
+                yield name, tensor
 
 
 def retie(model: torch.nn.Module) -> None:
@@ -129,8 +151,13 @@ class Extension:
         """The served model's config.json."""
         return self.model_config.hf_config.to_dict()  # type: ignore[attr-defined]
 
+    def megatron_rl_digests(self) -> dict[str, int]:
+        """The digests of the weights of the last update."""
+        return dict(_received)
+
     def megatron_rl_load_folder(self, path: str) -> None:
         """Load a Hugging Face folder."""
+        _received.clear()
         # by an iterator: with --load-format dummy vLLM reads no folder
         self.reload_weights(weights_iterator=_stored(Path(path)))  # type: ignore[attr-defined]
         retie(self.model_runner.model)  # type: ignore[attr-defined]

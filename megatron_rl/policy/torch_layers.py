@@ -1,4 +1,5 @@
-"""Causal attention over packed sequences on a CPU: what Transformer Engine's does on CUDA.
+"""A model's layers without Transformer Engine: Megatron's own, with torch's RMSNorm and torch's causal attention over
+packed sequences.
 
 The rotary embedding is applied here as well, from one table for all layers: Megatron's own walks the sequences one by
 one, in every layer.
@@ -6,7 +7,7 @@ one, in every layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -25,6 +27,7 @@ from megatron_rl.parallel.context import gather_tokens, local_tokens
 from megatron_rl.policy.replay import RoutedSequences
 from megatron_rl.types import Inputs
 
+vars(moe_utils).setdefault("te_general_gemm", None)  # 0.16.1 reads a name that is bound only where TE imports
 _PACKS_KEPT = 8  # attention masks of long sequences would fill the memory
 
 
@@ -77,12 +80,13 @@ class RememberedPacks:
 
 
 class PackedAttention(MegatronModule):
-    """Rotary embedding, then causal self-attention inside each packed sequence, grouped queries included, through
-    torch's SDPA.
+    """Rotary embedding, then causal self-attention inside each packed sequence, grouped queries included.
 
-    The packed tokens are padded to `[sequences, longest]`, so the cost is sequences * longest^2 rather than T^2. The
-    queries of a sequence with a prefix meet the prefix's keys before its own. Under context parallelism a rank's
-    queries meet the keys and values of all ranks, gathered in one collective a layer.
+    On a GPU in bfloat16 torch's flash attention takes the tokens as they are packed. Elsewhere, and for sequences with
+    a prefix and under context parallelism, SDPA takes them padded to `[sequences, longest]`, so that the cost is
+    sequences * longest^2 rather than T^2. The queries of a sequence with a prefix meet the prefix's keys before its
+    own. Under context parallelism a rank's queries meet the keys and values of all ranks, gathered in one collective a
+    layer.
     """
 
     def __init__(
@@ -112,6 +116,9 @@ class PackedAttention(MegatronModule):
             raise ValueError("PackedAttention takes packed (thd) sequences only; pass `packed_sequences`")
         tokens = query.shape[0]
         query, key = (_Rotate.apply(x, packed.cos, packed.sin) for x in (query, key))
+        flash = device.flash_attention(query.dtype)
+        if flash is not None and packed.prefixes is None and self.context.size() == 1:
+            return self._flash(flash, query, key, value, packed).view(tokens, 1, -1)
         if self.context.size() > 1:
             key, value = gather_tokens(torch.stack([key, value], dim=1), packed.cu_seqlens_q, self.context).unbind(1)
         if packed.rows is None:
@@ -129,6 +136,17 @@ class PackedAttention(MegatronModule):
             outs.append(out.reshape(-1, out.shape[-1]))
         out = torch.cat(outs) if len(outs) > 1 else outs[0]
         return out.index_select(0, packed.rows.outputs).view(tokens, 1, -1)
+
+    def _flash(
+        self, flash: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences
+    ) -> Tensor:
+        """`[T, heads, d]`, of rotated queries and keys."""
+        bounds = packed.cu_seqlens_q
+        if packed.max_seqlen_q is None:
+            packed.max_seqlen_q = int(bounds.diff().max())  # waits for the device: once a micro-batch
+        longest = packed.max_seqlen_q
+        options: dict[str, Any] = {"scale": self.scale, "window_size": (-1, 0), "enable_gqa": True}
+        return flash(query, key, value, bounds, bounds, longest, longest, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,13 +249,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """A pipeline stage's layers (of its chunk `vp_stage`): Transformer Engine's on CUDA, Megatron's local ones with the
-    two modules above on a CPU."""
-    block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=device.ON_GPU, normalization="RMSNorm", vp_stage=vp_stage
-    )
-    if device.ON_GPU:
-        return block
+    """A pipeline stage's layers (of its chunk `vp_stage`): Megatron's local ones with the two modules above."""
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
