@@ -10,6 +10,7 @@ import typer
 
 from megatron_rl import launch
 from megatron_rl.config import Config, ParallelConfig, dump_config, load_config, parse_config
+from megatron_rl.config.environment import for_libraries
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
 
@@ -48,6 +49,7 @@ def conform(
         folder,
         processes=resolved.parallel.processes,
         prepare=lambda: write_atomically(copy, dump_config(resolved)),
+        environment=for_libraries(resolved),
     )
     sys.exit(code)
 

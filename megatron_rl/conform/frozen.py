@@ -50,8 +50,8 @@ def frozen_config(config: Config, tokens: int) -> Config:
 def frozen_rollouts(config: Config, prompts: Sequence[Prompt]) -> list[Rollout]:
     """Return `samples_per_prompt` rollouts of each prompt: lengths, tokens (those of the prompts) and rewards by hash.
 
-    Some of a response's first tokens are given, as a turn of the environment would be, so that ranks with equally many
-    tokens have different numbers of them that count.
+    Some tokens after a response's first are given, as a turn of the environment would be, so that ranks with equally
+    many tokens have different numbers of them that count.
     """
     words = torch.tensor([token for prompt in prompts for token in prompt.token_ids])
     most, rollouts = config.rollout.max_response_tokens, []
@@ -61,7 +61,8 @@ def frozen_rollouts(config: Config, prompts: Sequence[Prompt]) -> list[Rollout]:
             length = 1 + int(hash64(*key, _ROLES["length"]).abs() % most)
             drawn = words[hash64(*key, _ROLES["tokens"], torch.arange(length)).abs() % len(words)]
             token_ids = torch.cat([torch.tensor(prompt.token_ids), drawn])
-            given = len(prompt.token_ids) + int(hash64(*key, _ROLES["given"]).abs() % length)
+            place = torch.arange(len(token_ids)) - len(prompt.token_ids)
+            given = int(hash64(*key, _ROLES["given"]).abs() % length)
             reward = float(hash_uniform(*key, _ROLES["reward"]))
             rollouts.append(
                 Rollout(
@@ -69,7 +70,7 @@ def frozen_rollouts(config: Config, prompts: Sequence[Prompt]) -> list[Rollout]:
                     sample_index=sample,
                     token_ids=token_ids,
                     rollout_logprobs=torch.zeros(len(token_ids)),
-                    sampled=torch.arange(len(token_ids)) >= given,
+                    sampled=(place == 0) | (place > given),
                     finish_reason="stop",
                     weight_version=0,
                     score=reward,

@@ -31,6 +31,8 @@ from megatron_rl.packing import Layout, pack
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.parallel.weights import weight_stream
+from megatron_rl.plan.memory import fuses_output_layer, with_cache_tokens
+from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.gradients import full_gradients
 from megatron_rl.policy.policy import MegatronPolicy
@@ -38,7 +40,7 @@ from megatron_rl.policy.schedule import run_schedule
 from megatron_rl.rollout.engine import Place
 from megatron_rl.rollout.probe import probe_distance
 from megatron_rl.rollout.served import Served
-from megatron_rl.run import fuses_on_every_rank
+from megatron_rl.run import hardware_of
 from megatron_rl.train import advantages
 from megatron_rl.types import MicroBatch, MiniBatch, TrainBatch
 
@@ -63,12 +65,13 @@ def measure(subject: Subject, groups: Groups, folder: Path, taken_over: Path | N
     tokenizer = build_tokenizer(config)
     prompts = load_prompts(config, tokenizer, lambda answer: True).train
     layout = Layout.of(config, groups)
+    shape, hardware = shape_of(subject.raw_hf_config), hardware_of(groups.all_ranks)
     policy = MegatronPolicy(
         subject.raw_hf_config,
         config,
         groups,
         total_updates=2,
-        fuse_output_layer=fuses_on_every_rank(subject.raw_hf_config, config, groups.all_ranks),
+        fuse_output_layer=fuses_output_layer(config, shape, layout_of(config), hardware),
     )
     keep = _Keeper(folder, policy)
     keep.tensors("start", policy.hf_weights())
@@ -90,7 +93,8 @@ def measure(subject: Subject, groups: Groups, folder: Path, taken_over: Path | N
     numbers["replicated weights"] = _differing_replicas(policy)
     keep.tensors("after", policy.hf_weights())
     if subject.asks_engine:
-        numbers["engine"] = _engine_distance(config, policy, tokenizer, layout, prompts)
+        served_config = with_cache_tokens(config, shape, hardware)
+        numbers["engine"] = _engine_distance(served_config, policy, tokenizer, layout, prompts)
     store = CheckpointStore(folder / "checkpoint", policy, groups, tokenizer)
     if taken_over is None:
         saved, whose = store.save(1, {}), folder

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl import device
 from megatron_rl.config import Config, ParallelConfig
 from megatron_rl.conform.frozen import frozen_config
 from megatron_rl.conform.measure import Subject, measure
@@ -22,13 +20,14 @@ from megatron_rl.data import build_tokenizer, vocab_size
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.files import write_atomically
 from megatron_rl.models.facts import read_hf_config, require_model
-from megatron_rl.models.hardware import with_memory
-from megatron_rl.parallel.groups import destroy_groups, init_groups
+from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.parallel.world import free_address, join_smaller_world
 from megatron_rl.plan.memory import memory_of
 from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.rollout.probe import probe_limit
+from megatron_rl.rollout.world import join
+from megatron_rl.run import hardware_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ def main(config: Config, question: Question, folder: Path) -> None:
     config = frozen_config(config, question.tokens)
     config = config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(work)})})
     theirs = config.model_copy(update={"parallel": question.reference})
-    groups = init_groups(config.parallel, config.seed)
+    groups = join(config)
     rank = groups.rank
     if rank == 0:
         remove(work)
@@ -67,7 +66,7 @@ def main(config: Config, question: Question, folder: Path) -> None:
     if rank >= question.reference.processes:
         return
     join_smaller_world(host, port, rank, question.reference.processes)
-    groups = init_groups(question.reference, config.seed)
+    groups = join(theirs)
     measure(Subject(theirs, raw, False), groups, work / "reference", taken_over=_checkpoint_of(config, theirs, work))
     destroy_groups()
     if rank == 0:
@@ -94,8 +93,7 @@ def _depth(raw: dict[str, Any], config: Config, reference: Config, asked: int | 
                 f"--layers {asked}: expected a multiple of {unit}, the pipeline's chunks, up to the model's {full}"
             )
         return asked
-    least = -float(world.max(torch.tensor([-device.memory_bytes()], device=device.device())))
-    hardware = with_memory(least, on_gpu=device.ON_GPU)
+    hardware = hardware_of(world)
     for layers in range(full, 0, -unit):
         shape = shape_of(raw | {"num_hidden_layers": layers})
         if memory_of(reference, shape, layout_of(reference), hardware).fits:

@@ -269,7 +269,7 @@ MUTATIONS: dict[str, tuple[str, Patch]] = {
     ),
     "keys of other ranks in the wrong order": (
         "cp2",
-        _replaced("megatron_rl.policy.cpu_layers:gather_tokens", _in_rank_order),
+        _replaced("megatron_rl.policy.torch_layers:gather_tokens", _in_rank_order),
     ),
     "first micro-batch lost": ("dp2", _replaced(_POLICY + "backward", _first_micro_batch_lost)),
     "no all-reduce after a row-parallel layer": (
