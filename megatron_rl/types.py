@@ -378,7 +378,7 @@ class LossOutputs:
 class UpdateResult:
     """What one optimizer update reports, the same on every rank but `sums`: this data-parallel rank's part."""
 
-    sums: dict[str, Tensor]  # metric -> float64 [2], (sum, count)
+    sums: dict[str, Tensor]  # metric -> float64 [2], (sum, count); on the host where there are several pipeline stages
     grad_norm: float
     learning_rate: float
     skipped: bool  # a non-finite gradient (grad_norm says so) or no counted token on any rank: the weights did not move
