@@ -332,7 +332,7 @@ class Ranks(Protocol):
     def top_ks_and_sum(
         self, sets: Sequence[tuple[Tensor, Tensor, int]], sums: Tensor
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Return `top_k` of each (values, ids, k), and `sum` of `sums`, in one collective."""
+        """Return `top_k` of each (values, ids, k), and `sum` of `sums`."""
 
     def kth_largest(self, values: Tensor, k: int) -> float:
         """Return the k-th largest of all ranks' values."""
