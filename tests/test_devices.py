@@ -320,6 +320,7 @@ FULL: dict[int, Runs] = {
         "cp2_tp2_sp": {"parallel": LAYOUTS["cp2_tp2_sp"], "loss": KL_COV},
         "cp2_dp2": {"parallel": LAYOUTS["cp2_dp2"], "loss": {"type": "gaussian_cov"}},
         "tp2_dp2": {"parallel": {"world_size": 4, "tp": 2, "sp": True}, "model": {"dtype": "bfloat16"}, "loss": KL_COV},
+        "warm_pp2_dp2": {"parallel": {"world_size": 4, "pp": 2}, "warm_start": {"steps": 2, "batch_size": 4}},
     },
 }
 
