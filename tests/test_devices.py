@@ -296,9 +296,15 @@ FULL: dict[int, Runs] = {
             "model": {"hf_config": MOE},
             "rollout": {"routing_replay": True},
         },
-        "host_adam": {"parallel": LAYOUTS["dp2"], "optimizer": {"cpu_offload": True}, "train": {"save_every": 1}},
+        "host_adam": {
+            "parallel": LAYOUTS["dp2"],
+            "model": {"dtype": "bfloat16"},
+            "optimizer": {"cpu_offload": True},
+            "train": {"save_every": 1},
+        },
         "host_adam resumed": {
             "parallel": LAYOUTS["dp2"],
+            "model": {"dtype": "bfloat16"},
             "optimizer": {"cpu_offload": True},
             "train": {"num_steps": 3},
         },
