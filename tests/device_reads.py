@@ -42,7 +42,7 @@ READS = {
     "metrics/collect.py Metrics._check_same_names": "step: ranks must hold the same metrics",
     "metrics/collect.py Metrics.reduce": "step: all sums at once, all maxima at once",
     "metrics/samples.py token_values": "step that logs samples: their columns",
-    "metrics/step.py add_batch_metrics": "micro-batch: entropies and the largest mismatch of the response tokens",
+    "metrics/collect.py Metrics.max": "step: the largest mismatch of the response tokens",
     "metrics/step.py batch_totals": "step: four numbers",
     "packing/pack.py packing_metrics": "mini-batch: how full its micro-batches are",
     "parallel/reduce.py Reducer.kth_largest": "update of the forking loss: the least entropy that is kept",
