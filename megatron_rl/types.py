@@ -332,7 +332,7 @@ class Ranks(Protocol):
     def top_ks_and_sum(
         self, sets: Sequence[tuple[Tensor, Tensor, int]], sums: Tensor
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Return `top_k` of each (values, ids, k), and `sum` of `sums`, in one collective."""
+        """Return `top_k` of each (values, ids, k), and `sum` of `sums`."""
 
     def kth_largest(self, values: Tensor, k: int) -> float:
         """Return the k-th largest of all ranks' values."""
@@ -378,7 +378,7 @@ class LossOutputs:
 class UpdateResult:
     """What one optimizer update reports, the same on every rank but `sums`: this data-parallel rank's part."""
 
-    sums: dict[str, Tensor]  # metric -> float64 [2], (sum, count)
+    sums: dict[str, Tensor]  # metric -> float64 [2], (sum, count); on the host where there are several pipeline stages
     grad_norm: float
     learning_rate: float
     skipped: bool  # a non-finite gradient (grad_norm says so) or no counted token on any rank: the weights did not move

@@ -64,7 +64,8 @@ def _train(
         zeros = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
         result = policy.update(mini_batch.replace_each("old_logprobs", zeros), sft)
         if (step + 1) % max(1, options.steps // 5) == 0:
-            total, count = groups.token_ranks.sum(result.sums["loss/nll"]).tolist()
+            # a pipeline's sums are on the host
+            total, count = groups.token_ranks.sum(result.sums["loss/nll"].to(device.device())).tolist()
             launch.say(f"warm start  step {step + 1}/{options.steps}  nll {total / count:.3f} nats")
 
 

@@ -155,7 +155,7 @@ def measure(dp: int, num_rollouts: int) -> dict[str, float]:
     place, score = Place(0, world_size, 0, crowd.gather_objects), lambda response, answer: 1.0
     cursor = PromptCursor(prompts, 0)
     engine: Any = Engine(everything)
-    collector = Collector(engine, cursor, InProcess([score]), Tokenizer(), config, place, lambda: None)
+    collector = Collector(lambda: engine, cursor, InProcess([score]), Tokenizer(), config, place, lambda: None)
     with clock("collect", crowd):
         collected = collector.collect(0)
     rollouts, dp_ranks = collected.rollouts, tuple(rank // TP for rank in range(world_size))

@@ -24,6 +24,7 @@ site_setup() {
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
     export SGLANG_CACHE_DIR=${SGLANG_CACHE_DIR:-$cache/sglang}
+    export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$cache/vllm}
     export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$cache}
     mkdir -p "$cache"
 

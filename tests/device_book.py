@@ -266,18 +266,19 @@ def booked(book: Book) -> Iterator[None]:
 def install() -> None:
     """Let this process take "cpu:0" for its device; call it before anything imports Megatron."""
     from megatron_rl import device
+    from megatron_rl.kernels import megatron_cpu
 
     if device.device() == DEVICE:
         return
     assert "megatron.core" not in sys.modules
     device.device = lambda: DEVICE
     of_a_gpu = {'torch.device("cpu")': 'torch.device("cpu:0")', '"cpu"': '"cpu:0"', ".cpu()": '.to("cpu:0")'}
-    for i, (pattern, replacement) in enumerate(device._REWRITES):
+    for i, (pattern, replacement) in enumerate(megatron_cpu.REWRITES):
         first = next((text for text in of_a_gpu if text in replacement), None)
         if first is not None:
-            device._REWRITES[i] = pattern, replacement.replace(first, of_a_gpu[first])
+            megatron_cpu.REWRITES[i] = pattern, replacement.replace(first, of_a_gpu[first])
     options = device.transformer_config_options  # Megatron initialises where a GPU's model lives
-    device.transformer_config_options = lambda: options() | {"use_cpu_initialization": False}
+    device.transformer_config_options = lambda layers: options(layers) | {"use_cpu_initialization": False}
 
     grouped = clip_grad._group_tensors_by_device_and_dtype  # in C++, which knows one kind of memory
 

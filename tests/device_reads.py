@@ -10,9 +10,9 @@ READS = {
     "rollout/transformers.py TransformersEngine._decode": "token: it ends when no row is left",
     "rollout/transformers.py TransformersEngine._collect": "batch of requests: tokens go to the host, which grades",
     # torch's layers; Transformer Engine's read nothing
-    "policy/cpu_layers.py _tokens": "micro-batch: sequences with a prefix apart from those without",
-    "policy/cpu_layers.py _padded": "micro-batch: how long the longest sequence is",
-    "policy/cpu_layers.py _rows": "micro-batch: which padded positions are real",
+    "policy/torch_layers.py _tokens": "micro-batch: sequences with a prefix apart from those without",
+    "policy/torch_layers.py _padded": "micro-batch: how long the longest sequence is",
+    "policy/torch_layers.py _rows": "micro-batch: which padded positions are real",
     "parallel/context.py local_tokens": "layer: which tokens the context-parallel ranks hold",
     # Megatron
     "megatron/core/distributed/finalize_model_grads.py finalize_model_grads": "update: no token counts, no division",
@@ -23,9 +23,7 @@ READS = {
     "policy/policy.py MegatronPolicy.backward": "update of a pipeline: its sums travel as host tensors",
     "policy/gradients.py inner": "step with train.entropy_tangent: one number a group",
     "types.py MicroBatch.num_tokens": "step with train.entropy_tangent: the count is Megatron's denominator",
-    "types.py MiniBatch.cat": "micro-batch: selecting response tokens by their mask",
-    "types.py MiniBatch.cat_stats": "micro-batch: selecting response tokens by their mask",
-    "algorithms/covariance.py response_tokens": "micro-batch: selecting response tokens by their mask",
+    "types.py MiniBatch.response_tokens": "mini-batch and value: selecting response tokens by their mask",
     "algorithms/covariance.py covariances": "update: the count of tokens decides the quota",
     "algorithms/covariance.py select_tokens": "update: candidates are selected by a mask",
     "algorithms/covariance.py _choose_within": "micro-batch with cov_scope=microbatch: candidates, by a mask",
@@ -34,7 +32,8 @@ READS = {
     "algorithms/weighting.py forking_weights": "update: the count of tokens decides how many are kept",
     "algorithms/weighting.py gaussian_cov_weights": "update: without variance all weights are 1",
     "parallel/reduce.py _best": "top-k: what can win, by a mask",
-    "parallel/reduce.py Reducer.top_ks_and_sum": "top-k: slots that ranks left empty, by a mask",
+    "parallel/reduce.py Reducer.top_ks_and_sum": "top-k: how many values each rank offers",
+    "parallel/reduce.py Reducer._contenders": "top-k of many values: what can win, by a mask",
     # the metrics of a step
     "algorithms/control.py mean_entropy": "step: the controller's coefficient is a number of Python's",
     "algorithms/prediction.py predicted_change": "step: one number",
@@ -43,21 +42,22 @@ READS = {
     "metrics/collect.py Metrics._check_same_names": "step: ranks must hold the same metrics",
     "metrics/collect.py Metrics.reduce": "step: all sums at once, all maxima at once",
     "metrics/samples.py token_values": "step that logs samples: their columns",
-    "metrics/step.py add_batch_metrics": "micro-batch: entropies and the largest mismatch of the response tokens",
+    "metrics/collect.py Metrics.max": "step: the largest mismatch of the response tokens",
     "metrics/step.py batch_totals": "step: four numbers",
     "packing/pack.py packing_metrics": "mini-batch: how full its micro-batches are",
+    "parallel/reduce.py Reducer.kth_largest": "update of the forking loss: the least entropy that is kept",
     "parallel/reduce.py Reducer.quantiles": "step: two quantiles of the entropy",
-    "parallel/reduce.py Reducer._order_statistics": "quantile of many values: four digits, one after the other",
-    "parallel/reduce.py Reducer.gather_objects": "gather: the sizes of the objects",
-    "parallel/reduce.py Reducer.any": "flag: every rank takes the same branch",
 }
 
+_EXCHANGE = "megatron/core/dist_checkpointing/exchange_utils.py"
 _SAVER = "megatron/core/dist_checkpointing/strategies/state_dict_saver.py"
 # each is a collective of bytes on a group that a GPU's world would give to NCCL: fine where no rank waits long
 OBJECTS = {
     "megatron/core/optimizer/__init__.py _get_param_groups": "start: the names of the parameter groups",
     "megatron/core/dist_checkpointing/validation.py determine_global_metadata": "save and load: the names of tensors",
     "megatron/core/dist_checkpointing/validation.py _validate_common_state_dict": "save: what all ranks hold alike",
+    f"{_EXCHANGE} determine_main_replica_uniform_distribution": "save and load: which ranks share which weights",
+    f"{_EXCHANGE} exchange_loaded_objects_gather_object": "load: what is no tensor",
     f"{_SAVER} save_state_dict_async_plan": "save: writers",
     f"{_SAVER} save_state_dict_async_finalize": "save: what was written",
     "megatron/core/dist_checkpointing/strategies/torch.py TorchDistLoadShardedStrategy.load": "load: who reads what",

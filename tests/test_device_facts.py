@@ -20,6 +20,7 @@ from megatron_rl.config import Config, parse_config
 from megatron_rl.config.environment import for_libraries
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.packing import Layout
+from megatron_rl.rollout.sampling import cumsum
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def config(**sections: Any) -> Config:
 @pytest.mark.parametrize("parallel", [{}, {"tp": 2, "sp": True}, {"cp": 2}, {"tp": 4, "sp": True, "cp": 2}])
 def test_a_gpu_computes_whole_tiles_of_rows(gpu: pytest.MonkeyPatch, parallel: dict[str, Any]) -> None:
     cp = parallel.get("cp", 1)
-    groups: Any = SimpleNamespace(dp_rank=0, dp_size=1, cp_rank=0, cp_size=cp, pp_size=1)
+    groups: Any = SimpleNamespace(dp_rank=0, dp_size=1, dp_ranks=(0,) * cp, cp_rank=0, cp_size=cp, pp_size=1)
     layout = Layout.of(config(parallel=parallel), groups)
     for total in (1, 127, 128, 1000, 5000):
         rows, rest = divmod(layout.filled(total), cp)
@@ -108,11 +109,11 @@ def test_sums_along_a_row_are_allowed_under_deterministic_algorithms(gpu: pytest
     real = torch.Tensor.cumsum
     summed: list[tuple[bool, int]] = []
 
-    def cumsum(self: torch.Tensor, dim: int) -> torch.Tensor:
+    def noted(self: torch.Tensor, dim: int) -> torch.Tensor:
         summed.append((torch.are_deterministic_algorithms_enabled(), len(self)))
         return real(self, dim)
 
-    gpu.setattr(torch.Tensor, "cumsum", cumsum)
+    gpu.setattr(torch.Tensor, "cumsum", noted)
     try:
         device.forbid_nondeterminism()
         found = [cumsum(rows), cumsum(rows[:1])]

@@ -296,9 +296,15 @@ FULL: dict[int, Runs] = {
             "model": {"hf_config": MOE},
             "rollout": {"routing_replay": True},
         },
-        "host_adam": {"parallel": LAYOUTS["dp2"], "optimizer": {"cpu_offload": True}, "train": {"save_every": 1}},
+        "host_adam": {
+            "parallel": LAYOUTS["dp2"],
+            "model": {"dtype": "bfloat16"},
+            "optimizer": {"cpu_offload": True},
+            "train": {"save_every": 1},
+        },
         "host_adam resumed": {
             "parallel": LAYOUTS["dp2"],
+            "model": {"dtype": "bfloat16"},
             "optimizer": {"cpu_offload": True},
             "train": {"num_steps": 3},
         },
@@ -320,6 +326,7 @@ FULL: dict[int, Runs] = {
         "cp2_tp2_sp": {"parallel": LAYOUTS["cp2_tp2_sp"], "loss": KL_COV},
         "cp2_dp2": {"parallel": LAYOUTS["cp2_dp2"], "loss": {"type": "gaussian_cov"}},
         "tp2_dp2": {"parallel": {"world_size": 4, "tp": 2, "sp": True}, "model": {"dtype": "bfloat16"}, "loss": KL_COV},
+        "warm_pp2_dp2": {"parallel": {"world_size": 4, "pp": 2}, "warm_start": {"steps": 2, "batch_size": 4}},
     },
 }
 

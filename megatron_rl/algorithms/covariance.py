@@ -153,7 +153,7 @@ def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, 
     """Measure how the covariance spreads over the tokens of an update, under the statistics of its selection.
 
     Returns its mean, standard deviation and the means of its largest values, and the mean of its exact counterpart over
-    the vocabulary (entropy.py). Each is a mean over the updates that have tokens; empty when none has. Two collectives.
+    the vocabulary (entropy.py). Each is a mean over the updates that have tokens; empty when none has. Collective.
     """
     centred = covariances([(m.cat_stats("logprobs"), m.cat("advantages")) for m in updates], ranks)
     sums = [

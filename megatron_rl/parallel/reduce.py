@@ -63,7 +63,7 @@ class Reducer:
         """Return the k largest of all ranks' `values` and their ids; ties go to the smaller id.
 
         ids: unique over all ranks. There are fewer than k when fewer exist; they are sorted by falling value, then
-        rising id. Each rank offers its local best k; one all-gather decides.
+        rising id. Each rank offers its local best k, see `top_ks_and_sum`.
         """
         (best,), _ = self.top_ks_and_sum([(values, ids, k)], values.new_zeros(0, dtype=torch.float64))
         return best

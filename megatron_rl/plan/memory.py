@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_rl.config import Config
 from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.errors import ConfigError
 from megatron_rl.models.hardware import (
     CHUNK_LOGITS,
     CPU_HEAP,
@@ -328,8 +329,14 @@ def cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> int |
 
 
 def with_cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> Config:
-    """Return the config for its servers: with rollout.server.kv_tokens as planned."""
-    tokens = cache_tokens(config, shape, hardware) or config.rollout.server.kv_tokens
+    """Return the config for its servers: with rollout.server.kv_tokens as planned.
+
+    Raises: ConfigError when that is less than one sequence.
+    """
+    planned = cache_tokens(config, shape, hardware)
+    if planned is not None and planned < config.max_sequence_tokens:
+        raise ConfigError(_small_cache(config, planned))
+    tokens = planned or config.rollout.server.kv_tokens
     server = config.rollout.server.model_copy(update={"kv_tokens": tokens})
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"server": server})})
 
@@ -356,9 +363,12 @@ def _add_servers(
         if generating and server.share_memory:
             parts["gradients"] = 0.0
             parts["optimizer"] = 0.0 if width == 2 else parts["optimizer"]
-    if tokens >= config.max_sequence_tokens:
-        return ()
+    return () if tokens >= config.max_sequence_tokens else (_small_cache(config, tokens),)
+
+
+def _small_cache(config: Config, tokens: int) -> str:
+    server = config.rollout.server
     return (
         f"rollout.server.memory_fraction {server.memory_fraction:g} leaves a server a key-value cache of {tokens:,} "
-        f"tokens, one sequence has {config.max_sequence_tokens:,}; raise memory_fraction or rollout.server.tp",
+        f"tokens, one sequence has {config.max_sequence_tokens:,}; raise memory_fraction or rollout.server.tp"
     )

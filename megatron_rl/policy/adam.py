@@ -1,4 +1,5 @@
-"""What torch's AdamW needs where it takes the place of Transformer Engine's Adam: on a CPU, and on the host."""
+"""What torch's AdamW needs where it takes the place of Transformer Engine's Adam: on a CPU, on a GPU without that, and
+on the host."""
 
 from __future__ import annotations
 
@@ -43,11 +44,11 @@ def begin_torch_adam(optimizer: Any) -> None:
             adam.state[parameter] = {"step": step, **moments}  # fused, AdamW counts where the weights are
 
 
-def restore_step_0(optimizer: dict[str, Any]) -> None:
+def restore_step_0(saved: dict[str, Any]) -> None:
     """The number of updates of an optimizer that is not distributed, which Megatron drops when it is 0."""
-    if {"state", "param_groups"} <= optimizer.keys():
-        optimizer["state"].setdefault("common_step", torch.tensor(0.0))
-    for value in optimizer.values():
+    if {"state", "param_groups"} <= saved.keys():
+        saved["state"].setdefault("common_step", torch.tensor(0.0))
+    for value in saved.values():
         if isinstance(value, dict):
             restore_step_0(value)
 

@@ -52,6 +52,7 @@ def packed_sequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=inputs.longest,
         routes=routes,
         cos=torch.cat([cos, cos], dim=-1),
         sin=torch.cat([-sin, sin], dim=-1),
@@ -141,10 +142,7 @@ class PackedAttention(MegatronModule):
         self, flash: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences
     ) -> Tensor:
         """`[T, heads, d]`, of rotated queries and keys."""
-        bounds = packed.cu_seqlens_q
-        if packed.max_seqlen_q is None:
-            packed.max_seqlen_q = int(bounds.diff().max())  # waits for the device: once a micro-batch
-        longest = packed.max_seqlen_q
+        bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
         options: dict[str, Any] = {"scale": self.scale, "window_size": (-1, 0), "enable_gqa": True}
         return flash(query, key, value, bounds, bounds, longest, longest, **options)
 

@@ -55,6 +55,7 @@ def check_rank(config: Config) -> None:
     from megatron_rl import device
     from megatron_rl.parallel.world import all_reduce_bandwidth, join_world, leave_world
     from megatron_rl.rollout.clocks import waiting_seconds
+    from megatron_rl.rollout.servers.nccl import agree_with_engines
 
     if device.ON_GPU and launch.local_rank() >= device.local_gpus():
         raise UserError(
@@ -62,6 +63,7 @@ def check_rank(config: Config) -> None:
             "ask for as many GPUs as processes of a node (--gpus-per-node), or lower parallel.world_size"
         )
     launch.check_address()
+    agree_with_engines(config.rollout)
     world = join_world(config.parallel.timeout_seconds, waiting_seconds(config))
     # large enough on GPUs for the links' full speed; on CPUs it only shows that the ranks reach each other
     bandwidth, is_right = all_reduce_bandwidth(world, nbytes=2**28 if device.ON_GPU else 2**22, repeats=5)

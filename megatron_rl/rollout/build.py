@@ -15,7 +15,7 @@ from megatron_rl.config import Config
 from megatron_rl.convert.disk import remove
 from megatron_rl.convert.model_files import Described, policy_files, write_files
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.engine import EngineSetup, Place, RolloutEngine
+from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine
 from megatron_rl.rollout.servers.engine import Loop, ServerEngine
 from megatron_rl.rollout.servers.fleet import Fleet, address_for
 from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server
@@ -74,7 +74,10 @@ def engine_key(config: Config, place: Place) -> str:
 
 
 def start_fleet(config: Config, model_dir: Path, place: Place, dialect: Dialect, loop: Loop) -> Fleet:
-    """The node's servers, starting up. Raises: EngineError when they cannot be started; the loop is then closed."""
+    """The node's servers, starting up. Call it on all ranks.
+
+    Raises: EngineError, on every rank, when those of some node cannot be started; the loop is then closed.
+    """
 
     def check(url: str) -> None:
         loop.submit(dialect.health(Server(url, loop.session))).result()
@@ -83,11 +86,15 @@ def start_fleet(config: Config, model_dir: Path, place: Place, dialect: Dialect,
         loop.submit(dialect.settle_in(Server(url, loop.session))).result()
 
     fleet = Fleet(dialect, config, model_dir, place, check, settle_in, loop.key)
+    problem = ""
     try:
         fleet.start()
-    except UserError:
+    except (OSError, UserError) as error:
+        problem = str(error)
+    if problems := [text for text in place.gather(problem) if text]:
+        fleet.close()
         loop.close()
-        raise
+        raise EngineError("\n".join(dict.fromkeys(problems)))
     return fleet
 
 

@@ -14,6 +14,7 @@ from megatron_rl.config import Config
 from megatron_rl.config.benchmarks import PRESETS
 from megatron_rl.config.evaluation import set_path
 from megatron_rl.data.records import read_records
+from megatron_rl.errors import DataError
 
 HEALTH_SECONDS = 10.0  # of a server that says whether it lives
 CONTROL_SECONDS = 60.0  # of a server that does what should be done at once
@@ -43,19 +44,28 @@ def server_waits(config: Config) -> dict[str, float]:
     return {
         # restart of the dead, then one look a second; each is told once how to settle
         "start of servers": server.start_seconds + server.count * (HEALTH_SECONDS + STOP_SECONDS + CONTROL_SECONDS),
-        # begin: config, pause, flush, begin_update, workers join; end: end_update in two calls, flush, resume, version
-        "weight update": 2 * LOAD_SECONDS + max(GROUP_SECONDS, 5 * CONTROL_SECONDS),
+        # begin: config, pause, flush, begin_update, workers join; end: end_update in two calls, checksums, flush,
+        # resume, version
+        "weight update": 3 * LOAD_SECONDS + max(GROUP_SECONDS, 5 * CONTROL_SECONDS),
         **{work: n * (server.request_seconds + 3 * HEALTH_SECONDS) for work, n in turns.items()},
     }
 
 
 def _evaluated(config: Config) -> dict[str, int]:
-    """Return the responses of each evaluation; none of a file that is not there, which those who load it say."""
+    """Return the responses of each evaluation; none of a file that cannot be read, which those who load it
+    say."""
     files = [("held-out", Path(getattr(config.data, "eval_path", None) or ""), config.train.eval_samples)]
     for name in config.eval.sets:
         path, options, preset = set_path(config.eval, name), config.eval.options.get(name), PRESETS.get(name)
         samples = (options and options.samples) or (preset.samples if preset else 1)
         files += [(name, path, samples)] if isinstance(path, Path) else []
-    counts = {name: samples * sum(1 for _ in read_records(path)) for name, path, samples in files if path.is_file()}
+    counts = {name: samples * _records(path) for name, path, samples in files if path.is_file()}
     counts["held-out"] = counts.get("held-out", config.train.eval_samples * getattr(config.data, "num_eval", 0))
     return {f"evaluation, {name}": count for name, count in counts.items()}
+
+
+def _records(path: Path) -> int:
+    try:
+        return sum(1 for _ in read_records(path))
+    except DataError:
+        return 0

@@ -230,6 +230,7 @@ class _LoneGroups:
     """One rank."""
 
     dp_rank = cp_rank = 0
+    dp_ranks = (0,)
     dp_size = cp_size = 1
     pp_size = tp_size = 1
 

@@ -77,7 +77,7 @@ def test_flash_attention_gets_the_packed_sequences(monkeypatch: pytest.MonkeyPat
     lengths = torch.tensor([5, 1, 7, 3])
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
     positions = torch.cat([torch.arange(int(n)) for n in lengths])
-    inputs = Inputs(torch.zeros_like(positions), positions, bounds, positions >= 0, None)
+    inputs = Inputs(torch.zeros_like(positions), positions, bounds, positions >= 0, int(lengths.max()))
     draw = torch.Generator().manual_seed(0)
     qkv = [torch.randn(len(positions), n, WIDTH, generator=draw).requires_grad_() for n in (HEADS, GROUPS, GROUPS)]
     calls = []

@@ -64,8 +64,10 @@ def make_config(folder: Path | None, **sections: Any) -> Config:
 
 
 def make_rollouts() -> list[Rollout]:
-    """32 ragged rollouts of 8 prompts; `rollout_logprobs` are noise around log(1/37)."""
+    """32 ragged rollouts of 8 prompts, of which each sample takes the first tokens; `rollout_logprobs` are noise around
+    log(1/37)."""
     generator = torch.Generator().manual_seed(5)
+    prompts = torch.randint(37, (8, 8), generator=torch.Generator().manual_seed(7))
     rollouts = []
     for i in range(32):
         prompt, response = torch.randint(1, 9, (), generator=generator), torch.randint(1, 17, (), generator=generator)
@@ -73,6 +75,7 @@ def make_rollouts() -> list[Rollout]:
         mask = torch.arange(length) >= prompt
         noise = -3.6 + 0.5 * torch.randn(length, generator=generator)
         token_ids = torch.randint(37, (length,), generator=generator)
+        token_ids[:prompt] = prompts[i // 4, :prompt]
         rollouts.append(Rollout(i // 4, i % 4, token_ids, torch.where(mask, noise, 0.0), mask, "stop", 0))
     return rollouts
 

@@ -46,8 +46,9 @@ def _step(num_prompts: int, share_prompts: bool) -> tuple[int, bool]:
 
     def collected(place: Place) -> list[Rollout]:
         cursor = PromptCursor(prompts(num_prompts), 3)
-        grader = InProcess([odd_prompts_learn])
-        return Collector(LongEngine(), cursor, grader, Tokenizer(), config, place, no_revival).collect(0).rollouts
+        engine, grader = LongEngine(), InProcess([odd_prompts_learn])
+        collector = Collector(lambda: engine, cursor, grader, Tokenizer(), config, place, no_revival)
+        return collector.collect(0).rollouts
 
     def counted(collective: Any) -> Any:
         def call(output: torch.Tensor, *args: Any, **options: Any) -> Any:

@@ -103,6 +103,9 @@ def join_world(rank: int, size: int) -> None:
     """Be rank `rank` of `size`, eight to a node."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % 8), "LOCAL_WORLD_SIZE": "8"}
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    from megatron_rl.parallel import world
+
+    world.host_group = lambda group, *_: group  # which ranks it holds would be gathered
 
 
 @contextlib.contextmanager

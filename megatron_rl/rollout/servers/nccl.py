@@ -26,7 +26,7 @@ def check_same_nccl(python: Path, own: str) -> None:
     command = [str(python), "-I", "-c", device.NCCL_VERSION_CODE]
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode:
-        raise EngineError(f"{python} cannot name its NCCL: {answer.stderr.strip().splitlines()[-1:]}")
+        raise EngineError(f"{python} cannot name its NCCL: {answer.stderr.strip().rpartition(chr(10))[2]}")
     if (version := answer.stdout.strip()) != own:
         raise EngineError(
             f"{python} has NCCL {version}, the trainer {own}, and rollout.weight_sync.mode=disaggregated joins them in "

@@ -10,6 +10,7 @@ import torch
 from megatron_rl.rollout.engine import EngineError
 from megatron_rl.rollout.servers.checksums import WeightProof, digested
 from megatron_rl.rollout.servers.sglang import SGLang
+from megatron_rl.rollout.servers.shims.vllm import megatron_rl_digest
 from megatron_rl.rollout.servers.shims.vllm.megatron_rl_digest import digest
 
 NAMES = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkvo"]
@@ -92,6 +93,15 @@ def test_a_digest_sees_one_bit_and_one_exchange(dtype: torch.dtype, count: int) 
     if count > 1:
         tensor[[0, -1]] = tensor[[-1, 0]]
         assert digest(tensor) != before
+
+
+@pytest.mark.parametrize("count", [1, 70_001, 5_000_000])
+def test_a_digest_is_the_same_on_a_cpu_and_on_a_gpu(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """A folder's weights are read on a worker's CPU and sent from the trainer's GPU."""
+    tensor = torch.randn(count)
+    on_cpu = digest(tensor)
+    monkeypatch.setattr(megatron_rl_digest, "_CPU_ROWS", megatron_rl_digest._GPU_ROWS)
+    assert digest(tensor) == on_cpu
 
 
 def test_a_stream_is_passed_on_with_its_digests() -> None:

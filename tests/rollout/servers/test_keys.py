@@ -12,8 +12,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from megatron_rl.config import parse_config
-from megatron_rl.rollout.build import engine_key
-from megatron_rl.rollout.engine import Place
+from megatron_rl.rollout.build import DIALECTS, engine_key, start_fleet
+from megatron_rl.rollout.engine import EngineError, Place
 from megatron_rl.rollout.servers.engine import Loop
 from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server, ServerRefused
 from tests.rollout.servers.servers_case import lone_place
@@ -30,6 +30,14 @@ def test_the_key_is_new_or_the_environments_and_that_of_rank_0(tmp_path: Path, m
     assert engine_key(own, Place(1, 2, 1, lambda value: ["of rank 0", value])) == "of rank 0"
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     assert engine_key(own, lone_place()) == engine_key(given, lone_place()) == "secret"
+
+
+def test_servers_that_one_node_cannot_start_are_an_error_on_every_rank(tmp_path: Path) -> None:
+    config = parse_config(tiny_raw(tmp_path, rollout={"engine": "sglang"}))
+    place, loop = Place(1, 2, 1, lambda value: ["no interpreter", value]), Loop()
+    with pytest.raises(EngineError, match="no interpreter"):
+        start_fleet(config, tmp_path, place, DIALECTS["sglang"](), loop)
+    assert loop.session.closed
 
 
 def test_every_request_brings_the_key_and_a_refusal_names_the_variable() -> None:

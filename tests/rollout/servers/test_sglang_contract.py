@@ -178,6 +178,9 @@ def test_the_command_leaves_room_for_what_the_server_reserves(tmp_path: Path) ->
 def test_vllm_is_told_of_a_float32_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_rl.rollout.servers.vllm import VLLM
 
+    (tmp_path / "config.json").write_text(
+        json.dumps({"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 128})
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     for asked in (True, False):
         argv, _ = VLLM().command(spec(tmp_path, devices=(0, 1), float32_logits=asked))
