@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_rl.config import Config, ParallelConfig
 from megatron_rl.conform.frozen import frozen_config
 from megatron_rl.conform.measure import Subject, measure
-from megatron_rl.conform.verdicts import Verdict, compare
+from megatron_rl.conform.verdicts import KINDS, Verdict, compare
 from megatron_rl.convert.disk import remove
 from megatron_rl.data import build_tokenizer, vocab_size
 from megatron_rl.errors import ConfigError, UserError
@@ -22,10 +22,12 @@ from megatron_rl.files import write_atomically
 from megatron_rl.models.facts import read_hf_config, require_model
 from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.parallel.reduce import Reducer
-from megatron_rl.parallel.world import free_address, join_smaller_world
+from megatron_rl.parallel.world import join_smaller_world
 from megatron_rl.plan.memory import memory_of
 from megatron_rl.plan.shapes import layout_of, shape_of
+from megatron_rl.rollout.clocks import waiting_seconds
 from megatron_rl.rollout.probe import probe_limit
+from megatron_rl.rollout.servers.processes import free_port
 from megatron_rl.rollout.world import join
 from megatron_rl.run import hardware_of
 
@@ -61,23 +63,20 @@ def main(config: Config, question: Question, folder: Path) -> None:
     full = raw["num_hidden_layers"]
     raw["num_hidden_layers"] = _depth(raw, config, theirs, question.layers, groups.all_ranks)
     measure(Subject(config, raw, question.with_engine), groups, work / "run")
-    host, port = groups.all_ranks.gather_objects(free_address())[0]
+    port = groups.all_ranks.gather_objects(free_port())[0]
     destroy_groups()
     if rank >= question.reference.processes:
         return
-    join_smaller_world(host, port, rank, question.reference.processes)
+    join_smaller_world(port, rank, question.reference.processes, waiting_seconds(theirs))
     groups = join(theirs)
-    measure(Subject(theirs, raw, False), groups, work / "reference", taken_over=_checkpoint_of(config, theirs, work))
+    # Megatron's checkpoints do not go from experts that are dealt out to others
+    loads = (config.parallel.ep > 1) == (question.reference.ep > 1)
+    measure(Subject(theirs, raw, False), groups, work / "reference", taken_over=work / "run" if loads else None)
     destroy_groups()
     if rank == 0:
         verdicts = compare(work / "run", work / "reference", config.model.dtype, probe_limit(config))
         remove(work)
         _answer(verdicts, config, question, (raw["num_hidden_layers"], full), folder / "conform.json")
-
-
-def _checkpoint_of(config: Config, reference: Config, work: Path) -> Path | None:
-    """Return the run's folder, whose checkpoint the reference loads; None where Megatron's format does not allow it."""
-    return work / "run" if (config.parallel.ep > 1) == (reference.parallel.ep > 1) else None
 
 
 def _depth(raw: dict[str, Any], config: Config, reference: Config, asked: int | None, world: Reducer) -> int:
@@ -123,7 +122,7 @@ def _answer(verdicts: list[Verdict], config: Config, question: Question, depth: 
     console = Console()
     console.print(table)
     for verdict in failed:
-        console.print(f"{verdict.name}: usually {verdict.cause}", highlight=False)
+        console.print(f"{verdict.name}: usually {KINDS[verdict.name][2]}", highlight=False)
     console.print(str(path), highlight=False)
     if failed:
         raise UserError(

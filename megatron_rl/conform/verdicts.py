@@ -15,58 +15,37 @@ from torch import Tensor
 
 from megatron_rl.convert.safetensors_io import stored_tensors
 
-# Largest deviations that rounding explains, by the model's dtype: of log-probabilities and entropies in nats, of logits
-# in logit units, of the rest relative to the reference; `selected` is the share of the selected tokens.
-TOLERANCES: dict[str, dict[str, float]] = {
-    "float32": {
-        "logits": 2e-4,
-        "logprobs": 1e-4,
-        "entropy": 1e-4,
-        "token weights": 1e-3,
-        "selected": 0.0,
-        "loss": 1e-4,
-        "gradients": 5e-4,
-        "clip norm": 1e-4,
-        "update": 5e-3,
-        "second update": 1e-2,
-    },
-    "bfloat16": {
-        "logits": 1.0,
-        "logprobs": 1.0,
-        "entropy": 0.5,
-        "token weights": 0.1,
-        "selected": 0.5,
-        "loss": 5e-2,
-        "gradients": 0.25,
-        "clip norm": 5e-2,
-        "update": 0.5,
-        "second update": 0.7,
-    },
-}
-CAUSES = {
-    "weights": "loading or the weight stream: another rank's shard, a row of the mapping table, a tied embedding",
-    "logits": "a layer's all-reduce, positions or attention across context-parallel ranks, a stage's layers",
-    "logprobs": "padding columns of the vocabulary counted, or a part of it merged wrongly",
-    "entropy": "padding columns of the vocabulary counted, or a part of it merged wrongly",
-    "token weights": "statistics over one rank or micro-batch in place of the whole mini-batch",
-    "selected": "a top-k, mean or quota over one rank or micro-batch, or a draw that depends on the rank",
-    "loss": "a denominator of one rank or micro-batch, tokens counted twice, prompt or padding tokens counted",
-    "gradients": "a gradient that is not summed over its replicas (norms under sequence parallelism, biases, tied "
-    "embeddings, the router), or divided by a local count",
-    "clip norm": "a parameter counted twice or not at all: replicas, experts, stages",
-    "update": "the optimizer's shards, or gradients that ranks do not share",
-    "second update": "moments that an update or the checkpoint lost",
-    "replicated tokens": "ranks that hold the same tokens disagree: a broadcast along the pipeline or over tp",
-    "replicated weights": "data-parallel ranks drift apart: the all-gather after an update",
-    "checkpoint": "a shard's place in the checkpoint",
-    "engine": "the weight stream into the engine, its dtype or its sampling parameters",
+# What is compared: the largest deviation that rounding explains in float32 and in bfloat16, and what usually causes
+# more. Units: logits in their own, log-probabilities and entropies in nats, `selected` the share of selected tokens,
+# the rest relative to the reference; counts of tensors that differ at all must be 0.
+_VOCABULARY = "padding columns of the vocabulary counted, or a part of it merged wrongly"
+KINDS: dict[str, tuple[float, float, str]] = {
+    "weights": (0, 0, "loading or the weight stream: another rank's shard, a mapping row, a tied embedding"),
+    "logits": (2e-4, 1.0, "a layer's all-reduce, positions or attention across cp ranks, a stage's layers"),
+    "logprobs": (1e-4, 1.0, _VOCABULARY),
+    "entropy": (1e-4, 0.5, _VOCABULARY),
+    "token weights": (1e-3, 0.1, "statistics over one rank or micro-batch in place of the whole mini-batch"),
+    "selected": (0, 0.5, "a top-k, mean or quota over one rank or micro-batch, or a draw that depends on the rank"),
+    "loss": (1e-4, 5e-2, "a local denominator; tokens counted twice; prompt or padding tokens counted"),
+    "gradients": (
+        5e-4,
+        0.25,
+        "replicas' gradients not summed (norms, biases, tied embeddings, the router), a local count",
+    ),
+    "clip norm": (1e-4, 5e-2, "a parameter counted twice or not at all: replicas, experts, stages"),
+    "update": (5e-3, 0.5, "the optimizer's shards, or gradients that ranks do not share"),
+    "second update": (1e-2, 0.7, "moments that an update or the checkpoint lost"),
+    "replicated tokens": (0, 0, "a broadcast along the pipeline or over tp: ranks with the same tokens disagree"),
+    "replicated weights": (0, 0, "the all-gather after an update: data-parallel ranks drift apart"),
+    "checkpoint": (0, 0, "a shard's place in the checkpoint"),
+    "engine": (0, 0, "the weight stream into the engine, its dtype or its sampling parameters"),
 }
 _FLOOR = 1e-3  # of the largest gradient of all: what is smaller is rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One line of the answer. `deviation` and `tolerance` are in the unit of TOLERANCES."""
+    """One line of the answer. `deviation` and `tolerance` are in the units of KINDS."""
 
     name: str
     deviation: float
@@ -78,22 +57,17 @@ class Verdict:
         """Return whether rounding explains the deviation."""
         return self.deviation <= self.tolerance  # NaN is not
 
-    @property
-    def cause(self) -> str:
-        """Return what usually causes such a deviation."""
-        return CAUSES[self.name]
-
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
         finite = self.deviation if math.isfinite(self.deviation) else None
-        return asdict(self) | {"deviation": finite, "ok": self.is_ok, "cause": "" if self.is_ok else self.cause}
+        return asdict(self) | {"deviation": finite, "ok": self.is_ok, "usual_cause": KINDS[self.name][2]}
 
 
 def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list[Verdict]:
     """Return the verdicts on the folder `run` against `reference`, both filled by `measure`."""
-    mine, theirs = _tokens(run), _tokens(reference)
-    ours, numbers = _numbers(run), _numbers(reference)
-    limit = TOLERANCES[dtype]
+    mine, theirs = (torch.load(folder / "tokens.pt", weights_only=True) for folder in (run, reference))
+    ours, numbers = (json.loads((folder / "numbers.json").read_text()) for folder in (run, reference))
+    limit = {name: kind[dtype == "bfloat16"] for name, kind in KINDS.items()}
     verdicts = [_exact("weights", _unlike(run / "start", reference / "start"))]
     if not torch.equal(mine["ids"], theirs["ids"]) or not torch.equal(mine["advantages"], theirs["advantages"]):
         missing = set(theirs["ids"].tolist()) ^ set(mine["ids"].tolist())
@@ -123,14 +97,6 @@ def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list
     if "engine" in ours:
         verdicts.append(Verdict("engine", ours["engine"]["nats"], engine_limit))
     return verdicts
-
-
-def _tokens(folder: Path) -> dict[str, Tensor]:
-    return torch.load(folder / "tokens.pt", weights_only=True)
-
-
-def _numbers(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "numbers.json").read_text())
 
 
 def _exact(name: str, differing: list[str], where: str = "") -> Verdict:

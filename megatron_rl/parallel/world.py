@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 import time
 
 import torch
@@ -50,18 +49,10 @@ def leave_world() -> None:
     dist.destroy_process_group()
 
 
-def free_address() -> tuple[str, int]:
-    """Return this process's host name and a TCP port that nobody listens on there, for `join_smaller_world`."""
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")  # rank 0's own, as its peers reach it
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return host, probe.getsockname()[1]
-
-
-def join_smaller_world(host: str, port: int, rank: int, size: int, timeout_minutes: float = 30) -> None:
-    """Join a world of the first `size` ranks of one that was left, whose rank 0 listens at `host`:`port`."""
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timeout)
+def join_smaller_world(port: int, rank: int, size: int, seconds: float) -> None:
+    """Join a world of the first `size` ranks of one that was left, whose rank 0 listens on a free `port`."""
+    timeout = datetime.timedelta(seconds=seconds)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, size, is_master=rank == 0, timeout=timeout)
     dist.init_process_group(device.BACKEND, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
