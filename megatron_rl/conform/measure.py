@@ -47,27 +47,27 @@ from megatron_rl.types import MicroBatch, MiniBatch, TrainBatch
 LOGITS_OF = 16  # tokens whose logits are kept
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is measured: a config with its layout, and the architecture, perhaps with fewer layers."""
-
-    config: Config
-    raw_hf_config: dict[str, Any]
-    asks_engine: bool  # whether its engine is started and asked for log-probabilities
-
-
-def measure(subject: Subject, groups: Groups, folder: Path, taken_over: Path | None = None) -> None:
+def measure(
+    config: Config,
+    raw_hf_config: dict[str, Any],
+    groups: Groups,
+    folder: Path,
+    *,
+    asks_engine: bool = False,
+    taken_over: Path | None = None,
+) -> None:
     """Fill `folder` (rank 0 writes). Collective.
 
+    `raw_hf_config`: the architecture, perhaps with fewer layers. `asks_engine`: whether the config's engine is started.
     `taken_over`: the folder of another layout, whose checkpoint this one loads before its second update.
     """
-    config, ranks = subject.config, groups.token_ranks
+    ranks = groups.token_ranks
     tokenizer = build_tokenizer(config)
     prompts = load_prompts(config, tokenizer, lambda answer: True).train
     layout = Layout.of(config, groups)
-    shape, hardware = shape_of(subject.raw_hf_config), hardware_of(groups.all_ranks)
+    shape, hardware = shape_of(raw_hf_config), hardware_of(groups.all_ranks)
     policy = MegatronPolicy(
-        subject.raw_hf_config,
+        raw_hf_config,
         config,
         groups,
         total_updates=2,
@@ -92,7 +92,7 @@ def measure(subject: Subject, groups: Groups, folder: Path, taken_over: Path | N
     numbers["clip norm"] = policy.update(mini_batch, policy_loss(loss)).grad_norm
     numbers["replicated weights"] = _differing_replicas(policy)
     keep.tensors("after", policy.hf_weights())
-    if subject.asks_engine:
+    if asks_engine:
         served_config = with_cache_tokens(config, shape, hardware)
         numbers["engine"] = _engine_distance(served_config, policy, tokenizer, layout, prompts)
     store = CheckpointStore(folder / "checkpoint", policy, groups, tokenizer)
@@ -191,16 +191,13 @@ def _digest(tensor: Tensor) -> Tensor:
     return (bits * (torch.arange(len(bits), device=bits.device) * 2 + 1)).sum()
 
 
-def _engine_distance(
-    config: Config, policy: MegatronPolicy, tokenizer: Any, layout: Layout, prompts: Any
-) -> dict[str, float]:
+def _engine_distance(config: Config, policy: MegatronPolicy, tokenizer: Any, layout: Layout, prompts: Any) -> float:
     groups = policy.groups
     place = Place(groups.rank, groups.world_size, launch.local_rank(), groups.all_ranks.gather_objects)
     served = Served(config, place, policy, tokenizer, shares_memory=policy)
     served.weight_version = 1
     try:
         with served.session(Timers(device.synchronize)) as engine:
-            distance, _ = probe_distance(engine, policy, layout, prompts)
+            return probe_distance(engine, policy, layout, prompts)[0]
     finally:
         served.close()
-    return {"nats": distance}

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megatron_rl.config import Config, ParallelConfig
 from megatron_rl.conform.frozen import frozen_config
-from megatron_rl.conform.measure import Subject, measure
+from megatron_rl.conform.measure import measure
 from megatron_rl.conform.verdicts import KINDS, Verdict, compare
 from megatron_rl.convert.disk import remove
 from megatron_rl.data import build_tokenizer, vocab_size
@@ -62,7 +62,7 @@ def main(config: Config, question: Question, folder: Path) -> None:
     raw.setdefault("vocab_size", vocab_size(build_tokenizer(config)))
     full = raw["num_hidden_layers"]
     raw["num_hidden_layers"] = _depth(raw, config, theirs, question.layers, groups.all_ranks)
-    measure(Subject(config, raw, question.with_engine), groups, work / "run")
+    measure(config, raw, groups, work / "run", asks_engine=question.with_engine)
     port = groups.all_ranks.gather_objects(free_port())[0]
     destroy_groups()
     if rank >= question.reference.processes:
@@ -71,7 +71,7 @@ def main(config: Config, question: Question, folder: Path) -> None:
     groups = join(theirs)
     # Megatron's checkpoints do not go from experts that are dealt out to others
     loads = (config.parallel.ep > 1) == (question.reference.ep > 1)
-    measure(Subject(theirs, raw, False), groups, work / "reference", taken_over=work / "run" if loads else None)
+    measure(theirs, raw, groups, work / "reference", taken_over=work / "run" if loads else None)
     destroy_groups()
     if rank == 0:
         verdicts = compare(work / "run", work / "reference", config.model.dtype, probe_limit(config))

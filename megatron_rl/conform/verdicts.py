@@ -67,7 +67,7 @@ def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list
     """Return the verdicts on the folder `run` against `reference`, both filled by `measure`."""
     mine, theirs = (torch.load(folder / "tokens.pt", weights_only=True) for folder in (run, reference))
     ours, numbers = (json.loads((folder / "numbers.json").read_text()) for folder in (run, reference))
-    limit = {name: kind[dtype == "bfloat16"] for name, kind in KINDS.items()}
+    limit = {name: half if dtype == "bfloat16" else single for name, (single, half, _) in KINDS.items()}
     verdicts = [_exact("weights", _unlike(run / "start", reference / "start"))]
     if not torch.equal(mine["ids"], theirs["ids"]) or not torch.equal(mine["advantages"], theirs["advantages"]):
         missing = set(theirs["ids"].tolist()) ^ set(mine["ids"].tolist())
@@ -95,7 +95,7 @@ def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list
     verdicts.append(_exact("checkpoint", numbers["checkpoint"], "loaded by the reference layout: "))
     verdicts.append(_movement("second update", run, reference, ("after", "second"), limit["second update"]))
     if "engine" in ours:
-        verdicts.append(Verdict("engine", ours["engine"]["nats"], engine_limit))
+        verdicts.append(Verdict("engine", ours["engine"], engine_limit))
     return verdicts
 
 

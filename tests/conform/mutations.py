@@ -49,7 +49,7 @@ def raw_config(folder: Path, layout: str, model: dict[str, Any] = HF, **loss: An
 def measured(raw: dict[str, Any], folder: Path, mutation: str = "", taken_over: Path | None = None) -> None:
     """What `conform` does on one rank for one layout."""
     from megatron_rl.conform.frozen import frozen_config
-    from megatron_rl.conform.measure import Subject, measure
+    from megatron_rl.conform.measure import measure
     from megatron_rl.data import build_tokenizer, vocab_size
     from megatron_rl.parallel.groups import init_groups
 
@@ -57,7 +57,7 @@ def measured(raw: dict[str, Any], folder: Path, mutation: str = "", taken_over: 
     groups = init_groups(config.parallel, config.seed)
     hf = dict(config.model.hf_config or {}) | {"vocab_size": vocab_size(build_tokenizer(config))}
     with MUTATIONS[mutation][1]() if mutation else contextlib.nullcontext():
-        measure(Subject(config, hf, False), groups, folder, taken_over)
+        measure(config, hf, groups, folder, taken_over=taken_over)
     leave_layout()
 
 
