@@ -28,9 +28,8 @@ def conform(
 ) -> None:
     """Prove that the parallel layout does not change the algorithm, on the machines where it will run.
 
-    One mini-batch of the config's own data goes through the run's layout and a reference layout: logits, selected
-    tokens, loss, every gradient, an update, a checkpoint, the engine. Exit code 1 when something differs by more than
-    rounding. Starts its own processes, unless torchrun or Slurm did.
+    One mini-batch goes through the run's layout and a reference layout: logits, selected tokens, loss, every gradient,
+    an update, a checkpoint, the engine. Exit code 1 when something differs by more than rounding.
     """
     resolved = load_config(config, overrides or [])
     reference = reference_layout(resolved, against)

@@ -29,20 +29,12 @@ def frozen_config(config: Config, tokens: int) -> Config:
         -(config.data.max_prompt_tokens + response) // config.parallel.token_multiple
     )
     budget = min(train.micro_batch_tokens, max(longest, tokens // (2 * config.parallel.dp)))
+    step = {"prompts_per_step": train.prompts_per_minibatch, "micro_batch_tokens": budget, "async_save": False}
+    adam = {"lr": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0}
     changes: dict[str, Any] = {
-        "train": train.model_copy(
-            update={
-                "prompts_per_step": train.prompts_per_minibatch,
-                "micro_batch_tokens": budget,
-                "num_steps": 2,
-                "async_save": False,
-                "keep_checkpoints": 1,
-            }
-        ),
+        "train": train.model_copy(update=step),
         "rollout": rollout.model_copy(update={"max_response_tokens": response}),
-        "optimizer": config.optimizer.model_copy(
-            update={"lr": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0}
-        ),
+        "optimizer": config.optimizer.model_copy(update=adam),
     }
     return config.model_copy(update=changes)
 

@@ -1,8 +1,7 @@
 """What one layout makes of the frozen mini-batch, kept in a folder so that another layout can be compared with it.
 
 The folder holds weights and gradients under their Hugging Face names (`start/`, `gradients/`, `after/` one update,
-`second/` after two, `checkpoint/`), `tokens.pt` with columns of all tokens in the order of their ids, and
-`numbers.json`.
+`second/` after two, `checkpoint/`), all tokens by their ids (`tokens.pt`) and `numbers.json`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,7 @@ class Question:
 
 
 def main(config: Config, question: Question, folder: Path) -> None:
-    """Answer on the world of the run's layout; the reference takes its first ranks.
-
-    Rank 0 prints the verdicts and writes folder/conform.json.
+    """Answer on the world of the run's layout, of which the reference takes the first ranks; write folder/conform.json.
 
     Raises: UserError on rank 0 when a verdict fails; ConfigError for a reference that cannot be laid out here.
     """
@@ -54,8 +53,7 @@ def main(config: Config, question: Question, folder: Path) -> None:
     config = frozen_config(config, question.tokens)
     config = config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(work)})})
     theirs = config.model_copy(update={"parallel": question.reference})
-    groups = join(config)
-    rank = groups.rank
+    groups, rank = join(config), int(os.environ["RANK"])
     if rank == 0:
         remove(work)
     raw = dict(read_hf_config(config.model))

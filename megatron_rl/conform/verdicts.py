@@ -27,11 +27,7 @@ KINDS: dict[str, tuple[float, float, str]] = {
     "token weights": (1e-3, 0.1, "statistics over one rank or micro-batch in place of the whole mini-batch"),
     "selected": (0, 0.5, "a top-k, mean or quota over one rank or micro-batch, or a draw that depends on the rank"),
     "loss": (1e-4, 5e-2, "a local denominator; tokens counted twice; prompt or padding tokens counted"),
-    "gradients": (
-        5e-4,
-        0.25,
-        "replicas' gradients not summed (norms, biases, tied embeddings, the router), a local count",
-    ),
+    "gradients": (5e-4, 0.25, "replicas not summed (norms, biases, tied embeddings, router), a local count"),
     "clip norm": (1e-4, 5e-2, "a parameter counted twice or not at all: replicas, experts, stages"),
     "update": (5e-3, 0.5, "the optimizer's shards, or gradients that ranks do not share"),
     "second update": (1e-2, 0.7, "moments that an update or the checkpoint lost"),
@@ -58,9 +54,9 @@ class Verdict:
         return self.deviation <= self.tolerance  # NaN is not
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return plain data; JSON has no infinity."""
         finite = self.deviation if math.isfinite(self.deviation) else None
-        return asdict(self) | {"deviation": finite, "ok": self.is_ok, "usual_cause": KINDS[self.name][2]}
+        return asdict(self) | {"deviation": finite, "ok": self.is_ok, "cause": KINDS[self.name][2]}
 
 
 def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list[Verdict]:

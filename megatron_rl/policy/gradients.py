@@ -32,8 +32,7 @@ def full_gradients(policy: MegatronPolicy) -> list[tuple[str, Tensor]]:
     """Return the (Megatron name, gradient of this rank's shard) pairs that `backward` left, float32, over all ranks and
     micro-batches. Collective.
 
-    Under the distributed optimizer each data-parallel rank has summed its part of a buffer alone; here all parts reach
-    all of them.
+    Under the distributed optimizer each data-parallel rank has summed its part alone; here all reach all of them.
     """
     for ddp in policy.model.ddp if policy.config.parallel.distributed_optimizer else []:
         for groups in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
@@ -41,8 +40,7 @@ def full_gradients(policy: MegatronPolicy) -> list[tuple[str, Tensor]]:
             for bucket in groups.buckets:
                 part = bucket.grad_data.chunk(ranks.size)[groups.intra_distributed_optimizer_instance_rank]
                 bucket.grad_data.copy_(ranks.gather(part.clone()).view(-1))
-    parameters = dict(policy.parameters)
-    return [(name, parameter.main_grad) for name, parameter in parameters.items()]  # type: ignore[attr-defined]
+    return [(name, parameter.main_grad) for name, parameter in policy.parameters]  # type: ignore[attr-defined]
 
 
 def entropy_gradient(policy: MegatronPolicy, mini_batch: MiniBatch) -> Flat:
