@@ -65,7 +65,6 @@ def frozen_rollouts(config: Config, prompts: Sequence[Prompt]) -> list[Rollout]:
                     sampled=(place == 0) | (place > given),
                     finish_reason="stop",
                     weight_version=0,
-                    score=reward,
                     reward=reward,
                 )
             )
