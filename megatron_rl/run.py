@@ -73,8 +73,6 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     Raises: UserError for what the config names and this machine lacks, before anything slow.
     """
     require_model(config.model)
-    if config.train.deterministic:
-        device.forbid_nondeterminism()
     layout = Layout.of(config, groups)
     grader = build_grader(config.reward)
     tokenizer = build_tokenizer(config)
@@ -85,21 +83,14 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     raw_hf_config = read_hf_config(config.model)
     raw_hf_config.setdefault("vocab_size", vocab_size(tokenizer))
     world, ranks = groups.all_ranks, groups.token_ranks
-    shape, hardware = shape_of(raw_hf_config), hardware_of(world)
-    policy = MegatronPolicy(
-        raw_hf_config,
-        config,
-        groups,
-        total_updates=config.train.num_steps * config.minibatches_per_step,
-        fuse_output_layer=fuses_output_layer(config, shape, layout_of(config), hardware),
-    )
+    updates = config.train.num_steps * config.minibatches_per_step
+    policy, with_cache = build_policy(raw_hf_config, config, groups, total_updates=updates)
     cursor = PromptCursor(problems.train, config.seed)
 
     def prove(engine: RolloutEngine) -> None:
         probe_engine(engine, policy, layout, cursor.prompts)
 
     place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
-    with_cache = with_cache_tokens(config, shape, hardware)
     served = Served(with_cache, place, policy, tokenizer, prove=prove, shares_memory=policy)
     served.start_early()
     if config.warm_start is not None:
@@ -123,6 +114,18 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
         evaluator=Evaluator(lambda: served.engine, grader, tokenizer, config, place, revive=served.revive),
         benchmarks=benchmarks,
     )
+
+
+def build_policy(
+    raw_hf_config: dict[str, Any], config: Config, groups: Groups, *, total_updates: int
+) -> tuple[MegatronPolicy, Config]:
+    """Return the policy, and the config for its servers, for the rank with the least memory. A collective."""
+    if config.train.deterministic:
+        device.forbid_nondeterminism()
+    shape, hardware = shape_of(raw_hf_config), hardware_of(groups.all_ranks)
+    fuses = fuses_output_layer(config, shape, layout_of(config), hardware)
+    policy = MegatronPolicy(raw_hf_config, config, groups, total_updates=total_updates, fuse_output_layer=fuses)
+    return policy, with_cache_tokens(config, shape, hardware)
 
 
 def hardware_of(world: Reducer) -> Hardware:

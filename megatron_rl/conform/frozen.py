@@ -25,9 +25,8 @@ def frozen_config(config: Config, tokens: int) -> Config:
     train, rollout = config.train, config.rollout
     samples = train.prompts_per_minibatch * rollout.samples_per_prompt
     response = max(1, min(rollout.max_response_tokens, 2 * tokens // samples))
-    longest = config.parallel.token_multiple * -(
-        -(config.data.max_prompt_tokens + response) // config.parallel.token_multiple
-    )
+    multiple = config.parallel.token_multiple
+    longest = -(-(config.data.max_prompt_tokens + response) // multiple) * multiple
     budget = min(train.micro_batch_tokens, max(longest, tokens // (2 * config.parallel.dp)))
     step = {"prompts_per_step": train.prompts_per_minibatch, "micro_batch_tokens": budget, "async_save": False}
     adam = {"lr": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0}

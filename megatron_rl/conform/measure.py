@@ -30,8 +30,6 @@ from megatron_rl.packing import Layout, pack
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.parallel.weights import weight_stream
-from megatron_rl.plan.memory import fuses_output_layer, with_cache_tokens
-from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.gradients import full_gradients
 from megatron_rl.policy.policy import MegatronPolicy
@@ -39,7 +37,7 @@ from megatron_rl.policy.schedule import run_schedule
 from megatron_rl.rollout.engine import Place
 from megatron_rl.rollout.probe import probe_distance
 from megatron_rl.rollout.served import Served
-from megatron_rl.run import hardware_of
+from megatron_rl.run import build_policy
 from megatron_rl.train import advantages
 from megatron_rl.types import MicroBatch, MiniBatch, TrainBatch
 
@@ -64,14 +62,7 @@ def measure(
     tokenizer = build_tokenizer(config)
     prompts = load_prompts(config, tokenizer, lambda answer: True).train
     layout = Layout.of(config, groups)
-    shape, hardware = shape_of(raw_hf_config), hardware_of(groups.all_ranks)
-    policy = MegatronPolicy(
-        raw_hf_config,
-        config,
-        groups,
-        total_updates=2,
-        fuse_output_layer=fuses_output_layer(config, shape, layout_of(config), hardware),
-    )
+    policy, served_config = build_policy(raw_hf_config, config, groups, total_updates=2)
     keep = _Keeper(folder, policy)
     keep.tensors("start", policy.hf_weights())
     rollouts = frozen_rollouts(config, PromptCursor(prompts, config.seed).take(config.train.prompts_per_minibatch))
@@ -92,15 +83,14 @@ def measure(
     numbers["replicated weights"] = _differing_replicas(policy)
     keep.tensors("after", policy.hf_weights())
     if asks_engine:
-        served_config = with_cache_tokens(config, shape, hardware)
         numbers["engine"] = _engine_distance(served_config, policy, tokenizer, layout, prompts)
     store = CheckpointStore(folder / "checkpoint", policy, groups, tokenizer)
     if taken_over is None:
-        saved, whose = store.save(1, {}), folder
+        saved = store.save(1, {})
         policy.update(mini_batch, policy_loss(loss))
         keep.tensors("second", policy.hf_weights())
         store.load(saved)
-        numbers["checkpoint"] = keep.unlike(whose / "after", policy.hf_weights())
+        numbers["checkpoint"] = keep.unlike(folder / "after", policy.hf_weights())
     else:
         store.load(CheckpointStore(taken_over / "checkpoint", policy, groups, tokenizer).path(1))
         numbers["checkpoint"] = keep.unlike(taken_over / "after", policy.hf_weights())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,8 @@ def main(config: Config, question: Question, folder: Path) -> None:
     config = frozen_config(config, question.tokens)
     config = config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(work)})})
     theirs = config.model_copy(update={"parallel": question.reference})
-    groups, rank = join(config), int(os.environ["RANK"])
+    groups = join(config)
+    rank = groups.rank
     if rank == 0:
         remove(work)
     raw = dict(read_hf_config(config.model))
