@@ -94,9 +94,9 @@ if ! on_all "$run_dir/logs/preflight-$part.log" preflight; then
 fi
 cat "$run_dir/logs/preflight-$part.log"
 
-if [[ -n ${MEGATRON_RL_CONFORM:-} ]]; then # conform.sbatch
+if [[ ${MEGATRON_RL_SUBCOMMAND:-train} == conform ]]; then # conform.sbatch
     code_of_conform=0
-    read -ra options <<< "$MEGATRON_RL_CONFORM"
+    read -ra options <<< "${MEGATRON_RL_CONFORM:-}"
     on_all "$run_dir/logs/conform-$part.log" conform "${options[@]}" || code_of_conform=$?
     cat "$run_dir/logs/conform-$part.log"
     exit "$code_of_conform"
