@@ -51,10 +51,8 @@ def ledger(batch: TrainBatch, after: Sequence[TokenStats] | None, ranks: Ranks) 
     sums = _sums_on_first([labels, bucket, quantile], values, ranks)
     if sums is None:
         return {}
-    (token_ids, of_tokens), by_position, by_quantile = (
-        sums[0],
-        *(dict(zip(keys.tolist(), rows.tolist(), strict=True)) for keys, rows in sums[1:]),
-    )
+    (token_ids, of_tokens), *others = sums
+    by_position, by_quantile = (dict(zip(keys.tolist(), rows.tolist(), strict=True)) for keys, rows in others)
     order = of_tokens[:, 1].abs().argsort(descending=True, stable=True)  # the ids ascend, so ties stay by id
     tokens = [[i, *row] for i, row in zip(token_ids[order].tolist(), of_tokens[order].tolist(), strict=True)]
     empty = [0.0] * len(COLUMNS)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.config.engine_checks import engine_faults, model_engine_faults
 from megatron_rl.config.evaluation import set_path
 from megatron_rl.config.loss import CovarianceLoss
-from megatron_rl.config.megatron_options import chunk_layers, megatron_faults, option_faults
+from megatron_rl.config.megatron_options import STAGE_FIELDS, chunk_layers, megatron_faults, option_faults
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.facts import (
     architecture_faults,
@@ -268,7 +268,7 @@ def _model_faults(config: Config, hf: dict[str, Any]) -> list[str]:
     options = {} if option_faults("model.megatron", options) else options
     chunks = chunk_layers(layers, config.parallel, options)
     fewest = min(map(min, chunks))
-    if any("_pipeline_s" in name for name in options):
+    if STAGE_FIELDS & options.keys():
         if fewest < 1 or sum(map(sum, chunks)) != layers:
             faults.append(
                 f"model.megatron: pipeline stages of {[sum(stage) for stage in chunks]} layers, each of {vpp} equal "

@@ -35,6 +35,10 @@ AttnBackend = typing.Literal["flash", "fused", "unfused", "local", "auto"]  # na
 _TYPES: dict[str, Any] = {name: getattr(typing, name) for name in ("Optional", "Union", "Literal", "List", "Tuple")}
 _TYPES |= {"AttnBackend": AttnBackend, "CudaGraphScope": str}
 
+# of uneven pipeline stages: the layers of the first and the last, and whether embedding and loss count as one
+_FIXED = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+_COUNTED = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+STAGE_FIELDS = {*_FIXED, *_COUNTED}
 # why fields do not pass through, and which (* stands for any letters)
 _REFUSED: dict[str, str] = json.loads((Path(__file__).parent / "megatron_refused.json").read_text())
 
@@ -136,9 +140,8 @@ def chunk_layers(layers: int, parallel: ParallelConfig, options: Mapping[str, An
     """Return the layers of each model chunk, `[stage][chunk]`, as `get_num_layers_to_build` of Megatron's
     transformer_block deals them; whether they are positive and make up `layers`, the caller must check."""
     pp, vpp = parallel.pp, parallel.vpp
-    names = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-    fixed = {stage: options[name] for stage, name in zip((0, pp - 1), names, strict=True) if options.get(name)}
-    ends = [bool(options.get(f"account_for_{end}_in_pipeline_split")) for end in ("embedding", "loss")]
+    fixed = {stage: options[name] for stage, name in zip((0, pp - 1), _FIXED, strict=True) if options.get(name)}
+    ends = [bool(options.get(name)) for name in _COUNTED]
     total = layers - sum(fixed.values()) + sum(ends)
     even = total // max(1, pp - len(fixed))
     result = [[fixed.get(stage, even) // vpp] * vpp for stage in range(pp)]
