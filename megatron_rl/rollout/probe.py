@@ -24,14 +24,14 @@ def probe_engine(engine: RolloutEngine, policy: MegatronPolicy, layout: Layout, 
     Raises: EngineError, on every rank, when the mean difference of the log-probabilities exceeds
     `rollout.weight_sync.max_probe_error`.
     """
-    distance, version = probe_distance(engine, policy, layout, prompts)
+    distance, tokens, version = probe_distance(engine, policy, layout, prompts)
     limit = probe_limit(policy.config)
     if not distance <= limit:
         raise EngineError(
-            f"after the update to weight version {version} the engine's log-probabilities of probe tokens differ from "
-            f"the policy's by {distance:.3g} nats on average, allowed {limit:g}: it does not serve the weights that it "
-            "was sent. Try another rollout.weight_sync.mode; if the engine merely computes less exactly, raise "
-            "rollout.weight_sync.max_probe_error"
+            f"after the update to weight version {version} the engine's log-probabilities of {tokens} probe tokens "
+            f"differ from the policy's by {distance:.3g} nats on average, allowed {limit:g}: it does not serve the "
+            "weights that it was sent. Try another rollout.weight_sync.mode; if the engine merely computes less "
+            "exactly, raise rollout.weight_sync.max_probe_error"
         )
 
 
@@ -42,10 +42,13 @@ def probe_limit(config: Config) -> float:
 
 def probe_distance(
     engine: RolloutEngine, policy: MegatronPolicy, layout: Layout, prompts: Sequence[Prompt]
-) -> tuple[float, int]:
-    """Return the mean difference between the engine's and the policy's log-probabilities, in nats, and the engine's
-    weight version, the same on every rank: the engine continues a few prompts, one per rank, and the policy scores its
-    tokens. A collective. Raises: EngineError, on every rank, when the engine cannot answer."""
+) -> tuple[float, int, int]:
+    """Return the mean difference between the engine's and the policy's log-probabilities, in nats, the number of
+    tokens it is the mean of, and the engine's weight version, the same on every rank: the engine continues a few
+    prompts, one per rank, and the policy scores its tokens. A collective.
+
+    Raises: EngineError, on every rank, when the engine cannot answer.
+    """
     config, groups = policy.config, policy.groups
     length = min(_TOKENS, config.rollout.max_response_tokens)
     sampling = SamplingParams(config.rollout.temperature, 1.0, 0, length, (), seed=0)
@@ -71,4 +74,4 @@ def probe_distance(
             difference = stats.logprobs[response] - rollouts[index].rollout_logprobs[predicted].to(stats.logprobs)
             total += torch.stack([difference.abs().double().sum(), response.double().sum()])
     distance, count = groups.token_ranks.sum(total).tolist()
-    return distance / count, rollouts[0].weight_version
+    return distance / count, round(count), rollouts[0].weight_version
