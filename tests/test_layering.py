@@ -25,7 +25,7 @@ MAX_PARAMETERS = 8
 MANY_PARAMETERS = ("kernels/vocab_",)
 # Messages go through launch.say. These print what a command was asked for,
 PRINTS_RESULTS = (
-    "convert/commands.py eval/run.py kernels/aot.py lab/shadow.py launch.py plan/command.py "
+    "convert/commands.py eval/run.py lab/shadow.py launch.py plan/command.py "
     "preflight/run.py prepare/commands.py profiling/commands.py files.py"
 ).split()
 # or silence another library's messages.
@@ -165,8 +165,8 @@ def megatron_imports(name: str, tree: ast.AST) -> list[str]:
 
 
 def cuda_words(name: str, tree: ast.AST) -> list[str]:
-    # the latter two compile for a GPU that is not there, and rewrite what Megatron says of one
-    if name in ("device.py", "kernels/aot.py", "kernels/megatron_cpu.py"):
+    # the latter rewrites what Megatron says of it
+    if name in ("device.py", "kernels/megatron_cpu.py"):
         return []
     return [
         f"{name}:{line}: {text!r}" for line, text in words(tree) if CUDA.search(text) and text not in MEGATRON_NAMES

@@ -21,9 +21,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_rl.kernels.aot"], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "scripts/aot_kernels.py"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -67,7 +65,7 @@ def test_odd_vocabularies_compile_with_narrow_loads(figures: dict[str, Any]) -> 
 
 def test_occupancy() -> None:
     """By hand: 40 registers are 5 units of 256 a warp, 12 blocks of 4 warps in 65536; 255 are 32 units, 2 blocks."""
-    from megatron_rl.kernels.aot import occupancy
+    from scripts.aot_kernels import occupancy
 
     assert [occupancy(40, 4), occupancy(41, 4), occupancy(255, 4), occupancy(16, 1)] == [0.75, 0.625, 0.125, 0.5]
 

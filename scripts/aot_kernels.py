@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time for an H100, on a machine without one, and say what they need of it.
 
-python -m megatron_rl.kernels.aot
+python scripts/aot_kernels.py
 """
 
 from __future__ import annotations
