@@ -8,7 +8,7 @@ from typing import Any
 
 import mpmath
 
-from megatron_rl.grading.grammar import Tree, holds
+from megatron_rl.grading.grammar import Tree, children, holds
 from megatron_rl.grading.separation import Undefined, numeric, sign
 
 _MAX_BITS = 150_000  # of a rational number: 2013^4025 has 44,000
@@ -30,9 +30,9 @@ def _bits(value: Fraction) -> int:
 
 def folded(tree: Tree, point: Point) -> Any:
     """Return the constant that a tree is at a point. Raises: Undefined."""
+    if isinstance(tree, Fraction):
+        return tree
     kind = tree[0]
-    if kind == "num":
-        return tree[1]
     if kind == "sym":
         if tree[1] not in point:
             raise Undefined(f"no value for {tree[1]}")
@@ -41,7 +41,7 @@ def folded(tree: Tree, point: Point) -> Any:
         return tree
     if kind == "range":
         return _ranged(tree, point)
-    parts = [folded(part, point) for part in tree[2 if kind == "fn" else 1 :]]
+    parts = [folded(part, point) for part in children(tree)]
     if kind == "add":
         return add(parts)
     if kind == "mul":
@@ -109,7 +109,7 @@ def _to_the(base: Any, exponent: Fraction) -> Any:
 
 def _power(base: Any, exponent: Any) -> Any:
     if not isinstance(exponent, Fraction):
-        if isinstance(base, Fraction) and not base:
+        if base == 0:
             raise Undefined("a power of zero")
         return Fraction(1) if base == 1 else ("fn", "power", base, exponent)
     if exponent.denominator == 1:
@@ -120,9 +120,8 @@ def _power(base: Any, exponent: Any) -> Any:
     if root > _MAX_ROOT:
         raise Undefined("the root is too high")
     if isinstance(base, Fraction) and base < 0 and root % 2 == 0:
-        return multiply([("i",), _to_the(_rooted(-base, 2), Fraction(1))]) if exponent == Fraction(1, 2) else (
-            ("fn", "power", base, exponent)
-        )  # fmt: skip
+        is_square_root = exponent == Fraction(1, 2)
+        return multiply([("i",), _rooted(-base, 2)]) if is_square_root else ("fn", "power", base, exponent)
     return _rooted(_to_the(base, Fraction(exponent.numerator)), root)
 
 
@@ -162,15 +161,13 @@ def _ranged(tree: Tree, point: Point) -> Any:
 
 
 def _nesting(tree: Tree) -> int:
-    deepest = max((_nesting(part) for part in tree[1:] if isinstance(part, tuple)), default=0)
-    return deepest + (tree[0] == "range")
+    deepest = max(map(_nesting, children(tree)), default=0)
+    return deepest + (isinstance(tree, tuple) and tree[0] == "range")
 
 
 def _applied(name: str, parts: list[Any]) -> Any:
     first = parts[0]
     if name == "abs":
-        if isinstance(first, Fraction):
-            return abs(first)
         direction = sign(first)
         if direction is None:
             return ("fn", "abs", first)
@@ -184,11 +181,13 @@ def _applied(name: str, parts: list[Any]) -> Any:
             raise Undefined(f"{name} of what is not rational")
         return _counted(name, parts)
     if name == "log":
-        if first == ("e",) or first == 1:
-            return Fraction(first == ("e",))
+        if first == 1:
+            return Fraction(0)
+        if first == ("e",):
+            return Fraction(1)
         if first == 0:
             raise Undefined("the logarithm of zero")
-    if isinstance(first, Fraction) and not first and name in ("sin", "tan", "arcsin", "arctan", "sinh", "tanh"):
+    if first == 0 and name in ("sin", "tan", "asin", "atan"):
         return Fraction(0)
     return ("fn", name, *parts)
 

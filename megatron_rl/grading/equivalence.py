@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_rl.grading import expression, latex, notations, regions, units, values
-from megatron_rl.grading.grammar import Tree, Unreadable, holds
+from megatron_rl.grading.grammar import Tree, Unreadable, holds, negative
 from megatron_rl.grading.latex import Parts
 from megatron_rl.grading.numerals import Number, close, number
 
@@ -321,20 +321,21 @@ def _match_up(found: list[str], gold: list[str], policy: Policy) -> bool:
 
 def _equal_relations(found: str, gold: str) -> bool | None:
     """The verdict on equations and inequalities, one being a multiple of the other; None when neither is one."""
-    sides = [[side.strip() for side in RELATION.split(text)] for text in (found, gold)]
-    signs = [RELATION.findall(text) for text in (found, gold)]
-    if not any(signs) or re.search(r"\\(?:sum|prod)(?![a-z])", found + gold):
+    relations = [RELATION.findall(text) for text in (found, gold)]
+    if not any(relations) or re.search(r"\\(?:sum|prod)(?![a-z])", found + gold):
         return None
-    if [len(s) for s in signs] != [1, 1]:
+    if [len(signs) for signs in relations] != [1, 1]:
         return False
-    trees: list[Tree] = []
+    kinds, trees = [], []
     try:
-        for (left, right), (sign,) in zip(sides, signs, strict=True):
-            minus = ("mul", ("num", Fraction(-1)), expression.read(right if sign not in (">", "\\ge") else left))
-            trees.append(("add", expression.read(left if sign not in (">", "\\ge") else right), minus))
+        for text, (sign,) in zip((found, gold), relations, strict=True):
+            small, large = RELATION.split(text)
+            if sign in regions.UPSIDE_DOWN:
+                small, large, sign = large, small, regions.UPSIDE_DOWN[sign]
+            kinds.append(sign)
+            trees.append(("add", expression.read(small.strip()), negative(expression.read(large.strip()))))
     except Unreadable:
         return False
-    kinds = [{">": "<", "\\ge": "\\le"}.get(sign, sign) for (sign,) in signs]
     return kinds[0] == kinds[1] and values.same_relation(*trees, positive=kinds[0] != "=")
 
 
@@ -353,7 +354,7 @@ def _equal_expressions(found: str, gold: str, policy: Policy) -> bool:
     if not policy.unevaluated and holds(a, "range") and not holds(b, "range"):
         return False
     if scale != 1:
-        a = ("mul", ("num", scale), a)
+        a = ("mul", scale, a)
     return values.same(a, b) or bool(policy.rounding_digits) and _rounded(a, b, found, gold, scale, policy)
 
 
@@ -377,7 +378,7 @@ def _rounded(a: Tree, b: Tree, found: str, gold: str, scale: Fraction, policy: P
     value = values.constant(b if number(found) else a)
     if value is None or written.percent:
         return False
-    exact = Number(value, "fraction", Fraction(0), 0, False, True)
+    exact = Number(value)
     if number(found):
         return close(written, exact, scale, policy.rounding_digits)
     return close(exact, written, Fraction(1), policy.rounding_digits)

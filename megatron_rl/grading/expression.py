@@ -23,14 +23,16 @@ from megatron_rl.grading.grammar import (
     Unreadable,
     depth,
     function,
-    holds_pi,
+    holds,
+    negative,
     product,
-    repeating,
-    small,
 )
+from megatron_rl.grading.numerals import repeating
 
 _MAX_DEPTH = 40  # of sums in brackets
 _MAX_TREE = 100
+_MAX_EXPONENT = 20_000  # of ten, as in 1e5
+_DEGREE = ("\\circ", "\\degree")
 
 
 @lru_cache(maxsize=4096)  # the samples of one prompt share their gold
@@ -68,18 +70,14 @@ class _Reader(Tokens):
         terms = [self._signed()]
         while self._peek() in ("+", "-"):
             terms.append(self._signed())
-        if self._peek() in ("\\bmod", "\\mod", "\\pmod"):
-            raise Unreadable("a remainder")
         self._depth -= 1
         return terms[0] if len(terms) == 1 else ("add", *terms)
 
     def _signed(self) -> Tree:
-        negative = False
-        if self._peek() in ("+", "-"):
-            negative = self._peek() == "-"
-            self._next += 1
-        term = self._product()
-        return ("mul", ("num", Fraction(-1)), term) if negative else term
+        if self._take("-"):
+            return negative(self._product())
+        self._take("+")
+        return self._product()
 
     def _product(self) -> Tree:
         factors = [self._power()]
@@ -89,7 +87,7 @@ class _Reader(Tokens):
             elif self._take("/", "\\div"):
                 factors = [("div", product(factors), self._factor())]
             elif self._starts_factor():
-                if self._kind() == self._kind(-1) == "number" and factors[-1][0] == "num":
+                if self._kind() == self._kind(-1) == "number" and isinstance(factors[-1], Fraction):
                     raise Unreadable("two numbers side by side")
                 factors.append(self._power())
             else:
@@ -97,7 +95,7 @@ class _Reader(Tokens):
 
     def _factor(self) -> Tree:
         if self._take("-"):
-            return ("mul", ("num", Fraction(-1)), self._power())
+            return negative(self._power())
         self._take("+")
         return self._power()
 
@@ -113,13 +111,8 @@ class _Reader(Tokens):
 
     def _power(self) -> Tree:
         base = self._postfix(self._atom())
-        while self._peek() == "^":
-            self._next += 1
-            if (
-                self._peek() in ("\\circ", "\\degree")
-                or self._peek() == "{"
-                and self._peek(1) in ("\\circ", "\\degree")
-            ):
+        while self._take("^"):
+            if self._peek(1 if self._peek() == "{" else 0) in _DEGREE:
                 base = self._degrees(base)
             else:
                 base = self._postfix(("pow", base, self._exponent(base)))
@@ -130,9 +123,8 @@ class _Reader(Tokens):
             if self._take("!"):
                 base = ("fn", "factorial2" if self._take("!") else "factorial", base)
             elif self._take("\\%", "%"):
-                base = ("div", base, ("num", Fraction(100)))
-            elif self._take("\\degree"):
-                self._next -= 1
+                base = ("div", base, Fraction(100))
+            elif self._peek() == "\\degree":
                 base = self._degrees(base)
             else:
                 return base
@@ -144,15 +136,15 @@ class _Reader(Tokens):
             self._expect("}")
         for part in (60, 3600):  # 30^\circ 15' 20''
             if self._kind() == "number" and self._peek(1) == "'":
-                base = ("add", base, ("num", Fraction(self._peek()) / part))
+                base = ("add", base, Fraction(self._peek()) / part)
                 self._next += 2
                 while self._take("'"):
                     pass
-        return ("mul", base, ("div", ("pi",), ("num", Fraction(180)))) if self._angle else base
+        return ("mul", base, ("div", ("pi",), Fraction(180))) if self._angle else base
 
     def _exponent(self, base: Tree) -> Tree:
         if self._take("-"):
-            return ("mul", ("num", Fraction(-1)), self._exponent(base))
+            return negative(self._exponent(base))
         self._take("+")
         if self._take("{"):
             angle, self._angle = self._angle, 0
@@ -162,10 +154,10 @@ class _Reader(Tokens):
             return inner
         if self._kind() == "number":
             digits = self._peek()
-            if len(digits) > 1 and not self._plain and base[0] != "num":
+            if len(digits) > 1 and not self._plain and not isinstance(base, Fraction):
                 # TeX raises the first digit alone
                 self._tokens[self._next] = ("number", digits[1:])
-                return ("num", Fraction(digits[0]))
+                return Fraction(digits[0])
         exponent = self._atom()
         if self._take("^"):
             return ("pow", exponent, self._exponent(exponent))
@@ -175,7 +167,7 @@ class _Reader(Tokens):
         kind, text = self._kind(), self._peek()
         self._next += 1
         if kind == "repeating":
-            return ("num", repeating(text))
+            return repeating(text)
         if kind == "number":
             return self._number(text)
         if kind == "name":
@@ -184,10 +176,10 @@ class _Reader(Tokens):
             return self._symbol(text)
         if kind == "text":
             return self._of_text(text)
-        if kind == "command":
-            return self._command(text)
         if text in CLOSING:
             return self._group(text)
+        if kind == "command":
+            return self._command(text)
         if text == "|":
             self._bars += 1
             inner = self._sum()
@@ -210,19 +202,20 @@ class _Reader(Tokens):
         if self._kind() == "scientific":
             exponent = int(self._peek()[1:])
             self._next += 1
-            return ("num", value * Fraction(10) ** small(exponent))
-        is_mixed = text.isdigit() and self._peek() == "\\frac" and self._is_plain_fraction(1)
+            if abs(exponent) > _MAX_EXPONENT:
+                raise Unreadable("the exponent is too large")
+            return value * Fraction(10) ** exponent
+        is_mixed = text.isdigit() and self._peek() == "\\frac" and self._is_plain_fraction()
         if is_mixed and self._kind(-2) != "number" and self._peek(-2) not in ("^", "\\cdot", "\\times", "*", "/"):
             self._next += 1
             top, bottom = self._argument(), self._argument()
-            return ("add", ("num", value), ("div", top, bottom))
-        return ("num", value)
+            return ("add", value, ("div", top, bottom))
+        return value
 
-    def _is_plain_fraction(self, ahead: int) -> bool:
-        texts = [self._peek(ahead + i) for i in range(6)]
+    def _is_plain_fraction(self) -> bool:
+        texts = [self._peek(ahead) for ahead in range(1, 7)]
         braced = texts[0] == texts[3] == "{" and texts[2] == texts[5] == "}"
-        digits = (texts[1], texts[4]) if braced else (texts[0],)
-        return all(text.isdigit() for text in digits)
+        return texts[1].isdigit() and texts[4].isdigit() if braced else texts[0].isdigit()
 
     def _argument(self) -> Tree:
         """What a command is applied to: a group in braces, or one token."""
@@ -231,19 +224,16 @@ class _Reader(Tokens):
         if self._kind() == "number" and len(self._peek()) > 1:
             digits = self._peek()
             self._tokens[self._next] = ("number", digits[1:])
-            return ("num", Fraction(digits[0])) if digits[0].isdigit() else self._atom()
+            return Fraction(digits[0]) if digits[0].isdigit() else self._atom()
         return self._atom()
 
     def _symbol(self, name: str) -> Tree:
         name = name + self._marks()
-        if name == "e":
-            return ("e",)
-        if name == "i":
-            return ("i",)
+        if name in ("e", "i"):
+            return (name,)
         if self._peek() == "(" and self._peek(2) == ")":
             # f(0) and u(t) are values of functions; a product would be written 0f and ut
-            plain = self._kind(1) in ("number", "letter") and len(name.rstrip("'")) >= 1
-            if plain and (self._kind(1) == "number" or name[0] in FUNCTION_LETTERS):
+            if self._kind(1) == "number" or self._kind(1) == "letter" and name[0] in FUNCTION_LETTERS:
                 argument = self._peek(1)
                 self._next += 3
                 return ("sym", f"{name}({argument})")
@@ -266,9 +256,9 @@ class _Reader(Tokens):
         if name == "pi":
             return ("pi",) if self._peek() != "_" else ("sym", "pi" + self._marks())
         if name in GREEK:
-            return self._symbol("\\" + name) if name != "e" else ("e",)
+            return self._symbol("\\" + name)
         if name == "frac":
-            return self._fraction()
+            return self._derivative() or ("div", self._argument(), self._argument())
         if name in ("binom", "choose"):
             return ("fn", "binomial", self._argument(), self._argument())
         if name == "sqrt":
@@ -279,72 +269,56 @@ class _Reader(Tokens):
             inner = self._sum()
             self._expect("\\rfloor" if name == "lfloor" else "\\rceil")
             return ("fn", "floor" if name == "lfloor" else "ceil", inner)
-        if name in ("lvert", "vert"):
-            self._bars += 1
-            inner = self._sum()
-            self._bars -= 1
-            if not self._take("\\rvert", "\\vert"):
-                raise Unreadable("a bar is not closed")
-            return ("fn", "abs", inner)
-        if name == "{":
-            return self._group("\\{")
         if name in ("sum", "prod"):
             return self._range(name)
         if name in ACCENTS:
             return self._symbol(f"\\{name}{{{self._raw()}}}")
-        if name in ("boldsymbol", "bm", "underline", "ensuremath", "phantom", "mathsf"):
+        if name in ("boldsymbol", "bm", "underline", "ensuremath"):
             return self._argument()
         raise Unreadable(f"{command} is not understood")
 
-    def _fraction(self) -> Tree:
-        derivative = self._derivative()
-        if derivative:
-            return ("sym", derivative)
-        return ("div", self._argument(), self._argument())
-
-    def _derivative(self) -> str:
-        """dy/dx as one name, which d y / (d x) is not; "" when the fraction is something else."""
+    def _derivative(self) -> Tree | None:
+        """dy/dx as one name, which d y / (d x) is not; None when the fraction is something else."""
         if self._peek() != "{" or self._peek(1) not in ("d", "\\partial"):
-            return ""
+            return None
         start, texts = self._next, [self._raw(), self._raw() if self._peek() == "{" else ""]
         match = re.fullmatch(r"(d|\\partial)(\^\w)?(\\?[A-Za-z].*)?", texts[0])
         if match and re.fullmatch(r"(?:d|\\partial)\\?[A-Za-z]\w*(\^\w)?", texts[1]):
-            return f"{texts[0]}/{texts[1]}"
+            return ("sym", f"{texts[0]}/{texts[1]}")
         self._next = start
-        return ""
+        return None
 
     def _root(self) -> Tree:
-        index: Tree = ("num", Fraction(2))
+        index: Tree = Fraction(2)
         if self._take("["):
             index = self._sum()
             self._expect("]")
         inner = self._atom() if self._peek() == "(" else self._argument()
-        return ("pow", inner, ("div", ("num", Fraction(1)), index))
+        return ("pow", inner, ("div", Fraction(1), index))
 
     def _named(self, name: str) -> Tree:
         if name == "pi":
             return ("pi",)
         if name in ("sqrt", "cbrt"):
-            return ("pow", self._atom(), ("num", Fraction(1, 2 if name == "sqrt" else 3)))
+            return ("pow", self._atom(), Fraction(1, 2 if name == "sqrt" else 3))
         if name in ("floor", "ceil", "abs"):
             return ("fn", name, self._atom())
         if name in OF_SEVERAL or name == "binom":
             return self._of_several(name)
         subscript, exponent = None, None
         while self._peek() in ("_", "^"):
-            if self._take("_"):
-                subscript = self._argument() if name == "log" else None
-                if subscript is None:
-                    raise Unreadable("a subscript")
-            else:
-                self._next += 1
+            if self._take("^"):
                 exponent = self._exponent(("sym", name))
+            elif name == "log" and self._take("_"):
+                subscript = self._argument()
+            else:
+                raise Unreadable("a subscript")
         is_angle = name in TRIGONOMETRIC
         self._angle += is_angle
         inner = self._applied_to(is_angle)
         self._angle -= is_angle
-        if name in TRIGONOMETRIC and exponent == ("mul", ("num", Fraction(-1)), ("num", Fraction(1))):
-            return ("fn", "arc" + name, inner)
+        if is_angle and exponent == negative(Fraction(1)):
+            return ("fn", "a" + name, inner)
         value = function(name, inner, subscript)
         return value if exponent is None else ("pow", value, exponent)
 
@@ -354,13 +328,13 @@ class _Reader(Tokens):
             group = self._atom()
             return ("pow", group, self._exponent(group)) if self._take("^") else self._postfix(group)
         if self._take("-"):
-            return ("mul", ("num", Fraction(-1)), self._applied_to(is_angle))
+            return negative(self._applied_to(is_angle))
         value = self._power()
         while self._starts_factor() and self._kind() != "name" and self._peek()[1:] not in PREFIX:
             if self._peek() in ("(", "["):
                 break
             value = ("mul", value, self._power())
-        if is_angle and self._peek() == "/" and self._kind(1) == "number" and holds_pi(value):
+        if is_angle and self._peek() == "/" and self._kind(1) == "number" and holds(value, "pi"):
             self._next += 1
             value = ("div", value, self._atom())
         return value

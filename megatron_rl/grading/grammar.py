@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-Tree = tuple[Any, ...]
+Tree = Any  # a Fraction, or a tuple: its kind, the name of a function or symbol, and the trees below
 
 _MAX_TOKENS = 1500
 _MAX_DIGITS = 4000  # of a number; Python reads no more
@@ -45,7 +45,7 @@ class Unreadable(ValueError):
 
 
 STOPS = {
-    "\\rfloor", "\\rceil", "\\rvert", "\\cdot", "\\times", "\\div", "\\ast", "\\%", "\\degree", "\\circ", "\\}",
+    "\\rfloor", "\\rceil", "\\cdot", "\\times", "\\div", "\\ast", "\\%", "\\degree", "\\circ", "\\}",
     "\\bmod", "\\mod", "\\pmod", "\\le", "\\ge", "\\ne", "\\in", "\\cup", "\\or", "\\to", "\\approx", "\\pm", "\\mp",
     "\\infty",
 }  # fmt: skip
@@ -126,40 +126,23 @@ def _bare(token: str) -> str:
     return token[token.index("{") + 1 : -1].strip() if token.startswith("\\text") else token
 
 
-def small(exponent: int) -> int:
-    """Return an exponent of ten. Raises: Unreadable when the number would be too large."""
-    if abs(exponent) > 20_000:
-        raise Unreadable("the exponent is too large")
-    return exponent
-
-
-def repeating(text: str) -> Fraction:
-    """Return the value of a decimal with a period under \\overline."""
-    whole, _, rest = text.partition(".")
-    start, _, period = rest.partition("\\overline")
-    period = period.strip()[1:-1]
-    tail = int(start or 0) + Fraction(int(period), 10 ** len(period) - 1)
-    return int(whole or 0) + tail / 10 ** len(start)
-
-
 def function(name: str, inner: Tree, subscript: Tree | None) -> Tree:
     """Return the tree of a named function; `subscript`: the base of a logarithm."""
     if name == "exp":
         return ("pow", ("e",), inner)
     if name in ("ln", "log", "lg"):
-        base = ("num", Fraction(10)) if name == "lg" else subscript
+        base = Fraction(10) if name == "lg" else subscript
         return ("fn", "log", inner) if base is None else ("div", ("fn", "log", inner), ("fn", "log", base))
-    if name in INVERSES and not name.startswith("arc"):
-        name = "arc" + name[1:]
     if name in HYPERBOLIC:
-        up, down = ("pow", ("e",), inner), ("pow", ("e",), ("mul", ("num", Fraction(-1)), inner))
-        minus = ("add", up, ("mul", ("num", Fraction(-1)), down))
-        plus = ("add", up, down)
-        top, bottom = {"sinh": (minus, ("num", Fraction(2))), "cosh": (plus, ("num", Fraction(2)))}.get(
-            name, (minus, plus)
-        )
-        return ("div", top, bottom)
-    return ("fn", name, inner)
+        up, down = ("pow", ("e",), inner), ("pow", ("e",), negative(inner))
+        minus, plus = ("add", up, negative(down)), ("add", up, down)
+        return ("div", plus if name == "cosh" else minus, plus if name == "tanh" else Fraction(2))
+    return ("fn", name.replace("arc", "a"), inner)
+
+
+def negative(tree: Tree) -> Tree:
+    """Return the tree times -1."""
+    return ("mul", Fraction(-1), tree)
 
 
 def product(factors: list[Tree]) -> Tree:
@@ -167,9 +150,9 @@ def product(factors: list[Tree]) -> Tree:
     return factors[0] if len(factors) == 1 else ("mul", *factors)
 
 
-def holds_pi(tree: Tree) -> bool:
-    """Return whether pi occurs."""
-    return tree == ("pi",) or any(isinstance(part, tuple) and holds_pi(part) for part in tree[1:])
+def children(tree: Tree) -> list[Tree]:
+    """Return the trees right below a node."""
+    return [part for part in tree[1:] if not isinstance(part, str)] if isinstance(tree, tuple) else []
 
 
 def depth(tree: Tree) -> int:
@@ -177,21 +160,24 @@ def depth(tree: Tree) -> int:
     deepest, level = 0, [tree]
     while level:
         deepest += 1
-        level = [part for node in level for part in node[1:] if isinstance(part, tuple)]
+        level = [part for node in level for part in children(node)]
     return deepest
 
 
 def symbols(tree: Tree) -> frozenset[str]:
     """Return the names of the free symbols."""
+    if isinstance(tree, Fraction):
+        return frozenset()
     if tree[0] == "sym":
         return frozenset((tree[1],))
     if tree[0] == "range":
         return (symbols(tree[5]) - {tree[2]}) | symbols(tree[3]) | symbols(tree[4])
-    return frozenset().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
+    return frozenset().union(*map(symbols, children(tree)))
 
 
 def holds(tree: Tree, *kinds: str) -> bool:
     """Return whether a node or a function of one of these kinds occurs."""
-    if tree[0] in kinds or tree[0] == "fn" and tree[1] in kinds:
-        return True
-    return any(holds(part, *kinds) for part in tree[1:] if isinstance(part, tuple))
+    if isinstance(tree, Fraction):
+        return False
+    is_one = tree[0] in kinds or tree[0] == "fn" and tree[1] in kinds
+    return is_one or any(holds(part, *kinds) for part in children(tree))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from megatron_rl.grading.registry import RewardError
-from megatron_rl.grading.verdict import Verdict, Verifier, unfinished
+from megatron_rl.grading.verdict import Verdict, Verifier
 
 # an interpreter takes under 1 s, a user's module with torch many more, on a machine under load a multiple
 _START_SECONDS = 300.0
@@ -88,15 +88,15 @@ class GradingPool:
 
     def _grade(self, response: str, answer: str) -> Verdict:
         worker = self._worker()
+        reply, problem = None, "deadline"
         try:
-            reply = worker.ask([response, answer], _Budget(worker.usage, self._deadline))
-        except (EOFError, OSError):
-            self._drop(worker)
-            return unfinished(self._count, "crash")
+            reply = worker.ask([response, answer], _Budget(worker.usage, self._deadline).spent)
+        except (EOFError, OSError, psutil.NoSuchProcess):
+            problem = "crash"
         if reply is None:
             self._drop(worker)
-            return unfinished(self._count, "deadline")
-        return Verdict(tuple(reply["values"]), reply["error"], reply["unfinished"])
+            return Verdict((0.0,) * self._count, unfinished=problem)
+        return Verdict(tuple(reply["values"]), reply["error"])
 
     def _worker(self) -> _Worker:
         """This thread's worker, started when there is none."""
@@ -109,8 +109,9 @@ class GradingPool:
                 worker.kill()
                 raise RewardError("the grading pool is closed")
             self._alive.add(worker)
+        end = time.monotonic() + _START_SECONDS
         try:
-            reply = worker.ask(self._setup, _WallTime(_START_SECONDS))
+            reply = worker.ask(self._setup, lambda: time.monotonic() >= end)
             problem = f"it did not start within {_START_SECONDS:g} s" if reply is None else reply.get("error", "")
         except (EOFError, OSError):
             problem = f"a grading process ended with code {worker.process.wait()} while it loaded the reward functions"
@@ -127,17 +128,6 @@ class GradingPool:
         worker.kill()
 
 
-class _WallTime:
-    """Seconds by the clock."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def spent(self) -> bool:
-        """Whether they are over."""
-        return time.monotonic() >= self._end
-
-
 class _Budget:
     """Seconds that a process has, counted while it computes or waits for anything but the CPU.
 
@@ -145,28 +135,19 @@ class _Budget:
     """
 
     def __init__(self, process: psutil.Process, seconds: float) -> None:
-        """Raises: EOFError when the process is gone."""
+        """Raises: psutil.NoSuchProcess when the process is gone."""
         self._process, self._left = process, seconds
         self._cpu, self._at = self._cpu_seconds(), time.monotonic()
 
     def _cpu_seconds(self) -> float:
-        try:
-            times = self._process.cpu_times()
-        except psutil.NoSuchProcess as error:
-            raise EOFError from error
+        times = self._process.cpu_times()
         return float(times.user + times.system)
 
-    def _status(self) -> str:
-        try:
-            return str(self._process.status())
-        except psutil.NoSuchProcess as error:
-            raise EOFError from error
-
     def spent(self) -> bool:
-        """Whether they are over, counting from the last call. Raises: EOFError when the process is gone."""
+        """Whether they are over, counting from the last call. Raises: psutil.NoSuchProcess as above."""
         cpu, now = self._cpu_seconds(), time.monotonic()
         used = cpu - self._cpu
-        if used == 0 and self._status() in _WAITING:
+        if used == 0 and self._process.status() in _WAITING:
             used = now - self._at
         self._left -= used
         self._cpu, self._at = cpu, now
@@ -187,11 +168,11 @@ class _Worker:
         self.usage = psutil.Process(self.process.pid)
         child.close()
 
-    def ask(self, message: object, budget: _Budget | _WallTime) -> dict[str, Any] | None:
-        """The reply, or None when the budget is spent. Raises: EOFError or OSError when the process is gone."""
+    def ask(self, message: object, is_over: Callable[[], bool]) -> dict[str, Any] | None:
+        """The reply, or None when its time is over. Raises: EOFError or OSError when the process is gone."""
         self._connection.send_bytes(json.dumps(message).encode())
         while not self._connection.poll(_TICK_SECONDS):
-            if budget.spent():
+            if is_over():
                 return None
         reply: dict[str, Any] = json.loads(self._connection.recv_bytes())
         return reply

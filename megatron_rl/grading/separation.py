@@ -16,6 +16,8 @@ from typing import Any
 
 import mpmath
 
+from megatron_rl.grading.grammar import children
+
 _MAX_PRECISION = 40_000  # bits
 _MAX_TRANSCENDENTAL = 8_000
 _MARGIN = 320  # bits beyond the bound, where a transcendental number occurs
@@ -38,10 +40,8 @@ def _evaluated(value: Any) -> Any:
     if isinstance(value, Fraction):
         return mpmath.mpf(value.numerator) / value.denominator
     kind = value[0]
-    if kind == "pi":
-        return +mpmath.pi
-    if kind == "e":
-        return +mpmath.e
+    if kind in ("pi", "e"):
+        return +getattr(mpmath, kind)
     if kind == "i":
         return mpmath.mpc(0, 1)
     if kind == "pow":
@@ -51,31 +51,22 @@ def _evaluated(value: Any) -> Any:
         if value[2] % 2 and not (isinstance(base, mpmath.mpc) and base.imag) and base.real < 0:
             return -mpmath.root(-base.real, value[2])  # the real root of a negative number, as schools have it
         return mpmath.root(base, value[2])
-    parts = [_evaluated(part) for part in value[2 if kind == "fn" else 1 :]]
+    parts = [_evaluated(part) for part in children(value)]
     if kind == "add":
         return mpmath.fsum(parts)
     if kind == "mul":
         return mpmath.fprod(parts)
     name = value[1]
     if name == "power":
-        return _raised(*parts)
+        base, exponent = parts
+        if abs(exponent) * max(1, abs(mpmath.log(base))) > 100_000:
+            raise ValueError("a power too large")
+        return base**exponent
     if name == "abs":
         return abs(parts[0])
     if any(abs(part) > 10**6 for part in parts) and name != "log":
         raise ValueError("an angle too large")
-    return getattr(mpmath, _MPMATH.get(name, name))(*parts)
-
-
-_MPMATH = {
-    "log": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec",
-    "arccsc": "acsc",
-}  # fmt: skip
-
-
-def _raised(base: Any, exponent: Any) -> Any:
-    if abs(exponent) * max(1, abs(mpmath.log(base))) > 100_000:
-        raise ValueError("a power too large")
-    return base**exponent
+    return getattr(mpmath, name)(*parts)
 
 
 def _bound(value: Any, roots: dict[Any, int]) -> tuple[float, float]:
@@ -83,7 +74,7 @@ def _bound(value: Any, roots: dict[Any, int]) -> tuple[float, float]:
     if isinstance(value, Fraction):
         return math.log2(abs(value.numerator) or 1), math.log2(value.denominator)
     kind = value[0]
-    if kind == "pi" or kind == "e":
+    if kind in ("pi", "e"):
         roots[kind] = 1
         return 2.0, 0.0
     if kind == "i":
@@ -97,7 +88,7 @@ def _bound(value: Any, roots: dict[Any, int]) -> tuple[float, float]:
         up, low = _bound(value[1], roots)
         roots[value] = value[2]
         return up / value[2], low / value[2]
-    parts = [_bound(part, roots) for part in value[2 if kind == "fn" else 1 :]]
+    parts = [_bound(part, roots) for part in children(value)]
     if kind == "mul":
         return sum(p[0] for p in parts), sum(p[1] for p in parts)
     if kind == "add":

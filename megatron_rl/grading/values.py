@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_rl.grading.constants import Point, add, folded, multiply
-from megatron_rl.grading.grammar import Tree, holds, symbols
+from megatron_rl.grading.grammar import Tree, children, holds, symbols
 from megatron_rl.grading.separation import Undefined, clear, is_zero, numeric, sign
 
 _POINTS = 6  # at which two expressions must agree
@@ -75,10 +75,10 @@ def _agree(a: Tree, b: Tree, compare: Any) -> bool:
 
 def _alternates(tree: Tree) -> bool:
     """Whether a negative number is raised to a power with symbols, as (-1)^n."""
-    if tree[0] == "pow" and not symbols(tree[1]) and symbols(tree[2]):
+    if isinstance(tree, tuple) and tree[0] == "pow" and not symbols(tree[1]) and symbols(tree[2]):
         base = constant(tree[1])
         return base is not None and base < 0
-    return any(_alternates(part) for part in tree[1:] if isinstance(part, tuple))
+    return any(map(_alternates, children(tree)))
 
 
 def _is_real(value: Any) -> bool:

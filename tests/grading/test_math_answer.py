@@ -9,7 +9,7 @@ import pytest
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.grading.math_answer import compared_as_text, math
 from megatron_rl.grading.rules import format, regex
-from megatron_rl.reward import say_text_only
+from megatron_rl.reward.shape import say_text_only
 from tests.grading.answers import DIFFERENT, RESPONSES, SAME
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
