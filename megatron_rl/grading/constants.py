@@ -47,7 +47,7 @@ def folded(tree: Tree, point: Point) -> Any:
     if kind == "mul":
         return multiply(parts)
     if kind == "div":
-        return multiply([parts[0], _to_the(parts[1], Fraction(-1))])
+        return multiply([parts[0], _to_the(parts[1], -1)])
     if kind == "pow":
         return _power(*parts)
     return _applied(tree[1], parts)
@@ -88,9 +88,7 @@ def multiply(parts: list[Any]) -> Any:
     return ("mul", rational, *others) if rational != 1 or len(others) > 1 else others[0]
 
 
-def _to_the(base: Any, exponent: Fraction) -> Any:
-    """A power with an exponent that is an integer."""
-    n = exponent.numerator
+def _to_the(base: Any, n: int) -> Any:
     if isinstance(base, Fraction):
         if not base and n < 0:
             raise Undefined("division by zero")
@@ -103,7 +101,7 @@ def _to_the(base: Any, exponent: Fraction) -> Any:
     if abs(n) > _MAX_EXPONENT:
         raise Undefined("the exponent is too large")
     if n < 0 and base[0] == "mul":
-        return multiply([_to_the(part, exponent) for part in base[1:]])
+        return multiply([_to_the(part, n) for part in base[1:]])
     return ("pow", base, n)
 
 
@@ -113,7 +111,7 @@ def _power(base: Any, exponent: Any) -> Any:
             raise Undefined("a power of zero")
         return Fraction(1) if base == 1 else ("fn", "power", base, exponent)
     if exponent.denominator == 1:
-        return _to_the(base, exponent)
+        return _to_the(base, exponent.numerator)
     if base == ("e",):
         return ("fn", "power", base, exponent)
     root = exponent.denominator
@@ -122,7 +120,7 @@ def _power(base: Any, exponent: Any) -> Any:
     if isinstance(base, Fraction) and base < 0 and root % 2 == 0:
         is_square_root = exponent == Fraction(1, 2)
         return multiply([("i",), _rooted(-base, 2)]) if is_square_root else ("fn", "power", base, exponent)
-    return _rooted(_to_the(base, Fraction(exponent.numerator)), root)
+    return _rooted(_to_the(base, exponent.numerator), root)
 
 
 def _rooted(base: Any, root: int) -> Any:
@@ -174,12 +172,12 @@ def _applied(name: str, parts: list[Any]) -> Any:
         return first if direction >= 0 else multiply([Fraction(-1), first])
     if name in ("floor", "ceil"):
         return _whole(first, name)
-    if name in ("max", "min", "gcd", "lcm"):
-        return _of_several(name, parts)
-    if name in ("factorial", "factorial2", "binomial"):
-        if not all(isinstance(part, Fraction) for part in parts):
-            raise Undefined(f"{name} of what is not rational")
-        return _counted(name, parts)
+    if name in ("max", "min"):
+        return _extreme(name, parts)
+    if name in ("factorial", "factorial2", "binomial", "gcd", "lcm"):
+        if not all(isinstance(part, Fraction) and part.denominator == 1 for part in parts):
+            raise Undefined(f"{name} of what is not an integer")
+        return Fraction(_of_integers(name, [int(part) for part in parts]))
     if name == "log":
         if first == 1:
             return Fraction(0)
@@ -192,25 +190,19 @@ def _applied(name: str, parts: list[Any]) -> Any:
     return ("fn", name, *parts)
 
 
-def _counted(name: str, parts: list[Fraction]) -> Fraction:
-    if any(part.denominator != 1 for part in parts):
-        raise Undefined(f"{name} of a fraction")
-    n = int(parts[0])
+def _of_integers(name: str, numbers: list[int]) -> int:
+    if name in ("gcd", "lcm"):
+        return (math.gcd if name == "gcd" else math.lcm)(*numbers)
+    n = numbers[0]
     if n < 0 or n > 20_000:
         raise Undefined(f"{name} of a number out of bounds")
     if name == "binomial":
-        k = int(parts[1])
-        _check_size(float(min(n, max(k, 0) * 15)))
-        return Fraction(math.comb(n, k) if k >= 0 else 0)
+        return math.comb(n, numbers[1]) if numbers[1] >= 0 else 0
     _check_size(n * math.log2(n + 1))
-    return Fraction(math.factorial(n) if name == "factorial" else math.prod(range(n, 0, -2)))
+    return math.factorial(n) if name == "factorial" else math.prod(range(n, 0, -2))
 
 
-def _of_several(name: str, parts: list[Any]) -> Any:
-    if name in ("gcd", "lcm"):
-        if not all(isinstance(part, Fraction) and part.denominator == 1 for part in parts):
-            raise Undefined(f"{name} of what is not an integer")
-        return Fraction((math.gcd if name == "gcd" else math.lcm)(*(int(part) for part in parts)))
+def _extreme(name: str, parts: list[Any]) -> Any:
     best = parts[0]
     for part in parts[1:]:
         direction = sign(add([part, multiply([Fraction(-1), best])]))

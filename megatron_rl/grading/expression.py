@@ -6,33 +6,31 @@ Upper and lower case are different symbols; a subscript, a prime or an accent be
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 
-from megatron_rl.grading.grammar import (
-    ACCENTS,
-    CLOSING,
-    FUNCTION_LETTERS,
-    GREEK,
-    OF_SEVERAL,
-    PREFIX,
-    STOPS,
-    TRIGONOMETRIC,
-    Tokens,
-    Tree,
-    Unreadable,
-    depth,
-    function,
-    holds,
-    negative,
-    product,
-)
+from megatron_rl.grading import grammar
+from megatron_rl.grading.grammar import OF_SEVERAL, PREFIX, Tokens, Tree, Unreadable, children, holds, negative
 from megatron_rl.grading.numerals import repeating
 
 _MAX_DEPTH = 40  # of sums in brackets
 _MAX_TREE = 100
 _MAX_EXPONENT = 20_000  # of ten, as in 1e5
 _DEGREE = ("\\circ", "\\degree")
+_GREEK = (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
+    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell partial "
+    "nabla odot mho triangle"
+).split()
+_ACCENTS = {"hat", "vec", "bar", "tilde", "dot", "ddot", "overline", "widehat", "overrightarrow", "mathbb", "mathcal"}
+_STOPS = {
+    "\\rfloor", "\\rceil", "\\cdot", "\\times", "\\div", "\\ast", "\\%", "\\degree", "\\circ", "\\}",
+    "\\bmod", "\\mod", "\\pmod", "\\le", "\\ge", "\\ne", "\\in", "\\cup", "\\or", "\\to", "\\approx", "\\pm", "\\mp",
+    "\\infty",
+}  # fmt: skip
+_FUNCTION_LETTERS = set("fghuvyFGHUPQ\\")
+_CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 
 
 @lru_cache(maxsize=4096)  # the samples of one prompt share their gold
@@ -42,9 +40,17 @@ def read(text: str) -> Tree:
         tree = _Reader(text).all()
     except RecursionError as error:
         raise Unreadable("too deep") from error
-    if depth(tree) > _MAX_TREE:
+    deepest, level = 0, [tree]
+    while level:
+        deepest += 1
+        level = [part for node in level for part in children(node)]
+    if deepest > _MAX_TREE:
         raise Unreadable("too deep")
     return tree
+
+
+def _joined(kind: str, parts: list[Tree]) -> Tree:
+    return parts[0] if len(parts) == 1 else (kind, *parts)
 
 
 class _Reader(Tokens):
@@ -55,6 +61,13 @@ class _Reader(Tokens):
         self._depth = 0
         self._angle = 0  # inside a trigonometric function, where degrees are converted
         self._bars = 0  # inside |...|, where a bar closes
+        self._readers: dict[str, Callable[[str], Tree]] = {
+            "number": self._number,
+            "repeating": repeating,
+            "name": self._named,
+            "letter": self._symbol,
+            "text": self._of_text,
+        }
 
     def all(self) -> Tree:
         """Return the tree of the whole text."""
@@ -67,47 +80,37 @@ class _Reader(Tokens):
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise Unreadable("too deep")
-        terms = [self._signed()]
+        terms = [self._signed(self._product)]
         while self._peek() in ("+", "-"):
-            terms.append(self._signed())
+            terms.append(self._signed(self._product))
         self._depth -= 1
-        return terms[0] if len(terms) == 1 else ("add", *terms)
+        return _joined("add", terms)
 
-    def _signed(self) -> Tree:
+    def _signed(self, read_unsigned: Callable[[], Tree]) -> Tree:
         if self._take("-"):
-            return negative(self._product())
+            return negative(read_unsigned())
         self._take("+")
-        return self._product()
+        return read_unsigned()
 
     def _product(self) -> Tree:
         factors = [self._power()]
         while True:
             if self._take("*", "\\cdot", "\\times", "\\ast"):
-                factors.append(self._factor())
+                factors.append(self._signed(self._power))
             elif self._take("/", "\\div"):
-                factors = [("div", product(factors), self._factor())]
+                factors = [("div", _joined("mul", factors), self._signed(self._power))]
             elif self._starts_factor():
                 if self._kind() == self._kind(-1) == "number" and isinstance(factors[-1], Fraction):
                     raise Unreadable("two numbers side by side")
                 factors.append(self._power())
             else:
-                return product(factors)
-
-    def _factor(self) -> Tree:
-        if self._take("-"):
-            return negative(self._power())
-        self._take("+")
-        return self._power()
+                return _joined("mul", factors)
 
     def _starts_factor(self) -> bool:
         kind, text = self._kind(), self._peek()
-        if kind in ("number", "letter", "name", "text", "repeating"):
-            return True
         if kind == "command":
-            return text not in STOPS
-        if text == "|":
-            return not self._bars
-        return text in ("(", "[", "{")
+            return text not in _STOPS
+        return kind in self._readers or text in ("(", "[", "{") or text == "|" and not self._bars
 
     def _power(self) -> Tree:
         base = self._postfix(self._atom())
@@ -152,12 +155,8 @@ class _Reader(Tokens):
             self._angle = angle
             self._expect("}")
             return inner
-        if self._kind() == "number":
-            digits = self._peek()
-            if len(digits) > 1 and not self._plain and not isinstance(base, Fraction):
-                # TeX raises the first digit alone
-                self._tokens[self._next] = ("number", digits[1:])
-                return Fraction(digits[0])
+        if self._starts_with_digit() and not self._plain and not isinstance(base, Fraction):
+            return self._first_digit()
         exponent = self._atom()
         if self._take("^"):
             return ("pow", exponent, self._exponent(exponent))
@@ -166,17 +165,9 @@ class _Reader(Tokens):
     def _atom(self) -> Tree:
         kind, text = self._kind(), self._peek()
         self._next += 1
-        if kind == "repeating":
-            return repeating(text)
-        if kind == "number":
-            return self._number(text)
-        if kind == "name":
-            return self._named(text)
-        if kind == "letter":
-            return self._symbol(text)
-        if kind == "text":
-            return self._of_text(text)
-        if text in CLOSING:
+        if kind in self._readers:
+            return self._readers[kind](text)
+        if text in _CLOSING:
             return self._group(text)
         if kind == "command":
             return self._command(text)
@@ -194,7 +185,7 @@ class _Reader(Tokens):
         self._bars = bars
         if opening == "(" and self._peek() == ",":
             raise Unreadable("a tuple")
-        self._expect(CLOSING[opening])
+        self._expect(_CLOSING[opening])
         return inner
 
     def _number(self, text: str) -> Tree:
@@ -221,11 +212,16 @@ class _Reader(Tokens):
         """What a command is applied to: a group in braces, or one token."""
         if self._take("{"):
             return self._group("{")
-        if self._kind() == "number" and len(self._peek()) > 1:
-            digits = self._peek()
-            self._tokens[self._next] = ("number", digits[1:])
-            return Fraction(digits[0]) if digits[0].isdigit() else self._atom()
-        return self._atom()
+        return self._first_digit() if self._starts_with_digit() else self._atom()
+
+    def _starts_with_digit(self) -> bool:
+        return self._kind() == "number" and len(self._peek()) > 1 and self._peek()[0].isdigit()
+
+    def _first_digit(self) -> Tree:
+        """The first digit of a number alone, as TeX takes it; the others stay."""
+        digits = self._peek()
+        self._tokens[self._next] = ("number", digits[1:])
+        return Fraction(digits[0])
 
     def _symbol(self, name: str) -> Tree:
         name = name + self._marks()
@@ -233,7 +229,7 @@ class _Reader(Tokens):
             return (name,)
         if self._peek() == "(" and self._peek(2) == ")":
             # f(0) and u(t) are values of functions; a product would be written 0f and ut
-            if self._kind(1) == "number" or self._kind(1) == "letter" and name[0] in FUNCTION_LETTERS:
+            if self._kind(1) == "number" or self._kind(1) == "letter" and name[0] in _FUNCTION_LETTERS:
                 argument = self._peek(1)
                 self._next += 3
                 return ("sym", f"{name}({argument})")
@@ -255,7 +251,7 @@ class _Reader(Tokens):
         name = command[1:]
         if name == "pi":
             return ("pi",) if self._peek() != "_" else ("sym", "pi" + self._marks())
-        if name in GREEK:
+        if name in _GREEK:
             return self._symbol("\\" + name)
         if name == "frac":
             return self._derivative() or ("div", self._argument(), self._argument())
@@ -271,7 +267,7 @@ class _Reader(Tokens):
             return ("fn", "floor" if name == "lfloor" else "ceil", inner)
         if name in ("sum", "prod"):
             return self._range(name)
-        if name in ACCENTS:
+        if name in _ACCENTS:
             return self._symbol(f"\\{name}{{{self._raw()}}}")
         if name in ("boldsymbol", "bm", "underline", "ensuremath"):
             return self._argument()
@@ -313,13 +309,13 @@ class _Reader(Tokens):
                 subscript = self._argument()
             else:
                 raise Unreadable("a subscript")
-        is_angle = name in TRIGONOMETRIC
+        is_angle = name in grammar.TRIGONOMETRIC
         self._angle += is_angle
         inner = self._applied_to(is_angle)
         self._angle -= is_angle
         if is_angle and exponent == negative(Fraction(1)):
             return ("fn", "a" + name, inner)
-        value = function(name, inner, subscript)
+        value = grammar.function(name, inner, subscript)
         return value if exponent is None else ("pow", value, exponent)
 
     def _applied_to(self, is_angle: bool) -> Tree:
@@ -349,7 +345,7 @@ class _Reader(Tokens):
         arguments = [self._sum()]
         while self._take(","):
             arguments.append(self._sum())
-        self._expect(CLOSING[opening])
+        self._expect(_CLOSING[opening])
         if name == "binom" and len(arguments) != 2:
             raise Unreadable("a binomial of other than two")
         return ("fn", "binomial" if name == "binom" else name, *arguments)

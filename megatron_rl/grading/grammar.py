@@ -10,20 +10,14 @@ Tree = Any  # a Fraction, or a tuple: its kind, the name of a function or symbol
 
 _MAX_TOKENS = 1500
 _MAX_DIGITS = 4000  # of a number; Python reads no more
-GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell partial "
-    "nabla odot mho triangle"
-).split()
 TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
-INVERSES = {"arcsin", "arccos", "arctan", "asin", "acos", "atan"}
-HYPERBOLIC = {"sinh", "cosh", "tanh"}
-PREFIX = TRIGONOMETRIC | INVERSES | HYPERBOLIC | {"log", "ln", "lg", "exp"}
+_INVERSES = {"arcsin", "arccos", "arctan", "asin", "acos", "atan"}
+_HYPERBOLIC = {"sinh", "cosh", "tanh"}
+PREFIX = TRIGONOMETRIC | _INVERSES | _HYPERBOLIC | {"log", "ln", "lg", "exp"}
 OF_SEVERAL = {"max", "min", "gcd", "lcm"}
 _PLAIN_NAMES = sorted(
     PREFIX | OF_SEVERAL | {"sqrt", "cbrt", "floor", "ceil", "pi", "binom", "abs"}, key=len, reverse=True
 )
-ACCENTS = {"hat", "vec", "bar", "tilde", "dot", "ddot", "overline", "widehat", "overrightarrow", "mathbb", "mathcal"}
 _TOKEN = re.compile(
     r"\s+"
     r"|(?P<repeating>\d*\.\d*\\overline\s*\{\d+\})"
@@ -37,19 +31,10 @@ _TOKEN = re.compile(
     r"|(?P<mark>.)",
     re.S,
 )
-CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 
 
 class Unreadable(ValueError):
     """The text is no expression of this grammar."""
-
-
-STOPS = {
-    "\\rfloor", "\\rceil", "\\cdot", "\\times", "\\div", "\\ast", "\\%", "\\degree", "\\circ", "\\}",
-    "\\bmod", "\\mod", "\\pmod", "\\le", "\\ge", "\\ne", "\\in", "\\cup", "\\or", "\\to", "\\approx", "\\pm", "\\mp",
-    "\\infty",
-}  # fmt: skip
-FUNCTION_LETTERS = set("fghuvyFGHUPQ\\")
 
 
 class Tokens:
@@ -57,10 +42,8 @@ class Tokens:
 
     def __init__(self, text: str) -> None:
         """Raises: Unreadable when they are too many."""
-        self._tokens: list[tuple[str, str]] = []
-        for match in _TOKEN.finditer(text):
-            if match.lastgroup:
-                self._tokens.append((match.lastgroup, match.group()))
+        matches = _TOKEN.finditer(text)
+        self._tokens = [(match.lastgroup, match.group()) for match in matches if match.lastgroup]
         if len(self._tokens) > _MAX_TOKENS or any(len(text) > _MAX_DIGITS for _, text in self._tokens):
             raise Unreadable("too long")
         self._plain = "*" in text and "\\" not in text and "{" not in text  # as in code: a power takes all its digits
@@ -90,17 +73,14 @@ class Tokens:
         while True:
             if self._take("'"):
                 marks += "'"
-            elif self._peek() == "^" and self._peek(1) == "\\prime":
+            elif self._peek() == "^" and self._peek(1) in ("\\prime", "*"):
+                marks += "'" if self._peek(1) == "\\prime" else "*"
                 self._next += 2
-                marks += "'"
             elif self._peek() == "^" and self._peek(1) == "{" and self._peek(2) == "\\prime":
                 self._next += 2
                 while self._take("\\prime"):
                     marks += "'"
                 self._expect("}")
-            elif self._peek() == "^" and self._peek(1) == "*":
-                self._next += 2
-                marks += "*"
             elif self._take("_"):
                 marks += "_" + self._raw()
             else:
@@ -133,7 +113,7 @@ def function(name: str, inner: Tree, subscript: Tree | None) -> Tree:
     if name in ("ln", "log", "lg"):
         base = Fraction(10) if name == "lg" else subscript
         return ("fn", "log", inner) if base is None else ("div", ("fn", "log", inner), ("fn", "log", base))
-    if name in HYPERBOLIC:
+    if name in _HYPERBOLIC:
         up, down = ("pow", ("e",), inner), ("pow", ("e",), negative(inner))
         minus, plus = ("add", up, negative(down)), ("add", up, down)
         return ("div", plus if name == "cosh" else minus, plus if name == "tanh" else Fraction(2))
@@ -145,23 +125,9 @@ def negative(tree: Tree) -> Tree:
     return ("mul", Fraction(-1), tree)
 
 
-def product(factors: list[Tree]) -> Tree:
-    """Return one factor, or the product of several."""
-    return factors[0] if len(factors) == 1 else ("mul", *factors)
-
-
 def children(tree: Tree) -> list[Tree]:
     """Return the trees right below a node."""
     return [part for part in tree[1:] if not isinstance(part, str)] if isinstance(tree, tuple) else []
-
-
-def depth(tree: Tree) -> int:
-    """Return how many nodes lie on the longest way down."""
-    deepest, level = 0, [tree]
-    while level:
-        deepest += 1
-        level = [part for node in level for part in children(node)]
-    return deepest
 
 
 def symbols(tree: Tree) -> frozenset[str]:

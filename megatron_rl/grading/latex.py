@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+Same = Callable[[str, str], bool]  # whether a text, as an answer, is the same as a gold one
 
 MAX_CLEANED = 5_000  # characters; a longer text is compared as it stands
 _MAX_LAYERS = 50  # of delimiters around an answer
@@ -23,8 +26,11 @@ _COMMANDS_AROUND = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mathtt|mbox|boldsymbol|bm|displaystyle|ensuremath"
     r"|underline|emph)\s*\{"
 )
+_FRACTIONS = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _UNICODE = str.maketrans(
-    {
+    {sign: rf"\frac{{{top}}}{{{bottom}}}" for sign in _FRACTIONS
+     for top, bottom in [unicodedata.normalize("NFKC", sign).split("⁄")]}
+    | {
         "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
         "⁄": "/", "∕": "/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
         "≈": r"\approx ", "≡": r"\equiv ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
@@ -159,12 +165,11 @@ def clean(text: str) -> str:
 def _without_alignment(text: str) -> str:
     """An aligned chain as one line, and a system as a list; other environments unchanged."""
     match = _ALIGNED.fullmatch(text)
-    rows = [row.strip() for row in re.split(r"\\\\", match["body"]) if row.strip()] if match else []
-    if match is None or len(rows) > 1 and match["name"] == "array" or match["name"] == "cases" and "&" in match["body"]:
+    if match is None or match["name"] in ("array", "cases") and "&" in match["body"]:
         return text
-    if "&" in match["body"] and match["name"] == "array":
+    rows = [row.replace("&", "").strip() for row in match["body"].split(r"\\") if row.strip()]
+    if match["name"] == "array" and len(rows) > 1:
         return text
-    rows = [row.replace("&", "").strip() for row in rows]
     chained = all(row.startswith("=") for row in rows[1:])
     return unwrap((" " if chained else ",").join(row.rstrip(",") for row in rows))
 
@@ -173,8 +178,7 @@ def _in_ascii(text: str) -> str:
     """With LaTeX for the signs that have any, and without invisible characters."""
     if text.isascii() and text.isprintable():
         return text
-    text = re.sub(r"(?<=\d)([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", r" \1", text)
-    text = re.sub("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda match: _fraction_sign(match[0]), text)
+    text = re.sub(rf"(?<=\d)([{_FRACTIONS}])", r" \1", text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda match: "^{" + match[0].translate(_RAISED) + "}", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_LOWERED) + "}", text)
     text = _ROOT_SIGN.sub(lambda match: rf"\sqrt{_ROOT_INDEX[match[1]]}{{{match[2].strip('(){}')}}}", text)
@@ -188,11 +192,6 @@ _ALIGNED = re.compile(
     re.S,
 )
 _ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
-
-
-def _fraction_sign(sign: str) -> str:
-    top, bottom = unicodedata.normalize("NFKC", sign).split("\u2044")
-    return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def _closed(text: str) -> str:
@@ -248,7 +247,8 @@ def compact(text: str) -> str:
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text).replace("\\text{", "{"))
 
 
-# --- structure --------------------------------------------------------------------------------------------------------
+_CHARACTER = re.compile(r"\\.|.", re.S)
+_OPENING, _CLOSING = {"(", "[", "{", "\\{"}, {")", "]", "}", "\\}"}
 
 
 @dataclass(frozen=True)
@@ -266,8 +266,7 @@ def parts(text: str) -> Parts:
     closing = next((c for c in ("\\}", "\\rangle", ")", "]") if text.endswith(c)), "")
     if opening and closing and _encloses(text, opening):
         inner = split(text[len(opening) : -len(closing)], ",;")
-        is_set = opening == "\\{"
-        if len(inner) > 1 or (is_set and closing == "\\}"):
+        if len(inner) > 1 or (opening, closing) == ("\\{", "\\}"):
             return Parts(opening, tuple(inner), closing)
     if " and " in text or " or " in text:
         text = re.sub(r",?\s+(?:and|or)\s+", ",", text)
@@ -276,14 +275,11 @@ def parts(text: str) -> Parts:
 
 def split(text: str, separators: str) -> list[str]:
     """Return the stripped pieces between separators outside all brackets."""
-    pieces, start, depth, i = [], 0, 0, 0
-    while i < len(text):
-        step = 2 if text[i] == "\\" and i + 1 < len(text) else 1
-        depth += _turn(text[i : i + step])
-        if depth == 0 and text[i] in separators:
-            pieces.append(text[start:i].strip())
-            start = i + 1
-        i += step
+    pieces, start = [], 0
+    for position, token, depth in _tokens(text):
+        if depth == 0 and token in separators:
+            pieces.append(text[start:position].strip())
+            start = position + 1
     return [piece for piece in (*pieces, text[start:].strip()) if piece]
 
 
@@ -291,31 +287,25 @@ def split_at(text: str, pattern: re.Pattern[str]) -> list[str]:
     """Return the stripped pieces between matches of a pattern outside all brackets."""
     pieces, start = [], 0
     for match in pattern.finditer(text):
-        if _depth(text[: match.start()]) == 0:
+        before = list(_tokens(text[: match.start()]))
+        if not before or before[-1][2] == 0:
             pieces.append(text[start : match.start()].strip())
             start = match.end()
     return [*pieces, text[start:].strip()]
 
 
-def _depth(text: str) -> int:
-    return sum(_turn(token) for token in re.findall(r"\\.|[()\[\]{}]", text))
-
-
-def _turn(token: str) -> int:
-    if token in ("(", "[", "{", "\\{"):
-        return 1
-    return -1 if token in (")", "]", "}", "\\}") else 0
+def _tokens(text: str) -> Iterator[tuple[int, str, int]]:
+    """The place of each character or escaped character, itself, and how many brackets are open behind it."""
+    depth = 0
+    for match in _CHARACTER.finditer(text):
+        token = match[0]
+        depth += (token in _OPENING) - (token in _CLOSING)
+        yield match.start(), token, depth
 
 
 def _encloses(text: str, opening: str) -> bool:
     """Whether the bracket at the start is closed by the text's last one."""
     if opening == "\\langle":
         return text.count("\\langle") == 1
-    depth, i = 0, 0
-    while i < len(text):
-        step = 2 if text[i] == "\\" and i + 1 < len(text) else 1
-        depth += _turn(text[i : i + step])
-        i += step
-        if depth == 0:
-            return i == len(text)
-    return False
+    closed = next((position + len(token) for position, token, depth in _tokens(text) if depth == 0), 0)
+    return closed == len(text)

@@ -5,24 +5,13 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from megatron_rl.grading import expression, latex, notations, regions, units, values
-from megatron_rl.grading.equivalence import (
-    INFINITY,
-    LEAD_IN,
-    QUALIFIER,
-    RELATION,
-    Policy,
-    entries,
-    equal,
-    exact,
-    signs_expanded,
-)
+from megatron_rl.grading import equivalence, expression, latex, notations, regions, units, values
+from megatron_rl.grading.equivalence import Policy
 from megatron_rl.grading.extraction import answers, last_boxes
 from megatron_rl.grading.grammar import Unreadable
 from megatron_rl.grading.numerals import number
 
 _SENTENCE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]+.*(?:\$|\\\(|\\boxed)", re.S)
-_MEMBER = re.compile(r"(?P<name>[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s*\\in(?![a-z])\s*(?P<value>.+)", re.S)
 
 
 def math(
@@ -55,7 +44,7 @@ def math(
         for position, found in enumerate(readings):
             if position and len(latex.parts(latex.clean(gold)).items) != len(latex.parts(latex.clean(found)).items):
                 continue  # boxes together are meant where the gold has as many parts
-            if equal(found, gold, policy):
+            if equivalence.equal(found, gold, policy):
                 return 1.0
     return 0.0
 
@@ -75,7 +64,9 @@ def compared_as_text(gold: str) -> bool:
 
 
 def _is_read(gold: str) -> bool:
-    return len(gold) <= latex.MAX_CLEANED and all(_is_understood(item) for item in _scalars(exact(latex.clean(gold))))
+    return len(gold) <= latex.MAX_CLEANED and all(
+        _is_understood(item) for item in _scalars(equivalence.exact(latex.clean(gold)))
+    )
 
 
 def _scalars(text: str) -> list[str]:
@@ -84,7 +75,7 @@ def _scalars(text: str) -> list[str]:
     if region:
         ends = [[m] if isinstance(m, str) else [m.low, m.high] for m in region.members]
         return [item for end in ends for item in end]
-    matrix = entries(text)
+    matrix = equivalence.entries(text)
     parts = latex.parts(text)
     items = [entry for row in matrix for entry in row] if matrix else list(parts.items)
     if items == [text] or not items:
@@ -93,18 +84,24 @@ def _scalars(text: str) -> list[str]:
 
 
 def _is_understood(text: str) -> bool:
-    if not text or INFINITY.fullmatch(text) or number(text) is not None or text == "\\emptyset":
-        return bool(text)
-    if notations.is_words(text) or notations.choice(text, text) or notations.time(text, text) is not None:
+    if not text:
+        return False
+    if (
+        number(text)
+        or equivalence.INFINITY.fullmatch(text)
+        or text == "\\emptyset"
+        or ":" in text
+        or notations.is_words(text)
+    ):
         return True
-    if notations.base(text, text) is not None or ":" in text:
+    if any(read(text, text) is not None for read in (notations.choice, notations.time, notations.base)):
         return True
-    text = notations.without_modulus(QUALIFIER.sub("", LEAD_IN.sub("", text)))[0]
+    text = notations.without_modulus(equivalence.QUALIFIER.sub("", equivalence.LEAD_IN.sub("", text)))[0]
     text = latex.without_degrees(units.split_unit(text)[0])
-    for side in RELATION.split(signs_expanded(text)):
+    for side in equivalence.RELATION.split(equivalence.signs_expanded(text)):
         for item in latex.parts(side.strip()).items or ("",):
             try:
-                tree = expression.read(_MEMBER.sub(r"\g<value>", item).strip())
+                tree = expression.read(equivalence.MEMBER.sub(r"\g<value>", item).strip())
             except Unreadable:
                 return False
             if not values.same(tree, tree):

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ast
 import json
+import operator
 import re
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 # far above any sensible answer (six numbers need 17 characters and a few parentheses); bounds the parser's work and
 # depth
 _MAX_EXPRESSION = 128
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+}  # fmt: skip
 _ARITHMETIC = re.compile(r"[0-9+\-*/() ]+")
 
 
@@ -40,19 +46,9 @@ def _evaluate(node: ast.expr, used: Counter[int]) -> Fraction:
     if isinstance(node, ast.Constant) and type(node.value) is int:
         used[node.value] += 1
         return Fraction(node.value)
-    if not isinstance(node, ast.BinOp):
-        raise SyntaxError("not binary arithmetic on integers")
-    left, right = _evaluate(node.left, used), _evaluate(node.right, used)
-    match node.op:
-        case ast.Add():
-            return left + right
-        case ast.Sub():
-            return left - right
-        case ast.Mult():
-            return left * right
-        case ast.Div():
-            return left / right
-    raise SyntaxError("only + - * /")
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_evaluate(node.left, used), _evaluate(node.right, used))
+    raise SyntaxError("not + - * / of two integers")
 
 
 def exact(response: str, answer: str) -> float:
@@ -65,12 +61,10 @@ def regex(response: str, answer: str, *, pattern: str, ignore_case: bool = False
 
     Surrounding white space does not count; `^`, `$` and `.` know no lines, (?m) and (?s) in the pattern change that.
     """
-    found = None
-    for match in re.finditer(pattern, response):
-        found = match
-    if found is None:
+    matches = list(re.finditer(pattern, response))
+    if not matches:
         return 0.0
-    text = found.group(1 if found.re.groups else 0) or ""
+    text = matches[-1].group(1 if matches[-1].re.groups else 0) or ""
     return exact(text.casefold(), answer.casefold()) if ignore_case else exact(text, answer)
 
 

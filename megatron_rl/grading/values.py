@@ -10,17 +10,18 @@ import hashlib
 from fractions import Fraction
 from typing import Any
 
-from megatron_rl.grading.constants import Point, add, folded, multiply
+from megatron_rl.grading.constants import add, folded, multiply
 from megatron_rl.grading.grammar import Tree, children, holds, symbols
 from megatron_rl.grading.separation import Undefined, clear, is_zero, numeric, sign
 
 _POINTS = 6  # at which two expressions must agree
+_DRAWS = 24  # of points, some of which have no value
 _WHOLE = ("floor", "ceil", "factorial", "factorial2", "binomial", "gcd", "lcm", "range")
 
 
 def same(a: Tree, b: Tree) -> bool:
     """Return whether two expressions are equal for all values of their symbols."""
-    return _agree(a, b, lambda x, y, _: _equal(x, y))
+    return _agree(a, b, _equal)
 
 
 def same_relation(a: Tree, b: Tree, *, positive: bool = False) -> bool:
@@ -30,7 +31,7 @@ def same_relation(a: Tree, b: Tree, *, positive: bool = False) -> bool:
         return False
     factors: list[tuple[Any, Any]] = []
 
-    def proportional(x: Any, y: Any, _: Point) -> bool:
+    def proportional(x: Any, y: Any) -> bool:
         if is_zero(x) or is_zero(y):
             return is_zero(x) and is_zero(y)
         factors.append((x, y))
@@ -53,17 +54,18 @@ def _agree(a: Tree, b: Tree, compare: Any) -> bool:
     imaginary = holds(a, "i") or holds(b, "i")
     if not names:
         try:
-            return bool(compare(folded(a, {}), folded(b, {}), {}))
+            return bool(compare(folded(a, {}), folded(b, {})))
         except (Undefined, ArithmeticError):
             return False
     used = 0
     whole = any(holds(tree, *_WHOLE) or _alternates(tree) for tree in (a, b))
-    for point in _points(names, whole=whole):
+    for draw in range(_DRAWS):
+        point = {name: _drawn(name, draw, whole=whole) for name in names}
         try:
             x, y = folded(a, point), folded(b, point)
             if not imaginary and not (_is_real(x) and _is_real(y)):
                 continue
-            if not compare(x, y, point):
+            if not compare(x, y):
                 return False
         except (Undefined, ArithmeticError):
             continue
@@ -88,28 +90,21 @@ def _is_real(value: Any) -> bool:
     return not getattr(near, "imag", 0) or abs(near.imag) < 1e-20 * abs(near)
 
 
-def _points(names: list[str], *, whole: bool) -> Any:
-    """Points that a policy cannot choose; positive ones, negative ones and ones between 0 and 1."""
-    for i in range(24):
-        drawn = {name: _drawn(name, i) for name in names}
-        if whole or i % 4 == 3:
-            yield {name: Fraction(2 + d % (5 + 2 * i)) for name, d in drawn.items()}
-        elif i % 4 == 0:
-            yield {name: Fraction(101 + d % 9000, 7 + d % 83) for name, d in drawn.items()}
-        elif i % 4 == 1:
-            yield {name: Fraction(1 + d % 400, 401 + d % 97) for name, d in drawn.items()}
-        else:
-            yield {name: Fraction(-1 - d % 5003, 11 + d % 71) for name, d in drawn.items()}
-
-
-def _drawn(name: str, draw: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{draw} {name}".encode(errors="replace"), digest_size=6).digest(), "big")
+def _drawn(name: str, draw: int, *, whole: bool) -> Fraction:
+    """A number that a policy cannot choose: by turns above 1, between 0 and 1, negative, and whole."""
+    number = int.from_bytes(hashlib.blake2b(f"{draw} {name}".encode(errors="replace"), digest_size=6).digest(), "big")
+    match 3 if whole else draw % 4:
+        case 0:
+            return Fraction(101 + number % 9000, 7 + number % 83)
+        case 1:
+            return Fraction(1 + number % 400, 401 + number % 97)
+        case 2:
+            return Fraction(-1 - number % 5003, 11 + number % 71)
+    return Fraction(2 + number % (5 + 2 * draw))
 
 
 def constant(tree: Tree) -> Fraction | None:
     """Return a real constant to 60 digits, for roundings alone; None for complex numbers and where symbols occur."""
-    if symbols(tree):
-        return None
     try:
         value = folded(tree, {})
         near = value if isinstance(value, Fraction) else clear(value, at_most=2000)

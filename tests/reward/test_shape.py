@@ -94,7 +94,7 @@ def test_load_reward(tmp_path, monkeypatch):
         ("no_such_module:f", "importing no_such_module failed with ModuleNotFoundError"),
         ("broken_rewards:f", "importing broken_rewards failed with ZeroDivisionError"),
         ("my_rewards:god", "has no 'god'; did you mean 'good'"),
-        ("my_rewards:number", "expected a function, got int"),
+        ("my_rewards:number", "callable with two texts"),
         ("my_rewards:one", "callable with two texts"),
     ]:
         with pytest.raises(RewardError, match=message):
