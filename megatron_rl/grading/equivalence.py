@@ -18,10 +18,10 @@ from megatron_rl.grading.grammar import Tree, Unreadable, holds, negative
 from megatron_rl.grading.latex import Parts, Same
 from megatron_rl.grading.numerals import Number, close, number
 
-LEAD_IN = re.compile(r"^\s*\\text\{[^{}]*(?:\b(?:is|are)|:|=)\s*\}")
+_LEAD_IN = re.compile(r"^\s*\\text\{[^{}]*(?:\b(?:is|are)|:|=)\s*\}")
 _ASSIGNED = re.compile(r"(?P<name>[^=<>]*[^=<>!\\\s])\s*=(?P<value>[^=].*)", re.S)
-MEMBER = re.compile(r"(?P<name>[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s*\\in(?![a-z])\s*(?P<value>.+)", re.S)
-QUALIFIER = re.compile(
+_MEMBER = re.compile(r"(?P<name>[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s*\\in(?![a-z])\s*(?P<value>.+)", re.S)
+_QUALIFIER = re.compile(
     r",?\s*\\text\{\s*,?\s*(?:for|where|with)\s[^{}]*\}.*$|,?\s+(?:for (?:any|all|some|every)|where)\s.*$", re.S
 )
 _MATRIX = re.compile(
@@ -36,8 +36,8 @@ _SAID = re.compile(
     re.I,
 )
 _REMARK = re.compile(r"\s*\\text\{\s*\(?as (?:required|desired|expected|claimed|wanted|needed)\)?\s*\}$")
-RELATION = re.compile(r"<|>|=|\\(?:le|ge)(?![a-zA-Z])")
-INFINITY = re.compile(r"([+-]?)\s*\\infty")
+_RELATION = re.compile(r"<|>|=|\\(?:le|ge)(?![a-zA-Z])")
+_INFINITY = re.compile(r"([+-]?)\s*\\infty")
 _MAX_READ = 400  # characters
 
 
@@ -67,12 +67,24 @@ def _equal(found: str, gold: str, policy: Policy) -> bool:
         return True
     if len(gold) > latex.MAX_CLEANED:
         return False
-    return next(verdict for verdict in _verdicts(found, gold, policy) if verdict is not None)
+    return _first(_verdicts(found, gold, policy, partial(_equal, policy=policy)))
 
 
-def _verdicts(found: str, gold: str, policy: Policy) -> Iterator[bool | None]:
-    """What each reading says, one after the other; None where it does not apply."""
-    same = partial(_equal, policy=policy)
+def is_understood(text: str) -> bool:
+    """Return whether a reading finds that a cleaned answer is itself; else only the same text is the same answer."""
+
+    def same(item: str, _: str) -> bool:
+        return item != text and is_understood(item.strip())
+
+    return bool(text) and _first(_verdicts(text, text, Policy(), same))
+
+
+def _first(verdicts: Iterator[bool | None]) -> bool:
+    return next(verdict for verdict in verdicts if verdict is not None)
+
+
+def _verdicts(found: str, gold: str, policy: Policy, same: Same) -> Iterator[bool | None]:
+    """What each reading says, one after the other; None where it does not apply. `same` compares parts."""
     found = _SAID.sub("", found) if not _SAID.match(gold) else found
     for read in (notations.choice, notations.words, notations.base):
         yield read(found, gold)
@@ -91,17 +103,17 @@ def _verdicts(found: str, gold: str, policy: Policy) -> Iterator[bool | None]:
 
 def _same_kind(found: str, gold: str) -> tuple[str, str]:
     """Both without what only one of them says: a name, a modulus, a rounding, a condition; with plus-minus expanded."""
-    found = _REMARK.sub("", LEAD_IN.sub("", found)).strip()
+    found = _REMARK.sub("", _LEAD_IN.sub("", found)).strip()
     if "\\approx" in found + gold:
-        found, gold = exact(found), exact(gold)
+        found, gold = _exact(found), _exact(gold)
     (a, modulus), (b, gold_modulus) = notations.without_modulus(found), notations.without_modulus(gold)
     if modulus == gold_modulus or not modulus or not gold_modulus:
         found, gold = a, b
     if ("text" in found + gold or " for " in found + gold or " where " in found + gold) and re.search(r"[a-z]", gold):
-        found, gold = QUALIFIER.sub("", found) or found, QUALIFIER.sub("", gold) or gold
+        found, gold = _QUALIFIER.sub("", found) or found, _QUALIFIER.sub("", gold) or gold
     found, gold = _by_name(found, gold), _by_name(gold, found)
     found, gold = _same_side(found, gold)
-    return signs_expanded(found), signs_expanded(gold)
+    return _signs_expanded(found), _signs_expanded(gold)
 
 
 def _by_name(text: str, other: str) -> str:
@@ -113,7 +125,7 @@ def _by_name(text: str, other: str) -> str:
     return ",".join(f"{n}={v}" for n, v in zip(names, items, strict=True)) if len(names) == len(items) else text
 
 
-def exact(text: str) -> str:
+def _exact(text: str) -> str:
     """The left side of an approximation, unless it is only a name or nothing."""
     left, sign, right = text.partition("\\approx")
     left, right = left.strip(), right.strip()
@@ -139,7 +151,7 @@ def _same_side(found: str, gold: str) -> tuple[str, str]:
 
 
 def _named(text: str) -> tuple[str, str]:
-    match = MEMBER.fullmatch(text) or _ASSIGNED.fullmatch(text)
+    match = _MEMBER.fullmatch(text) or _ASSIGNED.fullmatch(text)
     if match is None or re.search(r"\\(?:le|ge|ne)(?![a-z])|[<>]|\bor\b|\band\b", text):
         return "", text
     if match["name"].count("{") != match["name"].count("}"):
@@ -155,13 +167,13 @@ def _is_name(text: str) -> bool:
     return _NAME.fullmatch(text.strip()) is not None
 
 
-def signs_expanded(text: str) -> str:
+def _signs_expanded(text: str) -> str:
     """With both signs of plus-minus as two items; in a list for each item that has it."""
     if "\\pm" not in text:
         return text
     parts = latex.parts(text)
     if parts.opening in ("", "\\{") and len(parts.items) > 1 or parts.opening == "\\{":
-        inner = ",".join(signs_expanded(item) for item in parts.items)
+        inner = ",".join(_signs_expanded(item) for item in parts.items)
         return f"\\{{{inner}\\}}" if parts.opening else inner
     plus = re.sub(r"\\mp(?![a-z])", "-", re.sub(r"\\pm(?![a-z])", "+", text))
     minus = re.sub(r"\\mp(?![a-z])", "+", re.sub(r"\\pm(?![a-z])", "-", text))
@@ -214,15 +226,16 @@ def _equal_regions(found: str, gold: str, same: Same) -> bool | None:
     known, other = (a, gold) if a else (b, found)
     if known is None:
         return None
-    plain = None if RELATION.search(other) else regions.plain(other)
+    only_points = all(isinstance(member, str) for member in known.members)
+    plain = None if _RELATION.search(other) else regions.plain(other)
     if plain is None:
-        return None if known.only_points else False
-    if known.only_points and known.members and len(latex.parts(other).items) == 1 and not known.name:
+        return None if only_points else False
+    if only_points and known.members and len(latex.parts(other).items) == 1 and not known.name:
         return None if len(known.members) == 1 else False
     return regions.same(a or plain, b or plain, same)
 
 
-def entries(text: str) -> list[list[str]] | None:
+def _entries(text: str) -> list[list[str]] | None:
     """The entries of a matrix, row by row, each multiplied with the factor before it."""
     enclosed = re.fullmatch(r"[(\[]\s*(\\begin\{.*\})\s*[)\]]", text.strip(), re.S)
     match = _MATRIX.fullmatch(enclosed[1] if enclosed else text.strip())
@@ -238,7 +251,7 @@ def entries(text: str) -> list[list[str]] | None:
 def _equal_parts(found: str, gold: str, same: Same) -> bool | None:
     """The verdict on matrices, tuples, sets and lists; None when neither is one."""
     a, b = latex.parts(found), latex.parts(gold)
-    matrices = entries(found), entries(gold)
+    matrices = _entries(found), _entries(gold)
     if any(matrices):
         return _equal_matrices(*matrices, a, b, same)
     if len(b.items) < 2 and len(a.items) < 2:
@@ -301,7 +314,7 @@ def _brackets_agree(a: Parts, b: Parts) -> bool:
 
 def _equal_relations(found: str, gold: str) -> bool | None:
     """The verdict on equations and inequalities, one being a multiple of the other; None when neither is one."""
-    relations = [RELATION.findall(text) for text in (found, gold)]
+    relations = [_RELATION.findall(text) for text in (found, gold)]
     if not any(relations) or re.search(r"\\(?:sum|prod)(?![a-z])", found + gold):
         return None
     if [len(signs) for signs in relations] != [1, 1]:
@@ -309,7 +322,7 @@ def _equal_relations(found: str, gold: str) -> bool | None:
     kinds, trees = [], []
     try:
         for text, (sign,) in zip((found, gold), relations, strict=True):
-            small, large = RELATION.split(text)
+            small, large = _RELATION.split(text)
             if sign in regions.UPSIDE_DOWN:
                 small, large, sign = large, small, regions.UPSIDE_DOWN[sign]
             kinds.append(sign)
@@ -320,7 +333,7 @@ def _equal_relations(found: str, gold: str) -> bool | None:
 
 
 def _equal_expressions(found: str, gold: str, policy: Policy) -> bool:
-    infinite = [INFINITY.fullmatch(text) for text in (found, gold)]
+    infinite = [_INFINITY.fullmatch(text) for text in (found, gold)]
     if any(infinite):
         return all(infinite) and len({m[1].replace("+", "") for m in infinite if m}) == 1
     found, gold, scale = _split_units(found, gold)

@@ -58,10 +58,9 @@ class Tokens:
         return self._tokens[position][0] if 0 <= position < len(self._tokens) else ""
 
     def _take(self, *texts: str) -> bool:
-        if self._peek() in texts and self._peek():
-            self._next += 1
-            return True
-        return False
+        taken = self._peek() in texts
+        self._next += taken
+        return taken
 
     def _expect(self, text: str) -> None:
         if not self._take(text):
@@ -92,14 +91,13 @@ class Tokens:
             self._next += 1
             return _bare(self._peek(-1))
         text, depth = "", 1
-        while depth:
-            token = self._peek()
-            if not token:
-                raise Unreadable("a brace is not closed")
+        while token := self._peek():
             self._next += 1
             depth += (token == "{") - (token == "}")
-            text += _bare(token) if depth else ""
-        return text
+            if depth == 0:
+                return text
+            text += _bare(token)
+        raise Unreadable("a brace is not closed")
 
 
 def _bare(token: str) -> str:

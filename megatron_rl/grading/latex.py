@@ -11,16 +11,10 @@ Same = Callable[[str, str], bool]  # whether a text, as an answer, is the same a
 
 MAX_CLEANED = 5_000  # characters; a longer text is compared as it stands
 _MAX_LAYERS = 50  # of delimiters around an answer
-_WRAPPERS = (
-    re.compile(r"\$\$([^$]*)\$\$", re.S),
-    re.compile(r"\$([^$]*)\$", re.S),
-    re.compile(r"\\\((.*)\\\)", re.S),
-    re.compile(r"\\\[(.*)\\\]", re.S),
-    re.compile(r"\*\*([^*]*)\*\*", re.S),
-    re.compile(r"`([^`]*)`", re.S),
-    re.compile(r"``(.*)(?:''|\")", re.S),
-    re.compile(r"\"([^\"]*)\"", re.S),
-    re.compile(r"'([^']*)'", re.S),
+_WRAPPED = re.compile(
+    r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*([^*]*)\*\*"
+    r"|`([^`]*)`|``(.*)(?:''|\")|\"([^\"]*)\"|'([^']*)'",
+    re.S,
 )
 _COMMANDS_AROUND = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mathtt|mbox|boldsymbol|bm|displaystyle|ensuremath"
@@ -35,15 +29,13 @@ _UNICODE = str.maketrans(
         "⁄": "/", "∕": "/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
         "≈": r"\approx ", "≡": r"\equiv ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
         "∖": r"\setminus ", "∨": r"\lor ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "°": r"^\circ ", "º": r"^\circ ",
-        "∅": r"\emptyset ", "′": "'", "’": "'", "″": "''", "“": '"', "”": '"', "…": r"\ldots ", "（": "(", "）": ")",
-        "［": "[", "］": "]", "，": ",", "、": ",", "。": ".", "；": ";", "％": "%", "：": ":", "＝": "=", "＜": "<",
-        "＞": ">", "＋": "+", "－": "-", "．": ".", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
-        "⌉": r"\rceil ",
-        "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u3000": " ",
+        "∅": r"\emptyset ", "′": "'", "’": "'", "″": "''", "“": '"', "”": '"', "…": r"\ldots ", "、": ",", "。": ".",
+        "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
         "¢": r"\text{ cents}", "µ": r"\mu ", "Ω": r"\Omega ",
         "\x0c": r"\f",  # \frac in a text whose backslash was read as an escape
     }
-    | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
+    | {wide: unicodedata.normalize("NFKC", wide) for wide in
+       "（）［］，；％：＝＜＞＋－．０１２３４５６７８９\u00a0\u2009\u202f\u3000"}
     | {letter: rf"\{name} " for letter, name in zip(
         "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
         "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
@@ -51,8 +43,6 @@ _UNICODE = str.maketrans(
         strict=True,
     )}
 )  # fmt: skip
-_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
-_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _UNITS_OF_MONEY = {"$": "dollars", "€": "euros", "£": "pounds sterling", "¥": "yen"}
 _WITHOUT_MEANING = (
     r"\\(?:tag|label|colorbox)\*?\s*\{[^{}]*\}"
@@ -149,7 +139,9 @@ def clean(text: str) -> str:
     text = _in_ascii(text)
     if "\\\\" in text and "\\begin" not in text:
         text = _ESCAPED_TWICE.sub(r"\\", text)
-    text = unwrap(_closed(text.replace("...", r"\ldots ") if "..." in text else text))
+    bare = re.sub(r"\\[\\{}]", "", text)
+    text += "}" * max(0, bare.count("{") - bare.count("}"))  # some gold answers lack their last braces
+    text = unwrap(text.replace("...", r"\ldots "))
     for pattern, by in _REPLACEMENTS:
         text = pattern.sub(by, text)
     if len(_DOLLAR.findall(text)) % 2 == 0:
@@ -179,8 +171,8 @@ def _in_ascii(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     text = re.sub(rf"(?<=\d)([{_FRACTIONS}])", r" \1", text)
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda match: "^{" + match[0].translate(_RAISED) + "}", text)
-    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_LOWERED) + "}", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
     text = _ROOT_SIGN.sub(lambda match: rf"\sqrt{_ROOT_INDEX[match[1]]}{{{match[2].strip('(){}')}}}", text)
     text = text.translate(_UNICODE)
     return "".join(c for c in text if c in "\n\t " or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
@@ -194,21 +186,14 @@ _ALIGNED = re.compile(
 _ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
 
 
-def _closed(text: str) -> str:
-    """With the closing braces that are missing at the end, as in some gold answers."""
-    bare = re.sub(r"\\[\\{}]", "", text)
-    return text + "}" * max(0, bare.count("{") - bare.count("}"))
-
-
 def unwrap(text: str) -> str:
     """Return a text without the delimiters, commands, braces and final stops around the whole, at most 50 deep."""
     for _ in range(_MAX_LAYERS):
         before = text
         text = text.strip().rstrip(".,;: ").removesuffix("\\").strip()
-        for pattern in _WRAPPERS:
-            match = pattern.fullmatch(text)
-            if match:
-                text = match.group(1)
+        wrapped = _WRAPPED.fullmatch(text)
+        if wrapped:
+            text = next(inner for inner in wrapped.groups() if inner is not None)
         command = _COMMANDS_AROUND.match(text)
         if command and matching_brace(text, command.end() - 1) == len(text) - 1:
             text = text[command.end() : -1]

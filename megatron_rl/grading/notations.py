@@ -73,17 +73,14 @@ def time(found: str, gold: str) -> bool | None:
         return None
     if a is None or (a["minute"] is None and a["half"] is None):
         return None if a is None and b["half"] is None else False
-    if (a["minute"] or "00", a["second"] or "00") != (b["minute"] or "00", b["second"] or "00"):
-        return False
     first, second = _half(a), _half(b)
-    if first and second and first != second:
-        return False
-    if first == second:
-        return int(a["hour"]) == int(b["hour"])
-    hours = {int(a["hour"]), int(b["hour"])}
-    named = int((a if first else b)["hour"])
-    late = named % 12 + 12 if "p" in (first, second) else named % 12
-    return len(hours) == 1 or hours == {named, late}
+    exact, other = (a, b) if first else (b, a)
+    hour = int(exact["hour"])
+    hours = {hour}
+    if first != second:  # one may say 3 p.m., the other 15:00
+        hours.add(hour % 12 + (12 if "p" in (first, second) else 0))
+    minutes = (a["minute"] or "00", a["second"] or "00") == (b["minute"] or "00", b["second"] or "00")
+    return minutes and int(other["hour"]) in hours and not (first and second and first != second)
 
 
 def _half(match: re.Match[str]) -> str:

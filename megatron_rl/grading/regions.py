@@ -26,11 +26,6 @@ class Region:
     members: tuple[Interval | str, ...]
     name: str = ""
 
-    @property
-    def only_points(self) -> bool:
-        """Whether no interval is among the members."""
-        return all(isinstance(member, str) for member in self.members)
-
 
 _MARK = re.compile(r"^\]|[<>|]|\\(?:le|ge|ne|in|cup|infty|emptyset|setminus|mathbb)(?![a-zA-Z])| or |all real|\\\{")
 _JOINED = re.compile(r"\\cup(?![a-zA-Z])|,?\s+or\s+")
@@ -110,7 +105,7 @@ def _bracketed(text: str) -> Region | None:
         return None
     if match["opening"] != "]" and match["closing"] == "[":
         return None
-    return Region((Interval(*ends, match["opening"] == "[", match["closing"] == "]"),))
+    return Region((Interval(ends[0], ends[1], match["opening"] == "[", match["closing"] == "]"),))
 
 
 def _without(point: str, name: str = "") -> Region:

@@ -11,8 +11,7 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 from megatron_rl.grading.math_answer import compared_as_text, math
-from megatron_rl.grading.remote import remote
-from megatron_rl.grading.rules import countdown, exact, format, regex
+from megatron_rl.grading.rules import countdown, exact, format, regex, remote
 
 RewardFn = Callable[[str, str], float]
 

@@ -1,4 +1,4 @@
-"""Verifiers that need nothing but Python: countdown, exact, regex and format."""
+"""Verifiers that need nothing but Python: countdown, exact, regex, format, and remote for a service behind HTTP."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import ast
 import json
 import operator
 import re
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
 # far above any sensible answer (six numbers need 17 characters and a few parentheses); bounds the parser's work and
 # depth
 _MAX_EXPRESSION = 128
+_PAUSE_SECONDS = 0.5  # before the first retry of a request; doubles
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
 }  # fmt: skip
@@ -71,3 +75,40 @@ def regex(response: str, answer: str, *, pattern: str, ignore_case: bool = False
 def format(response: str, answer: str, *, pattern: str) -> float:
     """1.0 if `pattern` is found in the response, else 0.0; anchor it with \\A and \\Z to describe all of it."""
     return float(re.search(pattern, response) is not None)
+
+
+def remote(
+    response: str,
+    answer: str,
+    *,
+    url: str,
+    headers: Mapping[str, str] | None = None,
+    timeout_seconds: float = 5.0,
+    retries: int = 2,
+) -> float:
+    """The `score` that the service gives: POST {"response", "answer"} as JSON, reply {"score": number}.
+
+    A connection that fails or a reply of 429 or 5xx is tried again `retries` times.
+    Raises: RuntimeError that names the address and what came back.
+    """
+    body = json.dumps({"response": response, "answer": answer}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **(headers or {})})
+    for attempt in range(retries + 1):
+        if attempt:
+            time.sleep(_PAUSE_SECONDS * 2 ** (attempt - 1))
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_seconds) as reply:
+                text = reply.read().decode()
+            break
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
+            if error.code != 429 and error.code < 500:
+                raise RuntimeError(f"{url}: {problem}") from error
+        except OSError as error:  # refused, reset, timed out, no such host
+            problem = str(error)
+    else:
+        raise RuntimeError(f"{url}: {problem} ({retries + 1} tries)")
+    try:
+        return float(json.loads(text)["score"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f'{url}: expected {{"score": number}}, got {text[:200]!r}') from error

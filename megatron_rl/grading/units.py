@@ -189,13 +189,10 @@ def _add(powers: dict[str, int], unit: tuple[str, Fraction], times: int) -> Frac
 def _counted(tokens: list[str]) -> bool:
     """Whether the words can be what is counted: a plural noun, with at most three words before or behind it."""
     words = [token.lower() for token in tokens]
-    if len(words) > 4 or not all(re.fullmatch(r"[a-z]{3,}", word) for word in words if word not in ("a", "in", "per")):
+    if len(words) > 4 or not all(re.fullmatch(r"[a-z]{3,}|a|in|per", word) for word in words):
         return False
-    if words == ["times"]:
-        return True
-    if any(word in _NO_NOUN for word in words):
-        return False
-    return any(word.endswith("s") and not word.endswith("ss") or word in _IRREGULAR for word in words)
+    has_noun = any(word.endswith("s") and not word.endswith("ss") or word in _IRREGULAR for word in words)
+    return words == ["times"] or has_noun and _NO_NOUN.isdisjoint(words)
 
 
 _TEXT = r"\\text\s*\{(?:[^{}]|\{[^{}]*\})*\}"

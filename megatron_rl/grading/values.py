@@ -1,18 +1,18 @@
 """Decide whether two expressions are equal, exactly.
 
 Rational numbers are computed as fractions; other constants are equal when their difference is 0, which
-grading/separation.py decides. Expressions with symbols are compared at points that the symbols' names choose.
+grading/constants.py decides. Expressions with symbols are compared at points that the symbols' names choose.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from megatron_rl.grading.constants import add, folded, multiply
+from megatron_rl.grading.constants import Undefined, add, clear, folded, is_zero, multiply, numeric, sign
 from megatron_rl.grading.grammar import Tree, children, holds, symbols
-from megatron_rl.grading.separation import Undefined, clear, is_zero, numeric, sign
 
 _POINTS = 6  # at which two expressions must agree
 _DRAWS = 24  # of points, some of which have no value
@@ -49,21 +49,18 @@ def _equal(x: Any, y: Any) -> bool:
     return x == y or is_zero(add([x, multiply([Fraction(-1), y])]))
 
 
-def _agree(a: Tree, b: Tree, compare: Any) -> bool:
+def _agree(a: Tree, b: Tree, compare: Callable[[Any, Any], bool]) -> bool:
+    """Whether the values compare well: of constants once, else at as many points as have one, at least three."""
     names = sorted(symbols(a) | symbols(b))
-    imaginary = holds(a, "i") or holds(b, "i")
-    if not names:
-        try:
-            return bool(compare(folded(a, {}), folded(b, {})))
-        except (Undefined, ArithmeticError):
-            return False
+    whole = bool(names) and any(holds(tree, *_WHOLE) or _alternates(tree) for tree in (a, b))
+    may_be_complex = not names or holds(a, "i") or holds(b, "i")
+    least, draws = (3, _DRAWS) if names else (1, 1)
     used = 0
-    whole = any(holds(tree, *_WHOLE) or _alternates(tree) for tree in (a, b))
-    for draw in range(_DRAWS):
+    for draw in range(draws):
         point = {name: _drawn(name, draw, whole=whole) for name in names}
         try:
             x, y = folded(a, point), folded(b, point)
-            if not imaginary and not (_is_real(x) and _is_real(y)):
+            if not may_be_complex and not (_is_real(x) and _is_real(y)):
                 continue
             if not compare(x, y):
                 return False
@@ -71,8 +68,8 @@ def _agree(a: Tree, b: Tree, compare: Any) -> bool:
             continue
         used += 1
         if used == _POINTS:
-            return True
-    return used >= 3
+            break
+    return used >= least
 
 
 def _alternates(tree: Tree) -> bool:

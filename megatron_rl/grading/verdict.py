@@ -10,8 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-# the error text travels to every rank with its rollout
-_MAX_ERROR = 2000
+_MAX_ERROR = 2000  # characters; the text travels to every rank with its rollout
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,9 +55,8 @@ def response_text(rollout: Rollout, tokenizer: Any) -> str:
 def graded(rollout: Rollout, verdict: Verdict) -> Rollout:
     """Return the rollout with what the verifiers said; `reward` is the score until `shape_rewards`."""
     score, *terms = verdict.values
-    return rollout.replace(
-        score=score, reward=score, terms=tuple(terms), error=verdict.error, unfinished=verdict.unfinished
-    )
+    problems = {"error": verdict.error, "unfinished": verdict.unfinished}
+    return rollout.replace(score=score, reward=score, terms=tuple(terms), **problems)
 
 
 def check_failures(rollouts: Sequence[Rollout], config: Config) -> None:
