@@ -339,7 +339,12 @@ def _equal_expressions(found: str, gold: str, policy: Policy) -> bool:
     found, gold, scale = _split_units(found, gold)
     if scale is None or len(found) > max(_MAX_READ, 4 * len(gold)):
         return False
-    found, gold = _in_radians(_without_thousands(found), _without_thousands(gold))
+    mixed = latex.has_degrees(found) and "\\pi" in gold or latex.has_degrees(gold) and "\\pi" in found
+    angle = r"({})\cdot\frac{{\pi}}{{180}}" if mixed else "{}"  # degrees against radians
+    found, gold = (
+        angle.format(latex.without_degrees(text)) if latex.has_degrees(text) else text
+        for text in (_without_thousands(found), _without_thousands(gold))
+    )
     try:
         a, b = expression.read(found), expression.read(gold)
     except Unreadable:
@@ -349,13 +354,6 @@ def _equal_expressions(found: str, gold: str, policy: Policy) -> bool:
     if scale != 1:
         a = ("mul", scale, a)
     return values.same(a, b) or bool(policy.rounding_digits) and _rounded(a, b, found, gold, scale, policy)
-
-
-def _in_radians(found: str, gold: str) -> tuple[str, str]:
-    mixed = latex.has_degrees(found) and "\\pi" in gold or latex.has_degrees(gold) and "\\pi" in found
-    angle = r"({})\cdot\frac{{\pi}}{{180}}" if mixed else "{}"
-    a, b = (angle.format(latex.without_degrees(t)) if latex.has_degrees(t) else t for t in (found, gold))
-    return a, b
 
 
 def _rounded(a: Tree, b: Tree, found: str, gold: str, scale: Fraction, policy: Policy) -> bool:

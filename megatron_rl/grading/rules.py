@@ -14,9 +14,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-# far above any sensible answer (six numbers need 17 characters and a few parentheses); bounds the parser's work and
-# depth
-_MAX_EXPRESSION = 128
+_MAX_EXPRESSION = 128  # characters, which bound the parser's work and depth; six numbers need 17 and a few parentheses
 _PAUSE_SECONDS = 0.5  # before the first retry of a request; doubles
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -41,8 +39,7 @@ def countdown(response: str, answer: str) -> float:
     try:
         value = _evaluate(ast.parse(response.strip(), mode="eval").body, used)
     except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
-        # what the parser and the arithmetic say to a wrong answer; MemoryError is CPython's word for too deep nesting
-        return 0.0
+        return 0.0  # a wrong answer; MemoryError is CPython's word for too deep nesting
     return float(value == target and used == numbers_given)
 
 

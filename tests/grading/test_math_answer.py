@@ -118,6 +118,15 @@ def test_an_unbalanced_gold_is_read_as_if_it_were_closed():
     assert math(r"\boxed{\frac{5055}{2^{15}}}", r"\frac{5055}{2^{15}") == 1.0
 
 
+def test_a_power_or_a_root_takes_a_decimal_that_starts_with_its_point():
+    for found, same, other in [
+        ("x^.5", r"\sqrt{x}", "x^5"),
+        (r"\sqrt.25", "0.5", r"\sqrt{25}"),
+        ("e^.5x", r"x\sqrt{e}", "e^5x"),
+    ]:
+        assert (math(boxed(found), same), math(boxed(found), other)) == (1.0, 0.0)
+
+
 def test_regex_takes_the_last_match_and_format_looks_for_one():
     assert regex("a=1 a=2", "2", pattern=r"a=(\d)") == 1.0 and regex("a=1 a=2", "1", pattern=r"a=(\d)") == 0.0
     assert regex("no", "2", pattern=r"a=(\d)") == 0.0
