@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 
 from megatron_rl.grading import expression, latex, notations, regions, units, values
 from megatron_rl.grading.grammar import Tree, Unreadable, holds, negative
@@ -70,6 +70,7 @@ def _equal(found: str, gold: str, policy: Policy) -> bool:
     return _first(_verdicts(found, gold, policy, partial(_equal, policy=policy)))
 
 
+@lru_cache(maxsize=4096)  # of nested sets each is compared both ways
 def is_understood(text: str) -> bool:
     """Return whether a reading finds that a cleaned answer is itself; else only the same text is the same answer."""
 

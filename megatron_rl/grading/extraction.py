@@ -30,7 +30,7 @@ _BETWEEN_BOXES = re.compile(
 )
 _WORD = re.compile(r"(?!(?:and|or)\b)\b[a-zA-Z]{3,}")
 _MAX_LINE = 2000  # characters of an answer's line that are searched
-_MAX_WORDS = 40  # characters between boxes that are one answer
+_FEW_WORDS = re.compile(r"[^.\n]{0,40}")  # between boxes that are one answer
 
 
 def answers(response: str, *, earlier_box: bool = False) -> list[str]:
@@ -60,24 +60,19 @@ def last_boxes(response: str) -> list[str]:
 
 def _boxes(response: str) -> tuple[list[str], bool, bool]:
     """The last boxes; whether only separators part them; whether a box behind them never closes."""
-    part = response.rpartition("</think>")[2]
-    spans, is_cut = _box_spans(part)
-    if not spans:
-        part = response
-        spans, is_cut = _box_spans(response)
-    boxes: list[str] = []
-    together = True
-    next_start: int | None = None
-    for start, end, content in reversed(spans):
-        if next_start is not None:
-            between = part[end:next_start]
-            separated = len(between) <= 60 and _BETWEEN_BOXES.fullmatch(between) is not None
-            if not separated and not re.fullmatch(rf"[^.\n]{{0,{_MAX_WORDS}}}", between):
-                break
-            together &= separated
-        boxes.insert(0, content)
-        next_start = start
-    return boxes, together, is_cut
+    for part in (response.rpartition("</think>")[2], response):
+        spans, is_cut = _box_spans(part)
+        if spans:
+            break
+    first, together = len(spans) - 1, True
+    while first > 0:
+        between = part[spans[first - 1][1] : spans[first][0]]
+        separated = len(between) <= 60 and _BETWEEN_BOXES.fullmatch(between) is not None
+        if not separated and not _FEW_WORDS.fullmatch(between):
+            break
+        together &= separated
+        first -= 1
+    return [content for _, _, content in spans[max(first, 0) :]], together, is_cut
 
 
 def _box_spans(text: str) -> tuple[list[tuple[int, int, str]], bool]:

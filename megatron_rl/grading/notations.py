@@ -20,8 +20,8 @@ _ANOTHER_CHOICE = re.compile(
 def choice(found: str, gold: str) -> bool | None:
     """The letter of a choice, with or without the text of that choice and of no other."""
     letter = _CHOICE.fullmatch(gold)
-    given = _CHOICE.fullmatch(found) or _CHOICE_WITH_TEXT.fullmatch(found)
-    if letter is None or given is None:
+    given = letter and (_CHOICE.fullmatch(found) or _CHOICE_WITH_TEXT.fullmatch(found))
+    if not letter or not given:
         return None
     return given[1] == letter[1] and not _ANOTHER_CHOICE.search(given.groupdict().get("rest", ""))
 
@@ -36,8 +36,8 @@ _NUMBER_WORDS = {word: str(value) for value, word in enumerate(
 _LEADING = re.compile(r"^(?:a|an|the|there\s+(?:is|are|exists?))\s+")
 
 
-def is_words(text: str) -> bool:
-    """Return whether a cleaned text is a word or several, rather than a product of symbols."""
+def _is_words(text: str) -> bool:
+    """Whether a cleaned text is a word or several, rather than a product of symbols."""
     if not _WORDS.fullmatch(text):
         return False
     if " " in text or "-" in text or text.casefold() in _SHORT_WORDS:
@@ -50,7 +50,7 @@ def words(found: str, gold: str) -> bool | None:
     for word, digits in ((found.casefold(), gold), (gold.casefold(), found)):
         if word in _NUMBER_WORDS and digits.isdigit():
             return _NUMBER_WORDS[word] == digits
-    if is_words(gold) or gold == "\\emptyset" and is_words(found):
+    if _is_words(gold) or gold == "\\emptyset" and _is_words(found):
         return _folded(found) == _folded(gold)
     return None
 

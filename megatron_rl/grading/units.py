@@ -75,9 +75,8 @@ _UNITS = {
     if name.startswith("*")
     for prefix, factor in _PREFIXES.items()
 } | {name.lstrip("*"): (dimensions, size) for name, dimensions, size in _ROWS}  # dB is no tenth of a byte
-# that a bare text may end in without being a product of symbols
-_KNOWN_BARE = {"cm", "km", "kg", "mm", "ft", "hr", "hrs", "lb", "lbs", "oz", "yd", "mph", "kph", "min", "mins", "sec",
-               "secs", "in", "mi"}  # fmt: skip
+# of two letters, that a bare text may end in without being a product of symbols
+_KNOWN_BARE = {"cm", "km", "kg", "mm", "ft", "hr", "lb", "oz", "yd", "in", "mi"}
 _SCALES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15,
     "dozen": 12, "score": 20, "gross": 144,
