@@ -26,7 +26,7 @@ from megatron_rl.plan.memory import fuses_output_layer, with_cache_tokens
 from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.policy.gradients import EntropyTangent
 from megatron_rl.policy.policy import MegatronPolicy
-from megatron_rl.reward import build_grader, reads_gold
+from megatron_rl.reward.shape import build_grader, reads_gold
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import Place, RolloutEngine
 from megatron_rl.rollout.probe import probe_engine

@@ -25,8 +25,9 @@ from megatron_rl.eval.benchmarks import Benchmark, Problem
 from megatron_rl.eval.statistics import Estimate, Intervals, Ints, label, summarise
 from megatron_rl.eval.store import EvalError, SampleStore
 from megatron_rl.grading.math_answer import last_boxes
+from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Grader, Verdict
-from megatron_rl.reward import RewardError, response_text
+from megatron_rl.reward.shape import response_text
 from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
 from megatron_rl.types import Rollout
 

@@ -25,7 +25,7 @@ from megatron_rl.eval.evaluator import Evaluator, SetResult
 from megatron_rl.eval.store import EvalError, model_name
 from megatron_rl.eval.table import write_tables
 from megatron_rl.parallel.groups import destroy_groups
-from megatron_rl.reward import build_grader, say_text_only
+from megatron_rl.reward.shape import build_grader, say_text_only
 from megatron_rl.rollout.engine import Place, RolloutEngine
 from megatron_rl.rollout.served import Served
 from megatron_rl.rollout.world import join

@@ -8,24 +8,27 @@ reading understands is wrong unless the texts agree. docs/grading.md tells it at
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache, partial
 
 from megatron_rl.grading import expression, latex, notations, regions, units, values
-from megatron_rl.grading.grammar import Tree, Unreadable, holds
-from megatron_rl.grading.latex import Parts
+from megatron_rl.grading.grammar import Tree, Unreadable, holds, negative
+from megatron_rl.grading.latex import Parts, Same
 from megatron_rl.grading.numerals import Number, close, number
 
-LEAD_IN = re.compile(r"^\s*\\text\{[^{}]*(?:\b(?:is|are)|:|=)\s*\}")
+_LEAD_IN = re.compile(r"^\s*\\text\{[^{}]*(?:\b(?:is|are)|:|=)\s*\}")
 _ASSIGNED = re.compile(r"(?P<name>[^=<>]*[^=<>!\\\s])\s*=(?P<value>[^=].*)", re.S)
 _MEMBER = re.compile(r"(?P<name>[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s*\\in(?![a-z])\s*(?P<value>.+)", re.S)
-QUALIFIER = re.compile(
+_QUALIFIER = re.compile(
     r",?\s*\\text\{\s*,?\s*(?:for|where|with)\s[^{}]*\}.*$|,?\s+(?:for (?:any|all|some|every)|where)\s.*$", re.S
 )
 _MATRIX = re.compile(
     r"(?P<factor>[^&]*?)\\begin\{(?P<kind>[pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr|\s]+\})?(?P<body>.*)\\end\{(?P=kind)\}",
     re.S,
 )
+_NAME = re.compile(r"(?:\\?[A-Za-z]+'*)(?:_\{?[\w\\ {}]+\}?)?\s*(?:\([\w,\s\\]*\))?|\((?:\s*\w\s*,)+\s*\w\s*\)")
 _NAMED_TUPLE = re.compile(r"\((?P<names>[\w\s,]+)\)\s*=\s*\((?P<items>.+)\)")
 _SAID = re.compile(
     r"(?:(?:so|thus|hence) )?(?:the )?(?:final |correct )?(?:answer|option|choice)s?\s*(?:(?:is|are)\s|:|=)?\s*"
@@ -33,8 +36,8 @@ _SAID = re.compile(
     re.I,
 )
 _REMARK = re.compile(r"\s*\\text\{\s*\(?as (?:required|desired|expected|claimed|wanted|needed)\)?\s*\}$")
-RELATION = re.compile(r"<|>|=|\\(?:le|ge)(?![a-zA-Z])")
-INFINITY = re.compile(r"([+-]?)\s*\\infty")
+_RELATION = re.compile(r"<|>|=|\\(?:le|ge)(?![a-zA-Z])")
+_INFINITY = re.compile(r"([+-]?)\s*\\infty")
 _MAX_READ = 400  # characters
 
 
@@ -64,43 +67,54 @@ def _equal(found: str, gold: str, policy: Policy) -> bool:
         return True
     if len(gold) > latex.MAX_CLEANED:
         return False
+    return _first(_verdicts(found, gold, policy, partial(_equal, policy=policy)))
 
-    def same(a: str, b: str) -> bool:
-        return _equal(a.strip(), b.strip(), policy)
 
+@lru_cache(maxsize=4096)  # of nested sets each is compared both ways
+def is_understood(text: str) -> bool:
+    """Return whether a reading finds that a cleaned answer is itself; else only the same text is the same answer."""
+
+    def same(item: str, _: str) -> bool:
+        return item != text and is_understood(item.strip())
+
+    return bool(text) and _first(_verdicts(text, text, Policy(), same))
+
+
+def _first(verdicts: Iterator[bool | None]) -> bool:
+    return next(verdict for verdict in verdicts if verdict is not None)
+
+
+def _verdicts(found: str, gold: str, policy: Policy, same: Same) -> Iterator[bool | None]:
+    """What each reading says, one after the other; None where it does not apply. `same` compares parts."""
     found = _SAID.sub("", found) if not _SAID.match(gold) else found
-    for verdict in (notations.choice(found, gold), notations.words(found, gold), notations.base(found, gold)):
-        if verdict is not None:
-            return verdict
+    for read in (notations.choice, notations.words, notations.base):
+        yield read(found, gold)
     found, gold = _same_kind(found, gold)
-    verdict = notations.time(found, gold)
-    if verdict is None and ":" in found + gold:
-        verdict = notations.ratio(found, gold, same)
-    if verdict is not None:
-        return verdict
-    verdict = _equal_quantities(found, gold, policy)
-    if verdict is None or (not verdict and "," in found and "," in gold):
-        verdict = _equal_regions(found, gold, policy)
-    if verdict is None:
-        verdict = _equal_parts(found, gold, policy)
-    if verdict is None:
-        verdict = _equal_relations(found, gold)
-    return _equal_expressions(found, gold, policy) if verdict is None else verdict
+    yield notations.time(found, gold)
+    if ":" in found + gold:
+        yield notations.ratio(found, gold, same)
+    are_equal = _equal_quantities(found, gold, policy)
+    if are_equal or not ("," in found and "," in gold):  # 1,200 may be a list
+        yield are_equal
+    yield _equal_regions(found, gold, same)
+    yield _equal_parts(found, gold, same)
+    yield _equal_relations(found, gold)
+    yield _equal_expressions(found, gold, policy)
 
 
 def _same_kind(found: str, gold: str) -> tuple[str, str]:
     """Both without what only one of them says: a name, a modulus, a rounding, a condition; with plus-minus expanded."""
-    found = _REMARK.sub("", LEAD_IN.sub("", found)).strip()
+    found = _REMARK.sub("", _LEAD_IN.sub("", found)).strip()
     if "\\approx" in found + gold:
-        found, gold = exact(found), exact(gold)
+        found, gold = _exact(found), _exact(gold)
     (a, modulus), (b, gold_modulus) = notations.without_modulus(found), notations.without_modulus(gold)
     if modulus == gold_modulus or not modulus or not gold_modulus:
         found, gold = a, b
     if ("text" in found + gold or " for " in found + gold or " where " in found + gold) and re.search(r"[a-z]", gold):
-        found, gold = QUALIFIER.sub("", found) or found, QUALIFIER.sub("", gold) or gold
+        found, gold = _QUALIFIER.sub("", found) or found, _QUALIFIER.sub("", gold) or gold
     found, gold = _by_name(found, gold), _by_name(gold, found)
     found, gold = _same_side(found, gold)
-    return signs_expanded(found), signs_expanded(gold)
+    return _signs_expanded(found), _signs_expanded(gold)
 
 
 def _by_name(text: str, other: str) -> str:
@@ -112,7 +126,7 @@ def _by_name(text: str, other: str) -> str:
     return ",".join(f"{n}={v}" for n, v in zip(names, items, strict=True)) if len(names) == len(items) else text
 
 
-def exact(text: str) -> str:
+def _exact(text: str) -> str:
     """The left side of an approximation, unless it is only a name or nothing."""
     left, sign, right = text.partition("\\approx")
     left, right = left.strip(), right.strip()
@@ -151,21 +165,16 @@ def _named(text: str) -> tuple[str, str]:
 
 def _is_name(text: str) -> bool:
     """Whether the left side of an equation only names what the right side is."""
-    return (
-        re.fullmatch(
-            r"(?:\\?[A-Za-z]+'*)(?:_\{?[\w\\ {}]+\}?)?\s*(?:\([\w,\s\\]*\))?|\((?:\s*\w\s*,)+\s*\w\s*\)", text.strip()
-        )
-        is not None
-    )
+    return _NAME.fullmatch(text.strip()) is not None
 
 
-def signs_expanded(text: str) -> str:
+def _signs_expanded(text: str) -> str:
     """With both signs of plus-minus as two items; in a list for each item that has it."""
     if "\\pm" not in text:
         return text
     parts = latex.parts(text)
     if parts.opening in ("", "\\{") and len(parts.items) > 1 or parts.opening == "\\{":
-        inner = ",".join(signs_expanded(item) for item in parts.items)
+        inner = ",".join(_signs_expanded(item) for item in parts.items)
         return f"\\{{{inner}\\}}" if parts.opening else inner
     plus = re.sub(r"\\mp(?![a-z])", "-", re.sub(r"\\pm(?![a-z])", "+", text))
     minus = re.sub(r"\\mp(?![a-z])", "+", re.sub(r"\\pm(?![a-z])", "-", text))
@@ -210,29 +219,24 @@ def _equal_quantities(found: str, gold: str, policy: Policy) -> bool | None:
     return close(a, b, scale, policy.rounding_digits)
 
 
-def _equal_regions(found: str, gold: str, policy: Policy) -> bool | None:
+def _equal_regions(found: str, gold: str, same: Same) -> bool | None:
     """The verdict on sets of real numbers, member by member; None when neither is one."""
     a, b = regions.read(found), regions.read(gold)
-    if a is None and b is None:
+    if a and b:
+        return regions.same(a, b, same)
+    known, other = (a, gold) if a else (b, found)
+    if known is None:
         return None
-
-    def compare(x: str, y: str) -> bool:
-        return _equal(x, y, policy)
-
-    if a is None or b is None:
-        known, other = (a, gold) if b is None else (b, found)
-        if known is None or RELATION.search(other):
-            return False if known and not known.only_points else None
-        if known.only_points and known.members and len(latex.parts(other).items) == 1 and not known.name:
-            return None if len(known.members) == 1 else False
-        plain = regions.plain(other)
-        if plain is None:
-            return False if not known.only_points else None
-        a, b = (plain, b) if a is None else (a, plain)
-    return b is not None and a is not None and regions.same(a, b, compare)
+    only_points = all(isinstance(member, str) for member in known.members)
+    plain = None if _RELATION.search(other) else regions.plain(other)
+    if plain is None:
+        return None if only_points else False
+    if only_points and known.members and len(latex.parts(other).items) == 1 and not known.name:
+        return None if len(known.members) == 1 else False
+    return regions.same(a or plain, b or plain, same)
 
 
-def entries(text: str) -> list[list[str]] | None:
+def _entries(text: str) -> list[list[str]] | None:
     """The entries of a matrix, row by row, each multiplied with the factor before it."""
     enclosed = re.fullmatch(r"[(\[]\s*(\\begin\{.*\})\s*[)\]]", text.strip(), re.S)
     match = _MATRIX.fullmatch(enclosed[1] if enclosed else text.strip())
@@ -245,35 +249,41 @@ def entries(text: str) -> list[list[str]] | None:
     return [[f"({factor})({cell.strip()})" if factor else cell.strip() for cell in row.split("&")] for row in rows]
 
 
-def _equal_parts(found: str, gold: str, policy: Policy) -> bool | None:
+def _equal_parts(found: str, gold: str, same: Same) -> bool | None:
     """The verdict on matrices, tuples, sets and lists; None when neither is one."""
-    matrices = entries(found), entries(gold)
-    if any(matrices):
-        return _equal_matrices(*matrices, found, gold, policy)
     a, b = latex.parts(found), latex.parts(gold)
+    matrices = _entries(found), _entries(gold)
+    if any(matrices):
+        return _equal_matrices(*matrices, a, b, same)
     if len(b.items) < 2 and len(a.items) < 2:
         if not a.items or not b.items or not a.opening and not b.opening:
             return None
-        return _equal(a.items[0], b.items[0], policy)
+        return same(a.items[0], b.items[0])
     if len(a.items) < 2 or len(b.items) < 2:
         joined = tuple(t if p.opening else _without_thousands(t) for t, p in ((found, a), (gold, b)))
         return None if joined != (found, gold) and len(latex.parts(joined[0]).items) == 1 else False
     if not _brackets_agree(a, b):
         return False
     if a.opening == b.opening == "\\{":
-        return _includes(a.items, b.items, policy) and _includes(b.items, a.items, policy)
+        is_within = all(any(same(x, y) for y in b.items) for x in a.items)
+        return is_within and all(any(same(y, x) for x in a.items) for y in b.items)
     if len(a.items) != len(b.items):
         return False
-    in_order = not ("\\{" in (a.opening, b.opening) or not a.opening and not b.opening)
-    names = [_named(item)[0] for item in b.items], [_named(item)[0] for item in a.items]
-    if all(names[0]) and len(set(names[0])) == len(b.items) and not any(names[1]):
-        in_order = True  # a = 1, b = 2 against 1, 2
-    found_items = a.items
-    if in_order and all(names[1]) and len(set(names[1])) == len(a.items) and not any(names[0]):
-        found_items = tuple(item for _, item in sorted(zip(names[1], a.items, strict=True)))
+    in_order = "\\{" not in (a.opening, b.opening) and bool(a.opening or b.opening)
+    items, (names, gold_names) = a.items, ([_named(item)[0] for item in p.items] for p in (a, b))
+    if all(gold_names) and len(set(gold_names)) == len(items) and not any(names):
+        in_order = True  # 1, 2 against a = 1, b = 2
+    elif in_order and all(names) and len(set(names)) == len(items) and not any(gold_names):
+        items = tuple(item for _, item in sorted(zip(names, items, strict=True)))
     if in_order:
-        return all(_equal(x, y, policy) for x, y in zip(found_items, b.items, strict=True))
-    return _match_up(list(a.items), list(b.items), policy)
+        return all(same(x, y) for x, y in zip(items, b.items, strict=True))
+    left = list(b.items)
+    for item in items:
+        match = next((other for other in left if same(item, other)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
 
 
 def _without_thousands(text: str) -> str:
@@ -281,19 +291,18 @@ def _without_thousands(text: str) -> str:
 
 
 def _equal_matrices(
-    a: list[list[str]] | None, b: list[list[str]] | None, found: str, gold: str, policy: Policy
+    a: list[list[str]] | None, b: list[list[str]] | None, parts: Parts, gold_parts: Parts, same: Same
 ) -> bool:
+    """Entry by entry; a tuple stands for a row or a column where only one of them is a matrix."""
     if a is None or b is None:
-        entries, other = (a or b or []), latex.parts(found if a is None else gold)
-        line = [cell for row in entries for cell in row]
-        is_line = len(entries) == 1 or all(len(row) == 1 for row in entries)
-        if not is_line or other.opening not in ("(", "[", "\\langle") or len(other.items) != len(line):
+        matrix, other = (a, gold_parts) if a is not None else (b or [], parts)
+        is_line = len(matrix) == 1 or all(len(row) == 1 for row in matrix)
+        if not is_line or other.opening not in ("(", "[", "\\langle"):
             return False
-        pairs = zip(other.items, line, strict=True) if a is None else zip(line, other.items, strict=True)
-        return all(_equal(x, y, policy) for x, y in pairs)
-    if [len(row) for row in a] != [len(row) for row in b]:
-        return False
-    return all(_equal(x, y, policy) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True))
+        line = [cell for row in matrix for cell in row]
+        a, b = ([line], [list(other.items)]) if a is not None else ([list(other.items)], [line])
+    same_shape = [len(row) for row in a] == [len(row) for row in b]
+    return same_shape and all(same(x, y) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True))
 
 
 def _brackets_agree(a: Parts, b: Parts) -> bool:
@@ -304,48 +313,39 @@ def _brackets_agree(a: Parts, b: Parts) -> bool:
     return (a.opening, a.closing) == (b.opening, b.closing) or {a.opening, b.opening} == {"(", "\\langle"}
 
 
-def _includes(items: tuple[str, ...], others: tuple[str, ...], policy: Policy) -> bool:
-    return all(any(_equal(item, other, policy) for other in others) for item in items)
-
-
-def _match_up(found: list[str], gold: list[str], policy: Policy) -> bool:
-    """Whether the items agree in some order."""
-    left = list(gold)
-    for item in found:
-        match = next((g for g in left if _equal(item, g, policy)), None)
-        if match is None:
-            return False
-        left.remove(match)
-    return not left
-
-
 def _equal_relations(found: str, gold: str) -> bool | None:
     """The verdict on equations and inequalities, one being a multiple of the other; None when neither is one."""
-    sides = [[side.strip() for side in RELATION.split(text)] for text in (found, gold)]
-    signs = [RELATION.findall(text) for text in (found, gold)]
-    if not any(signs) or re.search(r"\\(?:sum|prod)(?![a-z])", found + gold):
+    relations = [_RELATION.findall(text) for text in (found, gold)]
+    if not any(relations) or re.search(r"\\(?:sum|prod)(?![a-z])", found + gold):
         return None
-    if [len(s) for s in signs] != [1, 1]:
+    if [len(signs) for signs in relations] != [1, 1]:
         return False
-    trees: list[Tree] = []
+    kinds, trees = [], []
     try:
-        for (left, right), (sign,) in zip(sides, signs, strict=True):
-            minus = ("mul", ("num", Fraction(-1)), expression.read(right if sign not in (">", "\\ge") else left))
-            trees.append(("add", expression.read(left if sign not in (">", "\\ge") else right), minus))
+        for text, (sign,) in zip((found, gold), relations, strict=True):
+            small, large = _RELATION.split(text)
+            if sign in regions.UPSIDE_DOWN:
+                small, large, sign = large, small, regions.UPSIDE_DOWN[sign]
+            kinds.append(sign)
+            trees.append(("add", expression.read(small.strip()), negative(expression.read(large.strip()))))
     except Unreadable:
         return False
-    kinds = [{">": "<", "\\ge": "\\le"}.get(sign, sign) for (sign,) in signs]
     return kinds[0] == kinds[1] and values.same_relation(*trees, positive=kinds[0] != "=")
 
 
 def _equal_expressions(found: str, gold: str, policy: Policy) -> bool:
-    infinite = [INFINITY.fullmatch(text) for text in (found, gold)]
+    infinite = [_INFINITY.fullmatch(text) for text in (found, gold)]
     if any(infinite):
         return all(infinite) and len({m[1].replace("+", "") for m in infinite if m}) == 1
     found, gold, scale = _split_units(found, gold)
     if scale is None or len(found) > max(_MAX_READ, 4 * len(gold)):
         return False
-    found, gold = _in_radians(_without_thousands(found), _without_thousands(gold))
+    mixed = latex.has_degrees(found) and "\\pi" in gold or latex.has_degrees(gold) and "\\pi" in found
+    angle = r"({})\cdot\frac{{\pi}}{{180}}" if mixed else "{}"  # degrees against radians
+    found, gold = (
+        angle.format(latex.without_degrees(text)) if latex.has_degrees(text) else text
+        for text in (_without_thousands(found), _without_thousands(gold))
+    )
     try:
         a, b = expression.read(found), expression.read(gold)
     except Unreadable:
@@ -353,31 +353,18 @@ def _equal_expressions(found: str, gold: str, policy: Policy) -> bool:
     if not policy.unevaluated and holds(a, "range") and not holds(b, "range"):
         return False
     if scale != 1:
-        a = ("mul", ("num", scale), a)
+        a = ("mul", scale, a)
     return values.same(a, b) or bool(policy.rounding_digits) and _rounded(a, b, found, gold, scale, policy)
-
-
-def _in_radians(found: str, gold: str) -> tuple[str, str]:
-    mixed = latex.has_degrees(found) and "\\pi" in gold or latex.has_degrees(gold) and "\\pi" in found
-    texts = []
-    for text in (found, gold):
-        if not latex.has_degrees(text):
-            texts.append(text)
-            continue
-        bare = latex.without_degrees(text)
-        texts.append(rf"({bare})\cdot\frac{{\pi}}{{180}}" if mixed else bare)
-    return texts[0], texts[1]
 
 
 def _rounded(a: Tree, b: Tree, found: str, gold: str, scale: Fraction, policy: Policy) -> bool:
     """Whether one is a decimal that rounds the exact constant that the other is."""
-    written = number(found) or number(gold)
-    if written is None or not written.step:
+    rounds_gold = number(found)
+    written = rounds_gold or number(gold)
+    if written is None or written.percent or not written.step:
         return False  # an exact number rounds nothing
-    value = values.constant(b if number(found) else a)
-    if value is None or written.percent:
+    value = values.constant(b if rounds_gold else a)
+    if value is None:
         return False
-    exact = Number(value, "fraction", Fraction(0), 0, False, True)
-    if number(found):
-        return close(written, exact, scale, policy.rounding_digits)
-    return close(exact, written, Fraction(1), policy.rounding_digits)
+    pair = (written, Number(value), scale) if rounds_gold else (Number(value), written, Fraction(1))
+    return close(*pair, policy.rounding_digits)

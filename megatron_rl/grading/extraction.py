@@ -10,10 +10,9 @@ from megatron_rl.grading.numerals import number
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:(?=\{)|(?P<bare>[^\s{}\\$]+))")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
 _HASHES = re.compile(r"####\s*(?P<answer>[^\n]+)")
-_SAID = re.compile(
-    r"answers?\s*(?:\*\*|__)?\s*(?:is|are|=|:)\s*(?:\*\*|__)?\s*:?\s*(?P<answer>(?:\*\*|\s)*\S.*)", re.I | re.S
-)
-_SAID_AGAIN = re.compile(r"answers?\s*(?:\*\*|__)?\s*(?:is|are|=|:)", re.I)
+_MENTION = r"answers?\s*(?:\*\*|__)?\s*(?:is|are|=|:)"
+_MENTIONED = re.compile(_MENTION, re.I)
+_SAID = re.compile(_MENTION + r"\s*(?:\*\*|__)?\s*:?\s*(?P<answer>(?:\*\*|\s)*\S.*)", re.I | re.S)
 # the dollars of money enclose no formula: a closing one has no space before it and no digit behind it
 _FORMULA = re.compile(
     r"\$\$(.+?)\$\$"
@@ -31,7 +30,7 @@ _BETWEEN_BOXES = re.compile(
 )
 _WORD = re.compile(r"(?!(?:and|or)\b)\b[a-zA-Z]{3,}")
 _MAX_LINE = 2000  # characters of an answer's line that are searched
-_MAX_WORDS = 40  # characters between boxes that are one answer
+_FEW_WORDS = re.compile(r"[^.\n]{0,40}")  # between boxes that are one answer
 
 
 def answers(response: str, *, earlier_box: bool = False) -> list[str]:
@@ -47,10 +46,10 @@ def answers(response: str, *, earlier_box: bool = False) -> list[str]:
     if not boxes:
         found = unboxed_answer(response)
         return [found] if found else []
-    if len(boxes) == 1 or len(set(boxes)) == 1:
-        return [boxes[-1], *([",".join(boxes)] if len(boxes) > 1 else [])]
     joined = ",".join(boxes)
-    return [joined] if together else [boxes[-1], joined]
+    if together and len(set(boxes)) > 1:
+        return [joined]
+    return [boxes[-1], joined] if len(boxes) > 1 else boxes
 
 
 def last_boxes(response: str) -> list[str]:
@@ -61,43 +60,35 @@ def last_boxes(response: str) -> list[str]:
 
 def _boxes(response: str) -> tuple[list[str], bool, bool]:
     """The last boxes; whether only separators part them; whether a box behind them never closes."""
-    part = response.rpartition("</think>")[2]
-    spans, is_cut = _box_spans(part)
-    if not spans:
-        part = response
-        spans, is_cut = _box_spans(response)
-    boxes: list[str] = []
-    together = True
-    next_start: int | None = None
-    for start, end, content in reversed(spans):
-        if next_start is not None:
-            between = part[end:next_start]
-            separated = len(between) <= 60 and _BETWEEN_BOXES.fullmatch(between) is not None
-            if not separated and not re.fullmatch(rf"[^.\n]{{0,{_MAX_WORDS}}}", between):
-                break
-            together &= separated
-        boxes.insert(0, content)
-        next_start = start
-    return boxes, together, is_cut
+    for part in (response.rpartition("</think>")[2], response):
+        spans, is_cut = _box_spans(part)
+        if spans:
+            break
+    first, together = len(spans) - 1, True
+    while first > 0:
+        between = part[spans[first - 1][1] : spans[first][0]]
+        separated = len(between) <= 60 and _BETWEEN_BOXES.fullmatch(between) is not None
+        if not separated and not _FEW_WORDS.fullmatch(between):
+            break
+        together &= separated
+        first -= 1
+    return [content for _, _, content in spans[max(first, 0) :]], together, is_cut
 
 
 def _box_spans(text: str) -> tuple[list[tuple[int, int, str]], bool]:
     """(start, end, content) of the outermost closed boxes, of which the last 16 matter; whether the last is not one."""
     spans, position, is_cut = [], 0, False
-    starts = [match.start() for match in _BOX.finditer(text)][-64:]
-    for start in starts:
-        match = _BOX.match(text, start)
-        if match is None or start < position:
+    for match in list(_BOX.finditer(text))[-64:]:
+        if match.start() < position:
             continue
-        if match["bare"] is not None:
-            spans.append((start, match.end(), match["bare"]))
-            is_cut = False
-            continue
-        end = latex.matching_brace(text, match.end())
-        is_cut = end < 0
-        if not is_cut and text[match.end() + 1 : end].strip():
-            spans.append((start, end + 1, text[match.end() + 1 : end]))
-        position = max(position, end)
+        content, end = match["bare"], match.end()
+        if content is None:
+            end = latex.matching_brace(text, match.end()) + 1
+            content = text[match.end() + 1 : end - 1] if end else ""
+            position = max(position, end - 1)
+        is_cut = end == 0
+        if content.strip():
+            spans.append((match.start(), end, content))
     return spans[-16:], is_cut
 
 
@@ -107,7 +98,7 @@ def unboxed_answer(response: str) -> str | None:
     tags = _TAG.findall(text)
     if tags:
         text = tags[-1].strip()
-        if len(text) <= 400 and "\n" not in text and not _SAID_AGAIN.search(text):
+        if len(text) <= 400 and "\n" not in text and not _MENTIONED.search(text):
             return _core(text)
     cut = _BOX.search(text)
     if cut and not re.match(r"\s*\{\s*\}", text[cut.end() :]):
@@ -115,23 +106,15 @@ def unboxed_answer(response: str) -> str | None:
     hashes = _HASHES.findall(text)
     if hashes:
         return _core(hashes[-1])
-    said = _last_said(text)
-    if said:
-        return _stated(said)
+    for mention in reversed([*_MENTIONED.finditer(text)][-8:]):
+        said = _SAID.match(text, mention.start())
+        if said:
+            return _stated(said["answer"])
     if re.search(r"(?:\$\$|\\\])[\s.]*$", text):  # a displayed formula at the end spans lines
         formulas = _FORMULA.findall(text)
         return next(filter(None, formulas[-1]), None) if formulas else None
     lines = [line for line in text.split("\n") if line.strip(" \t*-_=#")]
     return _core(lines[-1]) if lines else None
-
-
-def _last_said(text: str) -> str | None:
-    starts = [match.start() for match in _SAID_AGAIN.finditer(text)]
-    for start in reversed(starts[-8:]):
-        match = _SAID.match(text, start)
-        if match:
-            return match["answer"]
-    return None
 
 
 def _stated(text: str) -> str | None:
@@ -146,14 +129,11 @@ def _stated(text: str) -> str | None:
         return _core(line)
     clause = _CLAUSE.split(line, maxsplit=1)[0].strip()
     if not re.search(r"\d", clause):
-        return clause if clause else _core(line)
+        return clause or _core(line)
     cleaned = latex.clean(clause)
-    if "\\" in clause or number(cleaned) is not None or units.split_unit(cleaned)[1] is not None:
+    if "\\" in clause or not _WORD.search(clause) or number(cleaned) or units.split_unit(cleaned)[1]:
         return clause
-    if not _WORD.search(clause):
-        return clause
-    numbers = _PLAIN_NUMBER.findall(clause)
-    return numbers[0] if numbers else clause
+    return (_PLAIN_NUMBER.findall(clause) or [clause])[0]
 
 
 def _core(line: str) -> str:
@@ -165,9 +145,8 @@ def _core(line: str) -> str:
         return ",".join(formulas) if only_math and len(formulas) > 1 else formulas[-1]
     if len(line) <= 400:
         cleaned = latex.clean(line)
-        if number(cleaned) is not None or number(units.split_unit(cleaned)[0]) is not None:
+        if number(cleaned) or number(units.split_unit(cleaned)[0]):
             return line
     if "\\" in line or not re.search(r"[a-zA-Z]{2,}\s+\S", line):
         return line
-    numbers = _PLAIN_NUMBER.findall(line)
-    return numbers[-1] if numbers else line
+    return (_PLAIN_NUMBER.findall(line) or [line])[-1]

@@ -6,24 +6,18 @@ import re
 from fractions import Fraction
 from typing import Any
 
-Tree = tuple[Any, ...]
+Tree = Any  # a Fraction, or a tuple: its kind, the name of a function or symbol, and the trees below
 
 _MAX_TOKENS = 1500
 _MAX_DIGITS = 4000  # of a number; Python reads no more
-GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell partial "
-    "nabla odot mho triangle"
-).split()
 TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
-INVERSES = {"arcsin", "arccos", "arctan", "asin", "acos", "atan"}
-HYPERBOLIC = {"sinh", "cosh", "tanh"}
-PREFIX = TRIGONOMETRIC | INVERSES | HYPERBOLIC | {"log", "ln", "lg", "exp"}
+_INVERSES = {"arcsin", "arccos", "arctan", "asin", "acos", "atan"}
+_HYPERBOLIC = {"sinh", "cosh", "tanh"}
+PREFIX = TRIGONOMETRIC | _INVERSES | _HYPERBOLIC | {"log", "ln", "lg", "exp"}
 OF_SEVERAL = {"max", "min", "gcd", "lcm"}
 _PLAIN_NAMES = sorted(
     PREFIX | OF_SEVERAL | {"sqrt", "cbrt", "floor", "ceil", "pi", "binom", "abs"}, key=len, reverse=True
 )
-ACCENTS = {"hat", "vec", "bar", "tilde", "dot", "ddot", "overline", "widehat", "overrightarrow", "mathbb", "mathcal"}
 _TOKEN = re.compile(
     r"\s+"
     r"|(?P<repeating>\d*\.\d*\\overline\s*\{\d+\})"
@@ -37,19 +31,10 @@ _TOKEN = re.compile(
     r"|(?P<mark>.)",
     re.S,
 )
-CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 
 
 class Unreadable(ValueError):
     """The text is no expression of this grammar."""
-
-
-STOPS = {
-    "\\rfloor", "\\rceil", "\\rvert", "\\cdot", "\\times", "\\div", "\\ast", "\\%", "\\degree", "\\circ", "\\}",
-    "\\bmod", "\\mod", "\\pmod", "\\le", "\\ge", "\\ne", "\\in", "\\cup", "\\or", "\\to", "\\approx", "\\pm", "\\mp",
-    "\\infty",
-}  # fmt: skip
-FUNCTION_LETTERS = set("fghuvyFGHUPQ\\")
 
 
 class Tokens:
@@ -57,10 +42,8 @@ class Tokens:
 
     def __init__(self, text: str) -> None:
         """Raises: Unreadable when they are too many."""
-        self._tokens: list[tuple[str, str]] = []
-        for match in _TOKEN.finditer(text):
-            if match.lastgroup:
-                self._tokens.append((match.lastgroup, match.group()))
+        matches = _TOKEN.finditer(text)
+        self._tokens = [(match.lastgroup, match.group()) for match in matches if match.lastgroup]
         if len(self._tokens) > _MAX_TOKENS or any(len(text) > _MAX_DIGITS for _, text in self._tokens):
             raise Unreadable("too long")
         self._plain = "*" in text and "\\" not in text and "{" not in text  # as in code: a power takes all its digits
@@ -75,10 +58,9 @@ class Tokens:
         return self._tokens[position][0] if 0 <= position < len(self._tokens) else ""
 
     def _take(self, *texts: str) -> bool:
-        if self._peek() in texts and self._peek():
-            self._next += 1
-            return True
-        return False
+        taken = self._peek() in texts
+        self._next += taken
+        return taken
 
     def _expect(self, text: str) -> None:
         if not self._take(text):
@@ -90,17 +72,14 @@ class Tokens:
         while True:
             if self._take("'"):
                 marks += "'"
-            elif self._peek() == "^" and self._peek(1) == "\\prime":
+            elif self._peek() == "^" and self._peek(1) in ("\\prime", "*"):
+                marks += "'" if self._peek(1) == "\\prime" else "*"
                 self._next += 2
-                marks += "'"
             elif self._peek() == "^" and self._peek(1) == "{" and self._peek(2) == "\\prime":
                 self._next += 2
                 while self._take("\\prime"):
                     marks += "'"
                 self._expect("}")
-            elif self._peek() == "^" and self._peek(1) == "*":
-                self._next += 2
-                marks += "*"
             elif self._take("_"):
                 marks += "_" + self._raw()
             else:
@@ -112,34 +91,17 @@ class Tokens:
             self._next += 1
             return _bare(self._peek(-1))
         text, depth = "", 1
-        while depth:
-            token = self._peek()
-            if not token:
-                raise Unreadable("a brace is not closed")
+        while token := self._peek():
             self._next += 1
             depth += (token == "{") - (token == "}")
-            text += _bare(token) if depth else ""
-        return text
+            if depth == 0:
+                return text
+            text += _bare(token)
+        raise Unreadable("a brace is not closed")
 
 
 def _bare(token: str) -> str:
     return token[token.index("{") + 1 : -1].strip() if token.startswith("\\text") else token
-
-
-def small(exponent: int) -> int:
-    """Return an exponent of ten. Raises: Unreadable when the number would be too large."""
-    if abs(exponent) > 20_000:
-        raise Unreadable("the exponent is too large")
-    return exponent
-
-
-def repeating(text: str) -> Fraction:
-    """Return the value of a decimal with a period under \\overline."""
-    whole, _, rest = text.partition(".")
-    start, _, period = rest.partition("\\overline")
-    period = period.strip()[1:-1]
-    tail = int(start or 0) + Fraction(int(period), 10 ** len(period) - 1)
-    return int(whole or 0) + tail / 10 ** len(start)
 
 
 def function(name: str, inner: Tree, subscript: Tree | None) -> Tree:
@@ -147,51 +109,39 @@ def function(name: str, inner: Tree, subscript: Tree | None) -> Tree:
     if name == "exp":
         return ("pow", ("e",), inner)
     if name in ("ln", "log", "lg"):
-        base = ("num", Fraction(10)) if name == "lg" else subscript
+        base = Fraction(10) if name == "lg" else subscript
         return ("fn", "log", inner) if base is None else ("div", ("fn", "log", inner), ("fn", "log", base))
-    if name in INVERSES and not name.startswith("arc"):
-        name = "arc" + name[1:]
-    if name in HYPERBOLIC:
-        up, down = ("pow", ("e",), inner), ("pow", ("e",), ("mul", ("num", Fraction(-1)), inner))
-        minus = ("add", up, ("mul", ("num", Fraction(-1)), down))
-        plus = ("add", up, down)
-        top, bottom = {"sinh": (minus, ("num", Fraction(2))), "cosh": (plus, ("num", Fraction(2)))}.get(
-            name, (minus, plus)
-        )
-        return ("div", top, bottom)
-    return ("fn", name, inner)
+    if name in _HYPERBOLIC:
+        up, down = ("pow", ("e",), inner), ("pow", ("e",), negative(inner))
+        minus, plus = ("add", up, negative(down)), ("add", up, down)
+        return ("div", plus if name == "cosh" else minus, plus if name == "tanh" else Fraction(2))
+    return ("fn", name.replace("arc", "a"), inner)
 
 
-def product(factors: list[Tree]) -> Tree:
-    """Return one factor, or the product of several."""
-    return factors[0] if len(factors) == 1 else ("mul", *factors)
+def negative(tree: Tree) -> Tree:
+    """Return the tree times -1."""
+    return ("mul", Fraction(-1), tree)
 
 
-def holds_pi(tree: Tree) -> bool:
-    """Return whether pi occurs."""
-    return tree == ("pi",) or any(isinstance(part, tuple) and holds_pi(part) for part in tree[1:])
-
-
-def depth(tree: Tree) -> int:
-    """Return how many nodes lie on the longest way down."""
-    deepest, level = 0, [tree]
-    while level:
-        deepest += 1
-        level = [part for node in level for part in node[1:] if isinstance(part, tuple)]
-    return deepest
+def children(tree: Tree) -> list[Tree]:
+    """Return the trees right below a node."""
+    return [part for part in tree[1:] if not isinstance(part, str)] if isinstance(tree, tuple) else []
 
 
 def symbols(tree: Tree) -> frozenset[str]:
     """Return the names of the free symbols."""
+    if isinstance(tree, Fraction):
+        return frozenset()
     if tree[0] == "sym":
         return frozenset((tree[1],))
     if tree[0] == "range":
         return (symbols(tree[5]) - {tree[2]}) | symbols(tree[3]) | symbols(tree[4])
-    return frozenset().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
+    return frozenset().union(*map(symbols, children(tree)))
 
 
 def holds(tree: Tree, *kinds: str) -> bool:
     """Return whether a node or a function of one of these kinds occurs."""
-    if tree[0] in kinds or tree[0] == "fn" and tree[1] in kinds:
-        return True
-    return any(holds(part, *kinds) for part in tree[1:] if isinstance(part, tuple))
+    if isinstance(tree, Fraction):
+        return False
+    is_one = tree[0] in kinds or tree[0] == "fn" and tree[1] in kinds
+    return is_one or any(holds(part, *kinds) for part in children(tree))

@@ -4,40 +4,38 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+Same = Callable[[str, str], bool]  # whether a text, as an answer, is the same as a gold one
 
 MAX_CLEANED = 5_000  # characters; a longer text is compared as it stands
 _MAX_LAYERS = 50  # of delimiters around an answer
-_WRAPPERS = (
-    re.compile(r"\$\$([^$]*)\$\$", re.S),
-    re.compile(r"\$([^$]*)\$", re.S),
-    re.compile(r"\\\((.*)\\\)", re.S),
-    re.compile(r"\\\[(.*)\\\]", re.S),
-    re.compile(r"\*\*([^*]*)\*\*", re.S),
-    re.compile(r"`([^`]*)`", re.S),
-    re.compile(r"``(.*)(?:''|\")", re.S),
-    re.compile(r"\"([^\"]*)\"", re.S),
-    re.compile(r"'([^']*)'", re.S),
+_WRAPPED = re.compile(
+    r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*([^*]*)\*\*"
+    r"|`([^`]*)`|``(.*)(?:''|\")|\"([^\"]*)\"|'([^']*)'",
+    re.S,
 )
 _COMMANDS_AROUND = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mathtt|mbox|boldsymbol|bm|displaystyle|ensuremath"
     r"|underline|emph)\s*\{"
 )
+_FRACTIONS = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _UNICODE = str.maketrans(
-    {
+    {sign: rf"\frac{{{top}}}{{{bottom}}}" for sign in _FRACTIONS
+     for top, bottom in [unicodedata.normalize("NFKC", sign).split("⁄")]}
+    | {
         "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
         "⁄": "/", "∕": "/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
         "≈": r"\approx ", "≡": r"\equiv ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
         "∖": r"\setminus ", "∨": r"\lor ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "°": r"^\circ ", "º": r"^\circ ",
-        "∅": r"\emptyset ", "′": "'", "’": "'", "″": "''", "“": '"', "”": '"', "…": r"\ldots ", "（": "(", "）": ")",
-        "［": "[", "］": "]", "，": ",", "、": ",", "。": ".", "；": ";", "％": "%", "：": ":", "＝": "=", "＜": "<",
-        "＞": ">", "＋": "+", "－": "-", "．": ".", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
-        "⌉": r"\rceil ",
-        "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u3000": " ",
+        "∅": r"\emptyset ", "′": "'", "’": "'", "″": "''", "“": '"', "”": '"', "…": r"\ldots ", "、": ",", "。": ".",
+        "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
         "¢": r"\text{ cents}", "µ": r"\mu ", "Ω": r"\Omega ",
         "\x0c": r"\f",  # \frac in a text whose backslash was read as an escape
     }
-    | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
+    | {wide: unicodedata.normalize("NFKC", wide) for wide in
+       "（）［］，；％：＝＜＞＋－．０１２３４５６７８９\u00a0\u2009\u202f\u3000"}
     | {letter: rf"\{name} " for letter, name in zip(
         "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
         "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
@@ -45,8 +43,6 @@ _UNICODE = str.maketrans(
         strict=True,
     )}
 )  # fmt: skip
-_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
-_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _UNITS_OF_MONEY = {"$": "dollars", "€": "euros", "£": "pounds sterling", "¥": "yen"}
 _WITHOUT_MEANING = (
     r"\\(?:tag|label|colorbox)\*?\s*\{[^{}]*\}"
@@ -143,7 +139,9 @@ def clean(text: str) -> str:
     text = _in_ascii(text)
     if "\\\\" in text and "\\begin" not in text:
         text = _ESCAPED_TWICE.sub(r"\\", text)
-    text = unwrap(_closed(text.replace("...", r"\ldots ") if "..." in text else text))
+    bare = re.sub(r"\\[\\{}]", "", text)
+    text += "}" * max(0, bare.count("{") - bare.count("}"))  # some gold answers lack their last braces
+    text = unwrap(text.replace("...", r"\ldots "))
     for pattern, by in _REPLACEMENTS:
         text = pattern.sub(by, text)
     if len(_DOLLAR.findall(text)) % 2 == 0:
@@ -159,12 +157,11 @@ def clean(text: str) -> str:
 def _without_alignment(text: str) -> str:
     """An aligned chain as one line, and a system as a list; other environments unchanged."""
     match = _ALIGNED.fullmatch(text)
-    rows = [row.strip() for row in re.split(r"\\\\", match["body"]) if row.strip()] if match else []
-    if match is None or len(rows) > 1 and match["name"] == "array" or match["name"] == "cases" and "&" in match["body"]:
+    if match is None or match["name"] in ("array", "cases") and "&" in match["body"]:
         return text
-    if "&" in match["body"] and match["name"] == "array":
+    rows = [row.replace("&", "").strip() for row in match["body"].split(r"\\") if row.strip()]
+    if match["name"] == "array" and len(rows) > 1:
         return text
-    rows = [row.replace("&", "").strip() for row in rows]
     chained = all(row.startswith("=") for row in rows[1:])
     return unwrap((" " if chained else ",").join(row.rstrip(",") for row in rows))
 
@@ -173,10 +170,9 @@ def _in_ascii(text: str) -> str:
     """With LaTeX for the signs that have any, and without invisible characters."""
     if text.isascii() and text.isprintable():
         return text
-    text = re.sub(r"(?<=\d)([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", r" \1", text)
-    text = re.sub("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda match: _fraction_sign(match[0]), text)
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda match: "^{" + match[0].translate(_RAISED) + "}", text)
-    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_LOWERED) + "}", text)
+    text = re.sub(rf"(?<=\d)([{_FRACTIONS}])", r" \1", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
     text = _ROOT_SIGN.sub(lambda match: rf"\sqrt{_ROOT_INDEX[match[1]]}{{{match[2].strip('(){}')}}}", text)
     text = text.translate(_UNICODE)
     return "".join(c for c in text if c in "\n\t " or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
@@ -190,26 +186,14 @@ _ALIGNED = re.compile(
 _ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
 
 
-def _fraction_sign(sign: str) -> str:
-    top, bottom = unicodedata.normalize("NFKC", sign).split("\u2044")
-    return rf"\frac{{{top}}}{{{bottom}}}"
-
-
-def _closed(text: str) -> str:
-    """With the closing braces that are missing at the end, as in some gold answers."""
-    bare = re.sub(r"\\[\\{}]", "", text)
-    return text + "}" * max(0, bare.count("{") - bare.count("}"))
-
-
 def unwrap(text: str) -> str:
     """Return a text without the delimiters, commands, braces and final stops around the whole, at most 50 deep."""
     for _ in range(_MAX_LAYERS):
         before = text
         text = text.strip().rstrip(".,;: ").removesuffix("\\").strip()
-        for pattern in _WRAPPERS:
-            match = pattern.fullmatch(text)
-            if match:
-                text = match.group(1)
+        wrapped = _WRAPPED.fullmatch(text)
+        if wrapped:
+            text = next(inner for inner in wrapped.groups() if inner is not None)
         command = _COMMANDS_AROUND.match(text)
         if command and matching_brace(text, command.end() - 1) == len(text) - 1:
             text = text[command.end() : -1]
@@ -248,7 +232,8 @@ def compact(text: str) -> str:
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text).replace("\\text{", "{"))
 
 
-# --- structure --------------------------------------------------------------------------------------------------------
+_CHARACTER = re.compile(r"\\.|.", re.S)
+_OPENING, _CLOSING = {"(", "[", "{", "\\{"}, {")", "]", "}", "\\}"}
 
 
 @dataclass(frozen=True)
@@ -266,8 +251,7 @@ def parts(text: str) -> Parts:
     closing = next((c for c in ("\\}", "\\rangle", ")", "]") if text.endswith(c)), "")
     if opening and closing and _encloses(text, opening):
         inner = split(text[len(opening) : -len(closing)], ",;")
-        is_set = opening == "\\{"
-        if len(inner) > 1 or (is_set and closing == "\\}"):
+        if len(inner) > 1 or (opening, closing) == ("\\{", "\\}"):
             return Parts(opening, tuple(inner), closing)
     if " and " in text or " or " in text:
         text = re.sub(r",?\s+(?:and|or)\s+", ",", text)
@@ -276,14 +260,11 @@ def parts(text: str) -> Parts:
 
 def split(text: str, separators: str) -> list[str]:
     """Return the stripped pieces between separators outside all brackets."""
-    pieces, start, depth, i = [], 0, 0, 0
-    while i < len(text):
-        step = 2 if text[i] == "\\" and i + 1 < len(text) else 1
-        depth += _turn(text[i : i + step])
-        if depth == 0 and text[i] in separators:
-            pieces.append(text[start:i].strip())
-            start = i + 1
-        i += step
+    pieces, start = [], 0
+    for position, token, depth in _tokens(text):
+        if depth == 0 and token in separators:
+            pieces.append(text[start:position].strip())
+            start = position + 1
     return [piece for piece in (*pieces, text[start:].strip()) if piece]
 
 
@@ -291,31 +272,25 @@ def split_at(text: str, pattern: re.Pattern[str]) -> list[str]:
     """Return the stripped pieces between matches of a pattern outside all brackets."""
     pieces, start = [], 0
     for match in pattern.finditer(text):
-        if _depth(text[: match.start()]) == 0:
+        before = list(_tokens(text[: match.start()]))
+        if not before or before[-1][2] == 0:
             pieces.append(text[start : match.start()].strip())
             start = match.end()
     return [*pieces, text[start:].strip()]
 
 
-def _depth(text: str) -> int:
-    return sum(_turn(token) for token in re.findall(r"\\.|[()\[\]{}]", text))
-
-
-def _turn(token: str) -> int:
-    if token in ("(", "[", "{", "\\{"):
-        return 1
-    return -1 if token in (")", "]", "}", "\\}") else 0
+def _tokens(text: str) -> Iterator[tuple[int, str, int]]:
+    """The place of each character or escaped character, itself, and how many brackets are open behind it."""
+    depth = 0
+    for match in _CHARACTER.finditer(text):
+        token = match[0]
+        depth += (token in _OPENING) - (token in _CLOSING)
+        yield match.start(), token, depth
 
 
 def _encloses(text: str, opening: str) -> bool:
     """Whether the bracket at the start is closed by the text's last one."""
     if opening == "\\langle":
         return text.count("\\langle") == 1
-    depth, i = 0, 0
-    while i < len(text):
-        step = 2 if text[i] == "\\" and i + 1 < len(text) else 1
-        depth += _turn(text[i : i + step])
-        i += step
-        if depth == 0:
-            return i == len(text)
-    return False
+    closed = next((position + len(token) for position, token, depth in _tokens(text) if depth == 0), 0)
+    return closed == len(text)

@@ -6,18 +6,12 @@ Each function returns a verdict, or None when the gold answer is not in its nota
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 from megatron_rl.grading import latex
-
-Same = Callable[[str, str], bool]
-
-# --- choices ----------------------------------------------------------------------------------------------------------
+from megatron_rl.grading.latex import Same
 
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?")
-_CHOICE_WITH_TEXT = re.compile(
-    r"(?:\\text\{\s*)?\(?\s*(?P<letter>[A-Z])\s*[).:]\s*\}?\s*(?P<rest>[^\s}+*/^=<>-].*)", re.S
-)
+_CHOICE_WITH_TEXT = re.compile(r"(?:\\text\{\s*)?\(?\s*([A-Z])\s*[).:]\s*\}?\s*(?P<rest>[^\s}+*/^=<>-].*)", re.S)
 _ANOTHER_CHOICE = re.compile(
     r"(?<![A-Za-z\\])[A-Z]\s*[).:]|(?<![A-Za-z\\])\([A-Z]\)|(?:,|/|\b(?:or|and)|&)\s*\(?[A-Z]\)?(?![A-Za-z])"
 )
@@ -26,18 +20,11 @@ _ANOTHER_CHOICE = re.compile(
 def choice(found: str, gold: str) -> bool | None:
     """The letter of a choice, with or without the text of that choice and of no other."""
     letter = _CHOICE.fullmatch(gold)
-    if letter is None:
+    given = letter and (_CHOICE.fullmatch(found) or _CHOICE_WITH_TEXT.fullmatch(found))
+    if not letter or not given:
         return None
-    given = _CHOICE.fullmatch(found)
-    if given:
-        return given[1] == letter[1]
-    given = _CHOICE_WITH_TEXT.fullmatch(found)
-    if given:
-        return given["letter"] == letter[1] and not _ANOTHER_CHOICE.search(given["rest"])
-    return None
+    return given[1] == letter[1] and not _ANOTHER_CHOICE.search(given.groupdict().get("rest", ""))
 
-
-# --- words ------------------------------------------------------------------------------------------------------------
 
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*")
 _SHORT_WORDS = set(
@@ -49,8 +36,8 @@ _NUMBER_WORDS = {word: str(value) for value, word in enumerate(
 _LEADING = re.compile(r"^(?:a|an|the|there\s+(?:is|are|exists?))\s+")
 
 
-def is_words(text: str) -> bool:
-    """Return whether a cleaned text is a word or several, rather than a product of symbols."""
+def _is_words(text: str) -> bool:
+    """Whether a cleaned text is a word or several, rather than a product of symbols."""
     if not _WORDS.fullmatch(text):
         return False
     if " " in text or "-" in text or text.casefold() in _SHORT_WORDS:
@@ -60,14 +47,12 @@ def is_words(text: str) -> bool:
 
 def words(found: str, gold: str) -> bool | None:
     """Words by their letters, whatever their case; a number may be spelt out."""
-    if not is_words(gold):
-        if gold == "\\emptyset" and is_words(found):
-            return _folded(found) == _folded(gold)
-        number = _NUMBER_WORDS.get(found.casefold())
-        return number == gold if number is not None and gold.isdigit() else None
-    if gold.casefold() in _NUMBER_WORDS and found.isdigit():
-        return _NUMBER_WORDS[gold.casefold()] == found
-    return _folded(found) == _folded(gold)
+    for word, digits in ((found.casefold(), gold), (gold.casefold(), found)):
+        if word in _NUMBER_WORDS and digits.isdigit():
+            return _NUMBER_WORDS[word] == digits
+    if _is_words(gold) or gold == "\\emptyset" and _is_words(found):
+        return _folded(found) == _folded(gold)
+    return None
 
 
 def _folded(text: str) -> str:
@@ -75,8 +60,6 @@ def _folded(text: str) -> str:
     text = _LEADING.sub("", text.strip().casefold())
     return re.sub(r"\bsolutions\b|\breal solutions?\b", "solution", text)
 
-
-# --- times and ratios -------------------------------------------------------------------------------------------------
 
 _TIME = re.compile(
     r"(?P<hour>\d{1,2})(?:\s*:\s*(?P<minute>\d\d)(?:\s*:\s*(?P<second>\d\d))?)?\s*(?P<half>(?:\\text\s*\{)?\s*[aApP]\.?\s*[mM]\.?\s*\}?)?"
@@ -90,17 +73,14 @@ def time(found: str, gold: str) -> bool | None:
         return None
     if a is None or (a["minute"] is None and a["half"] is None):
         return None if a is None and b["half"] is None else False
-    if (a["minute"] or "00", a["second"] or "00") != (b["minute"] or "00", b["second"] or "00"):
-        return False
     first, second = _half(a), _half(b)
-    if first and second and first != second:
-        return False
-    if first == second:
-        return int(a["hour"]) == int(b["hour"])
-    hours = {int(a["hour"]), int(b["hour"])}
-    named = int((a if first else b)["hour"])
-    late = named % 12 + 12 if "p" in (first, second) else named % 12
-    return len(hours) == 1 or hours == {named, late}
+    exact, other = (a, b) if first else (b, a)
+    hour = int(exact["hour"])
+    hours = {hour}
+    if first != second:  # one may say 3 p.m., the other 15:00
+        hours.add(hour % 12 + (12 if "p" in (first, second) else 0))
+    minutes = (a["minute"] or "00", a["second"] or "00") == (b["minute"] or "00", b["second"] or "00")
+    return minutes and int(other["hour"]) in hours and not (first and second and first != second)
 
 
 def _half(match: re.Match[str]) -> str:
@@ -115,16 +95,12 @@ def ratio(found: str, gold: str, same: Same) -> bool | None:
         return None
     if len(a) != len(b):
         whole, parts = (found, b) if len(a) == 1 else (gold, a)
-        return len(parts) == 2 and "/" in whole.replace("\\frac", "/") and same(whole, f"({parts[0]})/({parts[1]})")
+        is_quotient = len(parts) == 2 and ("/" in whole or "\\frac" in whole)
+        return is_quotient and same(whole.strip(), f"({parts[0]})/({parts[1]})")
     return all(same(f"({x})({b[0]})", f"({y})({a[0]})") for x, y in zip(a[1:], b[1:], strict=True))
 
 
-# --- bases and remainders ---------------------------------------------------------------------------------------------
-
-_BASE_WORDS = {
-    word: str(base)
-    for base, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2)
-} | {"sixteen": "16"}
+_BASE_WORDS = {word: base for word, base in _NUMBER_WORDS.items() if int(base) > 1} | {"sixteen": "16"}
 _BASE = re.compile(
     r"(?P<sign>-?)[({]*(?:text\{)?(?P<digits>[0-9A-F][0-9A-F,]*)\}?[)}]*(?:_\{?(?:text\{|\(|\{)*(?P<base>-?\d+|[a-z]+)[)}]*)?"
 )

@@ -14,8 +14,8 @@ _NUMBER = re.compile(
     r"|(?:\\times|\\cdot|\*|x)10\^\{?(?P<ten>[+-]?\d{1,4})\}?)?"
     r"|10\^\{?(?P<power>[+-]?\d{1,4})\}?)(?P<percent>\\%)?"
 )
-_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline\{(\d+)\}")
-_SPACED_MIXED = re.compile(r"([+-]?)(\d+)\s+(\d+)\s*/\s*(\d+)")
+_REPEATING = re.compile(r"[+-]?\d*\.\d*\\overline\{\d+\}")
+_SPACED_MIXED = re.compile(r"[+-]?(\d+)\s+(\d+)\s*/\s*(\d+)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?: \d{3})+(?!\d| \d)")
 _MAX_NUMBER = 400  # characters; far beyond any answer, and within the digits that int() reads
 
@@ -25,27 +25,23 @@ class Number:
     """A rational number and how it was written."""
 
     value: Fraction  # as written: 50 for 50%
-    form: str  # "integer", "decimal" or "fraction"
-    step: Fraction  # of the last written digit; 0 when it is exact
-    digits: int  # significant digits as written
-    percent: bool
-    reduced: bool  # a fraction in lowest terms, not a mixed number
+    form: str = "fraction"  # or "integer" or "decimal"
+    step: Fraction = Fraction(0)  # of the last written digit; 0 when it is exact
+    digits: int = 0  # significant digits as written
+    percent: bool = False
+    reduced: bool = False  # a fraction in lowest terms, not a mixed number
 
 
 def number(text: str) -> Number | None:
     """Return the number that a cleaned text is, or None when it is something else."""
     if len(text) > _MAX_NUMBER:
         return None
+    sign = -1 if text.startswith("-") else 1
     mixed = _SPACED_MIXED.fullmatch(text)
-    if mixed and int(mixed[4]):
-        value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
-        return Number(-value if mixed[1] == "-" else value, "fraction", Fraction(0), 0, False, False)
-    repeating = _REPEATING.fullmatch(text)
-    if repeating:
-        sign, whole, start, period = repeating.groups()
-        tail = Fraction(int(period), 10 ** len(period) - 1) + int(start or 0)
-        value = int(whole or 0) + tail / 10 ** len(start)
-        return Number(-value if sign == "-" else value, "fraction", Fraction(0), 0, False, False)
+    if mixed and int(mixed[3]):
+        return Number(sign * (int(mixed[1]) + Fraction(int(mixed[2]), int(mixed[3]))))
+    if _REPEATING.fullmatch(text):
+        return Number(sign * repeating(text.lstrip("+-")))
     if re.search(r",\s", text):
         return None  # a list, while a comma without space may separate thousands
     compact = text.replace(" ", "")
@@ -62,21 +58,27 @@ def number(text: str) -> Number | None:
             return None
         value = top / bottom
         reduced = match["whole"] is None and value.denominator == abs(bottom)
-        return Number(sign * (value + int(match["whole"] or 0)), "fraction", Fraction(0), 0, percent, reduced)
-    plain = match["plain"]
+        return Number(sign * (value + int(match["whole"] or 0)), percent=percent, reduced=reduced)
+    written = match["plain"] or "1"
     exponent = int(match["e"] or match["ten"] or match["power"] or 0)
-    written = (plain or "1").replace(",", "")
     decimals = len(written.partition(".")[2])
     value = sign * _decimal(written) * Fraction(10) ** exponent
-    exact = plain is None or (decimals == 0 and exponent == 0)
+    exact = match["plain"] is None or (decimals == 0 and exponent == 0)
     step = Fraction(0) if exact else Fraction(10) ** (exponent - decimals)
-    digits = len(written.replace(".", "").lstrip("0"))
+    digits = len(re.sub("[.,]", "", written).lstrip("0"))
     form = "integer" if exact and value.denominator == 1 else "decimal"
-    return Number(value, form, step, digits, percent, True)
+    return Number(value, form, step, digits, percent, reduced=True)
 
 
 def _decimal(text: str) -> Fraction:
-    return Fraction(text.replace(",", "").rstrip(".") or "0") if text not in (".", "") else Fraction(0)
+    return Fraction(text.replace(",", ""))
+
+
+def repeating(text: str) -> Fraction:
+    """Return the value of a decimal without sign whose period is under \\overline."""
+    whole, start, period = re.split(r"\.|\\overline\s*\{", text.rstrip("}"))
+    tail = Fraction(int(period), 10 ** len(period) - 1) + int(start or 0)
+    return int(whole or 0) + tail / 10 ** len(start)
 
 
 def close(found: Number, gold: Number, scale: Fraction, rounding_digits: int) -> bool:

@@ -24,11 +24,12 @@ from typing import Any
 import psutil
 
 from megatron_rl.grading.registry import RewardError
-from megatron_rl.grading.verdict import Verdict, Verifier, unfinished
+from megatron_rl.grading.verdict import Verdict, Verifier
 
 # an interpreter takes under 1 s, a user's module with torch many more, on a machine under load a multiple
 _START_SECONDS = 300.0
 _TICK_SECONDS = 0.1
+_GONE = (EOFError, OSError, psutil.NoSuchProcess)  # what talking to a process that has ended raises
 _WAITING = (psutil.STATUS_SLEEPING, psutil.STATUS_DISK_SLEEP, psutil.STATUS_IDLE, psutil.STATUS_ZOMBIE)
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -49,9 +50,8 @@ class GradingPool:
     ) -> None:
         """Starts one worker, to learn whether the functions load. The first verifier's value is the score.
 
-        `deadline_seconds`: for all verifiers of one answer, of CPU time and of time in which the worker waits for
-        something but the CPU, such as a reply from the network. `memory_gib`:
-        private memory of a worker; None: no limit.
+        `deadline_seconds`: for all verifiers of one answer, as `_Worker.ask` counts them. `memory_gib`: private memory
+        of a worker; None: no limit.
         Raises: RewardError when a function cannot be loaded.
         """
         self._count, self._deadline = len(verifiers), deadline_seconds
@@ -88,15 +88,15 @@ class GradingPool:
 
     def _grade(self, response: str, answer: str) -> Verdict:
         worker = self._worker()
+        reply, problem = None, "deadline"
         try:
-            reply = worker.ask([response, answer], _Budget(worker.usage, self._deadline))
-        except (EOFError, OSError):
-            self._drop(worker)
-            return unfinished(self._count, "crash")
+            reply = worker.ask([response, answer], self._deadline)
+        except _GONE:
+            problem = "crash"
         if reply is None:
             self._drop(worker)
-            return unfinished(self._count, "deadline")
-        return Verdict(tuple(reply["values"]), reply["error"], reply["unfinished"])
+            return Verdict((0.0,) * self._count, unfinished=problem)
+        return Verdict(tuple(reply["values"]), reply["error"])
 
     def _worker(self) -> _Worker:
         """This thread's worker, started when there is none."""
@@ -110,9 +110,9 @@ class GradingPool:
                 raise RewardError("the grading pool is closed")
             self._alive.add(worker)
         try:
-            reply = worker.ask(self._setup, _WallTime(_START_SECONDS))
+            reply = worker.ask(self._setup, _START_SECONDS, by_the_clock=True)
             problem = f"it did not start within {_START_SECONDS:g} s" if reply is None else reply.get("error", "")
-        except (EOFError, OSError):
+        except _GONE:
             problem = f"a grading process ended with code {worker.process.wait()} while it loaded the reward functions"
         if problem:
             self._drop(worker)
@@ -127,52 +127,6 @@ class GradingPool:
         worker.kill()
 
 
-class _WallTime:
-    """Seconds by the clock."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def spent(self) -> bool:
-        """Whether they are over."""
-        return time.monotonic() >= self._end
-
-
-class _Budget:
-    """Seconds that a process has, counted while it computes or waits for anything but the CPU.
-
-    Every tick in which the process used no CPU and was neither running nor stopped counts in full.
-    """
-
-    def __init__(self, process: psutil.Process, seconds: float) -> None:
-        """Raises: EOFError when the process is gone."""
-        self._process, self._left = process, seconds
-        self._cpu, self._at = self._cpu_seconds(), time.monotonic()
-
-    def _cpu_seconds(self) -> float:
-        try:
-            times = self._process.cpu_times()
-        except psutil.NoSuchProcess as error:
-            raise EOFError from error
-        return float(times.user + times.system)
-
-    def _status(self) -> str:
-        try:
-            return str(self._process.status())
-        except psutil.NoSuchProcess as error:
-            raise EOFError from error
-
-    def spent(self) -> bool:
-        """Whether they are over, counting from the last call. Raises: EOFError when the process is gone."""
-        cpu, now = self._cpu_seconds(), time.monotonic()
-        used = cpu - self._cpu
-        if used == 0 and self._status() in _WAITING:
-            used = now - self._at
-        self._left -= used
-        self._cpu, self._at = cpu, now
-        return self._left <= 0
-
-
 class _Worker:
     """A grading process and the socket to it."""
 
@@ -184,22 +138,35 @@ class _Worker:
         }
         command = [sys.executable, "-c", _CODE, json.dumps(sys.path), str(child.fileno())]
         self.process = subprocess.Popen(command, env=env, pass_fds=[child.fileno()], stdin=subprocess.DEVNULL)
-        self.usage = psutil.Process(self.process.pid)
+        self._usage = psutil.Process(self.process.pid)
         child.close()
 
-    def ask(self, message: object, budget: _Budget | _WallTime) -> dict[str, Any] | None:
-        """The reply, or None when the budget is spent. Raises: EOFError or OSError when the process is gone."""
+    def ask(self, message: object, seconds: float, *, by_the_clock: bool = False) -> dict[str, Any] | None:
+        """The reply, or None when the time is over. Raises: one of _GONE.
+
+        `seconds`: of computing, and of waiting for anything but the CPU, as for a reply from the network: every tick in
+        which the process used no CPU and was neither running nor stopped counts in full. `by_the_clock`: all ticks do.
+        """
+        cpu, at = self._cpu_seconds(), time.monotonic()
         self._connection.send_bytes(json.dumps(message).encode())
         while not self._connection.poll(_TICK_SECONDS):
-            if budget.spent():
+            used, passed = self._cpu_seconds() - cpu, time.monotonic() - at
+            cpu, at = cpu + used, at + passed
+            waits = used == 0 and self._usage.status() in _WAITING
+            seconds -= passed if by_the_clock or waits else used
+            if seconds <= 0:
                 return None
         reply: dict[str, Any] = json.loads(self._connection.recv_bytes())
         return reply
 
+    def _cpu_seconds(self) -> float:
+        times = self._usage.cpu_times()
+        return float(times.user + times.system)
+
     def kill(self) -> None:
         """End the process and what it started."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self.process.pid).children(recursive=True):
+            for child in self._usage.children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
         self.process.kill()

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_rl.grading import latex
-
-Same = Callable[[str, str], bool]
+from megatron_rl.grading.latex import Same
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Two ends, each included with a square bracket."""
+    """Two ends, and whether each belongs to it."""
 
-    opening: str
     low: str
     high: str
-    closing: str
+    has_low: bool = False
+    has_high: bool = False
 
 
 @dataclass(frozen=True)
 class Region:
     """Members, of which a text is a point; `name`: of the variable, "" when none is named."""
 
-    name: str
     members: tuple[Interval | str, ...]
-
-    @property
-    def only_points(self) -> bool:
-        """Whether no interval is among the members."""
-        return all(isinstance(member, str) for member in self.members)
+    name: str = ""
 
 
 _MARK = re.compile(r"^\]|[<>|]|\\(?:le|ge|ne|in|cup|infty|emptyset|setminus|mathbb)(?![a-zA-Z])| or |all real|\\\{")
@@ -48,50 +41,49 @@ _ALL_BUT = re.compile(
     r"(?:\\mathbb\s*\{?\s*R\s*\}?\s*\\setminus\s*"
     r"|(?:\\text\{\s*)?all reals?(?: numbers?)? except(?: for)?\s*\}?\s*)(?P<points>.+)"
 )
-_OPEN, _CLOSED = {"<": ("(", ")"), ">": ("(", ")")}, ("[", "]")
-_MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
-_EVERYTHING = Interval("(", "-\\infty", "\\infty", ")")
+UPSIDE_DOWN = {">": "<", "\\ge": "\\le"}
+_MIRRORED = UPSIDE_DOWN | {"<": ">", "\\le": "\\ge"}
 
 
 def read(text: str) -> Region | None:
     """Return the region that a cleaned text describes; None when it is something else."""
-    if not _MARK.search(text):
-        return None
-    name = ""
-    members: list[Interval | str] = []
-    for piece in latex.split_at(text, _JOINED):
-        region = _piece(piece)
-        if region is None or (name and region.name and name != region.name):
-            return None
-        name = name or region.name
-        members += region.members
-    return Region(name, tuple(members))
+    return _union([_piece(piece) for piece in latex.split_at(text, _JOINED)]) if _MARK.search(text) else None
 
 
 def plain(text: str) -> Region | None:
     """Return what brackets alone say, without any sign of a set of numbers: an interval, or points of a list."""
     items = latex.parts(text)
-    pieces = [_bracketed(item) for item in items.items] if not items.opening else []
-    if len(pieces) > 1 and all(pieces) and re.search(r"\\infty|[\[\]]", text):
-        return Region("", tuple(member for piece in pieces if piece for member in piece.members))
-    return _bracketed(text) or _listed(text)
+    union = None
+    if not items.opening and len(items.items) > 1 and re.search(r"\\infty|[\[\]]", text):
+        union = _union([_bracketed(item) for item in items.items])
+    return union or _bracketed(text) or _listed(text)
+
+
+def _union(pieces: list[Region | None]) -> Region | None:
+    """The members of all; None when a piece is no region, or when two name different variables."""
+    regions = [piece for piece in pieces if piece]
+    names = {region.name for region in regions if region.name}
+    if len(regions) < len(pieces) or len(names) > 1:
+        return None
+    return Region(tuple(member for region in regions for member in region.members), "".join(names))
 
 
 def _piece(text: str) -> Region | None:
     text = text.strip()
     member = _MEMBER.fullmatch(text)
-    if member and _NAME.fullmatch(member["name"]):
+    if member:
         inner = _piece(member["set"])
-        return Region(member["name"], inner.members) if inner else None
+        return Region(inner.members, member["name"]) if inner else None
     if _REALS.fullmatch(text):
-        return Region("", (_EVERYTHING,))
+        return Region((Interval("-\\infty", "\\infty"),))
     if _POSITIVE.fullmatch(text):
-        return Region("", (Interval("(", "0", "\\infty", ")"),))
+        return Region((Interval("0", "\\infty"),))
     without = _ALL_BUT.fullmatch(text)
     if without:
-        return _without(latex.parts(without["points"].strip()).items)
-    if text.strip() == "\\emptyset":
-        return Region("", ())
+        points = latex.parts(without["points"].strip()).items
+        return _without(points[0]) if len(points) == 1 else None  # several would have to be put in order
+    if text == "\\emptyset":
+        return Region(())
     if text.startswith("\\{") and text.endswith("\\}"):
         condition = latex.clean(text)
         return _piece(condition) if condition != text and _SIGN.search(condition) else _listed(text)
@@ -102,8 +94,8 @@ def _piece(text: str) -> Region | None:
 
 
 def _listed(text: str) -> Region | None:
-    found = latex.parts(text)
-    return Region("", found.items) if found.opening in ("", "\\{") and found.items else None
+    points = latex.parts(text)
+    return Region(points.items) if points.opening in ("", "\\{") and points.items else None
 
 
 def _bracketed(text: str) -> Region | None:
@@ -113,29 +105,23 @@ def _bracketed(text: str) -> Region | None:
         return None
     if match["opening"] != "]" and match["closing"] == "[":
         return None
-    opening = "(" if match["opening"] == "]" else match["opening"]
-    closing = ")" if match["closing"] == "[" else match["closing"]
-    return Region("", (Interval(opening, ends[0], ends[1], closing),))
+    return Region((Interval(ends[0], ends[1], match["opening"] == "[", match["closing"] == "]"),))
 
 
-def _without(points: tuple[str, ...]) -> Region | None:
-    """The reals without one point; several would have to be put in order."""
-    if len(points) != 1:
-        return None
-    return Region(
-        "", (Interval("(", "-\\infty", points[0], ")"), Interval("(", points[0], "\\infty", ")"))
-    )  # fmt: skip
+def _without(point: str, name: str = "") -> Region:
+    """The reals without one point."""
+    return Region((Interval("-\\infty", point), Interval(point, "\\infty")), name)
 
 
 def _inequality(text: str) -> Region | None:
-    signs = [match[0] for match in _SIGN.finditer(text)]
+    signs = _SIGN.findall(text)
     sides = [side.strip() for side in _SIGN.split(text)]
     if len(signs) == 2 and all(sides) and _NAME.fullmatch(sides[1]):
-        if signs[0] in (">", "\\ge"):
-            signs, sides = [_MIRRORED.get(sign, "") for sign in reversed(signs)], sides[::-1]
+        if signs[0] in UPSIDE_DOWN:
+            signs, sides = [UPSIDE_DOWN.get(sign, "") for sign in reversed(signs)], sides[::-1]
         if not all(sign in ("<", "\\le") for sign in signs):
             return None
-        return Region(sides[1], (Interval(_end(signs[0])[0], sides[0], sides[2], _end(signs[1])[1]),))
+        return Region((Interval(sides[0], sides[2], signs[0] == "\\le", signs[1] == "\\le"),), sides[1])
     if len(signs) != 1 or not all(sides):
         return None
     (left, right), sign = sides, signs[0]
@@ -144,26 +130,21 @@ def _inequality(text: str) -> Region | None:
         return _about(modulus, sign, right)
     if not _NAME.fullmatch(left) and _NAME.fullmatch(right) and not _has_name(left, right):
         left, right, sign = right, left, _MIRRORED.get(sign, sign)
-    if not _NAME.fullmatch(left) or _NAME.fullmatch(right) and right != "\\infty" and right != "\\pi":
+    if not _NAME.fullmatch(left) or _NAME.fullmatch(right) and right not in ("\\infty", "\\pi"):
         return None
     if _has_name(right, left):
         return None
     if sign == "=":
-        return Region(left, (right,))
+        return Region((right,), left)
     if sign == "\\ne":
-        region = _without((right,))
-        return Region(left, region.members) if region else None
-    if sign in ("<", "\\le"):
-        return Region(left, (Interval("(", "-\\infty", right, _end(sign)[1]),))
-    return Region(left, (Interval(_end(sign)[0], right, "\\infty", ")"),))
+        return _without(right, left)
+    if sign in UPSIDE_DOWN:
+        return Region((Interval(right, "\\infty", has_low=sign == "\\ge"),), left)
+    return Region((Interval("-\\infty", right, has_high=sign == "\\le"),), left)
 
 
 def _has_name(text: str, name: str) -> bool:
     return re.search(rf"(?<![a-zA-Z\\]){re.escape(name)}(?![a-zA-Z])", text) is not None
-
-
-def _end(sign: str) -> tuple[str, str]:
-    return _OPEN.get(sign, _CLOSED)
 
 
 def _about(modulus: re.Match[str], sign: str, radius: str) -> Region:
@@ -172,26 +153,22 @@ def _about(modulus: re.Match[str], sign: str, radius: str) -> Region:
     middle = "" if shift is None else f"({shift.strip()})" if modulus["sign"] == "-" else f"-({shift.strip()})"
     low = f"{middle}-({radius})"
     high = f"{middle}+({radius})" if middle else radius
-    opening, closing = _end(sign)
-    if sign in ("<", "\\le"):
-        return Region(modulus["name"], (Interval(opening, low, high, closing),))
-    return Region(
-        modulus["name"], (Interval("(", "-\\infty", low, closing), Interval(opening, high, "\\infty", ")"))
-    )  # fmt: skip
+    if sign in UPSIDE_DOWN:
+        has_end = sign == "\\ge"
+        outside = (Interval("-\\infty", low, has_high=has_end), Interval(high, "\\infty", has_low=has_end))
+        return Region(outside, modulus["name"])
+    return Region((Interval(low, high, sign == "\\le", sign == "\\le"),), modulus["name"])
 
 
 def _both(a: Region | None, b: Region | None) -> Region | None:
     """The intersection of a ray to the right with one to the left."""
-    if a is None or b is None or a.name != b.name or len(a.members) != 1 or len(b.members) != 1:
+    if a is None or b is None or a.name != b.name:
         return None
-    first, second = a.members[0], b.members[0]
-    if not isinstance(first, Interval) or not isinstance(second, Interval):
-        return None
-    if first.high != "\\infty":
-        first, second = second, first
-    if first.high != "\\infty" or second.low != "-\\infty":
-        return None
-    return Region(a.name, (Interval(first.opening, first.low, second.high, second.closing),))
+    for first, second in ((a.members, b.members), (b.members, a.members)):
+        match first, second:
+            case (Interval(high="\\infty") as right,), (Interval(low="-\\infty") as left,):
+                return Region((Interval(right.low, left.high, right.has_low, left.has_high),), a.name)
+    return None
 
 
 def same(found: Region, gold: Region, compare: Same) -> bool:
@@ -202,8 +179,8 @@ def same(found: Region, gold: Region, compare: Same) -> bool:
     def equal(a: Interval | str, b: Interval | str) -> bool:
         if isinstance(a, str) or isinstance(b, str):
             return isinstance(a, str) and isinstance(b, str) and compare(a, b)
-        brackets = (a.opening, a.closing) == (b.opening, b.closing)
-        return brackets and compare(a.low, b.low) and compare(a.high, b.high)
+        ends = (a.has_low, a.has_high) == (b.has_low, b.has_high)
+        return ends and compare(a.low, b.low) and compare(a.high, b.high)
 
     return all(any(equal(a, b) for b in gold.members) for a in found.members) and all(
         any(equal(a, b) for a in found.members) for b in gold.members

@@ -11,8 +11,7 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 from megatron_rl.grading.math_answer import compared_as_text, math
-from megatron_rl.grading.remote import remote
-from megatron_rl.grading.rules import countdown, exact, format, regex
+from megatron_rl.grading.rules import countdown, exact, format, regex, remote
 
 RewardFn = Callable[[str, str], float]
 
@@ -41,30 +40,25 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFn
     """
     if name in REWARDS:
         return functools.partial(REWARDS[name], **options) if options else REWARDS[name]
-    module_name, separator, attribute = name.partition(":")
-    if not separator or not module_name or not attribute:
+    where = f"reward.function={name!r}"
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
         known = ", ".join(REWARDS)
-        raise RewardError(
-            f"reward.function={name!r}: expected one of {known}, or module:function such as my_rewards:math"
-        )
+        raise RewardError(f"{where}: expected one of {known}, or module:function such as my_rewards:math")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise RewardError(
-            f"reward.function={name!r}: importing {module_name} failed with {type(error).__name__}: {error}; put the "
-            "folder of that module on PYTHONPATH, and see that it imports in this environment"
+            f"{where}: importing {module_name} failed with {type(error).__name__}: {error}; put the folder of that "
+            "module on PYTHONPATH, and see that it imports in this environment"
         ) from error
     function = getattr(module, attribute, None)
     if function is None:
         near = difflib.get_close_matches(attribute, dir(module), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RewardError(f"reward.function={name!r}: module {module_name} has no {attribute!r}{hint}")
-    if not callable(function):
-        raise RewardError(f"reward.function={name!r}: expected a function, got {type(function).__name__}")
+        raise RewardError(f"{where}: module {module_name} has no {attribute!r}{hint}")
     try:
         inspect.signature(function).bind("response", "answer")
     except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"reward.function={name!r}: it must be callable with two texts, (response, answer), but: {error}"
-        ) from error
+        raise RewardError(f"{where}: it must be callable with two texts, (response, answer), but: {error}") from error
     return function

@@ -29,78 +29,59 @@ class Unit:
 
 
 DEGREE = Unit((("degree", 1),))
-# base units: metre, gram, second, ampere, dollar, byte; names as written, plurals by rule
-_WORDS: dict[str, tuple[str, str]] = {
-    name: (dimensions, size)
-    for dimensions, table in {
-        "length": {"meter": "1", "metre": "1", "centimeter": "0.01", "centimetre": "0.01", "millimeter": "0.001",
-                   "millimetre": "0.001", "kilometer": "1000", "kilometre": "1000", "inch": "0.0254",
-                   "inches": "0.0254",
-                   "foot": "0.3048", "feet": "0.3048", "yard": "0.9144", "mile": "1609.344", "micron": "1e-6",
-                   "decimeter": "0.1", "nanometer": "1e-9", "micrometer": "1e-6", "angstrom": "1e-10"},
-        "mass": {"gram": "1", "kilogram": "1000", "milligram": "0.001", "pound": "453.59237", "ounce": "28.349523125",
-                 "ton": "907184.74", "tonne": "1000000", "kilo": "1000"},
-        "time": {"second": "1", "minute": "60", "hour": "3600", "day": "86400", "week": "604800", "year": "31557600",
-                 "month": "2629800", "millisecond": "0.001", "microsecond": "1e-6", "nanosecond": "1e-9"},
-        "dollar": {"dollar": "1", "cent": "0.01", "buck": "1", "penny": "0.01", "pennies": "0.01", "nickel": "0.05",
-                   "dime": "0.1", "quarter": "0.25", "usd": "1"},
-        "euro": {"euro": "1", "eur": "1"}, "sterling": {"sterling": "1", "gbp": "1"}, "yen": {"yen": "1"},
-        "rupee": {"rupee": "1"}, "yuan": {"yuan": "1"}, "peso": {"peso": "1"},
-        "length^3": {"liter": "0.001", "litre": "0.001", "milliliter": "1e-6", "millilitre": "1e-6",
-                     "gallon": "0.003785411784", "quart": "0.000946352946", "pint": "0.000473176473"},
-        "length^2": {"acre": "4046.8564224", "hectare": "10000"},
-        "length time^-1": {"mph": "0.44704", "kph": "5/18", "knot": "463/900"},
-        "degree": {"degree": "1", "deg": "1"}, "radian": {"radian": "1", "rad": "1"},
-        "kelvin": {"kelvin": "1"}, "celsius": {"celsius": "1"}, "fahrenheit": {"fahrenheit": "1"},
-        "mass length time^-2": {"newton": "1000", "dyne": "0.01"},
-        "mass length^2 time^-2": {"joule": "1000", "erg": "0.0001", "calorie": "4184",
-                                  "electronvolt": "1.602176634e-16"},
-        "mass length^2 time^-3": {"watt": "1000", "kilowatt": "1000000", "megawatt": "1e9", "horsepower": "745699.87"},
-        "mass length^-1 time^-2": {"pascal": "1000", "bar": "1e8", "atm": "101325000", "atmosphere": "101325000"},
-        "time^-1": {"hertz": "1", "kilohertz": "1000", "megahertz": "1e6", "rpm": "1/60"},
-        "current": {"ampere": "1", "amp": "1", "milliampere": "0.001"},
-        "current time": {"coulomb": "1"},
-        "mass length^2 time^-3 current^-1": {"volt": "1000"},
-        "mass length^2 time^-3 current^-2": {"ohm": "1000"},
-        "mole": {"mole": "1", "mol": "1"}, "byte": {"byte": "1", "bit": "1/8", "kilobyte": "1000", "megabyte": "1e6",
-                                                    "gigabyte": "1e9"},
-        "decibel": {"decibel": "1"},
-    }.items()
-    for name, size in table.items()
+# by dimensions: a size in base units (metre, gram, second, ampere, dollar, byte), then the units of that size; plurals
+# by rule, and * before a symbol that takes the prefixes of the international system
+_TABLE = {
+    "length": "1 meter metre *m, 0.1 decimeter, 0.01 centimeter centimetre, 0.001 millimeter millimetre, "
+              "1e-6 micrometer micron, 1e-9 nanometer, 1e-10 angstrom, 1000 kilometer kilometre, "
+              "0.0254 inch inches in, 0.3048 foot feet ft, 0.9144 yard yd, 1609.344 mile mi, 3.0856775814913673e16 *pc",
+    "mass": "1 gram *g, 0.001 milligram, 1000 kilogram kilo, 1000000 tonne, 453.59237 pound lb, 28.349523125 ounce oz, "
+            "907184.74 ton",
+    "time": "1 second sec *s, 60 minute min, 3600 hour hr h, 86400 day, 604800 week, 2629800 month, 31557600 year yr, "
+            "0.001 millisecond, 1e-6 microsecond, 1e-9 nanosecond",
+    "dollar": "1 dollar buck usd, 0.01 cent penny pennies, 0.05 nickel, 0.1 dime, 0.25 quarter",
+    "euro": "1 euro eur", "sterling": "1 sterling gbp", "yen": "1 yen", "rupee": "1 rupee", "yuan": "1 yuan",
+    "peso": "1 peso",
+    "length^3": "0.001 liter litre *L *l, 1e-6 milliliter millilitre cc, 0.003785411784 gallon gal, "
+                "0.000946352946 quart, 0.000473176473 pint",
+    "length^2": "4046.8564224 acre, 10000 hectare",
+    "length time^-1": "0.44704 mph, 5/18 kph kmh kmph, 463/900 knot",
+    "degree": "1 degree deg", "radian": "1 radian rad",
+    "kelvin": "1 kelvin *K", "celsius": "1 celsius degC", "fahrenheit": "1 fahrenheit degF",
+    "mass length time^-2": "1000 newton *N, 0.01 dyne",
+    "mass length^2 time^-2": "1000 joule *J, 0.0001 erg, 4.184 cal, 4184 calorie kcal, 3.6e9 kWh, "
+                             "1.602176634e-16 electronvolt *eV",
+    "mass length^2 time^-3": "1000 watt *W, 1000000 kilowatt, 1e9 megawatt, 745699.87 horsepower",
+    "mass length^-1 time^-2": "1000 pascal *Pa, 1e8 bar, 101325000 atm atmosphere",
+    "time^-1": "1 hertz *Hz, 1000 kilohertz, 1e6 megahertz, 1/60 rpm",
+    "current": "1 ampere amp *A, 0.001 milliampere", "current time": "1 coulomb *C",
+    "mass length^2 time^-3 current^-1": "1000 volt *V", "mass length^2 time^-3 current^-2": "1000 *ohm",
+    "mass^-1 length^-2 time^4 current^2": "0.001 *F", "mass time^-2 current^-1": "1000 *T",
+    "mass length^2 time^-2 current^-2": "1000 *H",
+    "mole": "1 mole *mol", "byte": "1 byte *B, 1/8 bit, 1000 kilobyte, 1e6 megabyte, 1e9 gigabyte",
+    "decibel": "1 decibel dB",
 }  # fmt: skip
-_SYMBOLS: dict[str, tuple[str, str]] = {
-    "in": _WORDS["inch"], "ft": _WORDS["foot"], "yd": _WORDS["yard"], "mi": _WORDS["mile"], "lb": _WORDS["pound"],
-    "oz": _WORDS["ounce"], "sec": _WORDS["second"], "min": _WORDS["minute"], "h": _WORDS["hour"], "hr": _WORDS["hour"],
-    "yr": _WORDS["year"], "cc": ("length^3", "1e-6"), "gal": _WORDS["gallon"], "degC": _WORDS["celsius"],
-    "degF": _WORDS["fahrenheit"], "kmh": _WORDS["kph"], "cal": ("mass length^2 time^-2", "4.184"),
-    "dB": _WORDS["decibel"], "kcal": _WORDS["calorie"], "kWh": ("mass length^2 time^-2", "3.6e9"),
-    "ms": _WORDS["millisecond"], "kmph": _WORDS["kph"],
-}  # fmt: skip
-_PREFIXED = {  # with the prefixes of the international system
-    "m": ("length", "1"), "g": ("mass", "1"), "s": ("time", "1"), "A": ("current", "1"), "K": ("kelvin", "1"),
-    "N": ("mass length time^-2", "1000"), "J": ("mass length^2 time^-2", "1000"),
-    "W": ("mass length^2 time^-3", "1000"), "Pa": ("mass length^-1 time^-2", "1000"), "Hz": ("time^-1", "1"),
-    "V": ("mass length^2 time^-3 current^-1", "1000"), "C": ("current time", "1"),
-    "F": ("mass^-1 length^-2 time^4 current^2", "0.001"), "T": ("mass time^-2 current^-1", "1000"),
-    "H": ("mass length^2 time^-2 current^-2", "1000"), "L": ("length^3", "0.001"), "l": ("length^3", "0.001"),
-    "eV": ("mass length^2 time^-2", "1.602176634e-16"), "mol": ("mole", "1"), "B": ("byte", "1"),
-    "ohm": ("mass length^2 time^-3 current^-2", "1000"), "pc": ("length", "3.0856775814913673e16"),
-}  # fmt: skip
-_PREFIXES = {"": "1", "n": "1e-9", "µ": "1e-6", "m": "0.001", "c": "0.01", "d": "0.1", "k": "1000", "K": "1000",
-             "M": "1e6", "G": "1e9", "T": "1e12", "p": "1e-12"}  # fmt: skip
-_PREFIXED_SYMBOLS = {
-    prefix + symbol: (dimensions, str(Fraction(size) * Fraction(factor)))
-    for symbol, (dimensions, size) in _PREFIXED.items()
+_PREFIXES = {"n": "1e-9", "µ": "1e-6", "m": "0.001", "c": "0.01", "d": "0.1", "k": "1000", "K": "1000", "M": "1e6",
+             "G": "1e9", "T": "1e12", "p": "1e-12"}  # fmt: skip
+_ROWS = [
+    (name, dimensions, Fraction(size))
+    for dimensions, sizes in _TABLE.items()
+    for size, *names in map(str.split, sizes.split(","))
+    for name in names
+]
+_UNITS = {
+    prefix + name[1:]: (dimensions, size * Fraction(factor))
+    for name, dimensions, size in _ROWS
+    if name.startswith("*")
     for prefix, factor in _PREFIXES.items()
-}
-_SYMBOLS = _PREFIXED_SYMBOLS | _SYMBOLS
-# that a bare text may end in without being a product of symbols
-_KNOWN_BARE = {"cm", "km", "kg", "mm", "ft", "hr", "hrs", "lb", "lbs", "oz", "yd", "mph", "kph", "min", "mins", "sec",
-               "secs", "in", "mi"}  # fmt: skip
+} | {name.lstrip("*"): (dimensions, size) for name, dimensions, size in _ROWS}  # dB is no tenth of a byte
+# of two letters, that a bare text may end in without being a product of symbols
+_KNOWN_BARE = {"cm", "km", "kg", "mm", "ft", "hr", "lb", "oz", "yd", "in", "mi"}
 _SCALES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15,
     "dozen": 12, "score": 20, "gross": 144,
 }  # fmt: skip
+_NOTHING = ("", Fraction(1))  # the dimensions and size of what is only counted
 _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 _BEHIND = {"long", "tall", "wide", "high", "deep", "away", "old", "each", "total", "apart", "ago", "later", "exactly",
            "only", "altogether", "left", "remaining", "more", "sterling"}  # fmt: skip
@@ -117,28 +98,6 @@ _NO_NOUN = set(
     "otherwise versus vs yes".split()
 )
 _TOKEN = re.compile(r"[A-Za-zµ]+|\^\s*-?\s*\d+|/|[^\s.]")
-
-
-@lru_cache(maxsize=2048)
-def parse(text: str) -> Unit | None:
-    """Return the unit that a text is, in LaTeX or plain; None when it is none."""
-    tokens = _TOKEN.findall(_plain(text))
-    scale = Fraction(math.prod(_SCALES.get(token.lower(), 1) for token in tokens))
-    rest = [token for token in tokens if token.lower() not in _SCALES]
-    if rest and scale != 1 and rest[0] == "of":
-        rest = rest[1:]
-    if not rest:
-        return Unit(scale=scale) if scale != 1 else None
-    measured = _measured(rest)
-    if measured:
-        return Unit(measured[0], measured[1], scale, measured[2])
-    return Unit(scale=scale, name=" ".join(rest).lower()) if _counted(rest) else None
-
-
-def _plain(text: str) -> str:
-    for pattern, by in _PLAIN:
-        text = pattern.sub(by, text)
-    return text
 
 
 _PLAIN = tuple(
@@ -161,77 +120,78 @@ _PLAIN = tuple(
 )
 
 
-def _known(word: str) -> tuple[str, str] | None:
+@lru_cache(maxsize=2048)
+def parse(text: str) -> Unit | None:
+    """Return the unit that a text is, in LaTeX or plain; None when it is none."""
+    for pattern, by in _PLAIN:
+        text = pattern.sub(by, text)
+    tokens = _TOKEN.findall(text)
+    scale = Fraction(math.prod(_SCALES.get(token.lower(), 1) for token in tokens))
+    rest = [token for token in tokens if token.lower() not in _SCALES]
+    if rest and scale != 1 and rest[0] == "of":
+        rest = rest[1:]
+    if not rest:
+        return Unit(scale=scale) if scale != 1 else None
+    return _measured(rest, scale) or (Unit(scale=scale, name=" ".join(rest).lower()) if _counted(rest) else None)
+
+
+def _known(word: str) -> tuple[str, Fraction] | None:
     lower = word.lower()
-    for name, table in ((word, _SYMBOLS), (lower, _WORDS), (lower.removesuffix("s"), _WORDS)):
-        if name in table:
-            return table[name]
-    if len(word) > 1:
-        return _SYMBOLS.get(lower) or (_SYMBOLS.get(lower.removesuffix("s")) if len(word) > 2 else None)
-    return None
+    spellings = (word, lower, lower.removesuffix("s"))[: len(word)]  # one letter is itself, and two are no plural
+    return next((_UNITS[spelling] for spelling in spellings if spelling in _UNITS), None)
 
 
-def _measured(tokens: list[str]) -> tuple[Dimensions, Fraction, str] | None:
-    """Dimensions and size of what consists of known units; the name "units" for the unit that fits all."""
+def _measured(tokens: list[str], scale: Fraction) -> Unit | None:
+    """The unit of what consists of known ones; "units" where only the unit that fits all occurs."""
     powers: dict[str, int] = {}
-    size, sign, pending, last = Fraction(1), 1, 1, None
-    generic = False
-    for position, token in enumerate(tokens):
-        lower = token.lower()
+    size, sign, pending = Fraction(1), 1, 1
+    last: tuple[str, Fraction] | None = None
+    words = [token.lower() for token in tokens]
+    for token, word, following in zip(tokens, words, [*words[1:], ""], strict=True):
         if token == "/":
             sign = -1
         elif token.startswith("^") and last:
-            exponent = int(token[1:].replace(" ", ""))
-            size *= _add(powers, last, sign * (exponent - 1))
-        elif lower in _POWERS:
-            if lower.endswith("d") and last:
-                size *= _add(powers, last, sign * (_POWERS[lower] - 1))
-            else:
-                pending = _POWERS[lower]
-        elif lower in ("unit", "units"):
-            generic, last = True, ("", "1")
-        elif last and lower in _BEHIND:
+            size *= _add(powers, last, sign * (int(token[1:].replace(" ", "")) - 1))
+        elif word in _POWERS and word.endswith("d") and last:
+            size *= _add(powers, last, sign * (_POWERS[word] - 1))
+        elif word in _POWERS:
+            pending = _POWERS[word]
+        elif word in ("unit", "units"):
+            last = _NOTHING
+        elif last and (word in _BEHIND or word in ("and", "in") and following in _BEHIND):
             continue
-        elif last and lower in ("and", "in") and tokens[position + 1 :] and tokens[position + 1].lower() in _BEHIND:
+        elif sign < 0 and word in ("a", "an", "the", "each"):
             continue
-        elif sign < 0 and (lower in ("a", "an", "the", "each") or not _known(token)) and lower.isalpha():
-            if lower not in ("a", "an", "the", "each"):
-                if lower in _NO_NOUN or len(lower) < 3:
-                    return None
-                size *= _add(powers, (f"one {lower.removesuffix('s')}", "1"), -pending)
-                last, pending = ("", "1"), 1
-        else:
-            known = _known(token)
-            if known is None:
-                return None
+        elif known := _known(token):
             size *= _add(powers, known, sign * pending)
             last, pending = known, 1
-    if generic and not powers:
-        return (), Fraction(1), "units"
-    dimensions = tuple(sorted((name, power) for name, power in powers.items() if power))
-    return (dimensions, size, "") if last and last[0] and dimensions or powers else None
+        elif sign < 0 and word.isalpha() and word not in _NO_NOUN and len(word) > 2:
+            size *= _add(powers, (f"one_{word.removesuffix('s')}", Fraction(1)), -pending)
+            last, pending = _NOTHING, 1
+        else:
+            return None
+    if not powers:
+        return Unit(scale=scale, name="units") if "unit" in words or "units" in words else None
+    return Unit(tuple(sorted((name, power) for name, power in powers.items() if power)), size, scale)
 
 
-def _add(powers: dict[str, int], unit: tuple[str, str], times: int) -> Fraction:
-    if times == 0 or abs(times) > 9:
+def _add(powers: dict[str, int], unit: tuple[str, Fraction], times: int) -> Fraction:
+    """Count the unit's dimensions so many times more; what the size grows by."""
+    if abs(times) > 9:
         return Fraction(1)
-    names = unit[0] if not unit[0].startswith("one ") else unit[0].replace(" ", "_")
-    for part in names.split():
+    for part in unit[0].split():
         name, _, power = part.partition("^")
         powers[name] = powers.get(name, 0) + times * int(power or 1)
-    return Fraction(unit[1]) ** times
+    return unit[1] ** times
 
 
 def _counted(tokens: list[str]) -> bool:
     """Whether the words can be what is counted: a plural noun, with at most three words before or behind it."""
     words = [token.lower() for token in tokens]
-    if len(words) > 4 or not all(re.fullmatch(r"[a-z]{3,}", word) for word in words if word not in ("a", "in", "per")):
+    if len(words) > 4 or not all(re.fullmatch(r"[a-z]{3,}|a|in|per", word) for word in words):
         return False
-    if words == ["times"]:
-        return True
-    if any(word in _NO_NOUN for word in words):
-        return False
-    return any(word.endswith("s") and not word.endswith("ss") or word in _IRREGULAR for word in words)
+    has_noun = any(word.endswith("s") and not word.endswith("ss") or word in _IRREGULAR for word in words)
+    return words == ["times"] or has_noun and _NO_NOUN.isdisjoint(words)
 
 
 _TEXT = r"\\text\s*\{(?:[^{}]|\{[^{}]*\})*\}"
@@ -260,27 +220,15 @@ def split_unit(text: str, *, letters: bool = False) -> tuple[str, Unit | None]:
             unit = parse(match.group())
             return (text[: match.start()].strip(), unit) if unit else (text, None)
     match = _BARE.search(text) if text[-1:].isalpha() or text[-1:] in "}0123456789." else None
-    if match:
-        words = re.findall(r"[a-zA-Zµ]+", match["unit"])
-        if (
-            letters
-            or (len(match["first"]) > 2 or match["first"] in _KNOWN_BARE)
-            and all(len(word) > 2 or word in _KNOWN_BARE or i for i, word in enumerate(words))
-        ):
-            unit = parse(match["unit"]) or _one_of(text[: match.start()], words)
-            if unit and text[: match.start()].strip():
-                return text[: match.start()].strip(), unit
+    if match and (letters or len(match["first"]) > 2 or match["first"] in _KNOWN_BARE):
+        value = text[: match.start()].strip()
+        words = re.findall(r"[a-zA-Zµ]+", match["unit"].lower())
+        unit = parse(match["unit"])
+        if unit is None and value == "1" and len(words) == 1 and len(words[0]) > 2 and words[0] not in _NO_NOUN:
+            unit = Unit(name=words[0])  # a single one of what is counted
+        if unit and value:
+            return value, unit
     return text, None
-
-
-def _one_of(value: str, words: list[str]) -> Unit | None:
-    """What a single one is counted of."""
-    is_noun = len(words) == 1 and len(words[0]) > 2 and words[0].lower() not in _NO_NOUN
-    return (
-        Unit(name=words[0].lower())
-        if value.strip() == "1" and is_noun and _SCALES.get(words[0].lower()) is None
-        else None
-    )
 
 
 def ratio(found: Unit | None, gold: Unit | None) -> Fraction | None:

@@ -10,8 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-# the error text travels to every rank with its rollout
-_MAX_ERROR = 2000
+_MAX_ERROR = 2000  # characters; the text travels to every rank with its rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +59,19 @@ class InProcess:
 
 def judge(functions: Sequence[Callable[[str, str], float]], response: str, answer: str) -> Verdict:
     """The functions' values. One that raises, or returns anything but a finite number, fails the answer as a whole."""
-    values = []
+    values: list[float] = []
+    error = ""
     for function in functions:
         try:
             value: Any = function(response, answer)
             if hasattr(value, "item"):
                 value = value.item()  # a scalar of numpy or torch; numpy's bool is no numbers.Real
+            if isinstance(value, numbers.Real) and math.isfinite(value):
+                values.append(float(value))
+            else:
+                error = f"the reward function returned {value!r} ({type(value).__name__}), expected a finite number"
         except Exception:
-            return failed(len(functions), traceback.format_exc())
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            error = f"the reward function returned {value!r} ({type(value).__name__}), expected a finite number"
-            return failed(len(functions), error)
-        values.append(float(value))
+            error = traceback.format_exc()
+        if error:
+            return Verdict((0.0,) * len(functions), error=error[-_MAX_ERROR:])  # the end says most
     return Verdict(tuple(values))
-
-
-def failed(count: int, error: str) -> Verdict:
-    """Zeros and the end of the error text, which says most."""
-    return Verdict((0.0,) * count, error=error[-_MAX_ERROR:])
-
-
-def unfinished(count: int, why: str) -> Verdict:
-    """Zeros for an answer whose grading was ended."""
-    return Verdict((0.0,) * count, unfinished=why)

@@ -23,7 +23,7 @@ from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.data import build_tokenizer, load_prompts, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_hf_config, require_model
-from megatron_rl.reward import build_grader
+from megatron_rl.reward.shape import build_grader
 from megatron_rl.rollout.servers.fleet import engine_python
 
 _CORES = ("transformer-engine-cu12", "transformer-engine-cu13")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.data.problems import say_unreadable
 from megatron_rl.grading.pool import GradingPool
-from megatron_rl.grading.registry import COMPARED_AS_TEXT, load_reward
-from megatron_rl.grading.registry import REWARDS as REWARDS
-from megatron_rl.grading.registry import RewardError as RewardError
+from megatron_rl.grading.registry import COMPARED_AS_TEXT, RewardError, load_reward
 from megatron_rl.grading.verdict import Grader, InProcess, Verdict, Verifier
-from megatron_rl.types import Prompt, Rollout
+from megatron_rl.types import Rollout
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -45,11 +42,6 @@ def say_text_only(where: object, answers: Sequence[str], config: RewardConfig) -
     say_unreadable(where, [repr(answer[:100]) for answer in answers if not reads(answer)], len(answers))
 
 
-def submit(rollout: Rollout, answer: str, grader: Grader, tokenizer: Any) -> Future[Verdict]:
-    """Begin to grade a rollout."""
-    return grader.submit(response_text(rollout, tokenizer), answer)
-
-
 def response_text(rollout: Rollout, tokenizer: Any) -> str:
     """Return what the verifiers see: the response without the stop token that ended it. Other special tokens keep
     their text, so that a policy cannot hide words in tokens that decoding drops. Token ids without a text, as those
@@ -61,23 +53,10 @@ def response_text(rollout: Rollout, tokenizer: Any) -> str:
 
 
 def graded(rollout: Rollout, verdict: Verdict) -> Rollout:
-    """The rollout with what the verifiers said; `reward` is the score until `shape_rewards`."""
+    """Return the rollout with what the verifiers said; `reward` is the score until `shape_rewards`."""
     score, *terms = verdict.values
-    return rollout.replace(
-        score=score, reward=score, terms=tuple(terms), error=verdict.error, unfinished=verdict.unfinished
-    )
-
-
-def grade(
-    rollouts: Sequence[Rollout], prompts_by_id: Mapping[int, Prompt], grader: Grader, tokenizer: Any
-) -> list[Rollout]:
-    """The rollouts with their scores, in the given order.
-
-    A function that raises, or returns anything but a finite number, scores 0.0 and leaves its traceback in `error`:
-    `check_failures` decides whether the run may go on. Raises: RewardError when nothing can be graded.
-    """
-    verdicts = [submit(r, prompts_by_id[r.prompt_id].answer, grader, tokenizer) for r in rollouts]
-    return [graded(rollout, verdict.result()) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
+    problems = {"error": verdict.error, "unfinished": verdict.unfinished}
+    return rollout.replace(score=score, reward=score, terms=tuple(terms), **problems)
 
 
 def check_failures(rollouts: Sequence[Rollout], config: Config) -> None:

@@ -22,7 +22,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.metrics.spans import OFF, Spans
-from megatron_rl.reward import check_failures, filter_overlong, graded, shape_rewards, submit
+from megatron_rl.reward.shape import check_failures, filter_overlong, graded, response_text, shape_rewards
 from megatron_rl.rollout.answers import Answers, facts_of, from_facts
 from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
 from megatron_rl.types import CollectResult, Prompt, Rollout
@@ -200,7 +200,8 @@ class Collector:
         begun: list[tuple[Rollout, Future[Verdict]]] = []
         try:
             for _, rollout in self._engine().stream(requests):
-                begun.append((rollout, submit(rollout, answers[rollout.prompt_id], self._grader, self._tokenizer)))
+                text = response_text(rollout, self._tokenizer)
+                begun.append((rollout, self._grader.submit(text, answers[rollout.prompt_id])))
         except ServersLost:
             pass  # what is missing is asked for again
         except EngineError as error:

@@ -9,7 +9,7 @@ import pytest
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.grading.math_answer import compared_as_text, math
 from megatron_rl.grading.rules import format, regex
-from megatron_rl.reward import say_text_only
+from megatron_rl.reward.shape import say_text_only
 from tests.grading.answers import DIFFERENT, RESPONSES, SAME
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -116,6 +116,15 @@ def test_long_texts_take_no_longer_than_their_length():
 
 def test_an_unbalanced_gold_is_read_as_if_it_were_closed():
     assert math(r"\boxed{\frac{5055}{2^{15}}}", r"\frac{5055}{2^{15}") == 1.0
+
+
+def test_a_power_or_a_root_takes_a_decimal_that_starts_with_its_point():
+    for found, same, other in [
+        ("x^.5", r"\sqrt{x}", "x^5"),
+        (r"\sqrt.25", "0.5", r"\sqrt{25}"),
+        ("e^.5x", r"x\sqrt{e}", "e^5x"),
+    ]:
+        assert (math(boxed(found), same), math(boxed(found), other)) == (1.0, 0.0)
 
 
 def test_regex_takes_the_last_match_and_format_looks_for_one():

@@ -10,8 +10,8 @@ from megatron_rl.config import parse_config
 from megatron_rl.grading.registry import REWARDS, RewardError, load_reward
 from megatron_rl.grading.rules import countdown
 from megatron_rl.grading.verdict import InProcess
-from megatron_rl.reward.shape import check_failures, filter_overlong, grade, shape_rewards
-from megatron_rl.types import Prompt, Rollout
+from megatron_rl.reward.shape import check_failures, filter_overlong, graded, response_text, shape_rewards
+from megatron_rl.types import Rollout
 
 ANSWER = json.dumps({"numbers": [5, 3, 7], "target": 22})
 
@@ -94,7 +94,7 @@ def test_load_reward(tmp_path, monkeypatch):
         ("no_such_module:f", "importing no_such_module failed with ModuleNotFoundError"),
         ("broken_rewards:f", "importing broken_rewards failed with ZeroDivisionError"),
         ("my_rewards:god", "has no 'god'; did you mean 'good'"),
-        ("my_rewards:number", "expected a function, got int"),
+        ("my_rewards:number", "callable with two texts"),
         ("my_rewards:one", "callable with two texts"),
     ]:
         with pytest.raises(RewardError, match=message):
@@ -140,10 +140,17 @@ def make_config(max_response_tokens=20, **options):
     )
 
 
-PROMPTS = {0: Prompt(0, (5, 6), "bc", "test"), 1: Prompt(1, (5, 6), "zz", "test")}
+ANSWERS = {0: "bc", 1: "zz"}  # by prompt
 
 
-def test_grade_sees_the_response_without_its_stop_token():
+def grade(rollouts, *functions):
+    """The rollouts with what the functions say of them, as a collector has it."""
+    grader = InProcess(functions)
+    verdicts = [grader.submit(response_text(rollout, Letters()), ANSWERS[rollout.prompt_id]) for rollout in rollouts]
+    return [graded(rollout, verdict.result()) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
+
+
+def test_verifiers_see_the_response_without_its_stop_token():
     seen = []
 
     def watch(response, answer):
@@ -151,15 +158,15 @@ def test_grade_sees_the_response_without_its_stop_token():
         return response == answer
 
     rollouts = [make_rollout(), make_rollout(prompt_id=1), make_rollout(reason="length")]
-    graded = grade(rollouts, PROMPTS, InProcess([watch]), Letters())
+    scored = grade(rollouts, watch)
     assert seen == [("bc", "bc"), ("bc", "zz"), ("bcj", "bc")]
-    assert [r.score for r in graded] == [1.0, 0.0, 0.0] and [r.error for r in graded] == [""] * 3
+    assert [r.score for r in scored] == [1.0, 0.0, 0.0] and [r.error for r in scored] == [""] * 3
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "1", None, 1j])
 def test_a_bad_return_value_scores_zero_and_is_told(bad):
-    (graded,) = grade([make_rollout()], PROMPTS, InProcess([lambda r, a: bad]), Letters())
-    assert graded.score == graded.reward == 0.0 and f"returned {bad!r}" in graded.error
+    (scored,) = grade([make_rollout()], lambda r, a: bad)
+    assert scored.score == scored.reward == 0.0 and f"returned {bad!r}" in scored.error
 
 
 def test_raising_scores_zero_and_ends_the_run_only_above_the_limit():
@@ -171,11 +178,11 @@ def test_raising_scores_zero_and_ends_the_run_only_above_the_limit():
             raise KeyError(f"call {len(calls)}")
         return 1.0
 
-    graded = grade([make_rollout()] * 20, PROMPTS, InProcess([sometimes]), Letters())
-    assert sum(r.score for r in graded) == 18
-    check_failures(graded, make_config(reward={"max_failures": 0.1}))  # 2 of 20 is not more than 0.1
+    scored = grade([make_rollout()] * 20, sometimes)
+    assert sum(r.score for r in scored) == 18
+    check_failures(scored, make_config(reward={"max_failures": 0.1}))  # 2 of 20 is not more than 0.1
     with pytest.raises(RewardError, match=r"failed on 2 of 20 .*max_failures=0\.09(.|\n)*KeyError: 'call 3'"):
-        check_failures(graded, make_config(reward={"max_failures": 0.09}))
+        check_failures(scored, make_config(reward={"max_failures": 0.09}))
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(1, 0), (12, 0), (13, -0.25 / 2), (16, -0.5), (20, -1.0)])
