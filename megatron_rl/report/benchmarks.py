@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_rl.config.benchmarks import PRESETS
-from megatron_rl.report.figures import Built, CustomPlot, Trace, colour
+from megatron_rl.report.figures import Built, Plot, Trace, colour
 from megatron_rl.report.runs import Evaluation, LoggedRun
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
-def benchmarks(runs: Sequence[LoggedRun]) -> list[CustomPlot]:
+def benchmarks(runs: Sequence[LoggedRun]) -> list[Plot]:
     """Return a figure for each evaluation set that a run logged as eval/SET/accuracy, and one with all side by side."""
     return [*(_course(name) for name in _logged(runs)), BY_BENCHMARK]
 
@@ -21,7 +21,7 @@ def _logged(runs: Sequence[LoggedRun]) -> list[str]:
     return sorted("/".join(part) for part in parts if len(part) == 3 and part[0] == "eval" and part[2] == "accuracy")
 
 
-def _course(metric: str) -> CustomPlot:
+def _course(metric: str) -> Plot:
     def built(runs: Sequence[LoggedRun]) -> Built:
         traces: list[Trace] = []
         for index, run in enumerate(runs):
@@ -39,7 +39,7 @@ def _course(metric: str) -> CustomPlot:
         return traces, {**axes, "hovermode": "x unified"}, []
 
     why = "Held-out accuracy with its interval: runs whose bars overlap are not told apart by this set."
-    return CustomPlot(f"Accuracy on {_title(metric.split('/')[1])}", why, metric, built)
+    return Plot(f"Accuracy on {_title(metric.split('/')[1])}", why, draw=built, needs=metric)
 
 
 def _side_by_side(runs: Sequence[LoggedRun]) -> Built:
@@ -70,12 +70,12 @@ def _side_by_side(runs: Sequence[LoggedRun]) -> Built:
     return traces, layout, rows
 
 
-BY_BENCHMARK = CustomPlot(
+BY_BENCHMARK = Plot(
     "Accuracy by benchmark",
     "The last evaluation in training, and those that megatron-rl eval left in the run's folder, with their intervals: "
     "what overlaps is not told apart.",
-    "an evaluation (eval.sets in training, or megatron-rl eval)",
-    _side_by_side,
+    draw=_side_by_side,
+    needs="an evaluation (eval.sets in training, or megatron-rl eval)",
 )
 
 
