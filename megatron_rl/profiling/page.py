@@ -94,7 +94,13 @@ def timeline_figure(ranks: Sequence[RankRecord], step: int) -> tuple[list[dict[s
             bars["communication"].append((row, arrived + shift, c.end + shift))
             used.append(row)
         rows += dict.fromkeys(used)
-    traces = [_bars(name, _merged(bars[name], length * _PIXEL)) for name in sorted(bars, key=order)]
+    traces = []
+    for name in sorted(bars, key=order):
+        merged = _merged(bars[name], length * _PIXEL)
+        seconds = [round(end - start, 6) for _, start, end in merged]
+        trace = _bar(name, [row for row, _, _ in merged], seconds, "<br>from %{base:.4f} s, %{x:.4f} s")
+        trace["marker"]["line"] = {"width": 0}
+        traces.append(trace | {"base": [round(start, 6) for _, start, _ in merged]})
     layout = {
         "barmode": "overlay",
         "bargap": 0.15,
@@ -112,15 +118,7 @@ def bars_figure(summary: Summary) -> tuple[list[dict[str, Any]], dict[str, Any]]
     """Return Plotly's traces and layout: one stacked bar a rank, of the phases' own seconds, waiting included."""
     labels = [f"rank {rank}" for rank in range(len(summary.by_rank))]
     traces = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": name,
-            "y": labels,
-            "x": [seconds_of.get(name, 0.0) for seconds_of in summary.by_rank],
-            "marker": {"color": COLOURS.get(name, OTHER_COLOUR)},
-            "hovertemplate": f"{name}: %{{x:.3f}} s",
-        }
+        _bar(name, labels, [seconds_of.get(name, 0.0) for seconds_of in summary.by_rank], ": %{x:.3f} s")
         for name in summary.phases
         if name != "checkpoint"
     ]
@@ -154,14 +152,6 @@ def _merged(stretches: list[tuple[str, float, float]], gap: float) -> list[tuple
     return merged
 
 
-def _bars(name: str, stretches: list[tuple[str, float, float]]) -> dict[str, Any]:
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": name,
-        "y": [row for row, _, _ in stretches],
-        "base": [round(start, 6) for _, start, _ in stretches],
-        "x": [round(end - start, 6) for _, start, end in stretches],
-        "marker": {"color": COLOURS.get(name, OTHER_COLOUR), "line": {"width": 0}},
-        "hovertemplate": f"{name}<br>from %{{base:.4f}} s, %{{x:.4f}} s",
-    }
+def _bar(name: str, rows: list[str], seconds: list[float], hover: str) -> dict[str, Any]:
+    base = {"type": "bar", "orientation": "h", "name": name, "hovertemplate": name + hover}
+    return base | {"y": rows, "x": seconds, "marker": {"color": COLOURS.get(name, OTHER_COLOUR)}}
