@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_rl.config.benchmarks import PRESETS
 from megatron_rl.report.figures import Built, Plot, Trace, colour
@@ -17,7 +18,7 @@ def benchmarks(runs: Sequence[LoggedRun]) -> list[Plot]:
 
 
 def _logged(runs: Sequence[LoggedRun]) -> list[str]:
-    parts = {tuple(name.split("/")) for run in runs for name in run.metrics()}
+    parts = {tuple(name.split("/")) for run in runs for name in run.columns}
     return sorted("/".join(part) for part in parts if len(part) == 3 and part[0] == "eval" and part[2] == "accuracy")
 
 
@@ -31,10 +32,8 @@ def _course(metric: str) -> Plot:
             low, high = (dict(zip(*run.series(f"{metric}_{end}"), strict=True)) for end in ("low", "high"))
             ends = [(low.get(step, value), high.get(step, value)) for step, value in zip(steps, values, strict=True)]
             line = {"color": colour(index), "width": 2}
-            base = {"type": "scatter", "mode": "lines+markers", "meta": index, "name": run.label, "line": line}
-            traces.append(
-                {**base, "x": steps, "y": values, "error_y": _bars(values, ends), "hovertemplate": "%{y:.4g}"}
-            )
+            style = {"mode": "lines+markers", "meta": index, "name": run.label, "line": line}
+            traces.append(_with_bars(steps, values, ends) | style)
         axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "fraction"}}}
         return traces, {**axes, "hovermode": "x unified"}, []
 
@@ -56,10 +55,10 @@ def _side_by_side(runs: Sequence[LoggedRun]) -> Built:
         name = f"{runs[index].label}: {evaluation.name}" if several else evaluation.name
         here = [title for title in titles if title in evaluation.accuracy]
         values = [evaluation.accuracy[title][0] for title in here]
-        bars = _bars(values, [evaluation.accuracy[title][1:] for title in here])
+        ends = [evaluation.accuracy[title][1:] for title in here]
         marker = {"color": colour(index), "size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)]}
-        base = {"type": "scatter", "mode": "markers", "meta": index, "name": name, "marker": marker}
-        traces.append({**base, "x": here, "y": values, "error_y": bars, "hovertemplate": "%{y:.4g}"})
+        style = {"mode": "markers", "meta": index, "name": name, "marker": marker}
+        traces.append(_with_bars(here, values, ends) | style)
         rows.append([name, *(_cell(evaluation, title) for title in titles)])
     layout = {
         "xaxis": {"title": {"text": "benchmark"}, "type": "category"},
@@ -95,10 +94,12 @@ def _last_logged(run: LoggedRun) -> list[Evaluation]:
     return [Evaluation(f"in training, step {step}", accuracy)]
 
 
-def _bars(values: Sequence[float], ends: Sequence[tuple[float, float]]) -> Trace:
+def _with_bars(xs: Sequence[Any], values: Sequence[float], ends: Sequence[tuple[float, float]]) -> Trace:
+    """Return points with bars from the lower to the upper of their ends."""
     up = [high - value for value, (_, high) in zip(values, ends, strict=True)]
     down = [value - low for value, (low, _) in zip(values, ends, strict=True)]
-    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 3}
+    bars = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 3}
+    return {"type": "scatter", "x": xs, "y": values, "error_y": bars, "hovertemplate": "%{y:.4g}"}
 
 
 def _cell(evaluation: Evaluation, title: str) -> str:

@@ -42,7 +42,7 @@ def _plot(stated: dict[str, Any]) -> Plot:
 
 def _of_losses(runs: Sequence[LoggedRun]) -> list[Plot]:
     """Return the plots of the losses' own metrics (`loss/*`)."""
-    logged = sorted({name for run in runs for name in run.metrics() if name.startswith("loss/")})
+    logged = sorted({name for run in runs for name in run.columns if name.startswith("loss/")})
     names = {name: name.removeprefix("loss/").replace("_", " ") for name in logged}
     clips = {name: meaning for name, meaning in names.items() if "clip" in name}
     clipping = (

@@ -194,7 +194,7 @@ def law_residuals(runs: Sequence[LoggedRun]) -> Built:
 
 def phase_times(runs: Sequence[LoggedRun]) -> Built:
     """Draw the mean seconds a step: a phase that runs on few steps (evaluation) is spread over all of them."""
-    logged = {name.removeprefix("time/") for run in runs for name in run.metrics() if name.startswith("time/")}
+    logged = {name.removeprefix("time/") for run in runs for name in run.columns if name.startswith("time/")}
     phases = [*(p for p in PHASES if p in logged), *sorted(logged - {*PHASES, "total"})]
     if not logged:
         return None
