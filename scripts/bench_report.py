@@ -63,11 +63,9 @@ def measured(job: str, run: Path, page: Path, steps: int) -> dict[str, float]:
 
 
 def write_metrics(path: Path, steps: int, metrics: int) -> None:
-    from megatron_rl.report.catalogue import COVARIANCE, ENTROPY, PERFORMANCE, UPDATES
-    from megatron_rl.report.figures import LinePlot
+    from megatron_rl.report.catalogue import sections
 
-    plots = [plot for plot in [*ENTROPY, *PERFORMANCE, *COVARIANCE, *UPDATES] if isinstance(plot, LinePlot)]
-    names = [name for plot in plots for name, _ in plot.metrics]
+    names = [name for title, plots in sections([]) if title != "Time" for plot in plots for name in plot.metrics]
     names += ["entropy/predicted_change", "entropy/realised_change", "time/total", "time/rollout", "time/update"]
     names += [f"other/{i}" for i in range(metrics - len(names))]
     with path.open("w", encoding="utf-8") as file:

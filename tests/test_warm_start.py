@@ -206,9 +206,9 @@ def test_a_cache_that_cannot_be_written_is_named_on_every_rank(worlds: Worlds, t
 
 
 def _interrupted(config: Config, cache: Path) -> dict[str, Any]:
-    from megatron_rl.convert import save_hf
+    from megatron_rl.convert import safetensors_io
 
-    write = save_hf.write_file
+    write = safetensors_io.write_file
 
     def killed(path: Path, *args: Any) -> None:
         write(path, *args)
@@ -216,7 +216,7 @@ def _interrupted(config: Config, cache: Path) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     found: dict[str, Any] = {}
-    with mock.patch.object(save_hf, "write_file", killed), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(safetensors_io, "write_file", killed), pytest.raises(KeyboardInterrupt):
         _warm(config)
     leave_layout()
     found["left behind"] = sorted(path.name for path in cache.iterdir())

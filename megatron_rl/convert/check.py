@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.folders import load_tokenizer
-from megatron_rl.convert.to_megatron import Progress
+from megatron_rl.convert.folders import Progress, load_tokenizer
 from megatron_rl.convert.weights import Weights, open_weights
 from megatron_rl.errors import ConfigError
 
@@ -28,18 +26,17 @@ class Comparison:
     num_bytes: int  # of the first folder
 
 
-def compare_tensors(a: Path, b: Path, progress: Progress = lambda done, total: None) -> Comparison:
+def compare_tensors(a: Path, b: Path, progress: Progress = lambda count, total: None) -> Comparison:
     """Names, shapes, dtypes and bits of two folders; memory: about two parameters.
 
     Raises: ConfigError when a folder is not a valid model.
     """
     first, second = open_weights(a), open_weights(b)
-    found, done = [], 0
+    found = []
     total = sum(info.nbytes for info in first.tensors.values())
     for name in [*first.tensors, *(name for name in second.tensors if name not in first.tensors)]:
         found += _difference(name, first, second)
-        done += first.tensors[name].nbytes if name in first.tensors else 0
-        progress(done, total)
+        progress(first.tensors[name].nbytes if name in first.tensors else 0, total)
     return Comparison(tuple(found), len(first.tensors), total)
 
 
@@ -60,18 +57,14 @@ def _difference(name: str, first: Weights, second: Weights) -> list[str]:
 def _distance(a: Tensor, b: Tensor) -> tuple[float, int]:
     """(largest |difference|, number of elements whose bits differ; of two dtypes, whose values do)."""
     largest, count = 0.0, 0
-    for x, y in _row_blocks(a, b):
+    for start in range(0, a.shape[0], _ROWS):
+        x, y = a[start : start + _ROWS], b[start : start + _ROWS]
         bits = [t.view(_INTEGERS[t.dtype.itemsize]) for t in (x, y)] if x.dtype == y.dtype else [x.double(), y.double()]
         differs = bits[0] != bits[1]
         if differs.any():
             count += int(differs.sum())
             largest = max(largest, float((x[differs].double() - y[differs].double()).abs().nan_to_num(torch.inf).max()))
     return largest, count
-
-
-def _row_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, a.shape[0], _ROWS):
-        yield a[start : start + _ROWS], b[start : start + _ROWS]
 
 
 def compare_logits(a: Path, b: Path, prompt: str) -> tuple[float, bool, int]:
@@ -83,7 +76,8 @@ def compare_logits(a: Path, b: Path, prompt: str) -> tuple[float, bool, int]:
     """
     first, second = open_weights(a), open_weights(b)
     token_ids = _encode(first, second, prompt)
-    logits = [_logits(weights, token_ids) for weights in (first, second)]
+    with torch.inference_mode():
+        logits = [transformers_model(weights, torch.float32)(token_ids).logits[0] for weights in (first, second)]
     if logits[0].shape != logits[1].shape:
         raise ConfigError(f"the vocabularies differ: {logits[0].shape[-1]} tokens in {a}, {logits[1].shape[-1]} in {b}")
     largest = float((logits[0] - logits[1]).abs().nan_to_num(torch.inf).max())
@@ -98,11 +92,6 @@ def _encode(first: Weights, second: Weights, prompt: str) -> Tensor:
                 raise ConfigError(f"--prompt {prompt!r}: no tokens; give a longer text")
             return token_ids
     raise ConfigError(f"--prompt needs a tokenizer, and neither {first.path} nor {second.path} has one")
-
-
-def _logits(weights: Weights, token_ids: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return transformers_model(weights, torch.float32)(token_ids).logits[0]
 
 
 def transformers_model(weights: Weights, dtype: torch.dtype) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from megatron_rl.convert.to_megatron import Progress
+    from megatron_rl.convert.folders import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Convert between Hugging Face folders and Megatron checkpoints.")
 
@@ -114,4 +114,4 @@ def _progress(what: str) -> Iterator[Progress]:
     columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda count, total: bar.update(task, advance=count, total=total)

@@ -52,6 +52,20 @@ def unused(path: Path) -> Path:
     return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
+def replace(draft: Path, target: Path) -> None:
+    """Give a folder the name `target`, and remove what had it. Under that name a folder is whole at every moment.
+
+    Raises: OSError when one cannot be renamed.
+    """
+    fsync_tree(draft)
+    old = unused(target.with_name(f".{target.name}.old"))
+    if os.path.lexists(target):
+        target.rename(old)
+    draft.rename(target)
+    fsync_tree(target.parent, recursive=False)
+    remove(old)
+
+
 def fsync_tree(folder: Path, *, recursive: bool = True) -> None:
     """Put a folder's names, and its files, on the disk before something else relies on them."""
     for path in [*(folder.rglob("*") if recursive else ()), folder]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_rl.convert.disk import fsync_tree, remove, unused
+from megatron_rl.convert.disk import remove, replace, unused
 from megatron_rl.convert.safetensors_io import TensorInfo
 from megatron_rl.convert.weights import Weights
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.files import free_bytes
 from megatron_rl.models.facts import hf_folder
 
+Progress = Callable[[int, int], None]  # (bytes more, bytes in all)
+SLACK_BYTES = 64 * 2**20  # headers, metadata, tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -94,7 +96,7 @@ def published(target: Path, source: Path, needed_bytes: int, force: bool) -> Ite
                     "make room or choose another disk"
                 )
             yield folder
-            _publish(folder, target, unused(old))
+            replace(folder, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error}; nothing was left behind") from error
 
@@ -137,11 +139,3 @@ def _locked(draft: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(lock)
-
-
-def _publish(folder: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    fsync_tree(target.parent, recursive=False)
-    remove(old)

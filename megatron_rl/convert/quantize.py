@@ -12,7 +12,7 @@ import torch
 
 from megatron_rl import device
 from megatron_rl.convert.check import transformers_model
-from megatron_rl.convert.folders import DTYPES, cast, check_tokenizer, converted, load_tokenizer, published
+from megatron_rl.convert.folders import DTYPES, SLACK_BYTES, cast, check_tokenizer, converted, load_tokenizer, published
 from megatron_rl.convert.model_files import converted_files, write_files
 from megatron_rl.convert.safetensors_io import TensorInfo
 from megatron_rl.convert.save_hf import write_shards
@@ -37,9 +37,8 @@ INT8_CONFIG: dict[str, Any] = {
 }
 _LINEAR = "_proj.weight"  # ends the Hugging Face names of all weights of linear layers but lm_head
 _MAX_TEXTS = 128
-_MAX_TOKENS = 512
+_CUT_TEXT: dict[str, Any] = {"return_tensors": "pt", "truncation": True, "max_length": 512}
 _FREE_BYTES = 2 * 10**9  # beside the quantised model: what modelopt writes on the way
-_SLACK_BYTES = 64 * 2**20  # headers, scales, tokenizer
 
 
 def fp8_to_hf(source: Path, target: Path, *, calibration: Path, dtype: str = "keep", force: bool = False) -> None:
@@ -58,7 +57,8 @@ def fp8_to_hf(source: Path, target: Path, *, calibration: Path, dtype: str = "ke
         stored = next(iter(tensors.values())).dtype if dtype == "keep" else DTYPES[dtype]
         model = transformers_model(weights, stored)
         model.config.architectures = model.config.architectures or [type(model).__name__]  # the export asks for it
-        batches = _batches(weights.hf_folder, texts)
+        tokenizer = load_tokenizer(weights.hf_folder)
+        batches = [tokenizer(text, **_CUT_TEXT).input_ids for text in texts]
 
         def feed(calibrated: Any) -> None:
             with torch.inference_mode():
@@ -104,7 +104,7 @@ def int8_to_hf(
             else:
                 yield name, cast(name, weights.read(name), info.dtype)
 
-    with published(target, source, sum(info.nbytes for info in tensors.values()) + _SLACK_BYTES, force) as draft:
+    with published(target, source, sum(info.nbytes for info in tensors.values()) + SLACK_BYTES, force) as draft:
         write_shards(draft, stream(), limit)
         _describe(draft, weights, tensors, INT8_CONFIG)
 
@@ -157,11 +157,6 @@ def _text(line: bytes, path: Path, number: int) -> str:
     except (ValueError, TypeError, StopIteration) as error:
         raise ConfigError(f"{path}:{number}: expected a JSON object with problem, prompt or text") from error
     return text
-
-
-def _batches(folder: Path, texts: list[str]) -> list[torch.Tensor]:
-    tokenizer = load_tokenizer(folder)
-    return [tokenizer(text, return_tensors="pt", truncation=True, max_length=_MAX_TOKENS).input_ids for text in texts]
 
 
 def _modelopt() -> tuple[Any, Any]:

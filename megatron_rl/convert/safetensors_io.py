@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,30 +172,36 @@ def write_file(
         os.fsync(file.fileno())
 
 
-def shards(tensors: dict[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:
-    """The tensors in order, cut where a file would exceed `max_bytes`; a larger tensor has a file of its own."""
-    parts: list[dict[str, TensorInfo]] = [{}]
+def shards(tensors: Iterable[tuple[str, TensorInfo]], max_bytes: int) -> Iterator[dict[str, TensorInfo]]:
+    """Yield the tensors in order, cut where a file would exceed `max_bytes`; a larger tensor has a file of its own."""
+    part: dict[str, TensorInfo] = {}
     used = 0
-    for name, info in tensors.items():
-        if parts[-1] and used + info.nbytes > max_bytes:
-            parts.append({})
-            used = 0
-        parts[-1][name] = info
+    for name, info in tensors:
+        if part and used + info.nbytes > max_bytes:
+            yield part
+            part, used = {}, 0
+        part[name] = info
         used += info.nbytes
-    return parts
+    yield part
 
 
-def file_names(count: int) -> list[str]:
-    """The names that transformers gives to `count` shards."""
-    if count == 1:
-        return [SINGLE]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
-def write_index(folder: Path, parts: Iterable[tuple[str, dict[str, TensorInfo]]]) -> None:
-    """Write the index of (file, its tensors)."""
-    pairs = list(parts)
-    weight_map = {name: file for file, tensors in pairs for name in tensors}
-    total = sum(info.nbytes for _, tensors in pairs for info in tensors.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
-    (folder / INDEX).write_text(text + "\n")
+def write_model(
+    folder: Path,
+    parts: Iterable[dict[str, TensorInfo]],
+    read: Callable[[str], Tensor],
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write each part as a file, as `write_file` does, under the names that transformers gives to the files of a model;
+    several have an index."""
+    weight_map: dict[str, int] = {}  # tensor -> number of its file
+    total = count = 0
+    for count, part in enumerate(parts, start=1):
+        write_file(folder / f"part-{count}", part, read, advance)
+        weight_map |= dict.fromkeys(part, count)
+        total += sum(info.nbytes for info in part.values())
+    names = {i: f"model-{i:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE for i in range(1, count + 1)}
+    for number, name in names.items():
+        (folder / f"part-{number}").rename(folder / name)
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in weight_map.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

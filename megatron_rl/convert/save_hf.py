@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from megatron_rl.convert.disk import fsync_tree, remove, unused
+from megatron_rl.convert.disk import remove, replace, unused
 from megatron_rl.convert.model_files import Described, policy_files, write_files
-from megatron_rl.convert.safetensors_io import TensorInfo, file_names, write_file, write_index
+from megatron_rl.convert.safetensors_io import TensorInfo, shards, write_model
 from megatron_rl.errors import UserError
 from megatron_rl.files import free_bytes
 from megatron_rl.parallel.groups import Groups
@@ -34,8 +33,7 @@ class Exported(Described, Protocol):
 def save_hf(policy: Exported, tokenizer: Any, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model with its tokenizer to `folder`, replacing what is there once all is written. A collective.
 
-    Rank 0 writes what the weight stream brings and holds one file of at most `shard_bytes` at a time (one tensor at
-    least).
+    Rank 0 writes what the weight stream brings, see `write_shards`.
     Raises: UserError, on every rank, when writing fails; `folder` is then as before.
     """
     problem: str | None = None
@@ -48,7 +46,7 @@ def save_hf(policy: Exported, tokenizer: Any, folder: Path, *, shard_bytes: int 
         try:
             write_files(draft, policy_files(policy, tokenizer))
             write_shards(draft, stream, shard_bytes)
-            _replace(draft, folder)
+            replace(draft, folder)
         except (OSError, ValueError) as error:
             problem = f"cannot write the model to {folder}: {error}; {free_bytes(folder):,} bytes are free there"
             remove(draft)
@@ -62,43 +60,13 @@ def save_hf(policy: Exported, tokenizer: Any, folder: Path, *, shard_bytes: int 
 def write_shards(folder: Path, stream: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write (name, tensor) pairs as model.safetensors, or as several files of at most `shard_bytes` with an index.
 
-    Raises: OSError.
+    Holds one such file, and the tensor that begins the next. Raises: OSError.
     """
-    parts: list[dict[str, TensorInfo]] = []  # of the files so far
-    pending: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
 
-    def write() -> None:
-        part = {name: _info(tensor) for name, tensor in pending.items()}
-        write_file(folder / f"part-{len(parts)}", part, pending.__getitem__, lambda count: None)
-        parts.append(part)
-        pending.clear()
+    def announced() -> Iterator[tuple[str, TensorInfo]]:
+        for name, tensor in stream:
+            held[name] = tensor.detach().to("cpu", copy=True)  # a view would hold its whole bucket
+            yield name, TensorInfo(tuple(tensor.shape), tensor.dtype)
 
-    for name, tensor in stream:
-        if pending and sum(map(_nbytes, pending.values())) + _nbytes(tensor) > shard_bytes:
-            write()
-        pending[name] = tensor.detach().to("cpu", copy=True)  # a view would hold its whole bucket
-    write()
-    names = file_names(len(parts))  # known only now
-    for number, name in enumerate(names):
-        (folder / f"part-{number}").rename(folder / name)
-    if len(parts) > 1:
-        write_index(folder, zip(names, parts, strict=True))
-
-
-def _info(tensor: Tensor) -> TensorInfo:
-    return TensorInfo(tuple(tensor.shape), tensor.dtype)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return _info(tensor).nbytes
-
-
-def _replace(draft: Path, folder: Path) -> None:
-    fsync_tree(draft)
-    old = None
-    if os.path.lexists(folder):
-        old = folder.rename(unused(folder.with_name(f".{folder.name}.old")))
-    draft.rename(folder)
-    fsync_tree(folder.parent, recursive=False)
-    if old is not None:
-        remove(old)
+    write_model(folder, shards(announced(), shard_bytes), held.pop)

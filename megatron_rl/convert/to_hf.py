@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from megatron_rl.convert.folders import cast, check_tokenizer, converted, published
+from megatron_rl.convert.folders import SLACK_BYTES, Progress, cast, check_tokenizer, converted, published
 from megatron_rl.convert.model_files import converted_files, write_files
-from megatron_rl.convert.safetensors_io import TensorInfo, file_names, shards, write_file, write_index
-from megatron_rl.convert.to_megatron import Progress
+from megatron_rl.convert.safetensors_io import shards, write_model
 from megatron_rl.convert.weights import Weights, open_weights
 from megatron_rl.errors import ConfigError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as in transformers
-_SLACK_BYTES = 64 * 2**20  # headers, tokenizer
 
 
 def megatron_to_hf(
@@ -26,7 +23,7 @@ def megatron_to_hf(
     dtype: str = "keep",
     max_shard_size: str = "5GB",
     force: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda count, total: None,
 ) -> None:
     """Write the Hugging Face folder `target` from a converted or a training checkpoint (of any layout).
 
@@ -37,8 +34,12 @@ def megatron_to_hf(
     tensors = converted(weights.tensors, dtype)
     check_tokenizer(weights)
     total = sum(info.nbytes for info in tensors.values())
-    with published(target, source, total + _SLACK_BYTES, force) as draft:
-        _write(weights, tensors, limit, draft, lambda done: progress(done, total))
+
+    def read(name: str) -> Tensor:
+        return cast(name, weights.read(name), tensors[name].dtype)
+
+    with published(target, source, total + SLACK_BYTES, force) as draft:
+        write_model(draft, shards(tensors.items(), limit), read, lambda count: progress(count, total))
         write_files(draft, converted_files(weights, tensors.values()))
 
 
@@ -56,23 +57,3 @@ def parse_size(text: str) -> int:
     if match is None or int(match[1]) == 0:
         raise ConfigError(f"--max-shard-size {text}: expected a number and KB, MB or GB, such as 5GB")
     return int(match[1]) * _UNITS[match[2]]
-
-
-def _write(
-    weights: Weights, tensors: dict[str, TensorInfo], limit: int, folder: Path, report: Callable[[int], None]
-) -> None:
-    parts, done = shards(tensors, limit), 0
-
-    def read(name: str) -> Tensor:
-        return cast(name, weights.read(name), tensors[name].dtype)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        report(done)
-
-    files = list(zip(file_names(len(parts)), parts, strict=True))
-    for name, part in files:
-        write_file(folder / name, part, read, advance)
-    if len(files) > 1:
-        write_index(folder, files)

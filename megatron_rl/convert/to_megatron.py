@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from megatron_rl.convert.folders import cast, check_tokenizer, converted, published
+from megatron_rl.convert.folders import SLACK_BYTES, Progress, cast, check_tokenizer, converted, published
 from megatron_rl.convert.model_files import converted_files, write_files
-from megatron_rl.convert.safetensors_io import TensorInfo
 from megatron_rl.convert.torch_dist import TorchDistWriter
-from megatron_rl.convert.weights import Weights, open_weights, place_of
+from megatron_rl.convert.weights import open_weights, place_of
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.mapping import model_rows, to_shard
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-_SLACK_BYTES = 64 * 2**20  # metadata, tokenizer
 
 
 def hf_to_megatron(
@@ -23,7 +18,7 @@ def hf_to_megatron(
     *,
     dtype: str = "keep",
     force: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda count, total: None,
 ) -> None:
     """Write the Megatron checkpoint `target`, its sub-folder `hf` holding config.json, tokenizer and the like.
 
@@ -39,21 +34,16 @@ def hf_to_megatron(
     tensors = converted(weights.tensors, dtype)
     check_tokenizer(weights)
     total = sum(info.nbytes for info in tensors.values())
-    with published(target, source, total + _SLACK_BYTES, force) as draft:
-        _write(weights, tensors, draft, lambda done: progress(done, total))
+    with published(target, source, total + SLACK_BYTES, force) as draft:
+        writer, hf = TorchDistWriter(draft), weights.hf
+        for row in model_rows(hf):
+            parts = [cast(name, weights.read(name), tensors[name].dtype) for name in row.hf]
+            # the shard of a layout with one rank is the whole; its vocabulary needs no padding, and no copy
+            whole = parts[0] if row.kind == "vocab" else to_shard(row, parts, hf, 0, 1, hf.vocab_size)
+            place = place_of(row, hf)
+            writer.add(place.keys, whole, place.index, place.lead)
+            for module in {key.rpartition(".")[0] for key in place.keys}:
+                writer.add_nothing(f"{module}._extra_state", place.index, place.lead)
+            progress(sum(part.nbytes for part in parts), total)
+        writer.finish()
         write_files(draft / "hf", converted_files(weights, tensors.values()))
-
-
-def _write(weights: Weights, tensors: dict[str, TensorInfo], folder: Path, report: Callable[[int], None]) -> None:
-    writer, hf, done = TorchDistWriter(folder), weights.hf, 0
-    for row in model_rows(hf):
-        parts = [cast(name, weights.read(name), tensors[name].dtype) for name in row.hf]
-        done += sum(part.nbytes for part in parts)
-        # the shard of a layout with one rank is the whole; its vocabulary needs no padding, and no copy
-        whole = parts[0] if row.kind == "vocab" else to_shard(row, parts, hf, 0, 1, hf.vocab_size)
-        place = place_of(row, hf)
-        writer.add(place.keys, whole, place.index, place.lead)
-        for module in {key.rpartition(".")[0] for key in place.keys}:
-            writer.add_nothing(f"{module}._extra_state", place.index, place.lead)
-        report(done)
-    writer.finish()

@@ -199,15 +199,13 @@ def _megatron_source(
         if name not in last:
             last.clear()  # before the next is read, so that memory holds one
             row = rows[name]
-            whole = reader.read(keys[row.megatron], place_of(row, hf).index, _vocabulary(row, hf))
+            whole = reader.read(
+                keys[row.megatron], place_of(row, hf).index, hf.vocab_size if row.kind == "vocab" else None
+            )
             last.update(zip(row.hf, from_shards(row, [whole], hf), strict=True))
         return last[name]
 
     return read
-
-
-def _vocabulary(row: Row, hf: PretrainedConfig) -> int | None:
-    return hf.vocab_size if row.kind == "vocab" else None
 
 
 def _whole_shape(row: Row, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:

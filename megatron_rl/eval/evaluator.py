@@ -147,12 +147,12 @@ class Evaluator:
         batches = self._share(bench, done)
         total, count, fault = sum(map(len, batches)), 0, ""
         begun: deque[tuple[Problem, Rollout, str, Future[Verdict]]] = deque()  # being graded, in order
-        with store.part(self._place.rank) as part:
+        with store.part(self._place.rank) as add:
 
             def write(wait: bool) -> None:
                 while begun and (wait or begun[0][-1].done()):
                     problem, rollout, text, verdict = begun.popleft()
-                    part.add([_row(problem.id, rollout, text, verdict.result(), by_text=bench.by_text)])
+                    add(_row(problem.id, rollout, text, verdict.result(), by_text=bench.by_text))
 
             try:
                 for batch in batches:

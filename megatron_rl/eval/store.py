@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from megatron_rl.errors import UserError
@@ -73,46 +72,35 @@ class SampleStore:
 
     def replace(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write all samples anew (rank 0 alone)."""
-        _write(self.folder / "samples.jsonl", map(to_line, rows))
+        path = self.folder / "samples.jsonl"
+        draft = path.with_suffix(".tmp")
+        with naming(path):
+            with draft.open("w", encoding="utf-8") as file:
+                file.writelines(map(to_line, rows))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
 
-    def part(self, rank: int) -> Part:
-        """Return the writer of this rank's samples. Have one at a time, between `open` and `merge`."""
-        return Part(self.folder / f"part{rank:04d}.jsonl")
+    @contextlib.contextmanager
+    def part(self, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """Give what appends a sample of this rank, which outlives the process from then on. Have one at a time, between
+        `open` and `merge`."""
+        path = self.folder / f"part{rank:04d}.jsonl"
+        file = path.open("a", encoding="utf-8")
 
+        def add(row: dict[str, Any]) -> None:
+            with naming(path):
+                file.write(to_line(row))
+                file.flush()
 
-class Part:
-    """Appends samples; a context manager."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file, or make it."""
-        self._file = path.open("a", encoding="utf-8")
-
-    def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append rows; they outlive this process from here on."""
-        with naming(Path(self._file.name)):
-            self._file.writelines(map(to_line, rows))
-            self._file.flush()
-
-    def __enter__(self) -> Part:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the file. A disk that was full is so here too, and must not hide the reason."""
-        with contextlib.suppress(OSError) if error is not None else naming(Path(self._file.name)):
-            self._file.close()
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    draft = path.with_suffix(".tmp")
-    with naming(path):
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        try:
+            yield add
+        except BaseException:
+            with contextlib.suppress(OSError):  # a disk that was full is so here too, and must not hide the reason
+                file.close()
+            raise
+        with naming(path):
+            file.close()
 
 
 def model_name(path: str | Path) -> str:

@@ -22,6 +22,7 @@ from megatron_rl.config.loss import LossBase, LossConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
 from megatron_rl.lab.compare import METHODS, StepFacts, compare
+from megatron_rl.metrics.jsonl import without_non_finite
 from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.rollout.world import join
@@ -37,7 +38,7 @@ def main(
     result = replay(config, groups, checkpoint, losses or METHODS, updates)
     if groups.rank == 0:
         path = folder / f"{checkpoint.name}.json"
-        write_atomically(path, json.dumps(_finite(result), indent=1))
+        write_atomically(path, json.dumps(without_non_finite(result), indent=1))
         show(result, Console())
         print(path)
     groups.all_ranks.barrier()
@@ -119,12 +120,3 @@ def _loss(name: str, raw: dict[str, Any]) -> LossBase:
     if loss.ref_kl_coef:
         raise ConfigError(f"method {name}: ref_kl_coef={loss.ref_kl_coef} has no reference policy here; set it to 0")
     return loss
-
-
-def _finite(value: Any) -> Any:
-    """Return the value with null for what JSON has no number for."""
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value

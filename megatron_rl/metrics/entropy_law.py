@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -138,10 +138,10 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> LineFit:
     xs, ys = pairs[:, 0], pairs[:, 1]
     nothing = LineFit(math.nan, math.nan, math.nan, (), len(pairs))
     if len(pairs) < MIN_POINTS:
-        return _with_problem(nothing, f"{len(pairs)} points; a fit needs at least {MIN_POINTS}")
+        return replace(nothing, problem=f"{len(pairs)} points; a fit needs at least {MIN_POINTS}")
     spread = xs - xs.mean()
     if np.abs(spread).max() <= 1e-9 * max(np.abs(xs).max(), 1e-300):
-        return _with_problem(nothing, "all points have the same abscissa, so no slope is defined")
+        return replace(nothing, problem="all points have the same abscissa, so no slope is defined")
     # the mean of equal numbers can differ from them in the last bit, and that is no variance to explain
     rise = np.zeros_like(ys) if np.ptp(ys) == 0 else ys - ys.mean()
     slope = float(spread @ rise / (spread @ spread))
@@ -218,7 +218,3 @@ def _t_factor(num_points: int, rho: float) -> float | None:
 
 def _around(value: float, half_width: float | None) -> Interval | None:
     return None if half_width is None else (value - half_width, value + half_width)
-
-
-def _with_problem(fit: LineFit, problem: str) -> LineFit:
-    return LineFit(fit.slope, fit.intercept, fit.correlation, fit.residuals, fit.num_points, problem)

@@ -24,6 +24,15 @@ def to_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def without_non_finite(value: Any) -> Any:
+    """Return plain data with null for what JSON has no number for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_non_finite(item) for key, item in value.items()}
+    return [without_non_finite(item) for item in value] if isinstance(value, list) else value
+
+
 def iter_rows(path: Path, notes: list[str], *, with_step: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield each line of a file with its row, one at a time, so that a file of any size can be read.
 

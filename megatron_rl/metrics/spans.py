@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -190,26 +190,16 @@ class Recorder(Spans):
 def to_json(records: list[StepRecord]) -> list[dict[str, Any]]:
     """Return plain data, a list for each span and collective: a step may have thousands."""
     return [
-        {
-            "step": r.step,
-            "start": r.start,
-            "end": r.end,
-            "spans": [[s.name, s.start, s.end, s.parent, s.device_seconds, s.peak_bytes, s.thread] for s in r.spans],
-            "collectives": [[c.name, c.group, c.number, c.called, c.start, c.end, c.span] for c in r.collectives],
-        }
+        {"step": r.step, "start": r.start, "end": r.end}
+        | {"spans": list(map(astuple, r.spans)), "collectives": list(map(astuple, r.collectives))}
         for r in records
     ]
 
 
 def from_json(steps: list[dict[str, Any]]) -> list[StepRecord]:
     """Undo `to_json`."""
-    return [
-        StepRecord(
-            s["step"],
-            s["start"],
-            s["end"],
-            [Span(*row) for row in s["spans"]],
-            [Collective(*row) for row in s["collectives"]],
-        )
-        for s in steps
-    ]
+    records = []
+    for step in steps:
+        spans, collectives = [Span(*row) for row in step["spans"]], [Collective(*row) for row in step["collectives"]]
+        records.append(StepRecord(step["step"], step["start"], step["end"], spans, collectives))
+    return records

@@ -52,14 +52,12 @@ class RunLogger:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", dump_config(config))
         self._progress = _ProgressDisplay(console or Console(), config.name, start_step, config.train.num_steps)
-        for name in ("metrics.jsonl", "samples.jsonl", "ledger.jsonl"):
-            if dropped := cut_from_step(run_dir / name, start_step):
-                self.message(
-                    f"{run_dir / name}: dropped {dropped} rows from step {start_step} on, of an earlier process"
-                )
-        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._samples = (run_dir / "samples.jsonl").open("a", encoding="utf-8")
-        self._ledger = (run_dir / "ledger.jsonl").open("a", encoding="utf-8")
+        self._files: dict[str, TextIO] = {}
+        for name in ("metrics", "samples", "ledger"):
+            path = run_dir / f"{name}.jsonl"
+            if dropped := cut_from_step(path, start_step):
+                self.message(f"{path}: dropped {dropped} rows from step {start_step} on, of an earlier process")
+            self._files[name] = path.open("a", encoding="utf-8")
         self._tensorboard: Any = None
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import; not needed without it
@@ -70,7 +68,7 @@ class RunLogger:
         """Write one step everywhere; the metrics.jsonl line is flushed, so it outlives this process from then on."""
         if not self._active:
             return
-        self._append(self._metrics, {"step": step, **{name: metrics[name] for name in sorted(metrics)}})
+        self._append("metrics", {"step": step, **{name: metrics[name] for name in sorted(metrics)}})
         if self._tensorboard is not None:
             with naming(self._run_dir / "tensorboard"):
                 for name, value in metrics.items():
@@ -83,7 +81,7 @@ class RunLogger:
         """Append decoded rollouts to samples.jsonl, one line each, with their step."""
         if not self._active:
             return
-        self._append(self._samples, *({"step": step, **sample} for sample in samples))
+        self._append("samples", *({"step": step, **sample} for sample in samples))
 
     def log_ledger(self, step: int, entry: dict[str, Any], tokenizer: Any) -> None:
         """Append who spent the step's entropy to ledger.jsonl: algorithms/ledger.py's entry, six digits a number, with
@@ -91,9 +89,10 @@ class RunLogger:
         if not self._active or not entry:
             return
         named = [[tokenizer.decode([row[0]]), *row] for row in entry["tokens"]]
-        self._append(self._ledger, {"step": step, **_rounded(entry | {"tokens": named})})
+        self._append("ledger", {"step": step, **_rounded(entry | {"tokens": named})})
 
-    def _append(self, file: TextIO, *rows: dict[str, Any]) -> None:
+    def _append(self, name: str, *rows: dict[str, Any]) -> None:
+        file = self._files[name]
         with naming(Path(file.name)):
             file.writelines(map(to_line, rows))
             file.flush()
@@ -113,7 +112,7 @@ class RunLogger:
                 stack.callback(self._wandb.finish)
             if self._tensorboard is not None:
                 stack.callback(self._tensorboard.close)
-            for file in (self._metrics, self._samples, self._ledger):
+            for file in self._files.values():
                 stack.enter_context(naming(Path(file.name)))
                 stack.callback(file.close)
             stack.callback(self._progress.close)

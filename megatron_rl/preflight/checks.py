@@ -68,18 +68,15 @@ def _nodes(facts: Iterable[Facts]) -> list[Facts]:
     return [fact for fact in facts if fact.local_rank == 0]
 
 
-def _each(faults: Iterable[tuple[str, str]], total: int) -> str:
-    """Return a text with the faults by node; said once when all nodes have the same."""
-    named = [(host, fault) for host, fault in faults if fault]
-    if len({fault for _, fault in named}) == 1 and len(named) == total:
-        return named[0][1]
-    return "\n".join(f"{host}: {fault}" for host, fault in named)
-
-
-def _on_nodes(what: str, facts: list[Facts], fault_of: Callable[[Facts], str], fine: str) -> Check:
+def _on_nodes(what: str, facts: list[Facts], fault_of: Callable[[Facts], str], fine: str, remedy: str = "") -> Check:
+    """Return a check that names the nodes with a fault; one that all of them have is said once."""
     nodes = _nodes(facts)
-    faults = _each(((fact.host, fault_of(fact)) for fact in nodes), len(nodes))
-    return Check(what, fine) if not faults else Check(what, faults, False)
+    faults = {fact.host: fault for fact in nodes if (fault := fault_of(fact))}
+    if not faults:
+        return Check(what, fine)
+    if len(faults) == len(nodes) and len(set(faults.values())) == 1:
+        return Check(what, next(iter(faults.values())), False, remedy)
+    return Check(what, "\n".join(f"{host}: {fault}" for host, fault in faults.items()), False, remedy)
 
 
 def _ranks(parallel: ParallelConfig, facts: list[Facts]) -> Check:
@@ -93,19 +90,13 @@ def _ranks(parallel: ParallelConfig, facts: list[Facts]) -> Check:
 def _versions(facts: list[Facts]) -> Check:
     first = facts[0].versions
     shown = ", ".join(f"{name} {version}" for name, version in first.items())
-    faults = _each(((fact.host, "; ".join(fact.version_faults)) for fact in _nodes(facts)), len(_nodes(facts)))
-    if faults:
-        return Check(
-            "versions",
-            faults,
-            False,
-            "install what is supported: make gpu (docs/install_gpu.md), or make on a CPU machine",
-        )
+    remedy = "install what is supported: make gpu (docs/install_gpu.md), or make on a CPU machine"
+    check = _on_nodes("versions", facts, lambda fact: "; ".join(fact.version_faults), shown, remedy)
     others = [f"{fact.host}: {_difference(first, fact.versions)}" for fact in _nodes(facts) if fact.versions != first]
-    if others:
+    if check.is_ok and others:
         finding = "\n".join([f"{facts[0].host}: {shown}", *others])
         return Check("versions", finding, False, "use one environment, or one container, on all nodes")
-    return Check("versions", shown)
+    return check
 
 
 def _difference(first: dict[str, str], other: dict[str, str]) -> str:
@@ -137,14 +128,15 @@ def _gpus(facts: list[Facts]) -> Check:
 
 
 def _hosts(rollout: RolloutConfig, facts: list[Facts]) -> Check:
-    nodes = _nodes(facts)
-    if len(nodes) == 1 or rollout.is_embedded:
+    if len(_nodes(facts)) == 1 or rollout.is_embedded:
         return Check("node names", "the engines' addresses stay on their node", None)
-    faults = [(fact.host, f"cannot resolve {', '.join(fact.unknown_hosts)}") for fact in nodes if fact.unknown_hosts]
-    if faults:
-        remedy = "engines are reached by their node's hostname: add the nodes to DNS or /etc/hosts"
-        return Check("node names", _each(faults, len(nodes)), False, remedy)
-    return Check("node names", "every node resolves every other")
+    remedy = "engines are reached by their node's hostname: add the nodes to DNS or /etc/hosts"
+    fine = "every node resolves every other"
+    return _on_nodes("node names", facts, lambda fact: _unresolved(fact.unknown_hosts), fine, remedy)
+
+
+def _unresolved(hosts: list[str]) -> str:
+    return f"cannot resolve {', '.join(hosts)}" if hosts else ""
 
 
 def _engine_version(rollout: RolloutConfig, facts: list[Facts]) -> Check:

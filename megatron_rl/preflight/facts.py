@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
@@ -25,6 +26,9 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_hf_config, require_model
 from megatron_rl.reward.shape import build_grader
 from megatron_rl.rollout.servers.fleet import engine_python
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _CORES = ("transformer-engine-cu12", "transformer-engine-cu13")
 _SHOWN = ("torch", "megatron-core", "transformers", "transformer-engine", "transformer-engine-torch", *_CORES)
@@ -80,7 +84,7 @@ def gather_facts(config: Config, shared: Path, hosts: list[str]) -> Facts:
         sees_shared=shared.is_file(),
         free_bytes=shutil.disk_usage(shared.parent).free if shared.parent.is_dir() else 0,
         host_bytes=_host_bytes(),
-        unknown_hosts=[host for host in hosts if not _resolves(host)],
+        unknown_hosts=[host for host in hosts if _fault_of(functools.partial(socket.getaddrinfo, host, None))],
     )
 
 
@@ -154,14 +158,18 @@ def _engine_version(rollout: RolloutConfig) -> tuple[str, str]:
 def _open_model(config: Config) -> None:
     """Read config.json, every file's header, and one tensor."""
     from megatron_rl.convert.weights import open_weights
-    from megatron_rl.models.architecture import resolve_hf_config
 
     require_model(config.model)
-    raw = read_hf_config(config.model)
-    raw.setdefault("vocab_size", vocab_size(build_tokenizer(config)))
-    hf = resolve_hf_config(raw)
+    hf = architecture(config, build_tokenizer(config))
     if config.model.path is not None:
         open_weights(config.model.path, hf).read("model.norm.weight")
+
+
+def architecture(config: Config, tokenizer: Any) -> PretrainedConfig:
+    """Return the model's architecture. Raises: ConfigError."""
+    from megatron_rl.models.architecture import resolve_hf_config  # transformers: seconds
+
+    return resolve_hf_config({"vocab_size": vocab_size(tokenizer)} | read_hf_config(config.model))
 
 
 def _data(config: Config) -> tuple[str, str]:
@@ -193,11 +201,3 @@ def _host_bytes() -> int:
             file = Path("/sys/fs/cgroup", root, str(place).lstrip("/"), name)
             bounds += [int(text) for text in (file.read_text().strip(),) if text.isdigit()] if file.is_file() else []
     return min(bounds)
-
-
-def _resolves(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return True

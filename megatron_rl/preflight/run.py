@@ -10,7 +10,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -141,16 +141,20 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
 
     if config.rollout.is_embedded:
         return Check("engine start", "embedded: nothing to start", None)
+    from megatron_rl.data import build_tokenizer
     from megatron_rl.plan.memory import with_cache_tokens
     from megatron_rl.plan.shapes import shape_of
+    from megatron_rl.preflight.facts import architecture
     from megatron_rl.rollout.build import DIALECTS, engine_key, start_fleet, write_model_dir
     from megatron_rl.rollout.servers.engine import Loop
     from megatron_rl.run import hardware_of
 
     elsewhere = config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(folder)})})
-    elsewhere = with_cache_tokens(elsewhere, shape_of(_architecture(config).to_dict()), hardware_of(world))
+    tokenizer = build_tokenizer(config)
+    description = _Description(config, architecture(config, tokenizer))
+    elsewhere = with_cache_tokens(elsewhere, shape_of(description.hf_config.to_dict()), hardware_of(world))
     if world_rank() == 0:
-        write_model_dir(folder / "engine_model", _Description(config, _architecture(config)), _tokenizer(config))
+        write_model_dir(folder / "engine_model", description, tokenizer)
     world.gather_objects(None)
     place = Place(world_rank(), world.size, launch.local_rank(), world.gather_objects)
     began, fleet, problem = time.monotonic(), None, ""
@@ -176,19 +180,3 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
     if world_rank() == 0:
         remove(folder)
     return Check("engine start", f"{len(servers)} servers ready after {time.monotonic() - began:.0f} s, stopped again")
-
-
-def _tokenizer(config: Config) -> Any:
-    from megatron_rl.data import build_tokenizer
-
-    return build_tokenizer(config)
-
-
-def _architecture(config: Config) -> PretrainedConfig:
-    from megatron_rl.data import vocab_size
-    from megatron_rl.models.architecture import resolve_hf_config
-    from megatron_rl.models.facts import read_hf_config
-
-    raw = read_hf_config(config.model)
-    raw.setdefault("vocab_size", vocab_size(_tokenizer(config)))
-    return resolve_hf_config(raw)

@@ -22,6 +22,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from megatron_rl.data.rows import Row
 from megatron_rl.prepare.clean import NearTexts, numbers, shingles, words
@@ -178,7 +179,7 @@ def _shared_grams(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, dic
     shares: dict[int, dict[int, float]] = {}
     for j, row in enumerate(rows):
         shared = {gram for gram in _grams(row.text) if gram in owners}
-        for i, count in Counter(_flat(owners[gram] for gram in shared)).items():
+        for i, count in Counter(chain.from_iterable(owners[gram] for gram in shared)).items():
             if count >= PARTIAL * sizes[i]:
                 shares.setdefault(i, {})[j] = count / sizes[i]
     return {i: shares[first] for first, *others in copies.values() if first in shares for i in (first, *others)}
@@ -187,7 +188,3 @@ def _shared_grams(rows: Sequence[Row], problems: Sequence[Row]) -> dict[int, dic
 def _grams(text: str) -> Iterator[str]:
     tokens = words(_bare(text))
     return (" ".join(tokens[k : k + _GRAM]) for k in range(len(tokens) - _GRAM + 1))
-
-
-def _flat(lists: Iterable[list[int]]) -> Iterator[int]:
-    return (item for items in lists for item in items)

@@ -8,22 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_SUFFIX = "\nPresent the answer in LaTeX format: \\boxed{Your answer}."
-_THOUGHT_AND_SOLUTION = (
-    "Your task is to follow a systematic, thorough reasoning process before providing the final solution. This "
-    "involves analyzing, summarizing, exploring, reassessing, and refining your thought process through multiple "
-    "iterations. Structure your response into two sections: Thought and Solution. In the Thought section, present your "
-    'reasoning using the format: "<think>\n {thoughts} </think>\n". Each thought should include detailed analysis, '
-    'brainstorming, verification, and refinement of ideas. After "</think>\n," in the Solution section, provide the '
-    "final, logical, and accurate answer, clearly derived from the exploration in the Thought section. If applicable, "
-    "include the answer in \\boxed{} for closed-form results like multiple choices or mathematical solutions."
-)
-_ACTIONS = (
-    "\nWhen tackling complex reasoning tasks, you have access to the following actions. Use them as needed to progress "
-    "through your thought process.\n\n[ASSESS]\n\n[ADVANCE]\n\n[VERIFY]\n\n[SIMPLIFY]\n\n[SYNTHESIZE]\n\n[PIVOT]\n\n"
-    "[OUTPUT]\n\nYou should strictly follow the format below:\n\n[ACTION NAME]\n\n# Your action step 1\n\n# Your "
-    "action step 2\n\n# Your action step 3\n\n...\n\nNext action: [NEXT ACTION NAME]\n\n"
-)
+from megatron_rl.config.benchmarks import prompts
+
+_SUFFIX: str = prompts()["suffix"]
+_SYSTEMS: dict[str, str] = prompts()["systems"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +46,7 @@ _OMNI_MATH = (
 
 
 def _evaluation(
-    source: str, hub: str, split: str = "test", config: str | None = None, system: str = _THOUGHT_AND_SOLUTION
+    source: str, hub: str, split: str = "test", config: str | None = None, system: str = _SYSTEMS["thought_solution"]
 ) -> Preset:
     return Preset(source, hub, config, split, system=system, evaluation=True)
 
@@ -79,6 +67,6 @@ PRESETS: dict[str, Preset] = {
     "math500": _evaluation("math", "HuggingFaceH4/MATH-500"),
     "olympiadbench": _evaluation("olympiad_bench", "Hothan/OlympiadBench", "train", "OE_TO_maths_en_COMP"),
     "minerva": _evaluation("minerva", "math-ai/minervamath"),
-    "omni_math": Preset("omni-math", elsewhere=_OMNI_MATH, system=_ACTIONS, evaluation=True),
+    "omni_math": Preset("omni-math", elsewhere=_OMNI_MATH, system=_SYSTEMS["actions"], evaluation=True),
     "gsm8k_test": Preset("gsm8k", "openai/gsm8k", "main", "test", evaluation=True),
 }

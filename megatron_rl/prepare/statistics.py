@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
 
 from megatron_rl.data.rows import Row
 from megatron_rl.grading import latex, numerals
@@ -12,7 +15,6 @@ from megatron_rl.prepare.clean import spelling_key, text_key
 
 _PERCENTILES = (0, 10, 50, 90, 99, 100)
 _EXAMPLES = 3
-_PAIRS = 20  # of partial overlap, shown of each set
 _LONG_ANSWER = 1000  # characters
 
 
@@ -54,41 +56,10 @@ def _percentiles(values: Sequence[int]) -> dict[str, int]:
 
 def page(report: dict[str, Any], rows: Sequence[Row]) -> str:
     """Return the page on a prepared set: what each pass removed, overlaps, contents, and the first problems."""
-    lines = [f"# {report['output']}", "", "| pass | removed | left |", "|---|---:|---:|"]
-    lines += [f"| {step['pass']} | {step['removed']:,} | {step['left']:,} |" for step in report["passes"]]
-    lines += _overlap_lines(report) if report["overlap"] else []
-    lines += ["", *contents(report["contents"]), "", "## First problems", ""]
-    for row in rows[:_EXAMPLES]:
-        lines += [f"- **{row.id}** ({row.source}): {' '.join(row.problem.split())} → `{row.answer}`"]
-    if report["contradictions"]:
-        lines += ["", "## Contradictions", "", "Problems with answers that are not equal; all copies are removed.", ""]
-        lines += [
-            f"- {' '.join(c['problem'].split())} → `{'` or `'.join(c['answers'])}`" for c in report["contradictions"]
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _overlap_lines(report: dict[str, Any]) -> list[str]:
-    lines = ["", "Evaluation problems that training rows contain (these rows are removed: "
-             f"{'yes' if report['overlap_removed'] else 'no'}):", "",
-             "| evaluation set | problems | same letters and digits | contained | near | training rows | partial |",
-             "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
-    lines += [
-        f"| {o['name']} | {o['size']:,} | {o['same']} | {o['contained']} | {o['near']} | {o['training_rows']} "
-        f"| {len(o['partial'])} |"
-        for o in report["overlap"]
-    ]
-    lines += [
-        "",
-        "Partial: 30% or more of the problem's 8-grams of words stand in one training row, but less than half of them, "
-        "or beside other numbers; these rows stay.",
-        "",
-    ]
-    for overlap in report["overlap"]:
-        pairs = [f"{p['evaluation']} in {p['training']} ({p['shared']:.0%})" for p in overlap["partial"][:_PAIRS]]
-        more = len(overlap["partial"]) - len(pairs)
-        lines += [f"- {overlap['name']}: {', '.join(pairs)}{f', and {more} more' if more else ''}"] if pairs else []
-    return lines
+    folder = Path(__file__).parent / "assets"
+    pages = Environment(loader=FileSystemLoader(folder), trim_blocks=True, keep_trailing_newline=True)
+    parts = report | {"rows": rows[:_EXAMPLES], "contents": contents(report["contents"])}
+    return pages.get_template("stats.md").render(parts)
 
 
 def contents(counts: dict[str, Any]) -> list[str]:

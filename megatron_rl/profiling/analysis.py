@@ -98,12 +98,10 @@ def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:
                 if name != "checkpoint":
                     phases[name].add(cost, 1 / (len(steps) * len(ranks)))
                     own[name] += cost.seconds / len(steps)
-        longest = max(
-            (phases_of_step["checkpoint"] for phases_of_step in steps_of_rank if "checkpoint" in phases_of_step),
-            key=_seconds,
-            default=None,
-        )
-        if longest is not None:
+        if saves := [
+            phases_of_step["checkpoint"] for phases_of_step in steps_of_rank if "checkpoint" in phases_of_step
+        ]:
+            longest = max(saves, key=lambda cost: cost.seconds)
             phases["checkpoint"].add(longest, 1 / len(ranks))
             own["checkpoint"] = longest.seconds
         by_rank.append(dict(own))
@@ -224,10 +222,6 @@ def _operations(ranks: Sequence[RankRecord]) -> dict[str, tuple[float, float]]:
                 seconds_of[c.name].append(c.end - c.start)
     count = len(ranks) * len(ranks[0].steps)
     return {name: (len(seconds) / count, sum(seconds) / count) for name, seconds in sorted(seconds_of.items())}
-
-
-def _seconds(cost: Cost) -> float:
-    return cost.seconds
 
 
 def order(name: str) -> tuple[int, str]:

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from megatron_rl import launch
-from megatron_rl.config import Config, dump_config, load_config
+from megatron_rl.config import dump_config, load_config
 from megatron_rl.config.environment import for_libraries
 from megatron_rl.errors import UserError
 from megatron_rl.files import write_atomically
@@ -54,8 +54,25 @@ def run(
         if in_world:
             raise UserError("the ranks of a world must agree on the profile's folder: give it with --out")
         out = _free_folder(resolved.run_dir / "profile")
-    options = ["--steps", str(steps), "--warmup", str(warmup), "--trace" if trace else "--no-trace"]
-    code = _run(resolved, out, [*options, "--out", str(out)], steps=steps, warmup=warmup, trace=trace)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to the terminal
+    path, folder = out / "profiled.yaml", out
+
+    def work() -> None:
+        from megatron_rl.profiling import record  # torch and Megatron: seconds
+
+        profiled = record.profile_config(resolved, folder, steps=steps, warmup=warmup)
+        record.record(profiled, warmup=warmup, trace=trace)
+
+    options = ["--steps", str(steps), "--warmup", str(warmup), "--trace" if trace else "--no-trace", "--out", str(out)]
+    code = launch.in_world(
+        work,
+        ["profile", str(path), *options],
+        out,
+        processes=resolved.parallel.processes,
+        grace_seconds=resolved.train.grace_seconds,
+        prepare=lambda: write_atomically(path, dump_config(resolved)),
+        environment=for_libraries(resolved),
+    )
     if code == 0 and not in_world:
         from rich.console import Console
 
@@ -85,26 +102,6 @@ def load_profile(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: no profile.json in it; expected a folder that `megatron-rl profile` wrote")
     return json.loads(path.read_text())
-
-
-def _run(config: Config, out: Path, options: list[str], *, steps: int, warmup: int, trace: bool) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to the terminal
-    path = out / "profiled.yaml"
-
-    def work() -> None:
-        from megatron_rl.profiling import record  # torch and Megatron: seconds
-
-        record.record(record.profile_config(config, out, steps=steps, warmup=warmup), warmup=warmup, trace=trace)
-
-    return launch.in_world(
-        work,
-        ["profile", str(path), *options],
-        out,
-        processes=config.parallel.processes,
-        grace_seconds=config.train.grace_seconds,
-        prepare=lambda: write_atomically(path, dump_config(config)),
-        environment=for_libraries(config),
-    )
 
 
 def _free_folder(wanted: Path) -> Path:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_rl import __version__
 from megatron_rl.profiling.analysis import PHASES, RankRecord, Summary, order, waiting
 from megatron_rl.profiling.tables import ASYNCHRONOUS, phase_rows, rate_rows
 from megatron_rl.report.figures import Figure
-from megatron_rl.report.page import card, document, table_html
+from megatron_rl.report.page import document, numbered
 
+ASSETS = Path(__file__).parent / "assets"
 COLOURS = dict(
     zip(
         PHASES,
@@ -31,28 +30,12 @@ OTHER_COLOUR = "#8b8f99"
 _PIXEL = 1 / 4000
 _ROW = 34  # pixels
 
-DEFINITIONS = (
-    "A phase's seconds are its own: reward is no part of rollout, forward_backward and optimizer none of update. They "
-    "are means over the measured steps and over ranks; a checkpoint is counted apart, for few steps save one.",
-    "Device seconds: between two events on the GPU's stream, or on a CPU the processor time of all threads of the "
-    "process.",
-    "A collective's time is waiting until the last of its ranks has called it, and communication from then on; sends "
-    "and receives between pipeline stages are all waiting. Others wait for the rank that comes last.",
-    "Pipeline bubble: 1 − busy seconds of the stages / (stages × time from the first stage's start to the last one's "
-    "end), over forward-backward passes; a stage is idle while a send or a receive blocks it. 0 without a pipeline.",
-    "MFU: floating-point operations of the model (2 per weight and token, 4 × heads × head width per layer and pair of "
-    "tokens in causal attention, backward twice the forward; arXiv 2204.02311, appendix B) over seconds × peak. The "
-    "step's MFU counts the trainer's passes alone and divides by all of its time.",
-    "Peak memory: of one process, what torch allocated on a GPU, resident memory on a CPU.",
-)
-
 
 def write_page(
     path: Path, facts: dict[str, Any], summary: Summary, ranks: Sequence[RankRecord], config_text: str
 ) -> None:
     """Write the page. `facts`: those of profile.json."""
     profile = {"facts": facts, "summary": summary.to_json()}
-    plots: dict[str, Any] = {}
     step = median_step(ranks)
     timeline = Figure(
         f"Step {step} on every rank",
@@ -61,25 +44,25 @@ def write_page(
         *timeline_figure(ranks, step),
     )
     where = Figure("Seconds of each phase by rank", "A longer bar of one rank is a straggler's.", *bars_figure(summary))
-    phases, rates = table_html(phase_rows(profile)), table_html([["what", "value"], *map(list, rate_rows(profile))])
-    places = table_html(rank_rows(summary, ranks, on_gpu=facts["on_gpu"]))
-    body = [
-        f"<header><h1>Profile of {escape(facts['name'])}</h1><p>{len(summary.steps)} measured steps of "
-        f"{summary.step_seconds:.3f} s after {facts['warmup']} others; {facts['processes']} processes "
-        f"({escape(facts['layout'])}), {escape(facts['device'])}, torch {escape(facts['torch'])}, megatron_rl "
-        f"{__version__}.</p></header>",
-        _section("Timeline", card(timeline, plots)),
-        _section("Phases", f"<article>{phases}</article><br>{card(where, plots)}"),
-        _section(
-            "Rates and ranks",
-            f'<article style="max-width: 44rem">{rates}</article><br><div class="grid">'
-            f"<article><h3>Ranks</h3>{places}</article>"
-            f"<article><h3>Collectives of one rank and step</h3>{_collectives(summary, facts)}</article></div>",
-        ),
-        _section("How to read it", "".join(f"<p>{escape(text)}</p>" for text in DEFINITIONS)),
-        _section("Configuration", f"<details><summary>config.yaml</summary><pre>{escape(config_text)}</pre></details>"),
-    ]
-    path.write_text(document(f"Profile of {facts['name']}", body, plots), encoding="utf-8")
+    calls = [(name, f"{calls:,.1f}", f"{seconds:.4f}") for name, (calls, seconds) in summary.collectives.items()]
+    traced = [(name, str(count), f"{s:.4f}") for name, (count, s) in sorted(facts["trace_collectives"].items())]
+    figures = numbered([timeline, where])
+    text = document(
+        ASSETS / "profile.html",
+        f"Profile of {facts['name']}",
+        figures,
+        cards=figures,
+        facts=facts,
+        summary=summary,
+        phases=phase_rows(profile),
+        rates=[("what", "value"), *rate_rows(profile)],
+        ranks=rank_rows(summary, ranks, on_gpu=facts["on_gpu"]),
+        collectives=[("operation", "calls", "host s"), *calls],
+        traced=[("in the trace of rank 0", "events", "seconds"), *traced],
+        asynchronous=ASYNCHRONOUS,
+        config_text=config_text,
+    )
+    path.write_text(text, encoding="utf-8")
 
 
 def median_step(ranks: Sequence[RankRecord]) -> int:
@@ -111,7 +94,13 @@ def timeline_figure(ranks: Sequence[RankRecord], step: int) -> tuple[list[dict[s
             bars["communication"].append((row, arrived + shift, c.end + shift))
             used.append(row)
         rows += dict.fromkeys(used)
-    traces = [_bars(name, _merged(bars[name], length * _PIXEL)) for name in sorted(bars, key=order)]
+    traces = []
+    for name in sorted(bars, key=order):
+        merged = _merged(bars[name], length * _PIXEL)
+        seconds = [round(end - start, 6) for _, start, end in merged]
+        trace = _bar(name, [row for row, _, _ in merged], seconds, "<br>from %{base:.4f} s, %{x:.4f} s")
+        trace["marker"]["line"] = {"width": 0}
+        traces.append(trace | {"base": [round(start, 6) for _, start, _ in merged]})
     layout = {
         "barmode": "overlay",
         "bargap": 0.15,
@@ -129,15 +118,7 @@ def bars_figure(summary: Summary) -> tuple[list[dict[str, Any]], dict[str, Any]]
     """Return Plotly's traces and layout: one stacked bar a rank, of the phases' own seconds, waiting included."""
     labels = [f"rank {rank}" for rank in range(len(summary.by_rank))]
     traces = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": name,
-            "y": labels,
-            "x": [seconds_of.get(name, 0.0) for seconds_of in summary.by_rank],
-            "marker": {"color": COLOURS.get(name, OTHER_COLOUR)},
-            "hovertemplate": f"{name}: %{{x:.3f}} s",
-        }
+        _bar(name, labels, [seconds_of.get(name, 0.0) for seconds_of in summary.by_rank], ": %{x:.3f} s")
         for name in summary.phases
         if name != "checkpoint"
     ]
@@ -161,23 +142,6 @@ def rank_rows(summary: Summary, ranks: Sequence[RankRecord], *, on_gpu: bool) ->
     return rows
 
 
-def _collectives(summary: Summary, facts: dict[str, Any]) -> str:
-    rows = [["operation", "calls", "host s"]]
-    rows += [[name, f"{calls:,.1f}", f"{seconds:.4f}"] for name, (calls, seconds) in summary.collectives.items()]
-    html = table_html(rows)
-    if facts["on_gpu"]:
-        html += f"<p>Communication: {escape(ASYNCHRONOUS)}. The host's seconds are those of the calls.</p>"
-    if facts["trace_collectives"]:
-        traced = [["in the trace of rank 0", "events", "seconds"]]
-        traced += [[name, str(count), f"{s:.4f}"] for name, (count, s) in sorted(facts["trace_collectives"].items())]
-        html += table_html(traced)
-    return html
-
-
-def _section(title: str, html: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{html}</section>"
-
-
 def _merged(stretches: list[tuple[str, float, float]], gap: float) -> list[tuple[str, float, float]]:
     merged: list[tuple[str, float, float]] = []
     for row, start, end in sorted(stretches):
@@ -188,14 +152,6 @@ def _merged(stretches: list[tuple[str, float, float]], gap: float) -> list[tuple
     return merged
 
 
-def _bars(name: str, stretches: list[tuple[str, float, float]]) -> dict[str, Any]:
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": name,
-        "y": [row for row, _, _ in stretches],
-        "base": [round(start, 6) for _, start, _ in stretches],
-        "x": [round(end - start, 6) for _, start, end in stretches],
-        "marker": {"color": COLOURS.get(name, OTHER_COLOUR), "line": {"width": 0}},
-        "hovertemplate": f"{name}<br>from %{{base:.4f}} s, %{{x:.4f}} s",
-    }
+def _bar(name: str, rows: list[str], seconds: list[float], hover: str) -> dict[str, Any]:
+    base = {"type": "bar", "orientation": "h", "name": name, "hovertemplate": name + hover}
+    return base | {"y": rows, "x": seconds, "marker": {"color": COLOURS.get(name, OTHER_COLOUR)}}

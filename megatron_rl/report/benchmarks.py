@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_rl.config.benchmarks import PRESETS
-from megatron_rl.report.figures import Built, CustomPlot, Trace, colour
+from megatron_rl.report.figures import Built, Plot, Trace, colour
 from megatron_rl.report.runs import Evaluation, LoggedRun
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
-def benchmarks(runs: Sequence[LoggedRun]) -> list[CustomPlot]:
+def benchmarks(runs: Sequence[LoggedRun]) -> list[Plot]:
     """Return a figure for each evaluation set that a run logged as eval/SET/accuracy, and one with all side by side."""
     return [*(_course(name) for name in _logged(runs)), BY_BENCHMARK]
 
 
 def _logged(runs: Sequence[LoggedRun]) -> list[str]:
-    parts = {tuple(name.split("/")) for run in runs for name in run.metrics()}
+    parts = {tuple(name.split("/")) for run in runs for name in run.columns}
     return sorted("/".join(part) for part in parts if len(part) == 3 and part[0] == "eval" and part[2] == "accuracy")
 
 
-def _course(metric: str) -> CustomPlot:
+def _course(metric: str) -> Plot:
     def built(runs: Sequence[LoggedRun]) -> Built:
         traces: list[Trace] = []
         for index, run in enumerate(runs):
@@ -31,15 +32,13 @@ def _course(metric: str) -> CustomPlot:
             low, high = (dict(zip(*run.series(f"{metric}_{end}"), strict=True)) for end in ("low", "high"))
             ends = [(low.get(step, value), high.get(step, value)) for step, value in zip(steps, values, strict=True)]
             line = {"color": colour(index), "width": 2}
-            base = {"type": "scatter", "mode": "lines+markers", "meta": index, "name": run.label, "line": line}
-            traces.append(
-                {**base, "x": steps, "y": values, "error_y": _bars(values, ends), "hovertemplate": "%{y:.4g}"}
-            )
+            style = {"mode": "lines+markers", "meta": index, "name": run.label, "line": line}
+            traces.append(_with_bars(steps, values, ends) | style)
         axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "fraction"}}}
         return traces, {**axes, "hovermode": "x unified"}, []
 
     why = "Held-out accuracy with its interval: runs whose bars overlap are not told apart by this set."
-    return CustomPlot(f"Accuracy on {_title(metric.split('/')[1])}", why, metric, built)
+    return Plot(f"Accuracy on {_title(metric.split('/')[1])}", why, draw=built, needs=metric)
 
 
 def _side_by_side(runs: Sequence[LoggedRun]) -> Built:
@@ -56,10 +55,10 @@ def _side_by_side(runs: Sequence[LoggedRun]) -> Built:
         name = f"{runs[index].label}: {evaluation.name}" if several else evaluation.name
         here = [title for title in titles if title in evaluation.accuracy]
         values = [evaluation.accuracy[title][0] for title in here]
-        bars = _bars(values, [evaluation.accuracy[title][1:] for title in here])
+        ends = [evaluation.accuracy[title][1:] for title in here]
         marker = {"color": colour(index), "size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)]}
-        base = {"type": "scatter", "mode": "markers", "meta": index, "name": name, "marker": marker}
-        traces.append({**base, "x": here, "y": values, "error_y": bars, "hovertemplate": "%{y:.4g}"})
+        style = {"mode": "markers", "meta": index, "name": name, "marker": marker}
+        traces.append(_with_bars(here, values, ends) | style)
         rows.append([name, *(_cell(evaluation, title) for title in titles)])
     layout = {
         "xaxis": {"title": {"text": "benchmark"}, "type": "category"},
@@ -70,12 +69,12 @@ def _side_by_side(runs: Sequence[LoggedRun]) -> Built:
     return traces, layout, rows
 
 
-BY_BENCHMARK = CustomPlot(
+BY_BENCHMARK = Plot(
     "Accuracy by benchmark",
     "The last evaluation in training, and those that megatron-rl eval left in the run's folder, with their intervals: "
     "what overlaps is not told apart.",
-    "an evaluation (eval.sets in training, or megatron-rl eval)",
-    _side_by_side,
+    draw=_side_by_side,
+    needs="an evaluation (eval.sets in training, or megatron-rl eval)",
 )
 
 
@@ -95,10 +94,12 @@ def _last_logged(run: LoggedRun) -> list[Evaluation]:
     return [Evaluation(f"in training, step {step}", accuracy)]
 
 
-def _bars(values: Sequence[float], ends: Sequence[tuple[float, float]]) -> Trace:
+def _with_bars(xs: Sequence[Any], values: Sequence[float], ends: Sequence[tuple[float, float]]) -> Trace:
+    """Return points with bars from the lower to the upper of their ends."""
     up = [high - value for value, (_, high) in zip(values, ends, strict=True)]
     down = [value - low for value, (low, _) in zip(values, ends, strict=True)]
-    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 3}
+    bars = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 3}
+    return {"type": "scatter", "x": xs, "y": values, "error_y": bars, "hovertemplate": "%{y:.4g}"}
 
 
 def _cell(evaluation: Evaluation, title: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,25 +22,17 @@ Built = tuple[list[Trace], dict[str, Any], list[list[str]]] | None  # traces, la
 
 
 @dataclass(frozen=True, slots=True)
-class LinePlot:
-    """A figure of metrics over steps. `metrics`: (name, meaning) pairs, told apart by their dashes."""
+class Plot:
+    """What a figure shows and why: `metrics` over steps, or what `draw` makes of the runs."""
 
     title: str
     why: str
-    metrics: tuple[tuple[str, str], ...]
-    unit: str
+    metrics: dict[str, str] = field(default_factory=dict)  # name -> meaning, told apart by their dashes
+    unit: str = ""
     log: bool = False
     sparse: bool = False  # measured on few steps: markers, no smoothing
-
-
-@dataclass(frozen=True, slots=True)
-class CustomPlot:
-    """A figure with a builder of its own. The builder returns None when no run has `needs`."""
-
-    title: str
-    why: str
-    needs: str
-    build: Callable[[Sequence[LoggedRun]], Built]
+    draw: Callable[[Sequence[LoggedRun]], Built] | None = None  # None when no run has `needs`
+    needs: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +56,15 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [sum(part) / len(part) for part in (values[start:stop] for start, stop in windows)]
 
 
-def build(spec: LinePlot | CustomPlot, runs: Sequence[LoggedRun]) -> Figure:
-    """Return the figure of a spec. Runs that lack a metric are noted; when all lack it the figure is only that note."""
-    if isinstance(spec, LinePlot):
-        return _thinned(_line_figure(spec, runs))
-    built = spec.build(runs)
+def build(plot: Plot, runs: Sequence[LoggedRun]) -> Figure:
+    """Return the figure of a plot. Runs that lack a metric are noted; when all lack it the figure is only that note."""
+    if plot.draw is None:
+        return _thinned(_line_figure(plot, runs))
+    built = plot.draw(runs)
     if built is None:
-        return Figure(spec.title, spec.why, missing=f"no run has {spec.needs}")
+        return Figure(plot.title, plot.why, missing=f"no run has {plot.needs}")
     traces, layout, table = built
-    return _thinned(Figure(spec.title, spec.why, traces, layout, table=table))
+    return _thinned(Figure(plot.title, plot.why, traces, layout, table=table))
 
 
 def _thinned(figure: Figure) -> Figure:
@@ -106,55 +99,41 @@ def colour(index: int) -> str:
     return RUN_COLOURS[index % len(RUN_COLOURS)]
 
 
-def _line_figure(spec: LinePlot, runs: Sequence[LoggedRun]) -> Figure:
-    present = [pair for pair in spec.metrics if any(run.series(pair[0])[0] for run in runs)]
-    names = ", ".join(name for name, _ in spec.metrics)
+def _line_figure(plot: Plot, runs: Sequence[LoggedRun]) -> Figure:
+    present = {name: meaning for name, meaning in plot.metrics.items() if any(run.series(name)[0] for run in runs)}
     if not present:
-        return Figure(spec.title, spec.why, missing=f"no run logged {names}")
-    notes = [
-        f"{name} was not logged by {run.label}" for run in runs for name, _ in spec.metrics if not run.series(name)[0]
-    ]
+        return Figure(plot.title, plot.why, missing=f"no run logged {', '.join(plot.metrics)}")
+    absent = [(name, run.label) for run in runs for name in plot.metrics if not run.series(name)[0]]
+    notes = tuple(f"{name} was not logged by {label}" for name, label in absent)
+    dashes = dict(zip(present, itertools.cycle(DASHES), strict=False))
     traces: list[Trace] = []
-    for style, (name, meaning) in enumerate(present):
+    for name, meaning in present.items():
         for index, run in enumerate(runs):
             steps, values = run.series(name)
             if not steps:
                 continue
             label = run.label if len(present) == 1 else f"{run.label}, {meaning}"
-            line = {"color": colour(index), "dash": DASHES[style % len(DASHES)], "width": 2}
+            line = {"color": colour(index), "dash": dashes[name], "width": 2}
             base = {"type": "scatter", "x": steps, "meta": index, "name": label, "hovertemplate": "%{y:.4g}"}
-            if spec.sparse or len(values) < 24:
+            if plot.sparse or len(values) < 24:
                 traces.append({**base, "y": values, "mode": "lines+markers", "line": line, "marker": {"size": 5}})
                 continue
-            faint = {
-                "opacity": 0.22,
-                "hoverinfo": "skip",
-                "hovertemplate": None,
-                "line": {**line, "width": 1, "dash": "solid"},
-            }
+            thin = {**line, "width": 1, "dash": "solid"}
+            faint = {"opacity": 0.22, "hoverinfo": "skip", "hovertemplate": None, "line": thin}
             traces.append({**base, "y": values, "mode": "lines", **faint})
             traces.append({**base, "y": smooth(values), "mode": "lines", "line": line})
-    layout = {**_axes("step", spec.unit), "hovermode": "x unified"}
+    layout = {**_axes("step", plot.unit), "hovermode": "x unified"}
     lowest, highest = (pick(pick(trace["y"]) for trace in traces) for pick in (min, max))
     if 0 < highest and highest - lowest <= 1e-9 * highest:  # averages differ in the last bits
         layout["yaxis"]["range"] = [0, 2 * highest]  # Plotly would show value - 1 to value + 1
-    if spec.log:
+    if plot.log:
         layout["yaxis"].update(type="log", dtick="D2")
-    keys = (
-        tuple((DASHES[i % len(DASHES)], meaning) for i, (_, meaning) in enumerate(present)) if len(present) > 1 else ()
-    )
-    return Figure(spec.title, spec.why, traces, layout, keys, notes=tuple(notes))
+    keys = tuple((dashes[name], meaning) for name, meaning in present.items()) if len(present) > 1 else ()
+    return Figure(plot.title, plot.why, traces, layout, keys, notes=notes)
 
 
-def _predicted_change(runs: Sequence[LoggedRun]) -> Built:
-    return _against_realised("entropy/predicted_change", runs)
-
-
-def _first_order_change(runs: Sequence[LoggedRun]) -> Built:
-    return _against_realised("entropy/first_order_change", runs)
-
-
-def _against_realised(metric: str, runs: Sequence[LoggedRun]) -> Built:
+def change_against_realised(metric: str, runs: Sequence[LoggedRun]) -> Built:
+    """Draw a prediction of the entropy's change against the realised one, a point a step, with a line through them."""
     traces: list[Trace] = []
     table = [["run", "slope", "correlation", "steps"]]
     for index, run in enumerate(runs):
@@ -175,7 +154,8 @@ def _against_realised(metric: str, runs: Sequence[LoggedRun]) -> Built:
     return traces, _axes(*titles, zeroline=True), table
 
 
-def _law(runs: Sequence[LoggedRun]) -> Built:
+def law(runs: Sequence[LoggedRun]) -> Built:
+    """Draw reward over entropy, a point a step, with the law that is fitted to them."""
     traces: list[Trace] = []
     table = [["run", "a", "b", "ceiling b − a", "R²"]]
     for index, run in enumerate(runs):
@@ -193,12 +173,12 @@ def _law(runs: Sequence[LoggedRun]) -> Built:
         r2 = "–" if fit.r2 is None else f"{fit.r2:.3f}"
         a, b = _with_interval(fit.a, fit.a_interval), _with_interval(fit.b, fit.b_interval)
         ceiling = _with_interval(fit.b - fit.a, fit.ceiling_interval)
-        numbers = [a, b, ceiling, r2]
-        table.append([name, *numbers])
+        table.append([name, a, b, ceiling, r2])
     return (traces, _axes("entropy H, nats", "reward R"), table) if traces else None
 
 
-def _law_residuals(runs: Sequence[LoggedRun]) -> Built:
+def law_residuals(runs: Sequence[LoggedRun]) -> Built:
+    """Draw what the fitted law leaves of the reward, over entropy."""
     traces: list[Trace] = []
     table = [["run", "σ", "alarm"]]
     for index, run in enumerate(runs):
@@ -212,9 +192,9 @@ def _law_residuals(runs: Sequence[LoggedRun]) -> Built:
     return (traces, _axes("entropy H, nats", "R − fit", zeroline=True), table) if traces else None
 
 
-def _phase_times(runs: Sequence[LoggedRun]) -> Built:
+def phase_times(runs: Sequence[LoggedRun]) -> Built:
     """Draw the mean seconds a step: a phase that runs on few steps (evaluation) is spread over all of them."""
-    logged = {name.removeprefix("time/") for run in runs for name in run.metrics() if name.startswith("time/")}
+    logged = {name.removeprefix("time/") for run in runs for name in run.columns if name.startswith("time/")}
     phases = [*(p for p in PHASES if p in logged), *sorted(logged - {*PHASES, "total"})]
     if not logged:
         return None
@@ -246,15 +226,8 @@ def _points(index: int, run: LoggedRun, xs: Sequence[float], ys: Sequence[float]
 
 def _curve(index: int, xs: Sequence[float], ys: Sequence[float]) -> Trace:
     line = {"color": colour(index), "width": 2}
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "meta": index,
-        "x": list(xs),
-        "y": list(ys),
-        "line": line,
-        "hoverinfo": "skip",
-    }
+    base = {"type": "scatter", "mode": "lines", "meta": index}
+    return {**base, "x": list(xs), "y": list(ys), "line": line, "hoverinfo": "skip"}
 
 
 def _axes(x: str, y: str, *, zeroline: bool = False) -> dict[str, Any]:
@@ -272,42 +245,3 @@ def _with_interval(value: float, interval: tuple[float, float] | None) -> str:
 def _line_cells(fit: LineFit) -> list[str]:
     correlation = "–" if math.isnan(fit.correlation) else f"{fit.correlation:.3f}"
     return [f"{fit.slope:.3g}", correlation, str(fit.num_points)]
-
-
-PREDICTED = CustomPlot(
-    "Predicted against realised entropy change",
-    "Each point is a step: what the covariance predicts for the entropy against what the updates did to it; a high "
-    "correlation means "
-    "the mechanism explains the collapse, and slope 1 means to scale.",
-    "both entropy/predicted_change and entropy/realised_change",
-    _predicted_change,
-)
-FIRST_ORDER = CustomPlot(
-    "First-order change along the real update against realised change",
-    "The entropy's derivative times the parameters' actual step, optimiser included: what it misses is curvature.",
-    "both entropy/first_order_change (train.entropy_tangent) and entropy/realised_change",
-    _first_order_change,
-)
-LAW = CustomPlot(
-    "Reward bought with entropy: R = −a·eᴴ + b",
-    "The empirical law of the Entropy Mechanism, with training accuracy as R: it is traded for entropy along one "
-    "curve, and entropy 0 ends it at b − a; a run that "
-    "leaves the curve upwards pays less for it. Brackets: 95% intervals.",
-    "entropy/mean together with reward/accuracy or reward/mean",
-    _law,
-)
-LAW_RESIDUALS = CustomPlot(
-    "Residuals of the law",
-    "Reward minus the fitted law: scatter without a pattern means that the law describes the run, a bend that it "
-    "does not. σ: their standard deviation; alarm: from the third step in a row outside of the law's 95% band.",
-    "a fitted law",
-    _law_residuals,
-)
-PHASE_TIMES = CustomPlot(
-    "Time per phase",
-    "Where a step's wall time goes, averaged over the run: the price of the selection (select) and of the "
-    "realised-change probe shows "
-    "beside generation and updates.",
-    "time/* metrics",
-    _phase_times,
-)

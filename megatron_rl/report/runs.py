@@ -73,10 +73,6 @@ class LoggedRun:
         both = [step for step in xs if step in ys]
         return [xs[step] for step in both], [ys[step] for step in both]
 
-    def metrics(self) -> set[str]:
-        """Return the names of metrics with at least one finite value."""
-        return set(self.columns)
-
     def reward_metric(self) -> str:
         """Return the name of the metric that stands for R in the law: accuracy where the run logs it, else the mean
         reward (penalties included)."""

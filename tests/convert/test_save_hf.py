@@ -58,12 +58,12 @@ def _check_model(folder: Path, weights: Weights) -> None:
 
 
 def _save_hf_without_disk(raw: dict[str, Any]) -> tuple[str, bool, str]:
-    from megatron_rl.convert import save_hf
+    from megatron_rl.convert import safetensors_io
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with mock.patch.object(save_hf, "write_file", full):
+    with mock.patch.object(safetensors_io, "write_file", full):
         return errors_of_each([raw])[0]
 
 

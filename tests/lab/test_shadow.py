@@ -20,12 +20,13 @@ LOSS = {"type": "kl_cov", "select_fraction": 0.1, "ref_kl_coef": 0.1}
 
 
 def _replay(checkpoint: Path, losses: dict[str, Any], one_process: bool) -> dict[str, Any]:
-    from megatron_rl.lab.shadow import _finite, replay
+    from megatron_rl.lab.shadow import replay
+    from megatron_rl.metrics.jsonl import without_non_finite
     from megatron_rl.parallel.groups import init_groups
 
     config = shadow_config(checkpoint, one_process=one_process)
     try:
-        return _finite(replay(config, init_groups(config.parallel, config.seed), checkpoint, losses, 2))
+        return without_non_finite(replay(config, init_groups(config.parallel, config.seed), checkpoint, losses, 2))
     finally:
         leave_layout()
 

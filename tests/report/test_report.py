@@ -22,7 +22,6 @@ from megatron_rl.report.catalogue import sections
 from megatron_rl.report.figures import build, smooth
 from megatron_rl.report.panels import config_differences
 from megatron_rl.report.runs import load_runs
-from megatron_rl.report.spending import LEDGER
 from tests.browser import CHROMIUM, settled
 from tests.packing.test_pack import make_config
 
@@ -147,7 +146,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
 def test_the_ledgers_shares_by_hand(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     add_ledger(run)
-    covariance, position, token = (build(spec, load_runs([run])) for spec in LEDGER)
+    covariance, position, token = (build(spec, load_runs([run])) for spec in dict(sections([]))["Ledger"])
     assert covariance.traces[0]["x"] == ["0–90%", "90–100%"] and covariance.traces[0]["y"] == [-0.1, 0.3]
     assert position.traces[0]["x"] == ["0", "1–2"] and position.traces[0]["y"] == [1.0, -0.2]
     assert token.traces[0]["x"] == ["so", "\\n"] and token.traces[0]["y"] == [0.6, 0.3]
@@ -185,9 +184,12 @@ def test_benchmarks_have_intervals_in_training_and_from_evaluations(tmp_path: Pa
 
 
 def test_config_differences_are_the_options_that_differ(tmp_path: Path) -> None:
-    text = config_differences(load_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", "ppo_clip")]))
-    assert "loss.select_fraction" in text and "loss.eps_low" in text and "optimizer.lr" not in text
-    assert config_differences(load_runs([tmp_path / "a"])) == ""
+    runs = load_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", "ppo_clip")])
+    header, *rows = config_differences(runs)
+    names = [row[0] for row in rows]
+    assert header == ["option", "a (kl_cov)", "b (ppo_clip)"]
+    assert "loss.select_fraction" in names and "loss.eps_low" in names and "optimizer.lr" not in names
+    assert config_differences(runs[:1]) == []
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium")
@@ -339,7 +341,7 @@ def test_rows_of_other_writers_do_not_end_a_report(tmp_path: Path) -> None:
     assert "samples.jsonl: the last line is incomplete" in text
     (loaded,) = load_runs([run])
     assert loaded.series("cov/std")[0] == list(range(30)) and [row["step"] for row in loaded.samples] == [0, 29, 30]
-    covariance = build(LEDGER[0], [loaded])
+    covariance = build(dict(sections([]))["Ledger"][0], [loaded])
     assert covariance.traces[0]["y"] == pytest.approx([-0.1, 0.3])  # as without the third row
 
     for name in ("samples.jsonl", "ledger.jsonl"):
