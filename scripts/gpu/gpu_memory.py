@@ -1,0 +1,128 @@
+"""Peaks of each phase, as torch's allocator counts them, against the planner's formulas and a rehearsal."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from gpu_answer import Answer
+from gpu_cases import config_of, join, larger_model, policy_of, small_model, update
+
+from megatron_rl import device
+from megatron_rl.config import Config
+from megatron_rl.models.facts import read_hf_config
+from megatron_rl.packing import Layout, pack
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.plan.memory import Parts, Passes, micro_batch_tokens, trainer_phases, update_micro_batches
+from megatron_rl.plan.shapes import layout_of, shape_of
+from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.types import Rollout, TrainBatch
+
+ALLOWED = 0.15  # of the measured peak
+PROMPT, RESPONSE = 16, 240
+
+
+def memory(answer: Answer) -> None:
+    """Measure a small and a larger model in both dtypes and with recomputation."""
+    for name, model, options in (
+        ("small, float32", small_model(), {}),
+        ("larger, bfloat16", larger_model(), {"dtype": "bfloat16"}),
+        ("larger, bfloat16, recompute", larger_model(), {"dtype": "bfloat16", "recompute": "full"}),
+    ):
+        with TemporaryDirectory() as folder:
+            config = memory_config(Path(folder), model, options)
+            measured, predicted = peaks(config), planned(config)
+            compare(answer, name, measured, {phase: sum(parts.values()) for phase, parts in predicted.items()})
+            answer.figure(f"planner, {name}", predicted)
+            rehearsed(answer, name, config, measured)
+
+
+def memory_config(folder: Path, model: dict[str, Any], options: dict[str, Any]) -> Config:
+    """Return a config whose micro-batches are full: every sequence is as long as it may be."""
+    return config_of(
+        folder,
+        model={"hf_config": model} | options,
+        rollout={"samples_per_prompt": 8, "max_response_tokens": RESPONSE},
+        train={"prompts_per_step": 8, "prompts_per_minibatch": 8, "micro_batch_tokens": 32 * (PROMPT + RESPONSE)},
+    )
+
+
+def full_batch(config: Config, groups: Groups) -> TrainBatch:
+    """Return a batch of sequences of the longest length."""
+    generator = torch.Generator().manual_seed(1)
+    vocab, length = read_hf_config(config.model)["vocab_size"], PROMPT + RESPONSE
+    rollouts = [
+        Rollout(
+            prompt_id=number // 8,
+            sample_index=number % 8,
+            token_ids=torch.randint(0, vocab, (length,), generator=generator),
+            rollout_logprobs=torch.zeros(length),
+            sampled=torch.arange(length) >= PROMPT,
+            finish_reason="length",
+            weight_version=0,
+        )
+        for number in range(64)
+    ]
+    advantages = torch.randn(64, generator=generator, dtype=torch.float64)
+    return pack(rollouts, advantages, Layout.of(config, groups), step=0).to(device.device())
+
+
+def peaks(config: Config) -> dict[str, float]:
+    """Return bytes by phase: on a GPU what torch had allocated, on a CPU what the whole process held."""
+    groups = join(config)
+    found: dict[str, float] = {}
+    policy = policy_of(config, groups)
+    batch = full_batch(config, groups)
+    update(policy, policy.with_old_logprobs(batch), 0)  # moments are there from here on
+
+    def phase(name: str) -> None:
+        found[name] = device.peak_since_reset()
+        device.give_back_memory()
+        device.reset_peak()
+
+    phase("first step")
+    batch = policy.with_old_logprobs(batch)
+    phase("old logprobs")
+    update(policy, batch, 0)
+    phase("training")
+    CheckpointStore(config.run_dir / "checkpoints", policy, groups).save(1, {})
+    phase("checkpoint")
+    del found["first step"]
+    return found
+
+
+def planned(config: Config) -> dict[str, Parts]:
+    """Return the planner's parts of the trainer's phases, for the layers that run here."""
+    shape, layout = shape_of(dict(read_hf_config(config.model))), layout_of(config)
+    passes = Passes(
+        tokens=micro_batch_tokens(config, layout),
+        micro_batches=update_micro_batches(config, layout),
+        element_bytes=2 if config.model.dtype == "bfloat16" else 4,
+        float32_logits=config.float32_logits,
+        fused=device.layers(config.model.layers) == "transformer_engine",
+    )
+    return trainer_phases(shape, layout, passes, device.vocab_pad_multiple())
+
+
+def compare(answer: Answer, name: str, measured: dict[str, float], predicted: dict[str, float]) -> None:
+    """Add a line with each phase's error."""
+    errors = {phase: predicted[phase] / measured[phase] - 1 for phase in measured}
+    answer.figure(name, {"measured": measured, "predicted": predicted})
+    text = ", ".join(f"{phase} {predicted[phase] / 2**20:.0f} MiB ({error:+.0%})" for phase, error in errors.items())
+    if device.ON_GPU:
+        # a toy's peak is workspaces that no formula counts
+        is_near = max(map(abs, errors.values())) <= ALLOWED or name.startswith("small")
+        answer.check(f"planner, {name}", is_near, text)
+    else:
+        answer.skip(f"planner, {name}", f"the formulas are a GPU's, and this is a CPU's process: {text}")
+
+
+def rehearsed(answer: Answer, name: str, config: Config, measured: dict[str, float]) -> None:
+    """Add a line with the rehearsal's peaks."""
+    if importlib.util.find_spec("megatron_rl.rehearse") is None:
+        answer.skip(f"rehearsal, {name}", "megatron_rl.rehearse is not there")
+        return
+    answer.skip(f"rehearsal, {name}", "not called")
