@@ -52,15 +52,15 @@ def small_model(**changes: Any) -> dict[str, Any]:
 
 
 def larger_model(**changes: Any) -> dict[str, Any]:
-    """Return one of 0.4e9 parameters on a GPU, whose memory and rounding are no longer those of a toy; on a CPU the
+    """Return one of 0.25e9 parameters on a GPU, whose memory and rounding are no longer those of a toy; on a CPU the
     small one."""
     if not device.ON_GPU:
         return small_model(**changes)
     sizes = {
-        "vocab_size": 64_000,
+        "vocab_size": 32_000,
         "hidden_size": 1536,
         "intermediate_size": 4096,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 6,
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
         "initializer_range": 0.03,

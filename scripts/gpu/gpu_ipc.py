@@ -51,11 +51,10 @@ def ipc(answer: Answer) -> None:
         policy = policy_of(config, join(config))
         shapes = expected_weights(policy.hf_config)
         buffers = Buffers(shapes, BUCKET_MIB * 2**20, itemsize=2)
-        free = device.gpu_memory()[1] if device.ON_GPU else 0
-        sent, began, rates = 0, 0.0, []
+        free, rates = [], []
         for number in range(UPDATES):
             began = time.perf_counter()
-            sent, buckets = 0, 0
+            sent = buckets = 0
             for manifest, flat in pack_buckets(policy.hf_weights(), shapes, buffers):
                 device.synchronize()
                 ask("bucket", share(SGLang().shared_object(manifest, flat)))
@@ -69,6 +68,7 @@ def ipc(answer: Answer) -> None:
             with torch.no_grad():
                 for _, parameter in policy.parameters:
                     parameter.mul_(-0.5)
+            free.append(free_after(ask, buffers))
         answer.figure("bytes per second", rates)
         flat = torch.zeros(1024, dtype=torch.uint8, device=device.device())
         if device.ON_GPU:
@@ -76,13 +76,9 @@ def ipc(answer: Answer) -> None:
             answer.check("a device that is not there", "uuid" in refused.lower(), refused[:200] or "was opened")
         else:
             answer.skip("a device that is not there", "handles of a CPU name no device")
-        buffers.free()
-        ask("forget", None)
-        del flat
-        device.collect_shared(give_back=True)
         if device.ON_GPU:
-            lost = free - device.gpu_memory()[1]
-            answer.figure("bytes that did not come back", lost)
+            lost = free[0] - free[-1]  # what the first update loads for good has been loaded
+            answer.figure("bytes free after each update", free)
             answer.check(
                 "memory afterwards", lost <= 2 * BUCKET_MIB * 2**20, f"{lost / 2**20:.0f} MiB did not come back"
             )
@@ -95,6 +91,16 @@ def distinct(values: Tensor) -> Tensor:
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     bits = values.detach().reshape(-1).view(width).long()
     return (bits * (torch.arange(len(bits), device=bits.device) * 2 + 1)).sum()
+
+
+def free_after(ask: Callable[[str, Any], Any], buffers: Any) -> int:
+    """Return the device's free bytes once both processes have given back what an update took; 0 on a CPU."""
+    from megatron_rl import device
+
+    buffers.free()
+    ask("forget", None)
+    device.collect_shared(give_back=True)
+    return device.gpu_memory()[1] if device.ON_GPU else 0
 
 
 def other_device(payload: bytes, device: torch.device) -> bytes:
@@ -163,7 +169,7 @@ def unpickler() -> Callable[[bytes], Any]:
     from torch.multiprocessing import reductions
 
     names: dict[str, Any] = {"pickle": pickle, "torch": torch, "reductions": reductions}
-    original = reductions.rebuild_cuda_tensor
+    original: Any = reductions.rebuild_cuda_tensor
     folder = os.environ.get(SGLANG_FILES, "")
     if folder:
         exec("from typing import Callable, Union", names)
@@ -176,7 +182,7 @@ def unpickler() -> Callable[[bytes], Any]:
         reductions.rebuild_cuda_tensor = names["_rebuild_cuda_tensor_modified"]
         return lambda payload: names["SafeUnpickler"](io.BytesIO(payload)).load()
 
-    def rebuild(*arguments: Any) -> Tensor:
+    def rebuild(*arguments: Any) -> Any:
         uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]  # noqa: TID251
         if arguments[6] not in uuids:
             raise ValueError(f"no device has the UUID {arguments[6]}")

@@ -24,8 +24,10 @@ from megatron_rl.conform.measure import measure
 from megatron_rl.conform.verdicts import compare
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_hf_config
+from megatron_rl.rollout.servers.processes import free_port
 
-TOKENS = 4096  # of the frozen mini-batch
+TOKENS, FEW_TOKENS = 2048, 512  # of the frozen mini-batch, about
+OF_A_DRY_RUN = ("kl_cov float32", "clip_cov bfloat16", "qwen3_moe float32")  # the CPU against itself
 _CORRECTED = {"rollout_correction": {"weights": "mask", "level": "sequence", "cap": 1.4}}
 KL_COV = {"type": "kl_cov", "select_fraction": 0.05}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -48,11 +50,11 @@ MOE = {
     "moe_intermediate_size": 64,
     "norm_topk_prob": True,
 }
-SECONDS = 140  # for the CPU
+SECONDS = 90  # for the CPU, from when the device is through
 
 
-def cases(folder: Path) -> dict[str, Config]:
-    """Return the configs by name, most telling first."""
+def cases(folder: Path, *, are_all: bool) -> dict[str, Config]:
+    """Return the configs by name, most telling first; else those of a dry run, of fewer tokens."""
     assert OPTIONS.keys() == LOSSES.keys(), OPTIONS.keys() ^ LOSSES.keys()
     made = {}
     for dtype in ("float32", "bfloat16"):
@@ -67,16 +69,13 @@ def cases(folder: Path) -> dict[str, Config]:
     }
     for name, sections in others.items():
         made[f"{name} float32"] = config_of(folder, loss=plain, **sections)
-    made = {name: frozen_config(config, TOKENS if device.ON_GPU else 512) for name, config in made.items()}
-    return made if device.ON_GPU else {name: made[name] for name in CASES_OF_A_CPU}
+    made = {name: frozen_config(config, TOKENS if are_all else FEW_TOKENS) for name, config in made.items()}
+    return made if are_all else {name: made[name] for name in OF_A_DRY_RUN}
 
 
-CASES_OF_A_CPU = ("kl_cov float32", "clip_cov bfloat16", "qwen3_moe float32")  # compared with the CPU itself
-
-
-def measure_all(folder: Path, side: str) -> None:
-    """Measure every case on this process's device, into `folder/side/`."""
-    configs = cases(folder / side / "data")
+def measure_all(folder: Path, side: str, *, are_all: bool) -> None:
+    """Measure the cases on this process's device, into `folder/side/`."""
+    configs = cases(folder / side / "data", are_all=are_all)
     groups = join(next(iter(configs.values())))
     for name, config in configs.items():
         target = folder / side / name
@@ -91,32 +90,35 @@ def losses(answer: Answer) -> None:
     """Compare every case with the CPU's, one line each: the verdict that is nearest to its limit, or beyond."""
     with TemporaryDirectory() as name:
         folder = Path(name)
+        which = "all" if device.ON_GPU else "few"
         environment = os.environ | {"MEGATRON_RL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, __file__, str(folder), "host"]
-        log = (folder / "host.log").open("w")
-        host = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1))}
+        with (folder / "host.log").open("w") as log:
+            host = subprocess.Popen(
+                [sys.executable, __file__, str(folder), which], env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
         try:
-            measure_all(folder, "device")
-            code = host.wait(SECONDS)
+            measure_all(folder, "device", are_all=device.ON_GPU)
+            ending = f"code {code}" if (code := host.wait(SECONDS)) else ""
+        except subprocess.TimeoutExpired:  # what it has measured is compared
+            ending = f"not after {SECONDS} s"
         finally:
             host.kill()
-            log.close()
-        if code:
-            answer.check("the CPU's process", False, (folder / "host.log").read_text()[-600:])
-        for case, config in cases(folder / "device" / "data").items():
+        if ending:
+            answer.check("the CPU's process ended", False, f"{ending}: {(folder / 'host.log').read_text()[-500:]}")
+        for case, config in cases(folder / "device" / "data", are_all=device.ON_GPU).items():
             compare_case(answer, case, config, folder)
 
 
 def compare_case(answer: Answer, name: str, config: Config, folder: Path) -> None:
     """Add the line of one case."""
-    sides = [folder / side / name for side in ("device", "host")]
-    wrong = [
-        f"{side.parent.name}: {(side / 'error.txt').read_text()}" for side in sides if (side / "error.txt").exists()
-    ]
-    if wrong or not all((side / "numbers.json").exists() for side in sides):
-        answer.check(name, False, "; ".join(wrong)[:600] or "was not measured")
+    ours, theirs = folder / "device" / name, folder / "host" / name
+    errors = [path for side in (ours, theirs) if (path := side / "error.txt").exists()]
+    if errors or not all((side / "numbers.json").exists() for side in (ours, theirs)):
+        wrong = "; ".join(f"{path.parent.parent.name}: {path.read_text()}" for path in errors)
+        answer.check(name, False, wrong[:600] or "was not measured")
         return
-    verdicts = compare(*sides, config.model.dtype, 0.0)
+    verdicts = compare(ours, theirs, config.model.dtype, 0.0)
     answer.figure(name, {v.name: [v.deviation, v.tolerance, v.place] for v in verdicts})
     bad = [v for v in verdicts if not v.is_ok]
     shown = bad or sorted(verdicts, key=lambda v: -v.deviation / max(v.tolerance, 1e-30))[:1]
@@ -158,4 +160,4 @@ def differences(config: Config) -> tuple[float, float, int]:
 
 
 if __name__ == "__main__":
-    measure_all(Path(sys.argv[1]), sys.argv[2])
+    measure_all(Path(sys.argv[1]), "host", are_all=sys.argv[2] == "all")

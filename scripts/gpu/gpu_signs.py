@@ -76,7 +76,8 @@ def logprobs(policy: MegatronPolicy, batch: TrainBatch) -> Tensor:
 @torch.no_grad()
 def truth(policy: MegatronPolicy, batch: TrainBatch) -> Tensor:
     """Return the log-probabilities of the same weights in float64, by transformers."""
-    model = AutoModelForCausalLM.from_config(policy.hf_config, dtype=torch.float64).to(device.device()).eval()
+    with device.device():  # where it is initialised too, which on a CPU takes seconds
+        model = AutoModelForCausalLM.from_config(policy.hf_config, dtype=torch.float64).eval()
     weights = {name: tensor.double() for name, tensor in policy.hf_weights()}
     unknown = model.load_state_dict(weights, strict=False)
     assert not unknown.unexpected_keys and not unknown.missing_keys, unknown

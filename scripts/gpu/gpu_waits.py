@@ -70,10 +70,10 @@ class _Calls(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.call: tuple[str, Any] | None = None
+        self.call: tuple[str, list[Any]] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outer, self.call = self.call, self.call or (getattr(func, "__name__", ""), args)
+        outer, self.call = self.call, self.call or (getattr(func, "__name__", ""), list(args))
         try:
             return func(*args, **(kwargs or {}))
         finally:
@@ -81,7 +81,7 @@ class _Calls(TorchFunctionMode):
 
     def kind(self) -> str:
         """Return whether the device is asked for a value (read) or given one that lies in pageable memory (upload)."""
-        name, args = self.call or ("", ())
+        name, args = self.call or ("", [])
         if name in _UPLOADS:
             return "upload"
         if name in ("to", "cuda") and args and isinstance(args[0], torch.Tensor):
