@@ -31,11 +31,12 @@ PROMPT, RESPONSE = 16, 240
 
 def memory(answer: Answer) -> None:
     """Measure a small and a larger model in both dtypes and with recomputation."""
-    for name, model, options in (
+    models: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("small, float32", small_model(), {}),
         ("larger, bfloat16", larger_model(), {"dtype": "bfloat16"}),
         ("larger, bfloat16, recompute", larger_model(), {"dtype": "bfloat16", "recompute": "full"}),
-    ):
+    ]
+    for name, model, options in models if device.ON_GPU else models[:1]:
         with TemporaryDirectory() as folder:
             config = memory_config(Path(folder), model, options)
             measured, predicted = peaks(config), planned(config)
