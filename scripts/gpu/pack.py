@@ -27,7 +27,7 @@ NAMES = (
     "megatron-core transformers tokenizers safetensors huggingface_hub httpx2 httpcore2 h11 anyio truststore regex "
     "tqdm PyYAML packaging pydantic pydantic_core annotated-types typing-inspection typing_extensions typer rich "
     "markdown-it-py mdurl Pygments shellingham click annotated-doc aiohttp aiosignal aiohappyeyeballs attrs frozenlist "
-    "multidict propcache yarl idna psutil mpmath"
+    "multidict propcache yarl idna psutil mpmath plotly narwhals"
 ).split()
 _PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"]
 _PLATFORMS += ["manylinux_2_12_x86_64", "manylinux2010_x86_64", "manylinux_2_5_x86_64", "manylinux1_x86_64"]

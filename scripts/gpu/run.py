@@ -99,6 +99,7 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="test_gpu_") as folder:
         environment = shared_environment(options.wheels, Path(folder) / "site")
+        environment["TEST_GPU_PATIENCE"] = str(options.patience)
         results: list[dict[str, Any]] = []
 
         def run(name: str) -> dict[str, Any]:
