@@ -17,11 +17,13 @@ from gpu_cases import config_of, join, larger_model, policy_of, small_model, upd
 from megatron_rl import device
 from megatron_rl.config import Config, dump_config
 from megatron_rl.models.facts import read_hf_config
+from megatron_rl.models.hardware import HARDWARE
 from megatron_rl.packing import Layout, pack
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.plan.memory import Parts, Passes, micro_batch_tokens, trainer_phases, update_micro_batches
+from megatron_rl.plan.memory import Parts, memory_of
 from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.policy.checkpoint import CheckpointStore
+from megatron_rl.run import hardware_of
 from megatron_rl.types import Rollout, TrainBatch
 
 ALLOWED = {"planner": 0.15, "rehearsal": 0.1}  # of the measured peak
@@ -100,16 +102,13 @@ def peaks(config: Config) -> dict[str, float]:
 
 
 def planned(config: Config) -> dict[str, Parts]:
-    """Return the planner's parts of the trainer's phases, for the layers that run here."""
-    shape, layout = shape_of(dict(read_hf_config(config.model))), layout_of(config)
-    passes = Passes(
-        tokens=micro_batch_tokens(config, layout),
-        micro_batches=update_micro_batches(config, layout),
-        element_bytes=2 if config.model.dtype == "bfloat16" else 4,
-        float32_logits=config.float32_logits,
-        fused=device.layers(config.model.layers) == "transformer_engine",
-    )
-    return trainer_phases(shape, layout, passes, device.vocab_pad_multiple())
+    """Return the planner's parts by phase, of what torch allocates; on a CPU those of an H200."""
+    hardware = hardware_of(join(config).all_ranks) if device.ON_GPU else HARDWARE["h200"]
+    memory = memory_of(config, shape_of(dict(read_hf_config(config.model))), layout_of(config), hardware)
+    return {
+        phase: {part: size for part, size in parts.items() if part not in _NOT_TORCHS}
+        for phase, parts in memory.phases.items()
+    }
 
 
 def compare(answer: Answer, who: str, name: str, measured: dict[str, float], predicted: dict[str, float]) -> None:
