@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -q
 GPU_VENV := .venv-gpu
 
-.PHONY: demo test test-all test-engines test-slurm test-te engines gpu gpu-one gpu-engine-sglang gpu-engine-vllm lint clean
+.PHONY: demo test test-all test-engines test-slurm test-te test-gpu test-gpu-wheels engines gpu gpu-one gpu-engine-sglang gpu-engine-vllm lint clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -36,6 +36,15 @@ test-slurm: $(READY)
 # Builds the models of Transformer Engine on a machine without a GPU; needs a CUDA 13 toolkit. Not in CI.
 test-te: .te/.installed
 	PYTHONPATH="$$PWD" .te/bin/python -m pytest -q -m te tests/te
+
+# On a machine with one GPU and PyTorch, whatever else it lacks; without a GPU a dry run. WHEELS: what test-gpu-wheels made.
+TEST_GPU_PYTHON = $(or $(PYTHON),$(firstword $(wildcard $(GPU_VENV)/bin/python $(BIN)/python) python3))
+WHEELS :=
+test-gpu:
+	$(TEST_GPU_PYTHON) scripts/gpu/run.py $(if $(WHEELS),--wheels $(WHEELS))
+
+test-gpu-wheels:
+	$(or $(PYTHON),$(firstword $(wildcard $(BIN)/python) python3)) scripts/gpu/pack.py .wheels
 
 gpu: $(GPU_VENV)/.trainer
 gpu-one: $(GPU_VENV)/.one
