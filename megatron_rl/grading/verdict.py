@@ -64,11 +64,11 @@ def judge(functions: Sequence[Callable[[str, str], float]], response: str, answe
     for function in functions:
         try:
             value: Any = function(response, answer)
-            if hasattr(value, "item"):
-                value = value.item()  # a scalar of numpy or torch; numpy's bool is no numbers.Real
+            value = value.item() if hasattr(value, "item") else value  # numpy's and torch's own bools are no numbers
+            is_finite = issubclass(type(value), numbers.Number) and math.isfinite(value)  # raises for 10**400, 1j
         except Exception:
             return failed(len(functions), traceback.format_exc())
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if not is_finite:
             error = f"the reward function returned {value!r} ({type(value).__name__}), expected a finite number"
             return failed(len(functions), error)
         values.append(float(value))
