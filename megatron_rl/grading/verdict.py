@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -64,8 +63,8 @@ def judge(functions: Sequence[Callable[[str, str], float]], response: str, answe
     for function in functions:
         try:
             value: Any = function(response, answer)
-            value = value.item() if hasattr(value, "item") else value  # numpy's and torch's own bools are no numbers
-            is_finite = issubclass(type(value), numbers.Number) and math.isfinite(value)  # raises for 10**400, 1j
+            value = value.item() if hasattr(value, "item") else value  # a scalar of numpy or torch
+            is_finite = hasattr(value, "__float__") and math.isfinite(value)  # raises for 10**400
         except Exception:
             return failed(len(functions), traceback.format_exc())
         if not is_finite:
