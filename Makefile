@@ -67,12 +67,14 @@ $(VENV)/.installed: requirements/cpu.txt requirements/find_python.sh
 	"$$python" -m pip --python $(BIN)/python install --quiet --requirement requirements/cpu.txt
 	touch $@
 
+# Of servers without their dependencies, which would bring CUDA packages that a CPU server never imports.
+.engines/sglang/.installed .engines/vllm/.installed: ALONE := --no-deps
 .engines/%/.installed: requirements/%-cpu.txt requirements/find_python.sh
 	rm -rf .engines/$*
 	mkdir -p .engines
 	python="$$(bash requirements/find_python.sh)" && \
 	"$$python" -m venv --without-pip .engines/$* && \
-	"$$python" -m pip --python .engines/$*/bin/python install --quiet --no-deps --requirement $<
+	"$$python" -m pip --python .engines/$*/bin/python install --quiet $(ALONE) --requirement $<
 	touch $@
 
 # Of GPU nodes. A folder holds one kind at a time; making the other kind replaces it.

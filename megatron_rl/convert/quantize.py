@@ -152,10 +152,10 @@ def _text(line: bytes, path: Path, number: int) -> str:
         return text
     try:
         record = json.loads(text)
-        text = str(next(record[key] for key in ("problem", "prompt", "text") if key in record))
-        text.encode()  # half of a surrogate pair is valid JSON and no text
-    except (ValueError, TypeError, StopIteration) as error:
-        raise ConfigError(f"{path}:{number}: expected a JSON object with problem, prompt or text") from error
+        text = next(record[key] for key in ("problem", "prompt", "text") if key in record)
+        text.encode()  # half of a surrogate pair is valid JSON and no text, and messages are none either
+    except (ValueError, TypeError, StopIteration, AttributeError) as error:
+        raise ConfigError(f"{path}:{number}: expected a JSON object with a text as problem, prompt or text") from error
     return text
 
 

@@ -157,9 +157,9 @@ def encode_prompt(
         # the template has written the special tokens already
         return tuple(tokenizer.encode(rendered, add_special_tokens=False))
     except Exception as error:  # templates raise what they like, tokenizers plain Exception
-        what = "chat template" if type(error).__module__.startswith("jinja2") else "tokenizer"
+        what = "tokenizer's chat template" if type(error).__module__.startswith("jinja2") else "tokenizer"
         raise DataError(
-            f"{where}: the tokenizer's {what} cannot take this conversation (roles: "
+            f"{where}: the {what} cannot take this conversation (roles: "
             f"{', '.join(message['role'] for message in messages)}): {type(error).__name__}: {error}"
         ) from error
 

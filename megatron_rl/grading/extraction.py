@@ -124,7 +124,7 @@ def _stated(text: str) -> str | None:
     if formula:
         clause = _CLAUSE.split(text[formula.end() :].split("\n")[0], maxsplit=1)[0]
         return _core(formula[0] + clause[:_MAX_LINE])
-    line = text.split("\n")[0].strip()[:_MAX_LINE].replace("**", "")
+    line = text.split("\n")[0].strip()[:_MAX_LINE].replace("**", "").replace("__", "")
     if _FORMULA.search(line) and not re.match(r"[-\d]", line):
         return _core(line)
     clause = _CLAUSE.split(line, maxsplit=1)[0].strip()
@@ -138,7 +138,7 @@ def _stated(text: str) -> str | None:
 
 def _core(line: str) -> str:
     """The formula of a line, or its last number when it has words around it, or all of it."""
-    line = line.strip()[-_MAX_LINE:].replace("**", "").strip()
+    line = line.strip()[-_MAX_LINE:].replace("**", "").replace("__", "").strip()
     formulas = [next(filter(None, match.groups())) for match in _FORMULA.finditer(line)]
     if formulas:
         only_math = not _WORD.search(_FORMULA.sub("", line))

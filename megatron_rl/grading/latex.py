@@ -86,7 +86,7 @@ _REPLACEMENTS = tuple(
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
         (r"\\(?:neq)(?![a-zA-Z])|!=|\\not\s*=", r"\\ne "),
-        (r"\\(?:approx|simeq|thickapprox|approxeq)(?![a-zA-Z])", r"\\approx "),
+        (r"\\(?:approx|simeq|thickapprox|approxeq)(?![a-zA-Z])|\\sim(?=\s*-?[\d.])", r"\\approx "),
         (r"\\(?:varnothing)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:backslash|smallsetminus)(?![a-zA-Z])", r"\\setminus "),
         (r"\\vee(?![a-zA-Z])|\\lor(?![a-zA-Z])|\\text\{\s*,?\s*or\s*\}", " or "),

@@ -58,7 +58,7 @@ def words(found: str, gold: str) -> bool | None:
 def _folded(text: str) -> str:
     text = "no solution" if text.strip() == "\\emptyset" else re.sub(r"\s+", " ", re.sub(r"\\text\s*\{|\}", " ", text))
     text = _LEADING.sub("", text.strip().casefold())
-    return re.sub(r"\bsolutions\b|\breal solutions?\b", "solution", text)
+    return re.sub(r"\bsolutions\b|\breal solutions?\b", "solution", text).replace("empty set", "no solution")
 
 
 _TIME = re.compile(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -64,9 +63,8 @@ def judge(functions: Sequence[Callable[[str, str], float]], response: str, answe
     for function in functions:
         try:
             value: Any = function(response, answer)
-            if hasattr(value, "item"):
-                value = value.item()  # a scalar of numpy or torch; numpy's bool is no numbers.Real
-            if isinstance(value, numbers.Real) and math.isfinite(value):
+            value = value.item() if hasattr(value, "item") else value  # a scalar of numpy or torch
+            if hasattr(value, "__float__") and math.isfinite(value):  # raises for 10**400
                 values.append(float(value))
             else:
                 error = f"the reward function returned {value!r} ({type(value).__name__}), expected a finite number"

@@ -360,12 +360,11 @@ def test_calibration_texts(tmp_path: Path) -> None:
     assert len(list(read_texts(tmp_path / "a.txt"))) == 128
     (tmp_path / "b.jsonl").write_text('{"id": 1, "problem": "x"}\n{"text": "y"}\n')
     assert list(read_texts(tmp_path / "b.jsonl")) == ["x", "y"]
-    (tmp_path / "b.jsonl").write_text('{"id": 1}\n')
-    with pytest.raises(UserError, match="b.jsonl:1: expected a JSON object with problem, prompt or text"):
-        list(read_texts(tmp_path / "b.jsonl"))
-    (tmp_path / "b.jsonl").write_text('{"text": "\\ud800"}\n')  # half of a pair: JSON, and no text
-    with pytest.raises(UserError, match="b.jsonl:1: expected a JSON object"):
-        list(read_texts(tmp_path / "b.jsonl"))
+    # the last two hold no text: half of a surrogate pair, and messages
+    for record in ('{"id": 1}', '{"text": "\\ud800"}', '{"prompt": [{"role": "user", "content": "x"}]}'):
+        (tmp_path / "b.jsonl").write_text(record + "\n")
+        with pytest.raises(UserError, match="b.jsonl:1: expected a JSON object with a text as problem, prompt or text"):
+            list(read_texts(tmp_path / "b.jsonl"))
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "\xc3\xbc"}\n')
     assert list(read_texts(tmp_path / "b.jsonl")) == ["\u00fc"]
     for name in ("a.txt", "b.jsonl"):

@@ -238,16 +238,19 @@ def test_a_row_is_asked_with_its_whole_conversation(jsonl, tokenizer):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('no system role') }}", r"chat template .*roles: system, user\): TemplateError: no system"),
+        (
+            "{{ raise_exception('no system role') }}",
+            r"tokenizer's chat template .*roles: system, user\): TemplateError: no system",
+        ),
         ("{{ messages[0].content + 1 }}", r"tokenizer cannot take .*TypeError"),
-        ("{% for %}", r"chat template .*TemplateSyntaxError"),
+        ("{% for %}", r"tokenizer's chat template .*TemplateSyntaxError"),
         ("unknown", r"tokenizer cannot take this conversation .*UNK"),  # tokenizers' plain Exception
         (None, r"tokenizer cannot take this conversation .*UNK"),
     ],
 )
 def test_what_the_tokenizer_or_its_template_refuses_names_the_row(jsonl, template, message):
     lines = [row("1"), row("x" if template is None else "1")]
-    with pytest.raises(DataError, match=rf"train\.jsonl, line {1 if template else 2}: the tokenizer's {message}"):
+    with pytest.raises(DataError, match=rf"train\.jsonl, line {1 if template else 2}: the {message}"):
         jsonl(lines, template=template, system_prompt="0" if template else None)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_rl.config import parse_config
+from megatron_rl.data.tokenizer import character_tokenizer
 from megatron_rl.grading.registry import REWARDS, RewardError, load_reward
 from megatron_rl.grading.rules import countdown
 from megatron_rl.grading.verdict import InProcess
@@ -161,6 +162,15 @@ def test_verifiers_see_the_response_without_its_stop_token():
     scored = grade(rollouts, watch)
     assert seen == [("bc", "bc"), ("bc", "zz"), ("bcj", "bc")]
     assert [r.score for r in scored] == [1.0, 0.0, 0.0] and [r.error for r in scored] == [""] * 3
+
+
+def test_special_tokens_are_seen_and_ids_that_pad_the_vocabulary_say_nothing():
+    tokenizer, seen = character_tokenizer(), []
+    one, pad = tokenizer.convert_tokens_to_ids(["1", "<pad>"])
+    padding = [len(tokenizer), len(tokenizer) + 40]
+    rollout = make_rollout(response=[one, *padding, pad, tokenizer.eos_token_id, padding[0], one], reason="length")
+    grade([rollout], PROMPTS, InProcess([lambda response, answer: seen.append(response) or 1.0]), tokenizer)
+    assert seen == ["1<pad><eos>1"]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "1", None, 1j])
