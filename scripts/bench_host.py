@@ -37,7 +37,7 @@ def make_config(dp: int, rollouts: int) -> Config:
 def measure(dp: int, rollouts: int) -> dict[str, float]:
     """Return the CPU seconds of each phase of a step on rank 0."""
     phases = rehearse_host(make_config(dp, rollouts), mean_response=4200).phases
-    seconds = {name: cost["cpu_seconds"] for name, cost in phases.items() if name != STAND_INS}
+    seconds = {name: cost.device_seconds for name, cost in phases.items() if name != STAND_INS}
     return seconds | {"all": sum(seconds.values())}
 
 

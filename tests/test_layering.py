@@ -70,7 +70,8 @@ FLOORS = (
     "run",
     "resume",
     "train",
-    "conform lab profiling preflight prepare rehearse",
+    "conform lab profiling preflight prepare",
+    "rehearse",
     "cli",
     "cluster __main__",
 )

@@ -187,16 +187,6 @@ class Recorder(Spans):
             self._record.collectives.append(Collective(name, group, number, called, start, end, span))
 
 
-def own_seconds(record: StepRecord) -> list[list[float]]:
-    """Return the [wall, device] seconds of each span without those of its children."""
-    own = [[span.end - span.start, span.device_seconds or 0.0] for span in record.spans]
-    for span in record.spans:
-        if span.parent >= 0:
-            own[span.parent][0] -= span.end - span.start
-            own[span.parent][1] -= span.device_seconds or 0.0
-    return own
-
-
 def to_json(records: list[StepRecord]) -> list[dict[str, Any]]:
     """Return plain data, a list for each span and collective: a step may have thousands."""
     return [

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_rl.metrics.spans import Collective, StepRecord, own_seconds
+from megatron_rl.metrics.spans import Collective, StepRecord
 
 PHASES = (
     "rollout reward sync pack old_logprobs metrics ledger select forward_backward optimizer update probe log eval "
@@ -195,8 +195,11 @@ def waiting(ranks: Sequence[RankRecord]) -> tuple[dict[int, float], list[float]]
 def _costs(rank: RankRecord, index: int, waits: dict[int, float]) -> dict[str, Cost]:
     """Return the cost of each phase in one step. Spans of other threads run beside the step and are no part of it."""
     record = rank.steps[index]
-    pairs = zip(own_seconds(record), record.spans, strict=True)
-    own = [Cost(wall, of_device, peak_bytes=span.peak_bytes or 0) for (wall, of_device), span in pairs]
+    own = [Cost(s.end - s.start, s.device_seconds or 0.0, peak_bytes=s.peak_bytes or 0) for s in record.spans]
+    for span in record.spans:
+        if span.parent >= 0:
+            own[span.parent].seconds -= span.end - span.start
+            own[span.parent].device_seconds -= span.device_seconds or 0.0
     for c in record.collectives:
         if c.span >= 0:
             wait = waits.get(id(c), 0.0)

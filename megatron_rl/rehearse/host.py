@@ -31,13 +31,14 @@ from megatron_rl.data.tokenizer import build_tokenizer, tokenizer_folder, vocab_
 from megatron_rl.errors import UserError
 from megatron_rl.grading.verdict import InProcess
 from megatron_rl.metrics import Timers
-from megatron_rl.metrics.spans import OFF, Recorder, Spans, own_seconds
+from megatron_rl.metrics.spans import OFF, Recorder, Spans
 from megatron_rl.metrics.write import RunLogger
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.packing import Layout
 from megatron_rl.packing.dealing import deal_step, tokens_of
 from megatron_rl.parallel.reduce import Reducer, pickled
 from megatron_rl.policy.policy import MegatronPolicy, add_up
+from megatron_rl.profiling.analysis import Cost, RankRecord, summarise
 from megatron_rl.rollout.answers import facts_of
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import Place
@@ -64,15 +65,15 @@ class HostBook:
     """The host's part of one step on one rank."""
 
     facts: dict[str, Any]
-    phases: dict[str, dict[str, float]]  # name -> seconds, cpu_seconds, peak_bytes above those before the step
+    phases: dict[str, Cost]  # device_seconds: of the CPU; peak_bytes: above those before the step
     metrics: dict[str, float]
     left_out: tuple[str, ...] = LEFT_OUT
 
     def rows(self) -> list[list[str]]:
-        """Return a header, and a row a phase, without its parts that have a name; the stand-ins come last."""
-        numbers = {name: cost.values() for name, cost in self.phases.items()}
-        shown = [[name, f"{a:.3f}", f"{b:.3f}", f"{c / 2**20:,.0f}"] for name, (a, b, c) in numbers.items()]
-        return [["phase", "wall s", "CPU s", "peak MiB"], *shown]
+        """Return a header, and a row a phase."""
+        header = ["phase", "wall s", "CPU s", "peak MiB"]
+        costs = [(name, c.seconds, c.device_seconds, c.peak_bytes / 2**20) for name, c in self.phases.items()]
+        return [header, *([name, f"{a:.3f}", f"{b:.3f}", f"{mib:,.0f}"] for name, a, b, mib in costs)]
 
 
 class Crowd(Reducer):
@@ -190,14 +191,11 @@ def rehearse_host(config: Config, rank: int = 0, *, mean_response: float | None 
                         metrics |= run.timers.collect(metrics["batch/sequence_tokens"])
                         logger.log(0, metrics)
                 run.collector.close()
-    phases: dict[str, dict[str, float]] = {}
-    first, second = recorder.records
-    for span, (seconds, cpu_seconds), fresh in zip(second.spans, own_seconds(second), first.spans, strict=True):
-        cost = phases.setdefault(span.name, {"seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0.0})
-        cost["seconds"] += seconds
-        cost["cpu_seconds"] += cpu_seconds
-        cost["peak_bytes"] = max(cost["peak_bytes"], (fresh.peak_bytes or 0) - before)
-    phases[STAND_INS] = phases.pop(STAND_INS)
+    place = {"tp": 0, "dp": 0}
+    ranks = [RankRecord(rank, place, "", 0.0, None, [record]) for record in recorder.records]
+    first, phases = (summarise([each], on_gpu=False).phases for each in ranks)
+    for name, cost in phases.items():
+        cost.peak_bytes = first[name].peak_bytes - before
     spelled = f"{stated} made-up words" if is_absent else "the config's"
     facts = {"rank": rank, "responses": len(rollouts), "mean_response": mean, "seed": seed, "tokenizer": spelled}
     return HostBook(facts | {"processes": config.parallel.processes}, phases, metrics)
@@ -210,9 +208,8 @@ def _alone(config: Config, run_dir: str) -> Config:
         "train": {"share_prompts": False, "entropy_tangent": False, "num_steps": 1},
         "logging": {"run_dir": run_dir, "wandb_project": None},
     }
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}
-    )
+    sections = {name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}
+    return config.model_copy(update=sections)
 
 
 def _run(config: Config, rank: int, tokenizer: Any, rollouts: list[Rollout], spans: Spans) -> Run:
