@@ -195,7 +195,7 @@ def rehearse_host(config: Config, rank: int = 0, *, mean_response: float | None 
     ranks = [RankRecord(rank, place, "", 0.0, None, [record]) for record in recorder.records]
     first, phases = (summarise([each], on_gpu=False).phases for each in ranks)
     for name, cost in phases.items():
-        cost.peak_bytes = first[name].peak_bytes - before
+        cost.peak_bytes = max(0, first[name].peak_bytes - before)
     spelled = f"{stated} made-up words" if is_absent else "the config's"
     facts = {"rank": rank, "responses": len(rollouts), "mean_response": mean, "seed": seed, "tokenizer": spelled}
     return HostBook(facts | {"processes": config.parallel.processes}, phases, metrics)
