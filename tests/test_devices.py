@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.config import parse_config
 from megatron_rl.metrics.collect import Metrics
-from megatron_rl.parallel.reduce import _dumps
+from megatron_rl.parallel.reduce import pickled
 from megatron_rl.types import LossInputs
 from tests.device_book import DEVICE, Book, booked, install, rewritten
 from tests.device_reads import OBJECTS, READS
@@ -271,7 +271,7 @@ def test_metrics_reduce_on_one_device_whatever_they_were_given(gpu: torch.device
 
 def test_an_object_gather_refuses_a_device_tensor(gpu: torch.device) -> None:
     with pytest.raises(TypeError, match=r"tensor on cuda:0; give it as \.cpu\(\)"):
-        _dumps({"loss": torch.ones(2, device=gpu)})
+        pickled({"loss": torch.ones(2, device=gpu)})
 
 
 # --- all layouts ------------------------------------------------------------------------------------------------------

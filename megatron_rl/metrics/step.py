@@ -93,7 +93,8 @@ class StepReport:
             add_batch_metrics(metrics, batch, run.ranks)
             metrics.set(update_metrics(self._updates, self._loss, run.ranks, run.policy.context))
             if options.ledger_every and self._step % options.ledger_every == 0:
-                logger.log_ledger(self._step, ledger(batch, after, run.ranks), run.tokenizer)
+                with run.timers.spans("ledger"):
+                    logger.log_ledger(self._step, ledger(batch, after, run.ranks), run.tokenizer)
             metrics.set(batch_totals(batch, self._collected, run.ranks))
             logged = self._collected.rollouts[: options.samples_per_step]
             holding = slice(-(-len(logged) // run.layout.samples_per_minibatch))

@@ -55,7 +55,7 @@ def hand_out(rollouts: list[Rollout], deals: Sequence[Deal], layout: Layout, wor
     Raises: RuntimeError when no rank held the tokens of one.
     """
     shares = [[i for each in deals for chosen in each.bins[rank] for i in chosen] for rank in range(layout.dp_size)]
-    held = [[(i, _tokens(rollouts[i])) for i in share if rollouts[i].has_tokens] for share in shares]
+    held = [[(i, tokens_of(rollouts[i])) for i in share if rollouts[i].has_tokens] for share in shares]
     mine = shares[layout.dp_rank]
     brought = rollouts.copy()
     for part in world.exchange_objects([held[dp_rank] for dp_rank in layout.dp_ranks]):
@@ -67,7 +67,8 @@ def hand_out(rollouts: list[Rollout], deals: Sequence[Deal], layout: Layout, wor
     return brought
 
 
-def _tokens(rollout: Rollout) -> dict[str, Any]:
+def tokens_of(rollout: Rollout) -> dict[str, Any]:
+    """Return the fields that travel to the rank that computes it."""
     return {name: getattr(rollout, name) for name in ("token_ids", "rollout_logprobs", "sampled", "routes")}
 
 

@@ -174,7 +174,7 @@ class Reducer:
         """
         if self.size == 1:
             return [value]
-        data = _dumps(value)
+        data = pickled(value)
         payload = torch.frombuffer(bytearray(len(data).to_bytes(8, "little") + data), dtype=torch.uint8)
         rows = self._gather_on_hosts(_padded(payload[:_FIRST_BYTES], _FIRST_BYTES))
         sizes = [8 + int.from_bytes(bytes(row[:8].tolist()), "little") for row in rows]
@@ -191,7 +191,7 @@ class Reducer:
         """
         if self.size == 1:
             return list(values)
-        blobs = {id(value): _dumps(value) for value in values}
+        blobs = {id(value): pickled(value) for value in values}
         sent = [len(blobs[id(value)]) for value in values]
         sizes = torch.empty(self.size, dtype=torch.int64)
         dist.all_to_all_single(sizes, torch.tensor(sent), group=self._host_group)
@@ -248,7 +248,8 @@ def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
 
 
-def _dumps(value: Any) -> bytes:
+def pickled(value: Any) -> bytes:
+    """Return an object as it travels. Raises: TypeError for a tensor that is not on the host."""
     file = io.BytesIO()
     _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return file.getvalue()

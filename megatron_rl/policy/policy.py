@@ -226,7 +226,7 @@ class MegatronPolicy:
         self.clear_gradients()
         output = self._kept.take(mini_batch)
         collected = run_schedule(self.model, mini_batch, on_output, forward_only=False, output=output)
-        sums = _add_up(collected)
+        sums = add_up(collected)
         if self.groups.pp_size > 1:
             sums = self.groups.stage_ranks.gather_objects({name: pair.cpu() for name, pair in sums.items()})[-1]
         return sums
@@ -300,7 +300,8 @@ class MegatronPolicy:
                 parameter.copy_(value)
 
 
-def _add_up(collected: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def add_up(collected: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the sums of the micro-batches' metrics, float64 [2] each."""
     sums: dict[str, Tensor] = {}
     for metrics in collected:
         for name, pair in metrics.items():

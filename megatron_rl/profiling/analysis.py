@@ -15,7 +15,8 @@ from typing import Any
 from megatron_rl.metrics.spans import Collective, StepRecord
 
 PHASES = (
-    "rollout reward sync pack old_logprobs metrics select forward_backward optimizer update probe log eval checkpoint"
+    "rollout reward sync pack old_logprobs metrics ledger select forward_backward optimizer update probe log eval "
+    "checkpoint"
 ).split()
 POINT_TO_POINT = ("send", "recv")
 # A rank is a straggler when the others wait for it longer than for a rank on average, by more than this share of a

@@ -18,8 +18,8 @@ COLOURS = dict(
     zip(
         PHASES,
         (
-            "#4269d0 #97bbf5 #8a63d2 #b08900 #efb118 #9c6b4e #e8780c #2f9e62 #6cc5b0 #3ca951 #c3489b #a9adb5 #ff725c "
-            "#5c6270"
+            "#4269d0 #97bbf5 #8a63d2 #b08900 #efb118 #9c6b4e #d4a98c #e8780c #2f9e62 #6cc5b0 #3ca951 #c3489b #a9adb5 "
+            "#ff725c #5c6270"
         ).split(),
         strict=True,
     )

@@ -41,7 +41,9 @@ def test_phases_sum_to_the_steps_wall_time(quickstart: Path) -> None:
     summary = profile["summary"]
     stepwise = sum(cost["seconds"] for name, cost in summary["phases"].items() if name != "checkpoint")
     assert stepwise == pytest.approx(summary["step_seconds"], rel=0.03)
-    expected = "rollout reward sync pack old_logprobs metrics select forward_backward optimizer probe log checkpoint"
+    expected = (
+        "rollout reward sync pack old_logprobs metrics ledger select forward_backward optimizer probe log checkpoint"
+    )
     assert set(expected.split()) <= set(summary["phases"])
     assert summary["steps"] == [2, 3] and profile["facts"]["traced_step"] == 0
     assert 0 < summary["communication_fraction"] + summary["waiting_fraction"] < 1
