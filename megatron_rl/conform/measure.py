@@ -57,7 +57,8 @@ def measure(
     """Fill `folder` (rank 0 writes). Collective.
 
     `raw_hf_config`: the architecture, perhaps with fewer layers. `asks_engine`: whether the config's engine is started.
-    `resumes`: the folder after whose first update the second is made once more, from a checkpoint; saved if it is this.
+    `resumes`: the folder whose checkpoint, saved after its first update where it is `folder`, the second is made from
+    once more.
     """
     ranks = groups.token_ranks
     tokenizer = build_tokenizer(config)
@@ -80,8 +81,8 @@ def measure(
     totals = {name: ranks.sum(pair.to(device.device())).tolist() for name, pair in sorted(sums.items())}
     numbers["loss"] = {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
     keep.tensors("gradients", weight_stream(full_gradients(policy), policy.hf_config, groups))
-    numbers["clip norm"] = policy.update(mini_batch, policy_loss(loss)).grad_norm
-    numbers["clip norm"] = groups.all_ranks.gather_objects(numbers["clip norm"])
+    norm = policy.update(mini_batch, policy_loss(loss)).grad_norm
+    numbers["clip norm"] = groups.all_ranks.gather_objects(norm)
     numbers["replicated weights"] = _differing_replicas(policy)
     keep.tensors("after", policy.hf_weights())
     if asks_engine:
@@ -93,7 +94,7 @@ def measure(
     keep.tensors("second", policy.hf_weights())
     if resumes is not None:
         store.load(resumes / "checkpoint" / store.path(1).name)
-        numbers["checkpoint"] = keep.unlike(resumes / "after", policy.hf_weights())
+        numbers["checkpoint"] = keep.unlike(resumes / "after", policy.hf_weights()) + _differing_replicas(policy)
         policy.update(mini_batch, policy_loss(loss))
         keep.tensors("resumed", policy.hf_weights())
     if groups.rank == 0:

@@ -30,7 +30,8 @@ KINDS: dict[str, tuple[float, float, str]] = {
     "gradients": (5e-4, 0.25, "replicas not summed (norms, biases, tied embeddings, router), a local count"),
     "clip norm": (1e-4, 2e-2, "a parameter counted twice or not at all: replicas, experts, stages"),
     "update": (5e-3, 0.5, "the optimizer's shards, or gradients that ranks do not share"),
-    "second update": (1e-2, 0.7, "moments that an update or the checkpoint lost"),
+    "second update": (1e-2, 0.7, "moments that an update lost"),
+    "resumed update": (5e-3, 0.4, "moments or weights that a checkpoint lost"),
     "replicated tokens": (0, 0, "a broadcast along the pipeline or over tp: ranks with the same tokens disagree"),
     "replicated weights": (0, 0, "the all-gather after an update: data-parallel ranks drift apart"),
     "checkpoint": (0, 0, "a shard's place in the checkpoint"),
@@ -94,15 +95,13 @@ def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list
     verdicts += [_exact(name, ours[name]) for name in ("replicated tokens", "replicated weights")]
     ends = ((run / "start", run / "after"), (reference / "start", reference / "after"))
     verdicts.append(_movement("update", *ends, limit["update"]))
-    moved = {"": run / "second"}
-    for folder, loaded in ((run, ours), (reference, numbers)):
-        if "checkpoint" in loaded:
-            where = f"loaded by the {'run' if folder == run else 'reference'}: "
+    own, other = ((folder / "after", folder / "second") for folder in (run, reference))
+    verdicts.append(_movement("second update", own, other, limit["second update"]))
+    for folder, loaded, by in ((run, ours, "run"), (reference, numbers, "reference")):
+        if "checkpoint" in loaded:  # the run's own
+            where, resumed = f"loaded by the {by}: ", (run / "after", folder / "resumed")
             verdicts.append(_exact("checkpoint", loaded["checkpoint"], where))
-            moved[where] = folder / "resumed"
-    for where, end in moved.items():
-        ends = ((run / "after", end), (reference / "after", reference / "second"))
-        verdicts.append(_movement("second update", *ends, limit["second update"], where))
+            verdicts.append(_movement("resumed update", resumed, own, limit["resumed update"], where))
     if "engine" in ours:
         verdicts.append(Verdict("engine", ours["engine"], engine_limit))
     return verdicts
