@@ -28,8 +28,8 @@ def test_four_processes_conform(worlds: Worlds, tmp_path: Path, layout: str) -> 
     is_moe = "ep" in MATRIX[layout] or layout.endswith("allgather")
     hf = invariance_case.MODELS["qwen3_moe" if is_moe else "qwen2"] | {"initializer_range": 0.1}
     del hf["vocab_size"]  # the tokenizer's
-    model = {"megatron": invariance_case.MEGATRON.get(layout, {})}
-    answer = answer_of(worlds, tmp_path, raw_config(tmp_path, MATRIX[layout], hf, model=model))
+    raw = raw_config(tmp_path, MATRIX[layout], hf, megatron=invariance_case.MEGATRON.get(layout, {}))
+    answer = answer_of(worlds, tmp_path, raw)
     assert answer["ok"] and answer["layers"] == 4
     names = [verdict["name"] for verdict in answer["verdicts"]]
     # from the run's checkpoint in the run, and in the reference where no experts were dealt out
