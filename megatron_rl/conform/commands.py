@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from megatron_rl import launch
-from megatron_rl.config import Config, ParallelConfig, dump_config, load_config, parse_config
+from megatron_rl.config import Config, dump_config, load_config, parse_config
 from megatron_rl.config.environment import for_libraries
+from megatron_rl.config.megatron_options import STAGE_FIELDS
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
+from megatron_rl.models.facts import require_model
 
 
 def conform(
@@ -32,7 +34,8 @@ def conform(
     an update, a checkpoint, the engine. Exit code 1 when something differs by more than rounding.
     """
     resolved = load_config(config, overrides or [])
-    reference = reference_layout(resolved, against)
+    require_model(resolved.model)
+    reference = reference_of(resolved, against)
     folder = resolved.run_dir / "conform"
     copy = folder / "config.yaml"
 
@@ -53,17 +56,18 @@ def conform(
     sys.exit(code)
 
 
-def reference_layout(config: Config, against: str) -> ParallelConfig:
-    """Return the layout that `against` spells, of no more processes than the run's.
+def reference_of(config: Config, against: str) -> Config:
+    """Return the config under the layout that `against` spells, of no more processes than the run's.
 
     Raises: ConfigError naming what is wrong with it.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, against.split(",")):
         name, _, value = part.strip().partition("=")
-        if name not in ("tp", "pp", "vpp", "cp", "dp", "ep") or not value.isdigit() or int(value) < 1:
+        known = name in ("tp", "pp", "vpp", "cp", "dp", "ep") and name not in sizes
+        if not known or not value.isdecimal() or int(value) < 1:
             raise ConfigError(
-                f"--against {against}: got {part!r}, expected sizes of tp, pp, vpp, cp, dp, ep, as tp=2,dp=2"
+                f"--against {against}: got {part!r}, expected sizes of tp, pp, vpp, cp, dp, ep, each once, as tp=2,dp=2"
             )
         sizes[name] = int(value)
     dp = sizes.pop("dp", 1)
@@ -73,9 +77,12 @@ def reference_layout(config: Config, against: str) -> ParallelConfig:
             f"--against {against}: the reference needs {processes} processes, and the run has "
             f"{config.parallel.processes}; choose a smaller one"
         )
-    layout = {**sizes, "world_size": processes, "distributed_optimizer": config.parallel.distributed_optimizer}
+    kept = config.parallel.model_dump(include={"distributed_optimizer", "timeout_seconds"})
     raw = config.model_dump(mode="json", exclude_unset=True)
+    raw["parallel"] = {**sizes, "world_size": processes, **kept}
+    if sizes.get("pp", 1) != config.parallel.pp:
+        raw["model"]["megatron"] = {k: v for k, v in config.model.megatron.items() if k not in STAGE_FIELDS}
     try:  # the whole config's checks: heads, layers and experts that do not divide
-        return parse_config(raw | {"parallel": layout}).parallel
+        return parse_config(raw)
     except ConfigError as error:
         raise ConfigError(f"--against {against}: {error}") from error

@@ -3,6 +3,7 @@ sample."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +20,13 @@ _MISMATCH = 0.05  # nats between trainer and engine
 _ROLES = {"length": 1, "tokens": 2, "reward": 3, "old": 4, "rollout": 5, "ref": 6, "given": 7}  # fields of the hashes
 
 
-def frozen_config(config: Config, tokens: int) -> Config:
+def frozen_config(config: Config, tokens: int, multiple: int = 1) -> Config:
     """Return the config with a step of one update of about `tokens` tokens, in at least two micro-batches a rank, and a
-    learning rate whose movement is visible."""
+    learning rate whose movement is visible. `multiple`: of tokens, to which the reference pads a micro-batch."""
     train, rollout = config.train, config.rollout
     samples = train.prompts_per_minibatch * rollout.samples_per_prompt
     response = max(1, min(rollout.max_response_tokens, 2 * tokens // samples))
-    multiple = config.parallel.token_multiple
+    multiple = math.lcm(multiple, config.parallel.token_multiple)
     longest = -(-(config.data.max_prompt_tokens + response) // multiple) * multiple
     budget = min(train.micro_batch_tokens, max(longest, tokens // (2 * config.parallel.dp)))
     step = {"prompts_per_step": train.prompts_per_minibatch, "micro_batch_tokens": budget, "async_save": False}

@@ -1,7 +1,8 @@
 """What one layout makes of the frozen mini-batch, kept in a folder so that another layout can be compared with it.
 
 The folder holds weights and gradients under their Hugging Face names (`start/`, `gradients/`, `after/` one update,
-`second/` after two, `checkpoint/`), all tokens by their ids (`tokens.pt`) and `numbers.json`.
+`second/` after two, `resumed/` after a checkpoint and the second), `checkpoint/`, all tokens by their ids (`tokens.pt`)
+and `numbers.json`.
 """
 
 from __future__ import annotations
@@ -51,12 +52,13 @@ def measure(
     folder: Path,
     *,
     asks_engine: bool = False,
-    taken_over: Path | None = None,
+    resumes: Path | None = None,
 ) -> None:
     """Fill `folder` (rank 0 writes). Collective.
 
     `raw_hf_config`: the architecture, perhaps with fewer layers. `asks_engine`: whether the config's engine is started.
-    `taken_over`: the folder of another layout, whose checkpoint this one loads before its second update.
+    `resumes`: the folder whose checkpoint, saved after its first update where it is `folder`, the second is made from
+    once more.
     """
     ranks = groups.token_ranks
     tokenizer = build_tokenizer(config)
@@ -79,23 +81,22 @@ def measure(
     totals = {name: ranks.sum(pair.to(device.device())).tolist() for name, pair in sorted(sums.items())}
     numbers["loss"] = {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
     keep.tensors("gradients", weight_stream(full_gradients(policy), policy.hf_config, groups))
-    numbers["clip norm"] = policy.update(mini_batch, policy_loss(loss)).grad_norm
+    norm = policy.update(mini_batch, policy_loss(loss)).grad_norm
+    numbers["clip norm"] = groups.all_ranks.gather_objects(norm)
     numbers["replicated weights"] = _differing_replicas(policy)
     keep.tensors("after", policy.hf_weights())
     if asks_engine:
         numbers["engine"] = _engine_distance(served_config, policy, tokenizer, layout, prompts)
     store = CheckpointStore(folder / "checkpoint", policy, groups, tokenizer)
-    if taken_over is None:
-        saved = store.save(1, {})
+    if resumes == folder:
+        store.save(1, {})
+    policy.update(mini_batch, policy_loss(loss))
+    keep.tensors("second", policy.hf_weights())
+    if resumes is not None:
+        store.load(resumes / "checkpoint" / store.path(1).name)
+        numbers["checkpoint"] = keep.unlike(resumes / "after", policy.hf_weights()) + _differing_replicas(policy)
         policy.update(mini_batch, policy_loss(loss))
-        keep.tensors("second", policy.hf_weights())
-        store.load(saved)
-        numbers["checkpoint"] = keep.unlike(folder / "after", policy.hf_weights())
-    else:
-        store.load(CheckpointStore(taken_over / "checkpoint", policy, groups, tokenizer).path(1))
-        numbers["checkpoint"] = keep.unlike(taken_over / "after", policy.hf_weights())
-        policy.update(mini_batch, policy_loss(loss))
-        keep.tensors("second", policy.hf_weights())
+        keep.tensors("resumed", policy.hf_weights())
     if groups.rank == 0:
         torch.save(tokens, folder / "tokens.pt")
         (folder / "numbers.json").write_text(json.dumps(numbers))
@@ -165,19 +166,25 @@ def _logits(policy: MegatronPolicy, mini_batch: MiniBatch) -> dict[str, Tensor]:
 
 
 def _differing_replicas(policy: MegatronPolicy) -> list[str]:
-    """Return the parameters of which ranks with the same shard hold other bits. Experts that are dealt out are left
-    out: their replicas are other ranks."""
-    groups = policy.groups
-    named = [(n, p) for n, p in policy.parameters if groups.ep_size == 1 or ".experts." not in n]
-    digests = torch.stack([_digest(parameter) for _, parameter in named])
-    copies = groups.token_ranks.gather(digests)
-    return [name for (name, _), row in zip(named, copies.unbind(1), strict=True) if (row != row[0]).any()]
+    """Return the parameters of which ranks with the same shard hold other bits: data-parallel ranks, tensor-parallel
+    ones where it is whole, stages with a tied embedding."""
+    groups, digests = policy.groups, {}
+    for name, parameter in policy.parameters:
+        if policy.hf_config.tie_word_embeddings:
+            name = name.replace("output_layer.", "embedding.word_embeddings.")
+        is_dealt = groups.ep_size > 1 and ".experts." in name
+        is_whole = not is_dealt and not getattr(parameter, "tensor_model_parallel", False)
+        shard = f"ep {groups.ep_rank}" if is_dealt else "" if is_whole else f"tp {groups.tp_rank}"
+        digests[name, shard] = _digest(parameter)
+    copies = groups.all_ranks.gather_objects(digests)
+    first = {shard: digest for held in reversed(copies) for shard, digest in held.items()}
+    return sorted({shard[0] for held in copies for shard, digest in held.items() if digest != first[shard]})
 
 
-def _digest(tensor: Tensor) -> Tensor:
-    """Return an int64 that two tensors of other bits share by accident alone."""
+def _digest(tensor: Tensor) -> int:
+    """Return a number that two tensors of other bits share by accident alone."""
     bits = tensor.detach().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32).long()
-    return (bits * (torch.arange(len(bits), device=bits.device) * 2 + 1)).sum()
+    return int((bits * (torch.arange(len(bits), device=bits.device) * 2 + 1)).sum())
 
 
 def _engine_distance(config: Config, policy: MegatronPolicy, tokenizer: Any, layout: Layout, prompts: Any) -> float:

@@ -28,9 +28,10 @@ KINDS: dict[str, tuple[float, float, str]] = {
     "selected": (0, 0.5, "a top-k, mean or quota over one rank or micro-batch, or a draw that depends on the rank"),
     "loss": (1e-4, 5e-2, "a local denominator; tokens counted twice; prompt or padding tokens counted"),
     "gradients": (5e-4, 0.25, "replicas not summed (norms, biases, tied embeddings, router), a local count"),
-    "clip norm": (1e-4, 5e-2, "a parameter counted twice or not at all: replicas, experts, stages"),
+    "clip norm": (1e-4, 2e-2, "a parameter counted twice or not at all: replicas, experts, stages"),
     "update": (5e-3, 0.5, "the optimizer's shards, or gradients that ranks do not share"),
-    "second update": (1e-2, 0.7, "moments that an update or the checkpoint lost"),
+    "second update": (1e-2, 0.7, "moments that an update lost"),
+    "resumed update": (5e-3, 0.4, "moments or weights that a checkpoint lost"),
     "replicated tokens": (0, 0, "a broadcast along the pipeline or over tp: ranks with the same tokens disagree"),
     "replicated weights": (0, 0, "the all-gather after an update: data-parallel ranks drift apart"),
     "checkpoint": (0, 0, "a shard's place in the checkpoint"),
@@ -64,10 +65,14 @@ def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list
     mine, theirs = (torch.load(folder / "tokens.pt", weights_only=True) for folder in (run, reference))
     ours, numbers = (json.loads((folder / "numbers.json").read_text()) for folder in (run, reference))
     limit = {name: half if dtype == "bfloat16" else single for name, (single, half, _) in KINDS.items()}
-    verdicts = [_exact("weights", _unlike(run / "start", reference / "start"))]
+    if strangers := _strangers(run / "start", reference / "start"):
+        return [_exact("weights", strangers, "missing on one side, or of another shape: ")]
+    unlike = [name for name, a, b in _pairs(run / "start", reference / "start") if not torch.equal(a, b)]
+    verdicts = [_exact("weights", unlike)]
     if not torch.equal(mine["ids"], theirs["ids"]) or not torch.equal(mine["advantages"], theirs["advantages"]):
         missing = set(theirs["ids"].tolist()) ^ set(mine["ids"].tolist())
-        return [*verdicts, Verdict("loss", math.inf, 0.0, f"the layouts count other tokens: {sorted(missing)[:3]}")]
+        place = f"the layouts count other tokens: {sorted(missing)[:3]}" if missing else "tokens have other advantages"
+        return [*verdicts, Verdict("loss", math.inf, 0.0, place)]
     both = torch.isin(mine["logit_ids"], theirs["logit_ids"]), torch.isin(theirs["logit_ids"], mine["logit_ids"])
     logits = (mine["logits"][both[0]] - theirs["logits"][both[1]]).abs().amax(1)
     verdicts.append(_worst("logits", logits, mine["logit_ids"][both[0]], limit["logits"]))
@@ -84,12 +89,19 @@ def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list
         verdicts.append(Verdict("selected", share, limit["selected"], _token(mine["ids"][differing])))
     verdicts.append(_metrics(ours["loss"] | ours["selection"], numbers["loss"] | numbers["selection"], limit["loss"]))
     verdicts.append(_gradients(run, reference, limit["gradients"]))
-    difference = abs(ours["clip norm"] - numbers["clip norm"]) / max(numbers["clip norm"], 1e-30)
-    verdicts.append(Verdict("clip norm", difference, limit["clip norm"]))
-    verdicts.append(_movement("update", run, reference, ("start", "after"), limit["update"]))
-    verdicts += [_exact(name, ours[name]) for name in ("replicated tokens", "replicated weights", "checkpoint")]
-    verdicts.append(_exact("checkpoint", numbers["checkpoint"], "loaded by the reference layout: "))
-    verdicts.append(_movement("second update", run, reference, ("after", "second"), limit["second update"]))
+    norm = max(numbers["clip norm"][0], 1e-30)
+    norms = {f"rank {rank}": abs(each - norm) / norm for rank, each in enumerate(ours["clip norm"])}
+    verdicts.append(_largest("clip norm", norms, limit["clip norm"]))
+    verdicts += [_exact(name, ours[name]) for name in ("replicated tokens", "replicated weights")]
+    ends = ((run / "start", run / "after"), (reference / "start", reference / "after"))
+    verdicts.append(_movement("update", *ends, limit["update"]))
+    own, other = ((folder / "after", folder / "second") for folder in (run, reference))
+    verdicts.append(_movement("second update", own, other, limit["second update"]))
+    for folder, loaded, by in ((run, ours, "run"), (reference, numbers, "reference")):
+        if "checkpoint" in loaded:  # the run's own
+            where, resumed = f"loaded by the {by}: ", (run / "after", folder / "resumed")
+            verdicts.append(_exact("checkpoint", loaded["checkpoint"], where))
+            verdicts.append(_movement("resumed update", resumed, own, limit["resumed update"], where))
     if "engine" in ours:
         verdicts.append(Verdict("engine", ours["engine"], engine_limit))
     return verdicts
@@ -120,52 +132,53 @@ def _metrics(mine: dict[str, float], theirs: dict[str, float], tolerance: float)
     if mine.keys() != theirs.keys():
         return Verdict("loss", math.inf, tolerance, f"other metrics: {sorted(mine.keys() ^ theirs.keys())[:3]}")
     deviations = {name: abs(mine[name] - theirs[name]) / max(abs(theirs[name]), 1.0) for name in theirs}
-    worst = max(deviations, key=deviations.__getitem__)
-    return Verdict("loss", deviations[worst], tolerance, worst)
+    return _largest("loss", deviations, tolerance)
+
+
+def _largest(name: str, deviations: dict[str, float], tolerance: float, where: str = "") -> Verdict:
+    place = max(deviations, key=lambda each: math.inf if math.isnan(deviations[each]) else deviations[each])
+    return Verdict(name, deviations[place], tolerance, where + place)
 
 
 def _pairs(run: Path, reference: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     mine, theirs = stored_tensors(run), stored_tensors(reference)
     for name in theirs:
-        empty = torch.full((1,), math.nan)
-        yield name, mine[name].read() if name in mine else empty, theirs[name].read()
+        yield name, mine[name].read(), theirs[name].read()
 
 
-def _unlike(run: Path, reference: Path) -> list[str]:
-    names = stored_tensors(run).keys() ^ stored_tensors(reference).keys()
-    return [*names, *(name for name, a, b in _pairs(run, reference) if name not in names and not torch.equal(a, b))]
+def _strangers(run: Path, reference: Path) -> list[str]:
+    mine, theirs = ({name: stored.info for name, stored in stored_tensors(each).items()} for each in (run, reference))
+    return sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name))
 
 
 def _gradients(run: Path, reference: Path, tolerance: float) -> Verdict:
     """Compare by parameter: the largest difference relative to the parameter's largest gradient, or to a thousandth of
     the largest of all where that is more: a key's bias has no gradient but rounding."""
-    largest = _largest_gradient(reference)
-    worst, place = 0.0, ""
+    floor, deviations = _FLOOR * _largest_gradient(reference), {}
     for name, mine, theirs in _pairs(run / "gradients", reference / "gradients"):
-        scale = max(float(theirs.abs().max()), _FLOOR * largest, 1e-30)
-        deviation = float((mine - theirs).abs().max()) / scale
-        if not deviation <= worst:
-            worst, place = deviation, name
-    return Verdict("gradients", worst, tolerance, place)
+        scale = max(float(theirs.abs().max()), floor, 1e-30)
+        deviations[name] = float((mine - theirs).abs().max()) / scale
+    return _largest("gradients", deviations, tolerance)
 
 
 def _largest_gradient(folder: Path) -> float:
     return max(float(stored.read().abs().max()) for stored in stored_tensors(folder / "gradients").values())
 
 
-def _movement(name: str, run: Path, reference: Path, ends: tuple[str, str], tolerance: float) -> Verdict:
-    """Compare by parameter how an update moved it: root mean square of the difference relative to that of the movement,
-    over weights whose gradient is more than rounding, because Adam moves all alike."""
-    floor = _FLOOR * _largest_gradient(reference)
-    gradients = stored_tensors(reference / "gradients")
-    begins = stored_tensors(run / ends[0]), stored_tensors(reference / ends[0])
-    worst, place = 0.0, ""
-    for weight, mine, theirs in _pairs(run / ends[1], reference / ends[1]):
+def _movement(
+    name: str, run: tuple[Path, Path], reference: tuple[Path, Path], tolerance: float, where: str = ""
+) -> Verdict:
+    """Compare by parameter how an update moved it from the first folder to the second: root mean square of the
+    difference relative to that of the movement and the weights' own rounding, over weights whose gradient is more than
+    rounding, because Adam moves all alike."""
+    floor, deviations = _FLOOR * _largest_gradient(reference[0].parent), {}
+    gradients = stored_tensors(reference[0].parent / "gradients")
+    begins = stored_tensors(run[0]), stored_tensors(reference[0])
+    for weight, mine, theirs in _pairs(run[1], reference[1]):
         real = gradients[weight].read().abs() > floor
         moved = (theirs.float() - begins[1][weight].read().float())[real]
         difference = (mine.float() - begins[0][weight].read().float())[real] - moved
-        scale = float(moved.square().mean().sqrt()) if len(moved) else 0.0
-        deviation = float(difference.square().mean().sqrt()) / scale if scale else float(difference.abs().sum() > 0)
-        if not deviation <= worst:
-            worst, place = deviation, weight
-    return Verdict(name, worst, tolerance, place)
+        rounding = theirs.float()[real] * torch.finfo(theirs.dtype).eps
+        scale = max(float(moved.square().sum() + rounding.square().sum()), 1e-30)
+        deviations[weight] = math.sqrt(float(difference.square().sum()) / scale)
+    return _largest(name, deviations, tolerance, where)

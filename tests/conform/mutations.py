@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -17,7 +18,6 @@ from tests.tiny import HF, tiny_raw
 from tests.worlds import leave_layout
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "one": {},
     "tp2": {"tp": 2},
     "tp2_sp": {"tp": 2, "sp": True},
     "dp2": {"world_size": 2},
@@ -36,18 +36,54 @@ MOE = HF | {
     "mlp_only_layers": [],
     "tie_word_embeddings": False,
 }
+LOSSES: dict[str, dict[str, Any]] = {
+    "kl_cov": {"type": "kl_cov", "select_fraction": 0.1},
+    "clip_cov": {"type": "clip_cov", "select_fraction": 0.1, "cov_low": 0.0, "cov_high": 3.0},
+    "gspo": {"type": "gspo", "aggregation": "seq_mean_token_mean", "eps_low": 0.2, "eps_high": 0.3},
+}
 Patch = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-def raw_config(folder: Path, layout: str, model: dict[str, Any] = HF, **loss: Any) -> dict[str, Any]:
-    loss = {"type": "kl_cov", "select_fraction": 0.1, **loss}
-    return tiny_raw(
-        folder, parallel={"world_size": None, "tp": 1} | LAYOUTS[layout], model={"hf_config": model}, loss=loss
-    )
+class Mutation(NamedTuple):
+    """A bug of one layout, and the loss under which it does harm."""
+
+    layout: str
+    patch: Patch
+    loss: str = "kl_cov"
 
 
-def measured(raw: dict[str, Any], folder: Path, mutation: str = "", taken_over: Path | None = None) -> None:
-    """What `conform` does on one rank for one layout."""
+def raw_config(
+    folder: Path, parallel: dict[str, Any], hf: dict[str, Any] = HF, loss: str = "kl_cov", **model: Any
+) -> dict[str, Any]:
+    """A tiny run. `model`: options of that section."""
+    parallel, model = {"world_size": None, "tp": 1} | parallel, {"hf_config": hf} | model
+    return tiny_raw(folder, parallel=parallel, model=model, loss=LOSSES[loss])
+
+
+def conformed(
+    raw: dict[str, Any],
+    folder: Path,
+    against: str = "tp=1",
+    layers: int | None = None,
+    room: float | None = None,
+    tokens: int = 256,
+) -> str:
+    """What `megatron-rl conform` does on one rank, and what it prints; the answer is in folder/conform.json. `room`: of
+    the memory, bytes."""
+    from megatron_rl import device
+    from megatron_rl.conform.commands import reference_of
+    from megatron_rl.conform.run import Question, main
+
+    config = parse_config(raw)
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.ExitStack() as stack:
+        if room is not None:
+            stack.enter_context(mock.patch.object(device, "memory_bytes", lambda: room))
+        main(config, Question(reference_of(config, against), tokens, layers, with_engine=True), folder)
+    return printed.getvalue()
+
+
+def measured(raw: dict[str, Any], folder: Path, mutation: str = "", resumes: bool = True) -> None:
+    """What it does for one layout."""
     from megatron_rl.conform.frozen import frozen_config
     from megatron_rl.conform.measure import measure
     from megatron_rl.data import build_tokenizer, vocab_size
@@ -56,8 +92,8 @@ def measured(raw: dict[str, Any], folder: Path, mutation: str = "", taken_over: 
     config = frozen_config(parse_config(raw), 256)
     groups = init_groups(config.parallel, config.seed)
     hf = dict(config.model.hf_config or {}) | {"vocab_size": vocab_size(build_tokenizer(config))}
-    with MUTATIONS[mutation][1]() if mutation else contextlib.nullcontext():
-        measure(config, hf, groups, folder, taken_over=taken_over)
+    with MUTATIONS[mutation].patch() if mutation else contextlib.nullcontext():
+        measure(config, hf, groups, folder, resumes=folder if resumes else None)
     leave_layout()
 
 
@@ -89,6 +125,7 @@ def _replaced(target: str, make: Callable[[Any], Any]) -> Patch:
 
 _FINALIZE = "megatron.core.distributed.finalize_model_grads"
 _POLICY = "megatron_rl.policy.policy:MegatronPolicy."
+_DRIFT = 1e-2  # more than half a step of bfloat16 at 1
 
 
 def _by_local_count(real: Any) -> Any:
@@ -185,7 +222,7 @@ def _drifting(real: Any) -> Any:
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = real(self, *args, **kwargs)
         with torch.no_grad():
-            self.parameters[-1][1].view(-1)[0].add_(1e-3 * _rank())
+            self.parameters[-1][1].view(-1)[0].add_(_DRIFT * _rank())
         return result
 
     return update
@@ -219,8 +256,53 @@ def _forgotten_moments(real: Any) -> Any:
     return load
 
 
-# name: (layout, patch)
-MUTATIONS: dict[str, tuple[str, Patch]] = {
+def _one_rank_drifts(is_copy: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
+    """Of a parameter that other ranks hold too, one copy moves by itself after an update."""
+
+    def make(real: Any) -> Any:
+        def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = real(self, *args, **kwargs)
+            for name, parameter in self.parameters:
+                if _rank() == 1 and is_copy(name, parameter):
+                    with torch.no_grad():
+                        parameter.view(-1)[0].add_(_DRIFT)
+                    break
+            return result
+
+        return update
+
+    return make
+
+
+def _is_whole(name: str, parameter: Any) -> bool:
+    return not getattr(parameter, "tensor_model_parallel", False)
+
+
+def _expert_gradients_averaged(real: Any) -> Any:
+    def finalize(model: Any, *args: Any, **kwargs: Any) -> None:
+        real(model, *args, **kwargs)
+        for ddp in model:
+            for buffer in ddp.expert_parallel_buffers:
+                buffer.grad_data.mul_(0.5)
+
+    return finalize
+
+
+def _lost_on_rank_1(real: Any) -> Any:
+    """What a checkpoint brings does not reach the weights of one rank."""
+
+    def load(self: Any, *args: Any) -> Any:
+        before = [parameter.detach().clone() for _, parameter in self.policy.parameters]
+        result = real(self, *args)
+        if _rank() == 1:
+            self.policy._set_parameters(before)
+        return result
+
+    return load
+
+
+# name: (layout, patch, loss)
+_MUTATIONS: dict[str, tuple[Any, ...]] = {
     "gradients of norms not summed over sequence-parallel ranks": (
         "tp2_sp",
         _replaced(f"{_FINALIZE}:_allreduce_non_tensor_model_parallel_grads", lambda real: _nothing),
@@ -296,4 +378,46 @@ MUTATIONS: dict[str, tuple[str, Patch]] = {
         "dp2",
         _replaced("megatron_rl.policy.checkpoint:CheckpointStore._load_optimizer", _forgotten_moments),
     ),
+    "moments of experts lost in the checkpoint": (
+        "ep2",
+        _replaced("megatron_rl.policy.checkpoint:CheckpointStore._load_optimizer", _forgotten_moments),
+    ),
+    "weights of one rank not loaded from the checkpoint": (
+        "dp2",
+        _replaced("megatron_rl.policy.checkpoint:CheckpointStore.load", _lost_on_rank_1),
+    ),
+    "a norm of one tensor-parallel rank drifts": (
+        "tp2",
+        _replaced(_POLICY + "update", _one_rank_drifts(_is_whole)),
+    ),
+    "the last stage's tied embedding drifts": (
+        "pp2",
+        _replaced(_POLICY + "update", _one_rank_drifts(lambda name, _: name.startswith("output_layer"))),
+    ),
+    "clip norm of one rank alone": (
+        "dp2",
+        _replaced(
+            "megatron.core.optimizer.optimizer:ChainedOptimizer.get_grad_norm",
+            lambda real: lambda self: real(self) * (1 + _rank()),
+        ),
+    ),
+    "gradients of experts averaged over ranks": (
+        "ep2",
+        _replaced("megatron_rl.policy.build:finalize_model_grads", _expert_gradients_averaged),
+    ),
+    "sums over a sequence of one context-parallel rank alone": (
+        "cp2",
+        _replaced(
+            "megatron_rl.types:MicroBatch.loss_inputs", lambda real: lambda self, stats, context=None: real(self, stats)
+        ),
+        "gspo",
+    ),
+    "random tokens drawn by rank": (
+        "dp2",
+        _replaced(
+            "megatron_rl.algorithms.covariance:hash_uniform", lambda real: lambda *fields: real(_rank(), *fields)
+        ),
+        "clip_cov",
+    ),
 }
+MUTATIONS = {name: Mutation(*fields) for name, fields in _MUTATIONS.items()}

@@ -170,7 +170,18 @@ def test_conform_compares_the_layout_of_two_nodes_with_one_process(cluster: Clus
     assert facts["JobState"] == "COMPLETED", cluster.output(job)
     answer = json.loads((cluster.folder / "runs" / f"conform-{job}" / "conform" / "conform.json").read_text())
     assert answer["ok"] and answer["layouts"]["run"]["tp"] == 2 and answer["layouts"]["reference"]["tp"] == 1
+    assert "engine" in {verdict["name"] for verdict in answer["verdicts"]}
     assert "tp2 sp against one process" in cluster.output(job)
+
+
+def test_a_conform_that_cannot_be_fails_the_job_and_takes_options(cluster: Cluster) -> None:
+    overrides = shrink("ignored", reward="tests.tiny:mostly_digits")
+    options = ["--nodes=2", "--export=ALL,MEGATRON_RL_CONFORM=--against tp=4"]
+    job = cluster.submit(ROOT, *options, "slurm/conform.sbatch", "configs/32b_kl_cov.yaml", *overrides[1:])
+    facts = cluster.wait_for(job, ("COMPLETED", "FAILED"), LIMIT)
+    assert facts["JobState"] == "FAILED", cluster.output(job)
+    assert "--against tp=4: the reference needs 4 processes, and the run has 2" in cluster.output(job)
+    assert not (cluster.folder / "runs" / f"conform-{job}" / "conform" / "conform.json").exists()
 
 
 @pytest.mark.parametrize("path", SBATCH_FILES, ids=lambda path: path.stem)
