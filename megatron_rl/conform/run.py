@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_rl import device
 from megatron_rl.config import Config, ParallelConfig
 from megatron_rl.config.megatron_options import chunk_layers
 from megatron_rl.conform.frozen import frozen_config
@@ -62,7 +64,7 @@ def main(config: Config, question: Question, folder: Path) -> None:
     run, reference = work / "run", work / "reference"
     measure(config, raw, groups, run, asks_engine=question.with_engine, resumes=run)
     port = groups.all_ranks.gather_objects(free_port())[0]
-    destroy_groups()
+    _leave()
     if rank >= theirs.parallel.processes:
         return
     join_smaller_world(port, rank, theirs.parallel.processes, waiting_seconds(theirs))
@@ -70,11 +72,18 @@ def main(config: Config, question: Question, folder: Path) -> None:
     # Megatron's checkpoints do not go from experts that are dealt out to others
     loads = (config.parallel.ep > 1) == (theirs.parallel.ep > 1)
     measure(theirs, raw, groups, reference, resumes=run if loads else None)
-    destroy_groups()
+    _leave()
     if rank == 0:
         verdicts = compare(run, reference, config.model.dtype, probe_limit(config))
         remove(work)
         _answer(verdicts, config, question, (raw["num_hidden_layers"], full), folder / "conform.json")
+
+
+def _leave() -> None:
+    """Leave a layout's world, and free its model, which refers to itself, and the threads of its groups."""
+    destroy_groups()
+    gc.collect()
+    device.give_back_memory()
 
 
 def _depth(raw: dict[str, Any], config: Config, reference: Config, asked: int | None, world: Reducer) -> int:
