@@ -60,7 +60,7 @@ FILL = 0.92
 # parameters over gloo; measured by scripts/measure_memory.py (torch 2.13.0 CPU, Python 3.11, Linux).
 CPU_PROCESS_BYTES = 445 * 2**20
 # Peak RSS over the activations' bytes on a CPU: a C heap keeps what it freed, in pieces. Set by hand between what
-# the rows `wide` and `long` of plan/data/measured_memory.csv ask for (0.8 and 1.7), with the other rows
+# the rows `wide` and `long` of scripts/calibration/measured_memory.csv ask for (0.8 and 1.7), with the other rows
 # measured and seen before.
 CPU_HEAP = 1.4
 # The weight stream gathers buckets of this size (parallel/weights.py).

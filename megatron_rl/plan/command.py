@@ -16,10 +16,9 @@ from megatron_rl.config import Config, ModelConfig, load_config
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
-from megatron_rl.plan.measured import COUNTDOWN_VOCAB
 from megatron_rl.plan.search import Proposal, plan_of, remedies, search
-from megatron_rl.plan.seconds import fitted_constants
-from megatron_rl.plan.shapes import shape_of, width_of
+from megatron_rl.plan.seconds import fitted_constants, stored_scores
+from megatron_rl.plan.shapes import COUNTDOWN_VOCAB, shape_of, width_of
 from megatron_rl.plan.step import Load, StepPlan
 from megatron_rl.plan.transfer import sync_bytes
 
@@ -47,7 +46,7 @@ class PlanCommand(TyperCommand):
 
 
 def plan(
-    config: Annotated[Path | None, typer.Argument(help="YAML file of the run", show_default=False)] = None,
+    config: Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c", show_default=False)] = None,
     gpu: Annotated[
         str, typer.Option(help=f"{', '.join(HARDWARE)}; cpu: memory alone, of this machine's runs")
@@ -63,18 +62,10 @@ def plan(
             "--generation-batches",
         ),
     ] = None,
-    score: Annotated[
-        bool, typer.Option("--score", help="predict what was measured, print the errors and exit")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Predict a run's memory and seconds before it takes a GPU; with --search, find its layout."""
     console = Console()
-    if score:
-        _print_scores(console, as_json)
-        return
-    if config is None:
-        raise UserError("plan needs a config, for example: megatron-rl plan configs/quickstart.yaml --gpu cpu")
     if gpu not in HARDWARE:
         raise UserError(f"--gpu {gpu}: expected one of {', '.join(HARDWARE)}")
     hardware = HARDWARE[gpu]
@@ -113,11 +104,8 @@ def _load(assumed: list[str], prompt_limit: int, response_limit: int) -> Load:
 
 
 def _print_plan(console: Console, config: Config, hardware: Hardware, step: StepPlan, load: Load) -> None:
-    from megatron_rl.plan.score import stored_scores  # numpy
-
-    scores = stored_scores()
+    error = {kind: f"{score['median']:.0%}, worst {score['worst']:.0%}" for kind, score in stored_scores().items()}
     parts = list(dict.fromkeys(part for phase in step.memory.phases.values() for part in phase))
-    error = scores["memory" if hardware.flops else "cpu_memory"].text()
     console.print(f"{config.name}: memory of the fullest rank, GiB ({step.layout.text()})", style="italic")
     table = Table()
     table.add_column("part")
@@ -127,7 +115,7 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
         table.add_row(part, *(f"{p.get(part, 0.0) / GIB:.2f}" for p in step.memory.phases.values()))
     table.add_row("total", *(f"{step.memory.total(p) / GIB:.2f}" for p in step.memory.phases), style="bold")
     console.print(table)
-    console.print(f"error of such predictions: median {error}")
+    console.print(f"error of such predictions: median {error['memory' if hardware.flops else 'cpu_memory']}")
     if step.memory.cache_tokens is not None:
         console.print(f"key-value cache of a server: {step.memory.cache_tokens:,} tokens, which it is started with")
     if host := step.memory.host:
@@ -144,8 +132,8 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
     console.print(table)
     update = step.seconds["forward and backward"] + step.seconds["optimizer"]
     console.print(
-        f"error, held out: whole steps median {scores['step'].text()}; training median {scores['training'].text()}; "
-        f"old log-probabilities median {scores['forward'].text()}; sync, optimizer and reward not scored\n"
+        f"error, held out: whole steps median {error['step']}; training median {error['training']}; "
+        f"old log-probabilities median {error['forward']}; sync, optimizer and reward not scored\n"
         f"{step.tokens_per_gpu:,.0f} tokens/s/GPU over the step, MFU {step.mfu:.2f} over the "
         f"{update:.0f} s of updates (causal attention counted once), {step.micro_batches} micro-batches an update, "
         f"pipeline bubble {step.bubble:.2f} of the work, weight sync {_sync_text(config.model)}\n"
@@ -194,27 +182,9 @@ def _print_search(console: Console, found: list[Proposal]) -> None:
     console.print("seconds closer to each other than the error above are no ranking")
 
 
-def _print_scores(console: Console, as_json: bool) -> None:
-    from megatron_rl.plan.score import all_errors, summarise
-
-    errors = all_errors()
-    if as_json:
-        print(json.dumps({kind: asdict(summarise(*entry)) for kind, entry in errors.items()}, indent=2))
-        return
-    for what, how, rows in errors.values():
-        score = summarise(what, how, rows)
-        console.print(f"{what}: {score.rows} rows, median {score.median:.1%}, worst {score.worst:.1%} ({how})")
-        table = Table(show_header=False)
-        for name, error in rows:
-            table.add_row(name, f"{error:+.1%}")
-        console.print(table)
-
-
 def _as_dict(
     name: str, step: StepPlan, load: Load, fixes: list[Proposal], found: list[Proposal] | None
 ) -> dict[str, Any]:
-    from megatron_rl.plan.score import stored_scores  # numpy
-
     answer = {
         "name": name,
         "layout": asdict(step.layout),
@@ -228,7 +198,7 @@ def _as_dict(
         "mfu": step.mfu,
         "bubble": step.bubble,
         "remedies": [fix.overrides for fix in fixes],
-        "errors": {kind: asdict(score) for kind, score in stored_scores().items()},
+        "errors": stored_scores(),
     }
     if step.seconds:
         answer |= {"step_seconds": step.total, "tokens_per_second_and_gpu": step.tokens_per_gpu}

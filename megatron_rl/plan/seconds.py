@@ -1,7 +1,8 @@
 """Seconds of one RL step, phase by phase.
 
-Work is counted and divided by data-sheet peaks; a few constants, fitted to published measurements (fit.py), say how far
-from the peaks real programs stay. Nothing here was measured on this project's own runs.
+Work is counted and divided by data-sheet peaks; a few constants, fitted to published measurements
+(scripts/fit_planner.py), say how far from the peaks real programs stay. Nothing here was measured on this project's own
+runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
+from typing import Any
 
 from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import Passes, layer_activations
@@ -43,10 +45,19 @@ ALL_REDUCE_SECONDS = 10e-6
 
 
 @cache
+def _fitted() -> dict[str, Any]:
+    """Read what scripts/fit_planner.py wrote."""
+    return json.loads(resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text())
+
+
 def fitted_constants() -> Constants:
-    """Return the constants that fit.py made from data/published.csv."""
-    text = resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text()
-    return Constants(**json.loads(text)["constants"])
+    """Return the constants."""
+    return Constants(**_fitted()["constants"])
+
+
+def stored_scores() -> dict[str, dict[str, Any]]:
+    """Return relative errors (median, worst, fractions) by kind: training, forward, step, memory, cpu_memory."""
+    return _fitted()["scores"]
 
 
 @dataclass(frozen=True, slots=True)

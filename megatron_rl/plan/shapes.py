@@ -16,6 +16,9 @@ from megatron_rl.models.facts import (
     read_hf_config,
 )
 
+# Of the countdown task's tokenizer, which the quickstart's model config leaves to the task
+COUNTDOWN_VOCAB = 21
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
