@@ -93,16 +93,14 @@ def train(
         from rich.console import Console
 
         from megatron_rl.config.notes import run_notes
-        from megatron_rl.plan.check import plan_table
+        from megatron_rl.plan.check import check_table, plan_rows, preview_rows
 
         console = Console()
-        console.print(plan_table(resolved))
+        console.print(check_table(f"plan of {resolved.name}", plan_rows(resolved)))
         for note in run_notes(resolved):
             console.print(f"note: {note}", highlight=False)
         if resolved.data.type != "countdown":  # its prompts are no one's to get wrong
-            from megatron_rl.plan.preview import preview_table  # torch: seconds
-
-            console.print(preview_table(resolved))
+            console.print(check_table("what the policy is asked", preview_rows(resolved)))
         return
     sys.exit(run_training(resolved))
 

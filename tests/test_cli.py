@@ -16,7 +16,7 @@ import yaml
 
 from megatron_rl import cli
 from megatron_rl.config import load_config, parse_config
-from megatron_rl.plan.check import batch_plan, plan_rows
+from megatron_rl.plan.check import plan_rows
 from megatron_rl.plan.shapes import count_parameters
 from tests.config.test_config import BASE, raw
 
@@ -186,10 +186,10 @@ def test_a_home_folder_behind_an_options_equals_sign_is_expanded(
 
 def test_batch_arithmetic() -> None:
     """8 prompts x 4 samples, 4 prompts an update, dp 2: 16 sequences an update, 8 a rank; 5 of 96 tokens fit 512: 2."""
-    plan = batch_plan(parse_config(raw(parallel={"tp": 2, "world_size": 4})))
-    assert (plan.sequences_per_step, plan.sequences_per_update, plan.updates_per_step) == (32, 16, 2)
-    assert (plan.longest_sequence, plan.max_tokens_per_step) == (96, 3072)
-    assert (plan.sequences_per_rank, plan.max_micro_batches) == (8, 2)
+    rows = dict(plan_rows(parse_config(raw(parallel={"tp": 2, "world_size": 4}))))
+    assert rows["step"].endswith("= 32 sequences, at most 3,072 tokens") and rows["updates"].startswith("2 per step")
+    assert rows["update"].endswith("= 16 sequences; at most 8 on a data-parallel rank")
+    assert rows["micro-batches"].startswith("1 to about 2 per") and rows["micro-batches"].endswith("sequence 96)")
 
 
 MOE = {

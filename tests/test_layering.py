@@ -79,6 +79,8 @@ ALGORITHMS_MAY_IMPORT = {
     "__future__",
     "collections.abc",
     "dataclasses",
+    "heapq",
+    "itertools",
     "math",
     "torch",
     "typing",

@@ -12,15 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from megatron_rl.config import Config, ModelConfig, load_config
+from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
-from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
-from megatron_rl.plan.search import Proposal, plan_of, remedies, search
-from megatron_rl.plan.seconds import fitted_constants, stored_scores
-from megatron_rl.plan.shapes import COUNTDOWN_VOCAB, shape_of, width_of
-from megatron_rl.plan.step import Load, StepPlan
-from megatron_rl.plan.transfer import sync_bytes
+from megatron_rl.plan.search import Proposal, remedies, search
+from megatron_rl.plan.seconds import stored_scores
+from megatron_rl.plan.step import Load, StepPlan, plan_step
 
 _SHOWN = 10  # layouts
 
@@ -72,12 +69,11 @@ def plan(
     changes = [f"parallel.world_size={nodes * hardware.gpus_per_node}"] if nodes else []
     resolved = load_config(config, [*(overrides or []), *changes])
     load = _load(assume or [], resolved.data.max_prompt_tokens, resolved.rollout.max_response_tokens)
-    arguments = (resolved, hardware, fitted_constants(), load, COUNTDOWN_VOCAB)
-    step = plan_of(*arguments)
-    fixes = [] if step.memory.fits else remedies(*arguments)
+    step = plan_step(resolved, hardware, load)
+    fixes = [] if step.memory.fits else remedies(resolved, hardware, load)
     if find and not hardware.flops:
         raise UserError("--search ranks by predicted seconds, which --gpu cpu has none of; choose a GPU")
-    found = search(*arguments) if find else None
+    found = search(resolved, hardware, load) if find else None
     if as_json:
         print(json.dumps(_as_dict(resolved.name, step, load, fixes, found), indent=2))
         return
@@ -135,16 +131,11 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
         f"error, held out: whole steps median {error['step']}; training median {error['training']}; "
         f"old log-probabilities median {error['forward']}; sync, optimizer and reward not scored\n"
         f"{step.tokens_per_gpu:,.0f} tokens/s/GPU over the step, MFU {step.mfu:.2f} over the "
-        f"{update:.0f} s of updates (causal attention counted once), {step.micro_batches} micro-batches an update, "
-        f"pipeline bubble {step.bubble:.2f} of the work, weight sync {_sync_text(config.model)}\n"
+        f"{update:.0f} s of updates (causal attention counted once), {step.micro_batches:.1f} micro-batches an update, "
+        f"pipeline bubble {step.bubble:.2f} of the work, weight sync {step.synced / GIB:.1f} GiB\n"
         f"assumed: mean prompt {load.prompt:g}, mean response {load.response:g} tokens, {load.batches:g} generation "
         f"batches a step on {hardware.name}; nothing was measured on a GPU of this project"
     )
-
-
-def _sync_text(model: ModelConfig) -> str:
-    shape = shape_of(read_hf_config(model), COUNTDOWN_VOCAB)
-    return f"{sync_bytes(shape, width_of(model)) / GIB:.1f} GiB"
 
 
 def _print_fit(console: Console, step: StepPlan, fixes: list[Proposal]) -> None:

@@ -163,13 +163,8 @@ def host_parts(config: Config, shape: ModelShape, layout: Spread, width: int, ra
 def stages(shape: ModelShape, layout: Spread, vocab_multiple: int) -> dict[int, RankParameters]:
     """Return the stages that can be the fullest: the first, which keeps most activations, and the last, with the
     logits; of unequal ones any."""
-    last = layout.pp - 1
-
-    def held(stage: int) -> RankParameters:
-        ends = {"first": stage == 0, "last": stage == last}
-        return rank_parameters(shape, layout, **ends, vocab_multiple=vocab_multiple, share=layout.share(stage))
-
-    return {stage: held(stage) for stage in (range(layout.pp) if layout.stage_layers else {0, last})}
+    numbers = range(layout.pp) if layout.stage_layers else {0, layout.pp - 1}
+    return {stage: rank_parameters(shape, layout, stage, vocab_multiple=vocab_multiple) for stage in numbers}
 
 
 def trainer_phases(

@@ -2,7 +2,8 @@
 
 Work is counted and divided by data-sheet peaks; a few constants, fitted to published measurements
 (scripts/fit_planner.py), say how far from the peaks real programs stay. Nothing here was measured on this project's own
-runs.
+runs. Bytes on their way (gradients and weights among trainers, weights to the engines, state to the host) are divided
+by data-sheet bandwidths and not fitted, as published rows do not tell these apart: lower bounds.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from megatron_rl.config import Config
 from megatron_rl.models.hardware import Hardware
-from megatron_rl.plan.memory import Passes, layer_activations
+from megatron_rl.plan.memory import Passes, layer_activations, stages
 from megatron_rl.plan.shapes import (
     ModelShape,
     Spread,
@@ -24,6 +26,7 @@ from megatron_rl.plan.shapes import (
     kv_bytes_per_token,
     matrix_parameters,
     parameters,
+    width_of,
 )
 
 
@@ -119,7 +122,7 @@ def pass_seconds(
     *,
     tokens: float,
     context: float,
-    micro_batches: int,
+    micro_batches: float,
     backward: bool,
 ) -> float:
     """Return the seconds of one pipelined pass over a data-parallel rank's tokens, bubble included."""
@@ -165,7 +168,7 @@ def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constan
     prompts = load.sequences / load.samples_per_prompt * load.prompt
     prefill = prompts * (dense * constants.matrix + attention * constants.attention) / hardware.flops / load.tp
     full = (load.sequences - together) / together * load.response * step(together, load.prompt + load.response / 2)
-    scale, parts = _cut_exponential(load.response, load.limit), 50
+    scale, parts = cut_exponential(load.response, load.limit), 50
     width = load.limit / parts
     drain = 0.0
     for part in range(parts):
@@ -176,7 +179,7 @@ def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constan
     return prefill + full + drain
 
 
-def _cut_exponential(mean: float, limit: float) -> float:
+def cut_exponential(mean: float, limit: float) -> float:
     """Return the scale m of an exponential whose values, cut at `limit`, average `mean`: m (1 - e^(-limit / m)) =
     mean."""
     low, high = mean / 2, 1e4 * limit
@@ -187,3 +190,53 @@ def _cut_exponential(mean: float, limit: float) -> float:
         else:
             high = middle
     return low
+
+
+def data_link(layout: Spread, hardware: Hardware) -> float:
+    """Return the bytes/s that each rank has for a data-parallel collective: the ranks of a node that are in one ring
+    share their network ports."""
+    inner = layout.tp * layout.cp
+    if inner * layout.dp <= hardware.gpus_per_node:
+        return hardware.node_link
+    together = max(1, hardware.gpus_per_node // layout.tp)
+    return min(hardware.node_link, hardware.network * together)
+
+
+def optimizer_seconds(shape: ModelShape, layout: Spread, hardware: Hardware, width: int) -> float:
+    """Return the seconds of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights. Nothing
+    overlaps them here.
+
+    Adam reads a gradient and reads and writes weight and two moments, all float32, and writes the model's weight.
+    Source: ring collectives move (n - 1) / n of the bytes; arXiv 1910.02054, section 7.
+    """
+    slowest = 0.0
+    for held in stages(shape, layout, 128).values():
+        parts = ((held.dense, layout.shards), (held.experts, layout.expert_shards))
+        moved = sum((4.0 + width) * count * (ranks - 1) / ranks for count, ranks in parts)
+        adam = sum((4.0 + 24.0 + width) * count / ranks for count, ranks in parts)
+        slowest = max(slowest, moved / data_link(layout, hardware) + adam / hardware.bandwidth)
+    return slowest
+
+
+def sync_seconds(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware) -> float:
+    """Return the seconds of one weight update: every rank gathers the whole model, over tensor ranks within a node and
+    pipeline stages across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state
+    moves to the host and back."""
+    width = width_of(config.model)
+    model = width * parameters(shape)
+    spread = layout.gpus > hardware.gpus_per_node
+    seconds = model * (layout.tp - 1) / layout.tp / hardware.node_link
+    if layout.pp > 1:
+        seconds += model * (layout.pp - 1) / layout.pp / (hardware.network if spread else hardware.node_link)
+    server = config.rollout.server
+    if config.rollout.is_embedded:
+        return seconds + 2 * model / hardware.bandwidth
+    if config.rollout.weight_sync.mode == "colocated":
+        seconds += 2 * model / server.tp / hardware.bandwidth
+    elif config.rollout.weight_sync.mode == "disaggregated":
+        seconds += model / hardware.network
+    if server.share_memory and width == 2:
+        held = max(stages(shape, layout, 128).values(), key=lambda held: held.total)
+        state = 12.0 * (held.dense / layout.shards + held.experts / layout.expert_shards)
+        seconds += 2 * state / hardware.host_link
+    return seconds

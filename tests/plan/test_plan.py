@@ -24,10 +24,10 @@ from megatron_rl.plan.memory import (
     training_activations,
     with_cache_tokens,
 )
-from megatron_rl.plan.search import changed, plan_of, remedies, search
+from megatron_rl.plan.search import changed, remedies, search
 from megatron_rl.plan.seconds import fitted_constants, stored_scores
 from megatron_rl.plan.shapes import ModelShape, Spread, bubble, parameters, rank_parameters, shape_of
-from megatron_rl.plan.step import Load
+from megatron_rl.plan.step import Load, plan_step
 from scripts.calibration import published
 from scripts.calibration.fit import fit
 from scripts.calibration.measured import measured_peaks
@@ -57,13 +57,13 @@ RAW_32B: dict[str, Any] = {
     "loss": {"type": "kl_cov"},
     "train": {"prompts_per_step": 256, "prompts_per_minibatch": 32, "micro_batch_tokens": 20480},
 }
-ARGUMENTS = (HARDWARE["h100"], fitted_constants(), Load(200, 2500), 0)
+ARGUMENTS = (HARDWARE["h100"], Load(200, 2500))
 
 
 def test_memory_of_a_small_model_by_hand() -> None:
     layout = Spread(tp=2, pp=2, dp=3, sp=True)
     # a layer: qkv 8x16, output 8x8, mlp 3x8x16, all halved, and two norms of 8; then the embedding of 16 padded rows
-    held = rank_parameters(SMALL, layout, first=True, last=False, vocab_multiple=8)
+    held = rank_parameters(SMALL, layout, 0, vocab_multiple=8)
     assert held.total == 2 * ((128 + 64 + 384) / 2 + 16) + 16 * 8
     assert state_parts(held, layout, 2) == {
         "weights": 2 * held.total,
@@ -142,8 +142,8 @@ def test_search_proposes_layouts_that_load_and_fit(tmp_path: Path) -> None:
 def test_adam_on_the_host_leaves_the_float32_weights_on_the_gpu() -> None:
     raw = copy.deepcopy(RAW_32B)
     raw["rollout"]["server"]["share_memory"] = False
-    before = plan_of(parse_config(raw), *ARGUMENTS).memory.phases["training"]
-    after = plan_of(parse_config(raw | {"optimizer": {"cpu_offload": True}}), *ARGUMENTS).memory.phases["training"]
+    before = plan_step(parse_config(raw), *ARGUMENTS).memory.phases["training"]
+    after = plan_step(parse_config(raw | {"optimizer": {"cpu_offload": True}}), *ARGUMENTS).memory.phases["training"]
     assert before["optimizer"] - after["optimizer"] == pytest.approx(8 * before["weights"] / 2 / 4)  # of dp 4
 
 
@@ -151,14 +151,14 @@ def test_a_server_beside_the_trainer_gets_the_cache_that_the_table_shows() -> No
     raw, hardware = copy.deepcopy(RAW_32B), HARDWARE["h100"]
     raw["rollout"]["server"] |= {"kv_tokens": None}
     config, shape = parse_config(raw), shape_of(HF_32B)
-    memory, started = plan_of(config, *ARGUMENTS).memory, with_cache_tokens(config, shape, hardware)
+    memory, started = plan_step(config, *ARGUMENTS).memory, with_cache_tokens(config, shape, hardware)
     tokens = started.rollout.server.kv_tokens
     assert tokens == memory.cache_tokens is not None and config.rollout.server.kv_tokens is None
     # keys and values of 64 layers, 2 of 8 heads of 128 on each GPU, in bfloat16; 0.7 of the memory with the weights
     assert memory.phases["generation"]["KV cache"] == tokens * 2 * 64 * 2 * 128 * 2
     pool = memory.phases["generation"]["KV cache"] + memory.phases["generation"]["engine weights"]
     assert 0 <= 0.7 * hardware.memory - pool < 2 * 64 * 2 * 128 * 2
-    assert plan_of(parse_config(RAW_32B), *ARGUMENTS).memory.cache_tokens == 81920  # the user's word
+    assert plan_step(parse_config(RAW_32B), *ARGUMENTS).memory.cache_tokens == 81920  # the user's word
     for apart in ({"weight_sync": {"mode": "disaggregated"}}, {"server": {"urls": ["http://127.0.0.1:1"]}}):
         alone = parse_config(raw | {"rollout": {"engine": "sglang", "max_response_tokens": 8192} | apart})
         assert with_cache_tokens(alone, shape, hardware) == alone
@@ -168,7 +168,7 @@ def test_a_server_beside_the_trainer_gets_the_cache_that_the_table_shows() -> No
 def test_a_save_fits_the_gpu_and_the_host() -> None:
     """By hand, for Qwen2.5-32B on 32 GPUs, TP 8: 32.8e9 padded parameters, a quarter of an eighth on a rank."""
     raw = copy.deepcopy(RAW_32B) | {"parallel": {"world_size": 32, "tp": 8, "sp": True}}
-    memory = plan_of(parse_config(raw), *ARGUMENTS).memory
+    memory = plan_step(parse_config(raw), *ARGUMENTS).memory
     save, share = memory.phases["checkpoint"], 32.8e9 / 8 / 4
     assert save["weights"] == pytest.approx(2 * 4 * share, rel=0.01) and save["gradients"] == 0
     assert save["optimizer"] == pytest.approx(12 * share, rel=0.01)
@@ -181,8 +181,8 @@ def test_a_save_fits_the_gpu_and_the_host() -> None:
 
 def test_what_does_not_fit_gets_a_change_that_does() -> None:
     config = parse_config(copy.deepcopy(RAW_32B))
-    assert plan_of(config, *ARGUMENTS).memory.total("training") > 79 * GIB
-    phases = plan_of(config, *ARGUMENTS).memory.phases
+    assert plan_step(config, *ARGUMENTS).memory.total("training") > 79 * GIB
+    phases = plan_step(config, *ARGUMENTS).memory.phases
     assert "buckets" not in phases["generation"] and phases["weight sync"]["buckets"] > 0.5 * GIB
     fixes = remedies(config, *ARGUMENTS)
     assert fixes and all(fix.plan.memory.fits for fix in fixes)
