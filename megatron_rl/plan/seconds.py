@@ -168,7 +168,7 @@ def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constan
     prompts = load.sequences / load.samples_per_prompt * load.prompt
     prefill = prompts * (dense * constants.matrix + attention * constants.attention) / hardware.flops / load.tp
     full = (load.sequences - together) / together * load.response * step(together, load.prompt + load.response / 2)
-    scale, parts = cut_exponential(load.response, load.limit), 50
+    scale, parts = _cut_exponential(load.response, load.limit), 50
     width = load.limit / parts
     drain = 0.0
     for part in range(parts):
@@ -179,7 +179,7 @@ def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constan
     return prefill + full + drain
 
 
-def cut_exponential(mean: float, limit: float) -> float:
+def _cut_exponential(mean: float, limit: float) -> float:
     """Return the scale m of an exponential whose values, cut at `limit`, average `mean`: m (1 - e^(-limit / m)) =
     mean."""
     low, high = mean / 2, 1e4 * limit

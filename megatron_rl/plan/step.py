@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -14,7 +15,6 @@ from megatron_rl.models.hardware import GPU_PROCESS_BYTES, Hardware
 from megatron_rl.plan.memory import Memory, cache_tokens, memory_of
 from megatron_rl.plan.seconds import (
     Generation,
-    cut_exponential,
     fitted_constants,
     generation_seconds,
     optimizer_seconds,
@@ -37,6 +37,7 @@ from megatron_rl.plan.shapes import (
 # One answer's verification on a CPU core; the verifier math takes 0.1 to 5 ms.
 REWARD_SECONDS = 0.01
 _DEALT = 4  # mini-batches of drawn lengths: their mean number of micro-batches
+_SPREAD = 0.6  # standard deviation of the logarithm of a response's length. Assumed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +131,24 @@ def dealt_micro_batches(config: Config, load: Load) -> float:
     capacity = config.train.micro_batch_tokens // parallel.token_multiple * parallel.token_multiple
     multiple = 2 * parallel.cp if parallel.cp > 1 else 1  # each context-parallel rank has two chunks of a sequence
     lengths = _drawn_lengths(load, config.rollout.max_response_tokens, _DEALT * sequences, multiple)
-    return _dealt(lengths, capacity, parallel.dp, parallel.micro_batch_multiple)
+    return dealt(lengths, capacity, parallel.dp, parallel.micro_batch_multiple)
 
 
 @cache
 def _drawn_lengths(load: Load, limit: int, count: int, multiple: int) -> tuple[int, ...]:
-    """Return the tokens of sequences, the same at each call: the mean prompt, and a response as generation_seconds
-    takes it."""
-    draw, scale = random.Random(0), cut_exponential(load.response, limit)
-    lengths = (math.ceil(load.prompt + min(limit, draw.expovariate(1 / scale))) for _ in range(count))
+    """Return the tokens of sequences, the same at each call: the mean prompt, and a log-normal response, cut at the
+    limit. (Seconds of generation take exponential ones, whose many short responses would fill every gap.)"""
+    draw = random.Random(0)
+    drawn = [draw.lognormvariate(0.0, _SPREAD) for _ in range(count)]
+    scale = load.response / statistics.fmean(drawn)
+    scale *= load.response / statistics.fmean(min(limit, scale * one) for one in drawn)  # the cut takes some
+    lengths = (math.ceil(load.prompt + min(limit, scale * one)) for one in drawn)
     return tuple(-(-length // multiple) * multiple for length in lengths)
 
 
 @cache  # a search asks for few kinds of layout again and again
-def _dealt(lengths: tuple[int, ...], capacity: int, ranks: int, multiple: int) -> float:
+def dealt(lengths: tuple[int, ...], capacity: int, ranks: int, multiple: int) -> float:
+    """Return the micro-batches of a rank, each time a multiple of `multiple`: the mean over the lengths' mini-batches."""
     size = len(lengths) // _DEALT
     parts = (Work(dict(enumerate(lengths[size * part : size * (part + 1)]))) for part in range(_DEALT))
     return sum(len(deal(part, capacity, ranks, count_multiple=multiple)[0]) for part in parts) / _DEALT

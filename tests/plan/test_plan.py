@@ -27,7 +27,7 @@ from megatron_rl.plan.memory import (
 from megatron_rl.plan.search import changed, remedies, search
 from megatron_rl.plan.seconds import fitted_constants, stored_scores
 from megatron_rl.plan.shapes import ModelShape, Spread, bubble, parameters, rank_parameters, shape_of
-from megatron_rl.plan.step import Load, plan_step
+from megatron_rl.plan.step import Load, dealt, dealt_micro_batches, plan_step
 from scripts.calibration import published
 from scripts.calibration.fit import fit
 from scripts.calibration.measured import measured_peaks
@@ -123,6 +123,15 @@ def test_scores_are_reproduced_and_bounded() -> None:
 def test_quickstart_memory_is_within_15_percent_of_the_measured_peak() -> None:
     assert {peak.name: peak.use for peak in measured_peaks()}["quickstart"] == "score"
     assert abs(dict(cpu_memory_errors("score"))["quickstart"]) < 0.15
+
+
+def test_micro_batches_are_those_that_packing_would_form() -> None:
+    # of 4 mini-batches: 6 sequences of 3 tokens for 2 ranks, of which no two go into 5; 18 / 2 / 5 would say 2
+    assert dealt((3,) * 24, 5, 2, 1) == 3 and dealt((3,) * 24, 5, 2, 2) == 4 and dealt((3,) * 24, 6, 2, 1) == 2
+    config = parse_config(copy.deepcopy(RAW_32B))
+    counts = [dealt_micro_batches(config, Load(200, response)) for response in (1000, 2500, 4000)]
+    least = [64 * (200 + response) / 20480 for response in (1000, 2500, 4000)]  # 64 sequences a rank
+    assert all(0.98 * few <= count < few + 2 for few, count in zip(least, counts, strict=True))
 
 
 def test_search_proposes_layouts_that_load_and_fit(tmp_path: Path) -> None:
