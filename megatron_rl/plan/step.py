@@ -148,7 +148,7 @@ def _drawn_lengths(load: Load, limit: int, count: int, multiple: int) -> tuple[i
 
 @cache  # a search asks for few kinds of layout again and again
 def dealt(lengths: tuple[int, ...], capacity: int, ranks: int, multiple: int) -> float:
-    """Return the micro-batches of a rank, a multiple of `multiple`: the mean over the mini-batches that lengths make."""
+    """Return the micro-batches of a rank, a multiple of `multiple`: the mean over mini-batches of these `lengths`."""
     size = len(lengths) // _DEALT
     parts = (Work(dict(enumerate(lengths[size * part : size * (part + 1)]))) for part in range(_DEALT))
     return sum(len(deal(part, capacity, ranks, count_multiple=multiple)[0]) for part in parts) / _DEALT
