@@ -60,12 +60,16 @@ FILL = 0.92
 # parameters over gloo; measured by scripts/measure_memory.py (torch 2.13.0 CPU, Python 3.11, Linux).
 CPU_PROCESS_BYTES = 445 * 2**20
 # Peak RSS over the activations' bytes on a CPU: a C heap keeps what it freed, in pieces. Set by hand between what
-# the rows `wide` and `long` of scripts/calibration/measured_memory.csv ask for (0.8 and 1.7), with the other rows
+# the rows `wide` and `long` of scripts/calibration/measured_memory.csv ask for (0.8 and 1.6), with the other rows
 # measured and seen before.
 CPU_HEAP = 1.4
 # The weight stream gathers buckets of this size (parallel/weights.py).
 GATHER_BYTES = 512 * 2**20
 # Logits that the fused statistics hold at once (parallel/fused_linear.py).
 CHUNK_LOGITS = 2**26
+# Logits' gradients that are rounded at once where they are float32 (the same).
+ROUNDED_LOGITS = 2**24
+# Micro-batches of which torch's layers keep tables (policy/torch_layers.py).
+PACKS_KEPT = 8
 # Entries that the embedded engine samples from at once, in float64 (rollout/sampling.py).
 SAMPLING_ENTRIES = 2**23

@@ -12,7 +12,6 @@ from megatron_rl.config import Config
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.hardware import (
-    CHUNK_LOGITS,
     CPU_HEAP,
     CPU_PROCESS_BYTES,
     FILL,
@@ -22,6 +21,7 @@ from megatron_rl.models.hardware import (
     SAMPLING_ENTRIES,
     Hardware,
 )
+from megatron_rl.plan.activations import Parts, Passes, gather_buffer, pass_parts
 from megatron_rl.plan.shapes import (
     ModelShape,
     RankParameters,
@@ -31,96 +31,6 @@ from megatron_rl.plan.shapes import (
     rank_parameters,
     width_of,
 )
-
-Parts = dict[str, float]  # part -> bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """What the trainer runs: `tokens` of one micro-batch, and micro-batches of one update on a rank."""
-
-    tokens: int
-    micro_batches: int
-    element_bytes: int  # of weights and activations: 2 or 4
-    float32_logits: bool = False  # of 2-byte elements: the output layer gives 4 bytes
-    fused: bool = True  # Transformer Engine's layers; False: Megatron's local ones on a CPU
-
-
-def layer_activations(shape: ModelShape, layout: Spread, passes: Passes) -> float:
-    """Return the bytes that one layer keeps of one micro-batch for its backward pass, on a rank.
-
-    Per token, in elements: the inputs of two norms and their outputs (4 h, split by tp under sequence parallelism),
-    then, split by tp, queries, keys, values and the attention's output, and the MLP's two projections and their product
-    (3 f); flash attention keeps one float32 per head instead of the scores. Norms of queries and keys keep their
-    inputs. Without Transformer Engine the norms keep their scaled input as well (6 h), attention works on a padded copy
-    and the gate's SiLU is a tensor of its own (4 f).
-    Source: the method of Korthikanti et al., arXiv 2205.05198, section 4, counted anew for RMSNorm, grouped queries,
-    gated MLPs and attention without stored scores (Dao, arXiv 2307.08691).
-    """
-    hidden, attention = shape.hidden, shape.heads * shape.head_dim
-    norms = 4 * hidden if passes.fused else 6 * hidden
-    inner = shape.qkv_width + (1 if passes.fused else 2) * attention
-    inner += shape.qk_norm * (shape.heads + shape.groups) * shape.head_dim
-    scores = 4.0 * shape.heads if layout.recompute == "none" else 0.0  # selective recomputes the core attention
-    mlp: float = (shape.mlp_matrices if passes.fused else shape.mlp_matrices + 1) * shape.ffn
-    if shape.moe_layers:
-        mlp = shape.experts_per_token * (3 * shape.expert_ffn + 2 * hidden / (layout.tp // layout.expert_tp))
-    elements = norms / (layout.tp if layout.sp else 1) + (inner + mlp) / layout.tp
-    tokens = passes.tokens / layout.cp
-    return tokens * (elements * passes.element_bytes + scores / layout.tp)
-
-
-def layer_input(shape: ModelShape, layout: Spread, passes: Passes) -> float:
-    """Return the bytes of one layer's input, all that full recomputation keeps. Source: arXiv 2205.05198, section 5."""
-    return passes.tokens / layout.cp * shape.hidden * passes.element_bytes / (layout.tp if layout.sp else 1)
-
-
-def working_set(shape: ModelShape, layout: Spread, passes: Passes) -> float:
-    """Return the bytes of temporaries inside one layer: a forward's MLP, or the gradients of a backward's."""
-    ffn = max(shape.ffn, shape.experts_per_token * shape.expert_ffn)
-    return passes.tokens / layout.cp * passes.element_bytes * (shape.mlp_matrices * ffn / layout.tp + 2 * shape.hidden)
-
-
-def in_flight(layout: Spread, micro_batches: int, stage: int) -> float:
-    """Return the number of micro-batches whose activations a stage keeps at the peak of 1F1B, in units of all its
-    layers.
-
-    Source: arXiv 2104.04473, section 2.2; the interleaved schedule keeps (1 + (p - 1) / (p v)) times more on the first
-    stage (arXiv 2205.05198, section 4.2.3).
-    """
-    depth = layout.pp - stage
-    if layout.vpp > 1:
-        return min(depth * (1 + (layout.pp - 1) / (layout.pp * layout.vpp)), micro_batches)
-    return min(depth, micro_batches)
-
-
-def training_activations(shape: ModelShape, layout: Spread, passes: Passes, stage: int) -> float:
-    """Return the peak bytes of saved activations and temporaries on a stage, without the logits."""
-    layers = shape.layers * layout.share(stage) * in_flight(layout, passes.micro_batches, stage)
-    whole = layer_activations(shape, layout, passes)
-    if layout.recompute == "full":
-        kept = layers * layer_input(shape, layout, passes) + whole
-    else:
-        kept = layers * whole
-    return kept + working_set(shape, layout, passes)
-
-
-def logits_bytes(shape: ModelShape, layout: Spread, passes: Passes) -> float:
-    """Return the bytes of one `[T, V / tp]`: statistics and gradient are computed in place (parallel/vocab.py)."""
-    width = 4 if passes.float32_logits else passes.element_bytes
-    return passes.tokens / layout.cp * shape.vocab / layout.tp * width
-
-
-def _logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
-    return {"logits": logits_bytes(shape, layout, passes)}
-
-
-def _fused_logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
-    """Return the bytes of a chunk of logits, of its gradient's rounded copy if it is float32 in a model of 2 bytes, and
-    of the weight's gradient, which is summed over chunks in float32."""
-    part = min(1.0, CHUNK_LOGITS * layout.tp * layout.cp / passes.tokens / shape.vocab)
-    chunk = logits_bytes(shape, layout, passes) * part * (1.5 if passes.float32_logits else 1.0)
-    return {"fused logits": chunk + 4.0 * shape.vocab / layout.tp * shape.hidden}
 
 
 def state_parts(held: RankParameters, layout: Spread, element_bytes: int) -> Parts:
@@ -167,26 +77,20 @@ def stages(shape: ModelShape, layout: Spread, vocab_multiple: int) -> dict[int, 
     return {stage: rank_parameters(shape, layout, stage, vocab_multiple=vocab_multiple) for stage in numbers}
 
 
-def trainer_phases(
-    shape: ModelShape, layout: Spread, passes: Passes, vocab_multiple: int, *, fuses: bool = False
-) -> dict[str, Parts]:
-    """Return the trainer's parts in each phase, on the stage that is fullest in training. Generation lists what stays.
-    `fuses`: logits exist in chunks alone."""
-    candidates = []
+def trainer_phases(shape: ModelShape, layout: Spread, passes: Passes, vocab_multiple: int) -> dict[str, Parts]:
+    """Return the trainer's parts in each phase, on the stage that is fullest in it. Generation lists what stays."""
+    by_stage: list[dict[str, Parts]] = []
     for stage, held in stages(shape, layout, vocab_multiple).items():
         state = state_parts(held, layout, passes.element_bytes)
-        logits = (_fused_logits if fuses else _logits)(shape, layout, passes) if stage == layout.pp - 1 else {}
-        train = state | {"activations": training_activations(shape, layout, passes, stage)} | logits
-        forward = layer_input(shape, layout, passes) + working_set(shape, layout, passes)
-        phases = {
-            "generation": dict(state),
-            "weight sync": dict(state),
-            "old logprobs": state | {"activations": forward} | logits,
-            "training": train,
-            "checkpoint": state | {"gradients": 0.0, "border weight": 4.0 * largest_weight(shape, layout)},
-        }
-        candidates.append((sum(train.values()), phases))
-    return max(candidates, key=lambda candidate: candidate[0])[1]
+        if buffer := gather_buffer(shape, layout, passes, stage):
+            state["gather buffer"] = buffer
+        save = state | {"gradients": 0.0, "border weight": 4.0 * largest_weight(shape, layout)}
+        passing = {name: state | parts for name, parts in pass_parts(shape, layout, passes, stage).items()}
+        by_stage.append({"generation": state, "weight sync": state, **passing, "checkpoint": save})
+    return {
+        name: max((phases[name] for phases in by_stage), key=lambda parts: sum(parts.values())).copy()
+        for name in by_stage[0]
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +123,7 @@ def fuses_output_layer(config: Config, shape: ModelShape, layout: Spread, hardwa
     """Return whether the statistics compute the logits themselves, in chunks (model.fused_linear_stats): with `auto`,
     where a phase that holds the logits would not fit. They cost a product more, so not where all fits."""
     mode = config.model.fused_linear_stats
-    apart = _memory_of(config, shape, layout, hardware, fuses=False)
+    apart = _memory_of(config, shape, layout, hardware, chunked=False)
     crowded = any("logits" in parts and apart.total(phase) > apart.room for phase, parts in apart.phases.items())
     return mode == "on" or (mode == "auto" and crowded)
 
@@ -230,10 +134,10 @@ def memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardw
     Micro-batches count as full and responses as long as they may be. On a CPU the peak resident memory is predicted:
     the heap keeps what one phase freed while the next one fills other memory, so that there the phases add up.
     """
-    return _memory_of(config, shape, layout, hardware, fuses=fuses_output_layer(config, shape, layout, hardware))
+    return _memory_of(config, shape, layout, hardware, chunked=fuses_output_layer(config, shape, layout, hardware))
 
 
-def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, *, fuses: bool) -> Memory:
+def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, *, chunked: bool) -> Memory:
     on_gpu = hardware.flops > 0
     width = width_of(config.model)
     passes = Passes(
@@ -241,9 +145,11 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
         micro_batches=update_micro_batches(config, layout),
         element_bytes=width,
         float32_logits=config.float32_logits,
-        fused=on_gpu,
+        chunked=chunked,
+        on_gpu=on_gpu,
+        engine=on_gpu and config.model.layers != "torch",
     )
-    phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1, fuses=fuses)
+    phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1)
     if config.optimizer.cpu_offload:
         for parts in phases.values():  # a GPU keeps the float32 weights; the host adds copies of them and the gradients
             parts["optimizer"] *= 4 / 12 if on_gpu else 20 / 12

@@ -17,7 +17,8 @@ from typing import Any
 
 from megatron_rl.config import Config
 from megatron_rl.models.hardware import Hardware
-from megatron_rl.plan.memory import Passes, layer_activations, stages
+from megatron_rl.plan.activations import Passes, layer_activations
+from megatron_rl.plan.memory import stages
 from megatron_rl.plan.shapes import (
     ModelShape,
     Spread,

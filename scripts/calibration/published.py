@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
-from megatron_rl.plan.memory import Passes, training_activations
+from megatron_rl.plan.activations import Passes, training_activations
 from megatron_rl.plan.seconds import Generation
 from megatron_rl.plan.shapes import ModelShape, Spread, parameters, shape_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,8 @@ from megatron_rl.cli import app
 from megatron_rl.config import load_config, parse_config
 from megatron_rl.errors import UserError
 from megatron_rl.models.hardware import GIB, HARDWARE
-from megatron_rl.plan.memory import (
-    Passes,
-    layer_activations,
-    state_parts,
-    training_activations,
-    with_cache_tokens,
-)
+from megatron_rl.plan.activations import Passes, gather_buffer, layer_activations, output_peak, training_activations
+from megatron_rl.plan.memory import state_parts, with_cache_tokens
 from megatron_rl.plan.search import changed, remedies, search
 from megatron_rl.plan.seconds import fitted_constants, stored_scores
 from megatron_rl.plan.shapes import ModelShape, Spread, bubble, parameters, rank_parameters, shape_of
@@ -71,13 +66,20 @@ def test_memory_of_a_small_model_by_hand() -> None:
         "optimizer": 12 * held.total / 3,
     }
     assert state_parts(held, layout, 4)["optimizer"] == 8 * held.total / 3
-    # 10 tokens: (4 norms of 8 + qkv 16 + attention 8 + mlp 48) / 2 in 2 bytes, and 4 heads' float32 / 2
+    # 10 tokens: (4 norms of 8, qkv 16, rotated 8 + 4, attention 8, mlp 48) / 2 in 2 bytes, and 4 heads' float32 / 2
     passes = Passes(tokens=10, micro_batches=5, element_bytes=2)
-    layer = 10 * ((32 + 16 + 8 + 48) / 2 * 2 + 4 * 4 / 2)
+    layer = 10 * ((32 + 16 + 12 + 8 + 48) / 2 * 2 + 4 * 4 / 2)
     assert layer_activations(SMALL, layout, passes) == layer
-    working = 10 * 2 * (3 * 16 / 2 + 2 * 8)
-    assert training_activations(SMALL, layout, passes, 0) == 2 * 2 * layer + working  # two micro-batches in flight
-    assert training_activations(SMALL, layout, passes, 1) == 2 * layer + working
+    hidden = 10 * 2 * 8 / 2
+    working = 10 * 2 * 2 * 16 / 2 + hidden  # gradients of the MLP's first projections and of the output
+    assert training_activations(SMALL, layout, passes, 0) == 2 * (2 * layer + hidden) + working  # two in flight
+    assert training_activations(SMALL, layout, passes, 1) == 2 * layer + hidden + working
+    # the last stage's logits beside the whole hidden states, their gradient and the weight's; each rank has 15 columns
+    assert output_peak(SMALL, layout, passes, backward=True) == 10 * 8 * 2 + 15 * 8 * 2
+    float32 = replace(passes, float32_logits=True)
+    assert output_peak(SMALL, layout, float32, backward=False) == 10 * 8 * 2
+    assert gather_buffer(SMALL, layout, passes, 1) == 10 * 8 * 2 and gather_buffer(SMALL, layout, passes, 0) == 0
+    assert gather_buffer(SMALL, layout, replace(float32, engine=False), 0) == 10 * 8 * 2
     assert bubble(layout, 5) == 1 / 5 and bubble(Spread(pp=4, vpp=3), 6) == 3 / 18
 
 
