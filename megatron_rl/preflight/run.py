@@ -41,7 +41,7 @@ def preflight(
         return
     from megatron_rl import device
 
-    processes = min(resolved.parallel.processes, device.local_gpus() or len(device.cpu_cores()))
+    processes = min(resolved.parallel.processes, device.local_gpus() or len(launch.cpu_cores()))
     with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
         copy = Path(folder) / "config.yaml"
         copy.write_text(dump_config(resolved))
