@@ -323,7 +323,7 @@ def fast_linear_layers(model: torch.nn.Module) -> None:
 
 def float32_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return `x @ weight.T` of bfloat16 `[T, K]`, `[N, K]`, its sums in float32, into `out` where it is given."""
-    if x.is_cuda:  # an operator that torch has for CUDA alone, since 2.8
+    if x.is_cuda or REHEARSES:  # an operator that torch has for CUDA alone, since 2.8
         return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
     from megatron_rl.kernels import linear_cpu
 

@@ -50,6 +50,7 @@ class Rehearsal:
     rank: int
     stage: int
     layers: int
+    vocabulary: int
     depths: tuple[int, ...]  # that were run: one, the model's own, or two
     phases: list[Phase]
 
@@ -64,8 +65,11 @@ def rehearse(config: Config, rank: int, *, full: bool) -> Rehearsal:
         raise UserError(f"--rank {rank}: the run has the ranks 0 to {parallel.processes - 1}")
     raw = dict(read_hf_config(config.model))
     if is_moe(raw):
-        raise UserError("a mixture of experts routes tokens by their values, which a rehearsal has not; use a dense model")
-    raw.setdefault("vocab_size", vocab_size(build_tokenizer(config)) if "vocab_size" not in raw else 0)
+        raise UserError(
+            "a mixture of experts routes tokens by their values, which a rehearsal has not; use a dense model"
+        )
+    if "vocab_size" not in raw:
+        raw["vocab_size"] = vocab_size(build_tokenizer(config))
     layers, unit = raw["num_hidden_layers"], parallel.pp * parallel.vpp
     is_uneven = bool(layout_of(config).stage_layers)
     depths = (layers,) if full or is_uneven or layers <= SHALLOW[1] * unit else tuple(d * unit for d in SHALLOW)
@@ -74,7 +78,7 @@ def rehearse(config: Config, rank: int, *, full: bool) -> Rehearsal:
     if len(runs) > 1:
         phases = [one.at(other, *depths, layers) for one, other in zip(*runs, strict=True)]
     stage = rank // (parallel.processes // parallel.pp)
-    return Rehearsal(rank, stage, layers, depths, phases)
+    return Rehearsal(rank, stage, layers, raw["vocab_size"], depths, phases)
 
 
 def kinds_of_ranks(config: Config) -> list[int]:
@@ -96,16 +100,17 @@ def rehearsed(config: Config, rank: int) -> list[Phase]:
     with fake_world(rank, config.parallel.processes), resizing_watched(), watch:
         watch.books.begin("build", "other")
         groups = join(config)
-        policy, _ = build_policy(dict(config.model.hf_config or {}), config, groups, total_updates=config.train.num_steps)
+        policy, _ = build_policy(
+            dict(config.model.hf_config or {}), config, groups, total_updates=config.train.num_steps
+        )
         begin_torch_adam(policy.optimizer)
         if config.loss.ref_kl_coef > 0:
             policy.keep_reference()
         phases = [watch.books.end()]
         _name_state(policy, watch.books)
         watch.books.begin("", "batch")
-        batch = full_batch(config, groups).to(device.device())
         with modules_named(watch, policy.model.chunks):
-            phases += step(config, policy, batch, watch.books)
+            phases += step(config, policy, full_batch(config, groups).to(device.device()), watch.books)
         phases += around(config, policy, watch.books)
     return phases
 

@@ -37,7 +37,7 @@ from megatron_rl.rehearse.books import Books, Heap, Tag, Traffic
 
 aten: Any = torch.ops.aten
 _ROOT = f"{Path(__file__).resolve().parents[2]}/"
-_OWN = ("megatron_rl/rehearse/", "kernels/standins.py")
+_OWN = ("megatron_rl/rehearse/", "megatron_rl/kernels/standins.py")
 # files whose new tensors have the model's sizes; elsewhere they have the batch's. Megatron's counters are integers
 _FLOATS_OF_MODEL = (
     "megatron/core/",
@@ -53,6 +53,7 @@ _ALL_OF_MODEL = tuple(
         "rollout/servers/weight_sync.py",
     )
 )
+_LOGITS = ("megatron_rl/device.py", "megatron_rl/parallel/fused_linear.py")  # of float32, and in chunks
 _NORM = 1.0  # what the host reads of a tensor without values
 
 
@@ -98,9 +99,11 @@ class Watch(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if self.books.is_known(storage):
             return
-        module = self.module or _backward_node()
-        is_logits = module == "output_layer" and maker == "mm"
-        tag = Tag("logits" if is_logits else self.books.part, f"{module} {maker}".strip(), self._line())
+        module, line = self.module or _backward_node(), self._line()
+        is_logits = (maker == "mm" and (module == "output_layer" or line.startswith(_LOGITS[0]))) or (
+            maker == "new_empty" and line.startswith(_LOGITS[1])
+        )
+        tag = Tag("logits" if is_logits else self.books.part, f"{module} {maker}".strip(), line)
         self.books.enter(storage, tag, self._heap(tensor))
 
     def _heap(self, tensor: Tensor) -> Heap:
@@ -215,7 +218,7 @@ def modules_named(watch: Watch, chunks: list[torch.nn.Module]) -> Iterator[None]
     for chunk in chunks:
         for name, module in chunk.named_modules():
             stack: list[str] = []
-            hooks.append(module.register_forward_pre_hook(partial(enter, stack, re.sub(r"\.\d+\.", ".", name))))
+            hooks.append(module.register_forward_pre_hook(partial(enter, stack, re.sub(r"\.\d+(?=\.|$)", "", name))))
             hooks.append(module.register_forward_hook(partial(leave, stack)))
     yield
     for hook in hooks:
