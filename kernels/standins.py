@@ -1,8 +1,4 @@
-"""What stands for a GPU's kernels where tensors have no values: the same shapes, the same memory.
-
-Of logits without values the statistics are plausible random numbers, so that what is computed from them on (selection,
-loss, metrics) runs on real numbers of every token.
-"""
+"""What stands for a GPU's kernels where tensors have no values: the same shapes, the same memory."""
 
 from __future__ import annotations
 
@@ -13,17 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves
 
-_ENTROPY = 0.6  # nats, at most: what a trained policy has
-_MAXIMUM = 20.0
-
-
-class Fusion:
-    """Whether a fused kernel runs, whose temporaries are no tensors, and who is told of its results."""
-
-    depth = 0
-    tell: Callable[[Tensor], None] = staticmethod(lambda tensor: None)
+fusing = 0  # how many functions around the current one are one kernel, whose temporaries are no tensors
+tell: Callable[[Any, str], None] = lambda results, name: None  # noqa: E731  hears of what such a kernel makes
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,14 +19,13 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        Fusion.depth += 1
+        global fusing
+        fusing += 1
         try:
             results = function(*args, **kwargs)
         finally:
-            Fusion.depth -= 1
-        if not Fusion.depth:
-            for tensor in tree_leaves(results):
-                Fusion.tell(tensor)
+            fusing -= 1
+        tell(results, function.__name__)
         return results
 
     return call
@@ -46,7 +33,8 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
     """Return what stands for torch.nn.functional.rms_norm, which a GPU computes in one kernel each way."""
-    return _RMSNorm.apply(x, weight)  # type: ignore[no-any-return]
+    normed: Tensor = _RMSNorm.apply(x, weight)
+    return normed
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -63,19 +51,13 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def shard_stats(
-    logits: Tensor,
-    columns: Tensor,
-    real_columns: int,
-    temperature: float,
-    with_sum_p2: bool,
-    block_rows: int | None = None,
+    logits: Tensor, columns: Tensor, real_columns: int, temperature: float, with_sum_p2: bool, *_: Any
 ) -> Tensor:
-    """Return what `vocab_torch.shard_stats` would, of real numbers drawn by the number of rows: entropies up to 0.6
-    nats, and targets as likely as these say."""
-    rows = logits.shape[0]
-    entropy = torch.rand(rows, generator=torch.Generator().manual_seed(rows)) * _ENTROPY
-    ones, likely = torch.ones(rows), _MAXIMUM - temperature * entropy
-    stats = [_MAXIMUM * ones, ones, -entropy, likely]
+    """Return what `vocab_torch.shard_stats` would, of real numbers, so that what follows runs on numbers: entropies up
+    to 0.6 nats drawn by the number of rows, and targets as likely as these say."""
+    entropy = torch.rand(len(logits), generator=torch.Generator().manual_seed(len(logits))) * 0.6
+    ones = torch.ones_like(entropy)
+    stats = [20 * ones, ones, -entropy, 20 - temperature * entropy]
     return torch.stack(stats + [0.6 * ones, -0.1 * ones] * with_sum_p2, dim=1)
 
 

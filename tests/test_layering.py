@@ -40,8 +40,8 @@ RIDDLES = set(
 # folders and files whose docstrings are written so
 PLAIN_PROSE = (
     "algorithms/ cli.py cluster/ config/ conform/ data/ device.py files.py kernels/ lab/ launch.py metrics/ models/ "
-    "packing/ parallel/ plan/ policy/ preflight/ prepare/ profiling/ rehearse/ report/ resume.py reward/ rollout/ run.py "
-    "train.py types.py warm_start.py"
+    "packing/ parallel/ plan/ policy/ preflight/ prepare/ profiling/ rehearse/ report/ resume.py reward/ rollout/ "
+    "run.py train.py types.py warm_start.py"
 ).split()
 # From the ground up. A room (a folder, or a module beside the folders) imports rooms of lower floors and its own files,
 # never a floor above or a neighbour on its own.

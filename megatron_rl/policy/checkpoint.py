@@ -122,11 +122,10 @@ class CheckpointStore:
 
     def copies(self) -> list[torch.Tensor]:
         """Return the tensors that this rank would write, in the host's memory. A collective."""
-        with self.policy.without_gradients():
-            shards, _ = save_preprocess(self._state(is_loading=False), False)
-            self._writer.apply_saving_parallelization(shards)
-            mine = [v.data for v in nested_values(shards) if is_main_replica(v.replica_id) and v.data is not None]
-            return [tensor.to("cpu") for tensor in mine if isinstance(tensor, torch.Tensor)]
+        shards, _ = save_preprocess(self._state(is_loading=False), False)
+        self._writer.apply_saving_parallelization(shards)
+        mine = [shard.data for shard in nested_values(shards) if is_main_replica(shard.replica_id)]
+        return [data.to("cpu") for data in mine if isinstance(data, torch.Tensor)]
 
     def finish(self, *, wait: bool = True) -> None:
         """Make a checkpoint that was written in the background the newest one; without `wait`, if it is complete.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ from megatron_rl.policy.adam import begin_torch_adam
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.rehearse.books import Books, Phase
-from megatron_rl.rehearse.world import Watch, fake_world, modules_named, resizing_watched
+from megatron_rl.rehearse.world import Watch, fake_world
 from megatron_rl.rollout.servers.weight_sync import Buffers, expected_weights, pack_buckets
 from megatron_rl.rollout.world import join
 from megatron_rl.run import build_policy
@@ -48,7 +46,6 @@ class Rehearsal:
     """What one rank's rehearsal has shown."""
 
     rank: int
-    stage: int
     layers: int
     vocabulary: int
     depths: tuple[int, ...]  # that were run: one, the model's own, or two
@@ -76,9 +73,9 @@ def rehearse(config: Config, rank: int, *, full: bool) -> Rehearsal:
     runs = [rehearsed(_of_depth(config, raw, depth), rank) for depth in depths]
     phases = runs[0]
     if len(runs) > 1:
-        phases = [one.at(other, *depths, layers) for one, other in zip(*runs, strict=True)]
-    stage = rank // (parallel.processes // parallel.pp)
-    return Rehearsal(rank, stage, layers, raw["vocab_size"], depths, phases)
+        share = (layers - depths[0]) / (depths[-1] - depths[0])
+        phases = [one.at(share, other) for one, other in zip(*runs, strict=True)]
+    return Rehearsal(rank, layers, raw["vocab_size"], depths, phases)
 
 
 def kinds_of_ranks(config: Config) -> list[int]:
@@ -96,23 +93,21 @@ def _of_depth(config: Config, raw: dict[str, Any], layers: int) -> Config:
 
 def rehearsed(config: Config, rank: int) -> list[Phase]:
     """Return the phases of a step of `rank`, without values."""
-    watch = Watch(Books(), FakeTensorMode(allow_non_fake_inputs=True))
-    with fake_world(rank, config.parallel.processes), resizing_watched(), watch:
+    watch = Watch(FakeTensorMode(allow_non_fake_inputs=True))
+    with fake_world(rank, config.parallel.processes, watch):
         watch.books.begin("build", "other")
         groups = join(config)
-        policy, _ = build_policy(
-            dict(config.model.hf_config or {}), config, groups, total_updates=config.train.num_steps
-        )
+        raw = dict(config.model.hf_config or {})
+        policy, _ = build_policy(raw, config, groups, total_updates=config.train.num_steps)
         begin_torch_adam(policy.optimizer)
         if config.loss.ref_kl_coef > 0:
             policy.keep_reference()
         phases = [watch.books.end()]
         _name_state(policy, watch.books)
         watch.books.begin("", "batch")
-        with modules_named(watch, policy.model.chunks):
+        with watch.naming(policy.model.chunks):
             phases += step(config, policy, full_batch(config, groups).to(device.device()), watch.books)
-        phases += around(config, policy, watch.books)
-    return phases
+        return phases + around(config, policy, watch.books)
 
 
 def step(config: Config, policy: MegatronPolicy, batch: TrainBatch, books: Books) -> list[Phase]:
@@ -145,8 +140,9 @@ def around(config: Config, policy: MegatronPolicy, books: Books) -> list[Phase]:
     if shares:
         with _phase(books, phases, "reload", "optimizer"):
             policy.reload()
-    with _phase(books, phases, "checkpoint", "checkpoint"), tempfile.TemporaryDirectory() as folder:
-        CheckpointStore(Path(folder), policy, policy.groups).copies()
+    store = CheckpointStore(config.run_dir, policy, policy.groups)
+    with policy.without_gradients(), _phase(books, phases, "checkpoint", "checkpoint"):
+        store.copies()
     return phases
 
 
@@ -174,20 +170,15 @@ def _send(config: Config, policy: MegatronPolicy) -> None:
 
 
 def _name_state(policy: MegatronPolicy, books: Books) -> None:
-    for ddp in policy.model.ddp:
+    for adam in (chained.optimizer for chained in policy.optimizer.chained_optimizers):
+        values = [value for state in adam.state.values() for value in state.values()]
+        for tensor in [*(p.data for group in adam.param_groups for p in group["params"]), *values]:
+            books.name(tensor, "optimizer")
+    for ddp in policy.model.ddp:  # after the optimizer, whose float32 parameters may be the model's
+        for buffer in ddp.buffers:
+            books.name(buffer.grad_data, "gradients")
         for parameter in ddp.parameters():
             books.name(parameter.data, "weights")
-        for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers]:
-            if buffer.param_data is not None:
-                books.name(buffer.param_data, "weights")
-            books.name(buffer.grad_data, "gradients")
-    for adam in (chained.optimizer for chained in policy.optimizer.chained_optimizers):
-        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
-            if policy.config.model.dtype != "float32":  # there they are the model's
-                books.name(parameter.data, "optimizer")
-        for state in adam.state.values():
-            for tensor in (value for value in state.values() if isinstance(value, torch.Tensor)):
-                books.name(tensor, "optimizer")
 
 
 def full_batch(config: Config, groups: Groups) -> TrainBatch:
