@@ -27,6 +27,7 @@ from megatron_rl.plan.command import PlanCommand, plan
 from megatron_rl.preflight.run import preflight
 from megatron_rl.prepare.commands import app as data_app
 from megatron_rl.profiling.commands import app as profile_app
+from megatron_rl.rehearse.commands import rehearse
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +39,7 @@ app.add_typer(convert_app, name="convert")
 app.command()(shadow)
 app.add_typer(profile_app, name="profile")
 app.command()(preflight)
+app.command()(rehearse)
 app.command()(conform)
 app.add_typer(data_app, name="data")
 app.command(cls=PlanCommand)(plan)
