@@ -49,7 +49,7 @@ def config_path(tmp_path: Path) -> Path:
 def test_check_prints_the_plan_and_starts_nothing(config_path: Path, tmp_path: Path) -> None:
     result = megatron_rl("train", str(config_path), "parallel.world_size=4", "--check", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "4 (tp 2 x pp 1 x dp 2, distributed optimizer)" in result.stdout
+    assert "4 (tp 2, pp 1, dp 2, distributed optimizer)" in result.stdout
     assert "8 prompts x 4 samples = 32 sequences, at most 3,072 tokens" in result.stdout
     assert "kl_cov, token_mean" in result.stdout
     assert not (tmp_path / "runs").exists()

@@ -15,7 +15,7 @@ from megatron_rl.config import AlgorithmConfig, Config, ModelConfig
 from megatron_rl.config.loss import LossBase
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.models.facts import model_folder_fault, read_hf_config
-from megatron_rl.plan.shapes import count_parameters
+from megatron_rl.plan.shapes import count_parameters, layout_of
 
 
 def check_table(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -34,17 +34,6 @@ def plan_rows(config: Config) -> list[tuple[str, str]]:
     longest, sequences = config.max_sequence_tokens, train.prompts_per_step * samples  # tokens; of a step
     per_rank = math.ceil(train.prompts_per_minibatch * samples / parallel.dp)
     most_micro_batches = math.ceil(per_rank / max(1, train.micro_batch_tokens // longest))
-    layout = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"
-    if parallel.vpp > 1:
-        layout += f", {parallel.vpp} model chunks a stage"
-    if parallel.cp > 1:
-        layout += f", sequences over {parallel.cp}"
-    if parallel.ep > 1:
-        layout += f", experts over {parallel.ep}"
-    if parallel.sp:
-        layout += ", sequence parallel"
-    if parallel.distributed_optimizer:
-        layout += ", distributed optimizer"
     step = (
         f"{train.prompts_per_step} prompts x {samples} samples = {sequences} sequences, "
         f"at most {sequences * longest:,} tokens"
@@ -59,7 +48,7 @@ def plan_rows(config: Config) -> list[tuple[str, str]]:
     )
     updates = config.minibatches_per_step
     return [
-        ("processes", f"{parallel.processes} ({layout})"),
+        ("processes", f"{parallel.processes} ({layout_of(config).text()})"),
         ("model", _model_text(config.model)),
         ("data", f"{config.data.type}, reward {config.reward.function}"),
         ("warm start", f"{config.warm_start.steps} supervised updates" if config.warm_start else "none"),

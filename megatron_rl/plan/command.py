@@ -15,12 +15,11 @@ from typer.core import TyperCommand
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
-from megatron_rl.plan.search import Proposal, remedies, search
+from megatron_rl.plan.search import Proposal, rehearsed, remedies, search
 from megatron_rl.plan.seconds import stored_scores
 from megatron_rl.plan.step import Load, StepPlan, plan_step
 
-_SHOWN = 10  # layouts
-
+_SHOWN, _REHEARSED = 10, 3  # layouts
 
 # options of their own for what --assume takes
 _ASSUMED = {"--mean-prompt": "prompt", "--mean-response": "response", "--generation-batches": "batches"}
@@ -50,6 +49,9 @@ def plan(
     ] = "h100",
     nodes: Annotated[int | None, typer.Option(min=1, help="instead of the config's processes: full nodes")] = None,
     find: Annotated[bool, typer.Option("--search", help="rank the layouts that fit")] = False,
+    checked: Annotated[
+        bool, typer.Option("--rehearse", help="of --search: rehearse the best three, and drop what does not fit")
+    ] = False,
     assume: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,13 +76,15 @@ def plan(
     if find and not hardware.flops:
         raise UserError("--search ranks by predicted seconds, which --gpu cpu has none of; choose a GPU")
     found = search(resolved, hardware, load) if find else None
+    if found and checked:
+        found[:_REHEARSED] = rehearsed(resolved, found[:_REHEARSED], gpu)
     if as_json:
         print(json.dumps(_as_dict(resolved.name, step, load, fixes, found), indent=2))
         return
     _print_plan(console, resolved, hardware, step, load)
     _print_fit(console, step, fixes)
     if found is not None:
-        _print_search(console, found)
+        print_search(console, found)
 
 
 def _load(assumed: list[str], prompt_limit: int, response_limit: int) -> Load:
@@ -157,10 +161,15 @@ def _print_fit(console: Console, step: StepPlan, fixes: list[Proposal]) -> None:
         console.print("no single change makes it fit; --search tries whole layouts, --nodes more of them")
 
 
-def _print_search(console: Console, found: list[Proposal]) -> None:
+def print_search(console: Console, found: list[Proposal]) -> None:
+    """Print the layouts in their order, but first those that their rehearsal has refused."""
     if not found:
         console.print("no layout fits; give more --nodes, a smaller train.micro_batch_tokens or a larger --gpu")
         return
+    refused = [proposal for proposal in found if proposal.rehearsal and not proposal.rehearsal["fits"]]
+    for proposal in refused:
+        console.print(f"dropped, does not fit: {_overrides_text(proposal)}", style="red")
+    found = [proposal for proposal in found if proposal not in refused]
     table = Table(title=f"{len(found)} layouts fit; the fastest {min(_SHOWN, len(found))}", title_justify="left")
     for name in ("seconds", "MFU", "bubble", "GiB"):
         table.add_column(name, justify="right")
@@ -168,9 +177,14 @@ def _print_search(console: Console, found: list[Proposal]) -> None:
     for proposal in found[:_SHOWN]:
         step = proposal.plan
         numbers = (f"{step.total:.0f}", f"{step.mfu:.2f}", f"{step.bubble:.2f}", f"{step.memory.peak / GIB:.0f}")
-        table.add_row(*numbers, " ".join(proposal.overrides))
+        table.add_row(*numbers, _overrides_text(proposal))
     console.print(table)
     console.print("seconds closer to each other than the error above are no ranking")
+
+
+def _overrides_text(proposal: Proposal) -> str:
+    text, seen = " ".join(proposal.overrides), proposal.rehearsal
+    return f"{text} (rehearsed: {seen['peak'] / GIB:.1f} GiB, {seen['where']})" if seen else text
 
 
 def _as_dict(
@@ -195,6 +209,8 @@ def _as_dict(
         answer |= {"step_seconds": step.total, "tokens_per_second_and_gpu": step.tokens_per_gpu}
     if found is not None:
         answer["search"] = [
-            {"overrides": p.overrides, "step_seconds": p.plan.total, "peak_bytes": p.plan.memory.peak} for p in found
+            {"overrides": p.overrides, "step_seconds": p.plan.total, "peak_bytes": p.plan.memory.peak}
+            | ({"rehearsal": p.rehearsal} if p.rehearsal else {})
+            for p in found
         ]
     return answer

@@ -160,7 +160,8 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
     if config.rollout.is_embedded:
         _add_replica(config, shape, layout, phases, width)
     elif (tokens := cache_tokens(config, shape, hardware)) is not None:
-        faults = _add_servers(config, shape, phases, width, tokens)
+        _add_servers(config, shape, phases, width, tokens)
+        faults = () if tokens >= config.max_sequence_tokens else (_small_cache(config, tokens),)
     phases["weight sync"]["buckets"] = _gathered(config.rollout, shape, layout, width, on_gpu)
     if not on_gpu:
         del phases["checkpoint"]  # a copy of a rank's share, when activations are gone
@@ -248,12 +249,10 @@ def _server_bytes(config: Config, shape: ModelShape) -> tuple[float, float]:
     return width * parameters(shape) / tp, kv_bytes_per_token(shape, width) / min(tp, shape.groups)
 
 
-def _add_servers(
-    config: Config, shape: ModelShape, phases: dict[str, Parts], width: int, tokens: int
-) -> tuple[str, ...]:
-    """Add servers on the trainer's GPUs, with a cache of `tokens`, and return what is wrong with them: weights and
-    cache, released in training when they share the memory, and a process of their own. Then gradients are freed, and in
-    bfloat16 the optimizer's state is on the host, during generation (MegatronPolicy.offload)."""
+def _add_servers(config: Config, shape: ModelShape, phases: dict[str, Parts], width: int, tokens: int) -> None:
+    """Add servers on the trainer's GPUs, with a cache of `tokens`: weights and cache, released in training when they
+    share the memory, and a process of their own. Then gradients are freed, and in bfloat16 the optimizer's state is on
+    the host, during generation (MegatronPolicy.offload)."""
     server = config.rollout.server
     weights, token = _server_bytes(config, shape)
     awake = {"engine weights": weights, "KV cache": tokens * token, "engine process": GPU_PROCESS_BYTES}
@@ -264,7 +263,6 @@ def _add_servers(
         if generating and server.share_memory:
             parts["gradients"] = 0.0
             parts["optimizer"] = 0.0 if width == 2 else parts["optimizer"]
-    return () if tokens >= config.max_sequence_tokens else (_small_cache(config, tokens),)
 
 
 def _small_cache(config: Config, tokens: int) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from megatron_rl.config import Config, parse_config
-from megatron_rl.errors import ConfigError
+from megatron_rl.config import Config, dump_config, parse_config
+from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.models.facts import is_moe, num_experts, read_hf_config
 from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.step import Load, StepPlan, plan_step
@@ -22,6 +27,7 @@ class Proposal:
 
     changes: Changes
     plan: StepPlan
+    rehearsal: dict[str, Any] | None = None  # fits, peak (bytes), where; None: not rehearsed
 
     @property
     def overrides(self) -> list[str]:
@@ -91,6 +97,24 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
             per_node = config.rollout.server.tp * config.rollout.server.count
             changes |= {"rollout.server.tp": engine_tp, "rollout.server.count": per_node // engine_tp}
         yield from (changes | {"parallel.vpp": vpp} for vpp in _CHUNKS if vpp == 1 or (pp > 1 and chunks % vpp == 0))
+
+
+def rehearsed(config: Config, proposals: list[Proposal], gpu: str) -> list[Proposal]:
+    """Return the proposals with the verdicts of their rehearsals. Each takes a process of its own, which chooses its
+    device before torch comes, and about a minute. Raises: UserError when one cannot run."""
+    answers = []
+    for proposal in proposals:
+        with tempfile.TemporaryDirectory() as folder:
+            path, answer = Path(folder) / "config.yaml", Path(folder) / "rehearsal.json"
+            path.write_text(dump_config(changed(config, proposal.changes)))
+            options = ["--ranks", "all-kinds", "--gpu", gpu, "--output", folder]
+            command = [sys.executable, "-m", "megatron_rl", "rehearse", str(path), *options]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if not answer.is_file():
+                raise UserError(f"rehearsal of {' '.join(proposal.overrides)}: {done.stderr or done.stdout}")
+            verdict = json.loads(answer.read_text())
+        answers.append(replace(proposal, rehearsal={name: verdict[name] for name in ("fits", "peak", "where")}))
+    return answers
 
 
 def remedies(config: Config, hardware: Hardware, load: Load) -> list[Proposal]:

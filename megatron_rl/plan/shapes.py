@@ -104,22 +104,21 @@ class Spread:
         """Return a text for people: the sizes above 1, then the switches."""
         sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "ep": self.ep, "dp": self.dp}
         parts = [f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("tp", "pp", "dp")]
-        return ", ".join([*parts, *["sp"] * self.sp, *[f"recompute {self.recompute}"] * (self.recompute != "none")])
+        switches = {
+            "sp": self.sp,
+            "distributed optimizer": self.distributed_optimizer,
+            f"recompute {self.recompute}": self.recompute != "none",
+        }
+        return ", ".join([*parts, *(name for name, is_on in switches.items() if is_on)])
 
 
 def layout_of(config: Config) -> Spread:
     """Return the layout that the config asks for."""
     parallel, layers = config.parallel, read_hf_config(config.model)["num_hidden_layers"]
     stages = [sum(stage) for stage in chunk_layers(layers, parallel, config.model.megatron)]
+    alike = ("tp", "pp", "dp", "cp", "ep", "vpp", "sp", "distributed_optimizer")
     return Spread(
-        tp=parallel.tp,
-        pp=parallel.pp,
-        dp=parallel.dp,
-        cp=parallel.cp,
-        ep=parallel.ep,
-        vpp=parallel.vpp,
-        sp=parallel.sp,
-        distributed_optimizer=parallel.distributed_optimizer,
+        **{name: getattr(parallel, name) for name in alike},
         recompute=config.model.recompute,
         stage_layers=tuple(stages) if len(set(stages)) > 1 else (),
     )

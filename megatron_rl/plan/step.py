@@ -93,19 +93,10 @@ def plan_step(config: Config, hardware: Hardware, load: Load) -> StepPlan:
         return whole({})
     micro_batches = dealt_micro_batches(config, load)
 
-    def one_pass(*, backward: bool) -> float:
-        return pass_seconds(
-            shape,
-            layout,
-            hardware,
-            constants,
-            tokens=tokens / updates / layout.dp,
-            context=load.length / 2,
-            micro_batches=micro_batches,
-            backward=backward,
-        )
-
-    forward = one_pass(backward=False)
+    sizes = {"tokens": tokens / updates / layout.dp, "context": load.length / 2, "micro_batches": micro_batches}
+    forward, backward = (
+        pass_seconds(shape, layout, hardware, constants, **sizes, backward=back) for back in (False, True)
+    )
     chosen = updates - 1 if config.loss.needs_current_statistics else 0
     references = 2 if config.loss.ref_kl_coef > 0 else 1
     seconds = {
@@ -114,7 +105,7 @@ def plan_step(config: Config, hardware: Hardware, load: Load) -> StepPlan:
         "reward": load.batches * sequences * REWARD_SECONDS / layout.gpus,
         "old logprobs": updates * references * forward,
         "selection": chosen * forward,
-        "forward and backward": updates * one_pass(backward=True),
+        "forward and backward": updates * backward,
         "optimizer": updates * optimizer_seconds(shape, layout, hardware, width),
     }
     if config.train.entropy_probe:

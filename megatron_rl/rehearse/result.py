@@ -15,7 +15,6 @@ from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import GIB, Hardware
 from megatron_rl.plan.memory import Memory, memory_of
 from megatron_rl.plan.search import remedies
-from megatron_rl.plan.seconds import fitted_constants
 from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.plan.step import Load
 from megatron_rl.rehearse.books import Numbers, Phase
@@ -49,7 +48,7 @@ def answer(config: Config, hardware: Hardware, rehearsals: Sequence[Rehearsal]) 
     fixes: list[list[str]] = []
     if peak > memory.room:  # what saves in the planner's eyes what is too much here
         load = Load(min(256.0, config.data.max_prompt_tokens), config.rollout.max_response_tokens / 2)
-        found = remedies(config, hardware, fitted_constants(), load, shape.vocab)
+        found = remedies(config, hardware, load)
         fixes = [p.overrides for p in found if p.plan.memory.peak <= memory.peak - (peak - memory.room)]
     return {
         "name": config.name,

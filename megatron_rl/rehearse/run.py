@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_rl import device
+from megatron_rl.algorithms.balance import Work
 from megatron_rl.algorithms.control import LossController
 from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.algorithms.weighting import mark_tokens
@@ -21,7 +22,6 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.facts import is_moe, read_hf_config
 from megatron_rl.models.mapping import find_row
 from megatron_rl.packing import Layout, pack
-from megatron_rl.packing.balance import Work
 from megatron_rl.packing.dealing import Deal
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.plan.memory import micro_batch_tokens, update_micro_batches
