@@ -34,9 +34,10 @@ def layer_activations(shape: ModelShape, layout: Spread, passes: Passes) -> floa
     Per token, in elements: two norms' outputs and two sums that are the next norms' inputs (4 h, split by tp under
     sequence parallelism), then, split by tp, the projection to queries, keys and values, which stays whole as the
     values are a part of it; rotated queries and keys; the attention's output; the MLP's two projections and their
-    product (3 f). Flash attention keeps one float32 per head instead of the scores. Selective recomputation rotates
-    torch's queries and keys anew. Norms of queries and keys keep their inputs. On a CPU the norms keep their scaled
-    input as well (6 h), attention works on a padded copy and the gate's SiLU is a tensor of its own (4 f).
+    product (3 f). Flash attention keeps one float32 per head instead of the scores. Under selective recomputation
+    torch's layers keep queries that are not rotated yet, and no rotated keys. Norms of queries and keys keep their
+    inputs. On a CPU the norms keep their scaled input as well (6 h), attention works on a padded copy and the gate's
+    SiLU is a tensor of its own (4 f).
     Source: the method of Korthikanti et al., arXiv 2205.05198, section 4, counted anew for RMSNorm, grouped queries,
     gated MLPs and attention without stored scores (Dao, arXiv 2307.08691).
     """
@@ -46,9 +47,9 @@ def layer_activations(shape: ModelShape, layout: Spread, passes: Passes) -> floa
     inner = shape.qkv_width + attention + shape.qk_norm * rotated
     if not passes.on_gpu or (layout.cp > 1 and not passes.engine):
         inner += attention
-    elif shape.gated and (passes.engine or layout.recompute == "none"):  # plain GPT rotates nothing
-        inner += rotated
-    scores = 4.0 * shape.heads if layout.recompute == "none" else 0.0  # selective recomputes the core attention
+    elif shape.gated:  # plain GPT rotates nothing
+        inner += rotated if passes.engine or layout.recompute != "selective" else attention
+    scores = 4.0 * shape.heads if layout.recompute != "selective" else 0.0  # that recomputes the core attention
     mlp: float = (shape.mlp_matrices if passes.on_gpu else shape.mlp_matrices + 1) * shape.ffn
     if shape.moe_layers:
         mlp = shape.experts_per_token * (3 * shape.expert_ffn + 2 * hidden / (layout.tp // layout.expert_tp))

@@ -200,7 +200,7 @@ def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Spread, width: 
     bucket = min(GATHER_BYTES, stage)
     embedding = min(stage, width * shape.vocab * shape.hidden)
     largest = embedding if embedding <= GATHER_BYTES else min(bucket, 2 * width * shape.ffn * shape.hidden)
-    gathered = max(bucket * (1 + 1 / layout.tp + own_copy) + largest, embedding * (1 + own_copy))
+    gathered = max(bucket * (1 + 1 / layout.tp + own_copy), bucket + largest, embedding * (1 + own_copy))
     if rollout.is_embedded:
         return gathered
     bucket = min(rollout.weight_sync.bucket_mib * 2**20, width * parameters(shape))
