@@ -140,4 +140,4 @@ def forbid_nondeterminism() -> None:
 def hardware_of(world: Reducer) -> Hardware:
     """Return the device of the rank with the least memory, for the planner's answers: the same on every rank."""
     least = -world.max(torch.tensor([-device.memory_bytes()], device=device.device()))
-    return with_memory(float(least), on_gpu=device.ON_GPU)
+    return with_memory(float(least), on_gpu=device.ON_GPU, has_engine=device.has_transformer_engine())

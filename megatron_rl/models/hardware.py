@@ -20,6 +20,7 @@ class Hardware:
     network: float  # to another node, bytes/s
     host_link: float  # to the host's memory, bytes/s
     gpus_per_node: int = 8
+    has_engine: bool = True  # Transformer Engine runs there, as far as one knows
 
 
 # Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM, and of the GB200 NVL72 rack, per GPU; one 200 or
@@ -44,9 +45,10 @@ def datasheet_flops(device_name: str, *, bfloat16: bool) -> tuple[float | None, 
     return None, f"no peak known for {device_name}"
 
 
-def with_memory(memory: float, *, on_gpu: bool) -> Hardware:
-    """Return a device of which nothing is known but its bytes: enough for plan/memory.py."""
-    return replace(HARDWARE["h100" if on_gpu else "cpu"], name="unknown", memory=memory)
+def with_memory(memory: float, *, on_gpu: bool, has_engine: bool = True) -> Hardware:
+    """Return a device of which little is known but its bytes: enough for plan/memory.py."""
+    known = HARDWARE["h100" if on_gpu else "cpu"]
+    return replace(known, name="unknown", memory=memory, has_engine=has_engine)
 
 
 # Driver context, cuBLAS and attention workspaces, NCCL's buffers, of one process on a GPU. Assumed: never measured

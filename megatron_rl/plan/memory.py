@@ -147,7 +147,7 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
         float32_logits=config.float32_logits,
         chunked=chunked,
         on_gpu=on_gpu,
-        engine=on_gpu and config.model.layers != "torch",
+        engine=on_gpu and hardware.has_engine and config.model.layers != "torch",
     )
     phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1)
     if config.optimizer.cpu_offload:

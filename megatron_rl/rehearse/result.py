@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def answer(config: Config, hardware: Hardware, rehearsals: Sequence[Rehearsal]) 
     """Return the verdict and all that was seen, as plain data. `fits`: every phase of every rank."""
     first, spread = rehearsals[0], layout_of(config)
     shape = shape_of(read_hf_config(config.model), first.vocabulary)
-    memory = memory_of(config, shape, spread, hardware)
+    memory = memory_of(config, shape, spread, replace(hardware, has_engine=False))  # its layers are torch's
     ranks = [{"rank": r.rank, "phases": [_as_data(phase, memory) for phase in r.phases]} for r in rehearsals]
     peak, where = max((p["total"], f"{p['name']} on rank {r['rank']}") for r in ranks for p in r["phases"])  # type: ignore[attr-defined]
     fixes: list[list[str]] = []

@@ -176,6 +176,16 @@ def test_a_server_beside_the_trainer_gets_the_cache_that_the_table_shows() -> No
     assert with_cache_tokens(config, shape, HARDWARE["cpu"]) == config
 
 
+def test_torchs_layers_count_where_they_run() -> None:
+    raw = copy.deepcopy(RAW_32B)
+    of_torch = parse_config(raw | {"model": raw["model"] | {"layers": "torch"}})
+    engine = plan_step(parse_config(raw), *ARGUMENTS).memory.phases["training"]
+    without = plan_step(parse_config(raw), replace(HARDWARE["h100"], has_engine=False), ARGUMENTS[1])
+    phases = plan_step(of_torch, *ARGUMENTS).memory.phases
+    assert without.memory.phases == phases and "gather buffer" not in engine
+    assert phases["training"]["gather buffer"] == phases["generation"]["gather buffer"] == 20480 * 5120 * 2
+
+
 def test_a_save_fits_the_gpu_and_the_host() -> None:
     """By hand, for Qwen2.5-32B on 32 GPUs, TP 8: 32.8e9 padded parameters, a quarter of an eighth on a rank."""
     raw = copy.deepcopy(RAW_32B) | {"parallel": {"world_size": 32, "tp": 8, "sp": True}}
