@@ -43,6 +43,10 @@ REWRITES = [
         (r"torch\.cuda\.(current_stream|default_stream)\(\)", "_cpu_null()"),
         (r"torch\.cuda\.stream\(", "_cpu_null("),
         (r"tensor\.is_cuda:\n(\s+cpu_tensor)", r"True:\n\1"),  # moe_utils: split sizes become numpy
+        # utils.py: a viewless tensor is its input's kind; a norm waits for no number, as that of Transformer Engine
+        (r"torch\.empty\(\(1,\), dtype=inp\.dtype, device=inp\.device", "inp.new_empty((1,)"),
+        (r"torch\.norm\(torch\.tensor\(l2\)\)", "torch.linalg.vector_norm(torch.stack(l2[0]))"),
+        (r"torch\.tensor\(\[float\(l2_reduced\)\][^)]*\)", "l2_reduced.reshape(1)"),
         # tensor_parallel/layers.py: the products of a linear layer, see kernels/linear_cpu.py
         (r"torch\.matmul\((total_input), weight\.t\(\)\)", r"_linear_cpu.linear(\1, weight)"),
         (r"grad_output\.matmul\(weight\)", "_linear_cpu.input_gradient(grad_output, weight)"),
@@ -64,10 +68,6 @@ _HOST_OPTIMIZER_REWRITES = {
 _REHEARSED = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (r"torch\.empty\(\(1,\), dtype=inp\.dtype, device=inp\.device", "inp.new_empty((1,)"),  # viewless tensors
-        (r"module\.bfloat16\(\)", "module"),  # the parameters are; torch would swap each for itself
-        (r"l2_reduced = torch\.norm\(torch\.tensor\(l2\)\)", "l2_reduced = torch.stack(l2[0])"),
-        (r"torch\.tensor\(\[float\(l2_reduced\)\][^)]*\)", "torch.linalg.vector_norm(l2_reduced).reshape(1)"),
         (r"jit_fuser = torch\.compile", "from megatron_rl.kernels.standins import fused as jit_fuser"),
         (r'\.to\("cuda"\)', '.to("cpu:0")'),
         (r"validate_sharding_integrity\(determine_global\w+\(\w+\)\[1\]\)", "None"),  # the other ranks' are not there

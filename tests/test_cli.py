@@ -23,7 +23,7 @@ from tests.config.test_config import BASE, raw
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def megatron_rl(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def megatron_rl(*arguments: str, cwd: Path, seconds: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -35,7 +35,7 @@ def megatron_rl(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedP
         env={**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
     )
 
 

@@ -17,7 +17,7 @@ import typer
 from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.errors import UserError
-from megatron_rl.rehearse.kept import kept_path, kept_verdict
+from megatron_rl.rehearse.kept import carry_verdict, kept_verdict
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -46,8 +46,7 @@ def preflight(
     with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
         copy = Path(folder) / "config.yaml"
         copy.write_text(dump_config(resolved))
-        if kept_path(config).is_file():
-            kept_path(copy).write_bytes(kept_path(config).read_bytes())
+        carry_verdict(config, copy)
         command = [sys.executable, "-m", "megatron_rl", "preflight", str(copy)]
         code = launch.run_world(command, processes, Path(folder), resolved.train.grace_seconds)
     sys.exit(code)

@@ -35,11 +35,12 @@ class Phase:
     flops: Numbers = field(default_factory=Counter)
 
     def at(self, share: float, other: Phase) -> Phase:
-        """Return the phase on the line from this one (share 0) through the `other` (1)."""
+        """Return the phase on the line from this one (share 0) through the `other` (1), which is of a deeper model.
+        What shrinks with depth is another tensor on a border between ranks: it stays."""
         result = Phase(self.name)
         for name in (each.name for each in fields(Phase)[1:]):
             first, second, ours = getattr(self, name), getattr(other, name), getattr(result, name)
-            ours.update({k: (1 - share) * first[k] + share * second[k] for k in first | second})
+            ours.update({k: first[k] + share * max(0, second[k] - first[k]) for k in first | second})
         return result
 
 

@@ -29,7 +29,7 @@ def rehearse(
     ranks: Annotated[str | None, typer.Option(help="all-kinds: a rank of each kind of pipeline stage")] = None,
     full: Annotated[bool, typer.Option("--full", help="all layers; else two shallow models, extrapolated")] = False,
     gpu: Annotated[str, typer.Option(help=", ".join(_GPUS))] = "h100",
-    output: Annotated[Path | None, typer.Option(help="folder of the answer; RUN_DIR/rehearsal by default")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for the whole answer and its page")] = None,
 ) -> None:
     """Run a step of one rank without a GPU, weights or values, and show its memory, collectives and operations.
 
@@ -40,6 +40,8 @@ def rehearse(
             f"--gpu {gpu}, --ranks {ranks}: expected one of {', '.join(_GPUS)}, and all-kinds or no --ranks"
         )
     resolved = load_config(config, overrides or [])
+    if not 0 <= rank < resolved.parallel.processes:
+        raise UserError(f"--rank {rank}: the run has the ranks 0 to {resolved.parallel.processes - 1}")
     os.environ["MEGATRON_RL_DEVICE"] = f"rehearsal:{int(HARDWARE[gpu].memory)}"  # read when torch comes
     warnings.simplefilter("ignore")  # Megatron's and torch's, about what is not there
     from megatron_rl.rehearse.result import answer, tables, verdict_text, write
@@ -48,8 +50,8 @@ def rehearse(
 
     chosen = kinds_of_ranks(resolved) if ranks else [rank]
     found = answer(resolved, HARDWARE[gpu], [run(resolved, each, full=full) for each in chosen])
-    folder = output or resolved.run_dir / "rehearsal"
-    write(found, folder)
+    if output is not None:
+        write(found, output)
     write_atomically(kept_path(config), json.dumps({k: v for k, v in found.items() if k != "ranks"}, indent=1))
     console = Console()
     for each in found["ranks"]:
@@ -58,6 +60,6 @@ def rehearse(
             for row in rows[1:]:
                 table.add_row(*row)
             console.print(table)
-    for text in (*(f"not seen: {text}" for text in found["unseen"]), verdict_text(found), folder / "rehearsal.html"):
+    for text in (*(f"not seen: {text}" for text in found["unseen"]), verdict_text(found), kept_path(config)):
         console.print(str(text), highlight=False)
     sys.exit(0 if found["fits"] else 1)

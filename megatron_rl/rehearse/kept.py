@@ -16,6 +16,12 @@ def kept_path(config: Path) -> Path:
     return config.with_name(f"{config.stem}.rehearsal.json")
 
 
+def carry_verdict(file: Path, copy: Path) -> None:
+    """Keep the verdict on a config's `file`, if there is one, beside a copy of it as well."""
+    if kept_path(file).is_file():
+        kept_path(copy).write_bytes(kept_path(file).read_bytes())
+
+
 def memory_hash(config: Config) -> str:
     """Return a hash of the options that a rehearsal depends on, and of a few others."""
     raw = config.model_dump(mode="json")

@@ -55,11 +55,9 @@ class Rehearsal:
 def rehearse(config: Config, rank: int, *, full: bool) -> Rehearsal:
     """Return the rehearsal of a rank: of all layers where `full` or few, else extrapolated from two shallow models.
 
-    Raises: UserError for a rank that does not exist, or a model that cannot be rehearsed.
+    Raises: UserError for a model that cannot be rehearsed.
     """
     parallel = config.parallel
-    if not 0 <= rank < parallel.processes:
-        raise UserError(f"--rank {rank}: the run has the ranks 0 to {parallel.processes - 1}")
     raw = dict(read_hf_config(config.model))
     if is_moe(raw):
         raise UserError(
@@ -95,19 +93,25 @@ def rehearsed(config: Config, rank: int) -> list[Phase]:
     """Return the phases of a step of `rank`, without values."""
     watch = Watch(FakeTensorMode(allow_non_fake_inputs=True))
     with fake_world(rank, config.parallel.processes, watch):
-        watch.books.begin("build", "other")
-        groups = join(config)
-        raw = dict(config.model.hf_config or {})
-        policy, _ = build_policy(raw, config, groups, total_updates=config.train.num_steps)
-        begin_torch_adam(policy.optimizer)
-        if config.loss.ref_kl_coef > 0:
-            policy.keep_reference()
-        phases = [watch.books.end()]
-        _name_state(policy, watch.books)
-        watch.books.begin("", "batch")
-        with watch.naming(policy.model.chunks):
-            phases += step(config, policy, full_batch(config, groups).to(device.device()), watch.books)
+        policy, phases = performed(config, watch)
         return phases + around(config, policy, watch.books)
+
+
+def performed(config: Config, watch: Watch) -> tuple[MegatronPolicy, list[Phase]]:
+    """Return the policy, built in the world that this process is in, and its phases up to the last update. Adam has its
+    state from the beginning, as after a first update."""
+    books = watch.books
+    books.begin("build", "other")
+    groups, raw = join(config), dict(config.model.hf_config or {})
+    policy, _ = build_policy(raw, config, groups, total_updates=config.train.num_steps)
+    begin_torch_adam(policy.optimizer)
+    if config.loss.ref_kl_coef > 0:
+        policy.keep_reference()
+    build = books.end()
+    _name_state(policy, books)
+    books.begin("", "batch")
+    with watch.naming(policy.model.chunks):
+        return policy, [build, *step(config, policy, full_batch(config, groups).to(device.device()), books)]
 
 
 def step(config: Config, policy: MegatronPolicy, batch: TrainBatch, books: Books) -> list[Phase]:

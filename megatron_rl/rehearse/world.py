@@ -206,6 +206,10 @@ def fake_world(rank: int, size: int, watch: Watch) -> Iterator[None]:
             (c10d, {"new_group": fake_group}),
             (dist, {"new_group": fake_group, "get_backend": backend_of, "all_gather_object": gathered}),
             (torch.UntypedStorage, {"resize_": resized}),
+            (
+                torch.nn.Module,
+                {"bfloat16": lambda module: module},
+            ),  # all are, and none can be swapped for itself
             (torch.nn.functional, {"rms_norm": standins.rms_norm} if device.REHEARSES else {}),
         ):
             for name, function in functions.items():

@@ -1,0 +1,63 @@
+"""The same tiny step on a real gloo world and as one process of a world that is not there."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config import Config, parse_config
+from tests.invariance_case import LAYOUTS
+from tests.tiny import HF, tiny_raw
+
+VOCABULARY = 24
+BFLOAT16 = {"dtype": "bfloat16", "recompute": "full"}
+CASES: dict[str, dict[str, Any]] = {
+    "tp2 sp": {"parallel": LAYOUTS["tp2_sp"]},
+    "tp2 sp bfloat16 recomputed": {"parallel": LAYOUTS["tp2_sp"], "model": BFLOAT16},
+    "dp2": {"parallel": LAYOUTS["dp2"]},
+    "pp2": {"parallel": LAYOUTS["pp2"]},
+    "cp2": {"parallel": LAYOUTS["cp2"]},
+}
+
+
+def tiny_config(**sections: Any) -> Config:
+    """Two updates of two or more full micro-batches on each of two ranks."""
+    model = {"hf_config": HF | {"vocab_size": VOCABULARY, "tie_word_embeddings": False}, **sections.pop("model", {})}
+    parallel = {"tp": 1} | sections.pop("parallel")
+    train = {"share_prompts": False, "micro_batch_tokens": 96, "prompts_per_minibatch": 4, "prompts_per_step": 8}
+    loss = {"type": "kl_cov", "select_fraction": 0.05}
+    return parse_config(tiny_raw(Path("/nowhere"), model=model, parallel=parallel, train=train, loss=loss, **sections))
+
+
+def real_books(case: str) -> list[Any]:
+    """The phases on this rank of a real world, with real tensors."""
+    from megatron_rl.rehearse.run import performed
+    from megatron_rl.rehearse.world import Watch
+
+    watch = Watch(None)
+    with watch:
+        policy, phases = performed(tiny_config(**CASES[case]), watch)
+        del policy
+    gc.collect()
+    return phases
+
+
+def rehearsed_books(cases: list[str]) -> list[list[Any]]:
+    """The phases of rank 0 of each case, in a process alone."""
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from megatron_rl.rehearse.run import performed
+    from megatron_rl.rehearse.world import Watch, fake_world
+
+    dist.destroy_process_group()
+    found = []
+    for case in cases:
+        watch = Watch(FakeTensorMode(allow_non_fake_inputs=True))
+        with fake_world(0, 2, watch):
+            policy, phases = performed(tiny_config(**CASES[case]), watch)
+            del policy
+        gc.collect()
+        found.append(phases)
+    return found
