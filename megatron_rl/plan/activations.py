@@ -111,11 +111,6 @@ def kept_activations(shape: ModelShape, layout: Spread, passes: Passes, stage: i
     return in_flight(layout, passes.micro_batches, stage) * (layers * layer + one_input)
 
 
-def training_activations(shape: ModelShape, layout: Spread, passes: Passes, stage: int) -> float:
-    """Return the peak bytes of saved activations and temporaries on a stage, without the output layer's."""
-    return kept_activations(shape, layout, passes, stage) + backward_peak(shape, layout, passes)
-
-
 def logits_bytes(shape: ModelShape, layout: Spread, passes: Passes) -> float:
     """Return the bytes of the logits that exist at once, a whole `[T, V / tp]` or a chunk: statistics and gradient are
     computed in place (parallel/vocab.py)."""
@@ -147,7 +142,7 @@ def gather_buffer(shape: ModelShape, layout: Spread, passes: Passes, stage: int)
     parallelism, in one buffer that they keep for ever. Transformer Engine's have none, but Megatron's output layer."""
     hands_over = passes.chunked or passes.float32_logits
     gathers = not passes.engine or (stage == layout.pp - 1 and not hands_over)
-    return _whole_hidden(shape, layout, passes) if layout.sp and layout.tp > 1 and gathers else 0.0
+    return _whole_hidden(shape, layout, passes) if layout.sp and gathers else 0.0
 
 
 def rotary_tables(shape: ModelShape, layout: Spread, passes: Passes) -> float:
@@ -161,9 +156,10 @@ def pass_parts(shape: ModelShape, layout: Spread, passes: Passes, stage: int) ->
     """Return what a forward pass ("old logprobs") and an update ("training") add to the state at their fullest: in a
     layer or, on the last stage, around the logits, which exist when no layer works."""
     tables, kept = rotary_tables(shape, layout, passes), kept_activations(shape, layout, passes, stage)
+    gathered = _whole_hidden(shape, layout, passes) if passes.engine and layout.sp else 0.0  # anew by each layer
     parts = {
-        "old logprobs": {"activations": tables + forward_peak(shape, layout, passes)},
-        "training": {"activations": tables + kept + backward_peak(shape, layout, passes)},
+        "old logprobs": {"activations": tables + gathered + forward_peak(shape, layout, passes)},
+        "training": {"activations": tables + gathered + kept + backward_peak(shape, layout, passes)},
     }
     if stage < layout.pp - 1:
         return parts

@@ -30,14 +30,11 @@ class PlanCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Spell the three options as --assume, then parse as ever."""
-        spelled: list[str] = []
-        rest = iter(args)
+        spelled, rest = list[str](), iter(args)
         for argument in rest:
             option, _, number = argument.partition("=")
-            if option in _ASSUMED:
-                spelled += ["--assume", f"{_ASSUMED[option]}={number or next(rest, '')}"]
-            else:
-                spelled.append(argument)
+            name = _ASSUMED.get(option)
+            spelled += [argument] if name is None else ["--assume", f"{name}={number or next(rest, '')}"]
         return super().parse_args(ctx, spelled)
 
 

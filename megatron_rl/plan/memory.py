@@ -48,11 +48,6 @@ def state_parts(held: RankParameters, layout: Spread, element_bytes: int) -> Par
     }
 
 
-def largest_weight(shape: ModelShape, layout: Spread) -> float:
-    """Return the parameters of a rank's largest weight: the embedding, or an MLP's first matrices."""
-    return shape.hidden * max(shape.vocab, (shape.mlp_matrices - 1) * shape.ffn) / layout.tp
-
-
 def host_parts(config: Config, shape: ModelShape, layout: Spread, width: int, ranks: int) -> Parts:
     """Return the most bytes that a node's `ranks` with GPUs and their engines hold in the host's memory: the
     optimizer's state, where it is moved or kept there, and in a save what each rank writes of weights and state, 14 or
@@ -80,11 +75,12 @@ def stages(shape: ModelShape, layout: Spread, vocab_multiple: int) -> dict[int, 
 def trainer_phases(shape: ModelShape, layout: Spread, passes: Passes, vocab_multiple: int) -> dict[str, Parts]:
     """Return the trainer's parts in each phase, on the stage that is fullest in it. Generation lists what stays."""
     by_stage: list[dict[str, Parts]] = []
+    largest = shape.hidden * max(shape.vocab, (shape.mlp_matrices - 1) * shape.ffn) / layout.tp  # weight of a rank
     for stage, held in stages(shape, layout, vocab_multiple).items():
         state = state_parts(held, layout, passes.element_bytes)
         if buffer := gather_buffer(shape, layout, passes, stage):
             state["gather buffer"] = buffer
-        save = state | {"gradients": 0.0, "border weight": 4.0 * largest_weight(shape, layout)}
+        save = state | {"gradients": 0.0, "border weight": 4.0 * largest}
         passing = {name: state | parts for name, parts in pass_parts(shape, layout, passes, stage).items()}
         by_stage.append({"generation": state, "weight sync": state, **passing, "checkpoint": save})
     return {

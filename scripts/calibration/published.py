@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
-from megatron_rl.plan.activations import Passes, training_activations
+from megatron_rl.plan.activations import Passes, backward_peak, kept_activations
 from megatron_rl.plan.seconds import Generation
 from megatron_rl.plan.shapes import ModelShape, Spread, parameters, shape_of
 
@@ -239,6 +239,6 @@ def _sharded_bytes(row: Row) -> float:
     model, half = shape(row), recomputed(row) == 0.5
     layout = Spread(dp=size(row, "DP"), recompute="full" if recomputed(row) == 1.0 else "none")
     passes = Passes(tokens=size(row, "MBS") * int(row["seq"]), micro_batches=1, element_bytes=2)
-    activations = training_activations(model, layout, passes, 0) * (0.5 if half else 1.0)
+    activations = kept_activations(model, layout, passes, 0) + backward_peak(model, layout, passes)
     logits = 0.0 if row["algo"] == "RL Full" else passes.tokens * model.vocab * _EAGER_LOSS_BYTES
-    return 16.0 * parameters(model) / layout.dp + activations + logits
+    return 16.0 * parameters(model) / layout.dp + activations * (0.5 if half else 1.0) + logits

@@ -17,7 +17,14 @@ from megatron_rl.cli import app
 from megatron_rl.config import load_config, parse_config
 from megatron_rl.errors import UserError
 from megatron_rl.models.hardware import GIB, HARDWARE
-from megatron_rl.plan.activations import Passes, gather_buffer, layer_activations, output_peak, training_activations
+from megatron_rl.plan.activations import (
+    Passes,
+    backward_peak,
+    gather_buffer,
+    kept_activations,
+    layer_activations,
+    output_peak,
+)
 from megatron_rl.plan.memory import state_parts, with_cache_tokens
 from megatron_rl.plan.search import changed, remedies, search
 from megatron_rl.plan.seconds import fitted_constants, stored_scores
@@ -71,9 +78,10 @@ def test_memory_of_a_small_model_by_hand() -> None:
     layer = 10 * ((32 + 16 + 12 + 8 + 48) / 2 * 2 + 4 * 4 / 2)
     assert layer_activations(SMALL, layout, passes) == layer
     hidden = 10 * 2 * 8 / 2
-    working = 10 * 2 * 2 * 16 / 2 + hidden  # gradients of the MLP's first projections and of the output
-    assert training_activations(SMALL, layout, passes, 0) == 2 * (2 * layer + hidden) + working  # two in flight
-    assert training_activations(SMALL, layout, passes, 1) == 2 * layer + hidden + working
+    assert kept_activations(SMALL, layout, passes, 0) == 2 * (2 * layer + hidden)  # two in flight
+    assert kept_activations(SMALL, layout, passes, 1) == 2 * layer + hidden
+    # gradients of the MLP's first projections and of the output
+    assert backward_peak(SMALL, layout, passes) == 10 * 2 * 2 * 16 / 2 + hidden
     # the last stage's logits beside the whole hidden states, their gradient and the weight's; each rank has 15 columns
     assert output_peak(SMALL, layout, passes, backward=True) == 10 * 8 * 2 + 15 * 8 * 2
     float32 = replace(passes, float32_logits=True)
