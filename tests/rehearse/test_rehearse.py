@@ -99,12 +99,12 @@ def test_a_save_holds_no_more_than_a_weight_on_the_device_and_a_share_on_the_hos
     phases: dict[str, dict[str, Any]],
 ) -> None:
     save, state = phases["checkpoint"], phases["update 1"]["parts"]
-    assert "gradients" not in save["parts"] and save["parts"]["optimizer"] == state["optimizer"]
+    assert "gradients" not in save["parts"] and save["parts"]["optimizer"] == pytest.approx(state["optimizer"])
     assert save["parts"].get("checkpoint", 0) <= 2 * EMBEDDING / TP
     # what a rank writes: its state, its part of the weights, and a whole weight that another rank holds a piece of
     share = state["optimizer"] + state["weights"] / DP
     assert 0.9 * share <= save["host"]["checkpoint"] <= share + 3 * 2 * EMBEDDING / TP
-    assert save["host"]["optimizer"] == state["optimizer"]  # where an offload leaves it
+    assert save["host"]["optimizer"] == pytest.approx(state["optimizer"])  # where an offload leaves it
 
 
 def test_the_weight_stream_holds_one_gathered_bucket_and_two_of_the_servers(phases: dict[str, dict[str, Any]]) -> None:
