@@ -17,12 +17,12 @@ from megatron_rl.config import Config
 from megatron_rl.data import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import is_moe, read_hf_config
+from megatron_rl.models.hardware import with_memory
 from megatron_rl.models.mapping import find_row
 from megatron_rl.packing import Layout, pack
 from megatron_rl.packing.balance import Work
 from megatron_rl.packing.dealing import Deal
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.models.hardware import with_memory
 from megatron_rl.plan.memory import fuses_output_layer, micro_batch_tokens, update_micro_batches
 from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.policy.adam import begin_torch_adam
