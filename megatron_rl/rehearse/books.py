@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -80,19 +82,19 @@ class Books:
     def __init__(self) -> None:
         """Begin empty."""
         self.device, self.host = Heap(), Heap()
+        self.phase, self.part = Phase(""), ""  # that is written, and what new storages count as
+        self.phases: list[Phase] = []  # that are over
         self._live: dict[int, tuple[object, int, Tag, Heap]] = {}
-        self.begin("", "")
 
-    def begin(self, name: str, part: str) -> None:
-        """Begin a phase whose new storages count as `part`."""
+    @contextmanager
+    def during(self, name: str, part: str) -> Iterator[None]:
+        """Write the phase `name`, whose new storages count as `part`."""
         self.phase, self.part = Phase(name), part
         self.device.begin()
         self.host.begin()
-
-    def end(self) -> Phase:
-        """Return the phase with its peaks."""
+        yield
         self.phase.device, self.phase.host = self.device.at_peak(), self.host.at_peak()
-        return self.phase
+        self.phases.append(self.phase)
 
     def knows(self, storage: torch.UntypedStorage) -> bool:
         """Tell whether the storage is in the books, or empty."""

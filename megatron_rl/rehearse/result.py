@@ -58,7 +58,8 @@ def answer(config: Config, hardware: Hardware, rehearsals: Sequence[Rehearsal]) 
         "room": memory.room,
         "peak": peak,
         "where": where,
-        "fits": peak <= memory.room,
+        "fits": peak <= memory.room and not memory.faults,
+        "faults": memory.faults,
         "remedies": fixes,
         "layout": spread.text(),
         "layers": first.layers,
@@ -123,6 +124,8 @@ def verdict_text(found: dict[str, Any]) -> str:
     where = f"{found['where']} takes {_gib(found['peak'])} of {_gib(found['room'])} GiB ({found['gpu']})"
     if found["fits"]:
         return f"fits: {where}"
+    if found["faults"]:
+        return f"does not fit: {'; '.join(found['faults'])}"
     fixes = [f"the planner says that it would fit with {' '.join(overrides)}" for overrides in found["remedies"][:3]]
     return "\n".join(
         [f"does not fit: {where}", *(fixes or ["no single change makes it fit: megatron-rl plan --search"])]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +18,13 @@ from megatron_rl.config import Config
 from megatron_rl.data import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import is_moe, read_hf_config
+from megatron_rl.models.hardware import with_memory
 from megatron_rl.models.mapping import find_row
 from megatron_rl.packing import Layout, pack
 from megatron_rl.packing.dealing import Deal
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.plan.memory import micro_batch_tokens, update_micro_batches
-from megatron_rl.plan.shapes import layout_of
+from megatron_rl.plan.memory import fuses_output_layer, micro_batch_tokens, update_micro_batches
+from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.policy.adam import begin_torch_adam
 from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.policy import MegatronPolicy
@@ -55,106 +54,85 @@ class Rehearsal:
 def rehearse(config: Config, rank: int, *, full: bool) -> Rehearsal:
     """Return the rehearsal of a rank: of all layers where `full` or few, else extrapolated from two shallow models.
 
-    Raises: UserError for a model that cannot be rehearsed.
+    Raises: UserError for a mixture of experts.
     """
-    parallel = config.parallel
-    raw = dict(read_hf_config(config.model))
+    raw, spread, parallel = dict(read_hf_config(config.model)), layout_of(config), config.parallel
     if is_moe(raw):
-        raise UserError(
-            "a mixture of experts routes tokens by their values, which a rehearsal has not; use a dense model"
-        )
-    if "vocab_size" not in raw:
-        raw["vocab_size"] = vocab_size(build_tokenizer(config))
+        raise UserError("a mixture of experts sends tokens to experts by their values, and a rehearsal has no values")
+    raw.setdefault("vocab_size", 0)
+    raw["vocab_size"] = raw["vocab_size"] or vocab_size(build_tokenizer(config))
+    fuses = fuses_output_layer(config, shape_of(raw), spread, with_memory(device.memory_bytes(), on_gpu=True))
     layers, unit = raw["num_hidden_layers"], parallel.pp * parallel.vpp
-    is_uneven = bool(layout_of(config).stage_layers)
-    depths = (layers,) if full or is_uneven or layers <= SHALLOW[1] * unit else tuple(d * unit for d in SHALLOW)
-    runs = [rehearsed(_of_depth(config, raw, depth), rank) for depth in depths]
-    phases = runs[0]
-    if len(runs) > 1:
-        share = (layers - depths[0]) / (depths[-1] - depths[0])
-        phases = [one.at(share, other) for one, other in zip(*runs, strict=True)]
-    return Rehearsal(rank, layers, raw["vocab_size"], depths, phases)
+    is_shallow = full or spread.stage_layers or layers <= SHALLOW[1] * unit
+    runs = {}
+    for depth in (layers,) if is_shallow else (d * unit for d in SHALLOW):
+        model: dict[str, Any] = {"path": None, "hf_config": raw | {"num_hidden_layers": depth}}
+        model |= {"fused_linear_stats": "on" if fuses else "off"}  # as the whole model would, not the shallow one
+        runs[depth] = rehearsed(config.model_copy(update={"model": config.model.model_copy(update=model)}), rank)
+    (least, phases), (most, others) = min(runs.items()), max(runs.items())
+    if most > least:
+        phases = [a.at((layers - least) / (most - least), b) for a, b in zip(phases, others, strict=True)]
+    return Rehearsal(rank, layers, raw["vocab_size"], tuple(runs), phases)
 
 
 def kinds_of_ranks(config: Config) -> list[int]:
-    """Return a rank of each kind: of the first, a middle and the last pipeline stage, or of every one where they
-    differ."""
+    """Return a rank of each kind: of the first, a middle and the last pipeline stage, or of all where they differ."""
     parallel = config.parallel
     stages = range(parallel.pp) if layout_of(config).stage_layers else {0, parallel.pp // 2, parallel.pp - 1}
     return [stage * (parallel.processes // parallel.pp) for stage in sorted(stages)]
-
-
-def _of_depth(config: Config, raw: dict[str, Any], layers: int) -> Config:
-    model = {"path": None, "hf_config": raw | {"num_hidden_layers": layers}}
-    return config.model_copy(update={"model": config.model.model_copy(update=model)})
 
 
 def rehearsed(config: Config, rank: int) -> list[Phase]:
     """Return the phases of a step of `rank`, without values."""
     watch = Watch(FakeTensorMode(allow_non_fake_inputs=True))
     with fake_world(rank, config.parallel.processes, watch):
-        policy, phases = performed(config, watch)
-        return phases + around(config, policy, watch.books)
+        policy = perform_step(config, watch)
+        perform_turn(config, policy, watch.books)
+    return watch.books.phases
 
 
-def performed(config: Config, watch: Watch) -> tuple[MegatronPolicy, list[Phase]]:
-    """Return the policy, built in the world that this process is in, and its phases up to the last update. Adam has its
-    state from the beginning, as after a first update."""
+def perform_step(config: Config, watch: Watch) -> MegatronPolicy:
+    """Build the policy in the world that this process is in, and go through train.run_step's phases from the packed
+    batch on. Adam has its state from the beginning, as after a first update. Returns the policy."""
     books = watch.books
-    books.begin("build", "other")
-    groups, raw = join(config), dict(config.model.hf_config or {})
-    policy, _ = build_policy(raw, config, groups, total_updates=config.train.num_steps)
-    begin_torch_adam(policy.optimizer)
-    if config.loss.ref_kl_coef > 0:
-        policy.keep_reference()
-    build = books.end()
+    with books.during("build", "other"):
+        groups, raw = join(config), dict(config.model.hf_config or {})
+        policy, _ = build_policy(raw, config, groups, total_updates=config.train.num_steps)
+        begin_torch_adam(policy.optimizer)
+        if config.loss.ref_kl_coef > 0:
+            policy.keep_reference()
     _name_state(policy, books)
-    books.begin("", "batch")
+    books.part, ranks = "batch", groups.token_ranks
+    batch = full_batch(config, groups).to(device.device())
     with watch.naming(policy.model.chunks):
-        return policy, [build, *step(config, policy, full_batch(config, groups).to(device.device()), books)]
+        with books.during("old logprobs", "activations"):
+            batch = policy.with_old_logprobs(batch)
+        loss = LossController(config.loss, ranks).next_loss(batch)
+        for i, mini_batch in enumerate(batch.mini_batches, 1):
+            with books.during(f"select {i}", "activations"):
+                mini_batch = policy.with_selection_stats(mini_batch, loss)
+                mini_batch = mark_tokens(mini_batch, loss, ranks, seed=config.seed, step=0)
+            with books.during(f"update {i}", "activations"):
+                policy.update(mini_batch, policy_loss(loss))
+    return policy
 
 
-def step(config: Config, policy: MegatronPolicy, batch: TrainBatch, books: Books) -> list[Phase]:
-    """Return the phases of train.run_step from the packed batch on."""
-    phases: list[Phase] = []
-    ranks = policy.groups.token_ranks
-    with _phase(books, phases, "old logprobs", "activations"):
-        batch = policy.with_old_logprobs(batch)
-    loss = LossController(config.loss, ranks).next_loss(batch)
-    for i, mini_batch in enumerate(batch.mini_batches, 1):
-        with _phase(books, phases, f"select {i}", "activations"):
-            mini_batch = policy.with_selection_stats(mini_batch, loss)
-            mini_batch = mark_tokens(mini_batch, loss, ranks, seed=config.seed, step=0)
-        with _phase(books, phases, f"update {i}", "activations"):
-            policy.update(mini_batch, policy_loss(loss))
-    return phases
-
-
-def around(config: Config, policy: MegatronPolicy, books: Books) -> list[Phase]:
-    """Return the phases between two steps: the engine's turn as rollout/served.py gives it, and a checkpoint."""
-    phases: list[Phase] = []
+def perform_turn(config: Config, policy: MegatronPolicy, books: Books) -> None:
+    """Go through the phases between two steps: the engine's turn as rollout/served.py gives it, and a checkpoint."""
     shares = config.rollout.server.share_memory and not config.rollout.is_embedded
     if shares:
-        with _phase(books, phases, "offload", "optimizer"):
+        with books.during("offload", "optimizer"):
             policy.offload()
-    with _phase(books, phases, "weight sync", "buckets"):
+    with books.during("weight sync", "buckets"):
         _send(config, policy)
-    with _phase(books, phases, "generation", "other"):
+    with books.during("generation", "other"):
         pass
     if shares:
-        with _phase(books, phases, "reload", "optimizer"):
+        with books.during("reload", "optimizer"):
             policy.reload()
     store = CheckpointStore(config.run_dir, policy, policy.groups)
-    with policy.without_gradients(), _phase(books, phases, "checkpoint", "checkpoint"):
+    with policy.without_gradients(), books.during("checkpoint", "checkpoint"):
         store.copies()
-    return phases
-
-
-@contextmanager
-def _phase(books: Books, phases: list[Phase], name: str, part: str) -> Iterator[None]:
-    books.begin(name, part)
-    yield
-    phases.append(books.end())
 
 
 def _send(config: Config, policy: MegatronPolicy) -> None:
@@ -165,8 +143,8 @@ def _send(config: Config, policy: MegatronPolicy) -> None:
         for _ in stream:
             pass
         return
-    own = {name for parameter, _ in policy.parameters for name in find_row(parameter, hf.tie_word_embeddings).hf}
-    shapes = {name: shape for name, shape in expected_weights(hf).items() if name in own}
+    rows, every = (find_row(name, hf.tie_word_embeddings) for name, _ in policy.parameters), expected_weights(hf)
+    shapes = {name: every[name] for row in rows for name in row.hf}
     widest = max(parameter.itemsize for _, parameter in policy.parameters)
     buffers = Buffers(shapes, config.rollout.weight_sync.bucket_mib * 2**20, widest)
     for _ in pack_buckets(stream, shapes, buffers):  # the server loads one while the next is filled
@@ -187,45 +165,24 @@ def _name_state(policy: MegatronPolicy, books: Books) -> None:
 
 def full_batch(config: Config, groups: Groups) -> TrainBatch:
     """Return the first updates of a step on this rank, with no more micro-batches than show the peaks: each as full as
-    the budget allows, the first sequence of the longest length."""
-    spread, layout = layout_of(config), Layout.of(config, groups)
-    pp = groups.pp_size
+    the budget allows, with one sequence of the longest length and equal ones of about 5/8 of it."""
+    spread, layout, pp = layout_of(config), Layout.of(config, groups), groups.pp_size
     count = min(update_micro_batches(config, spread), 2 if pp == 1 else 2 * pp)
     count = math.ceil(count / layout.count_multiple) * layout.count_multiple
-    lengths = _lengths(min(layout.capacity, micro_batch_tokens(config, spread)), config, layout)
     updates = min(_UPDATES, config.minibatches_per_step)
-    numbers = iter(range(updates * count * len(lengths)))
-    bins = [[[next(numbers) for _ in lengths] for _ in range(count)] for _ in range(updates)]
-    rollouts = [
-        _rollout(i, length, config.data.max_prompt_tokens, groups.rank)
-        for i, length in enumerate(lengths * (updates * count))
-    ]
+    tokens, unit = min(layout.capacity, micro_batch_tokens(config, spread)), layout.sequence_multiple
+    longest = min(config.max_sequence_tokens, tokens) // unit * unit
+    others = math.ceil((tokens - longest) / (longest * 5 / 8))
+    lengths = [longest] + [n for n in [(tokens - longest) // max(1, others) // unit * unit] * others if n > 1]
+    rollouts = [_rollout(i, n, config.data.max_prompt_tokens) for i, n in enumerate(lengths * count * updates)]
     work = Work({i: layout.padded(len(rollout.token_ids)) for i, rollout in enumerate(rollouts)})
-    deals = [Deal(work, [chosen] * layout.dp_size) for chosen in bins]
-    generator = torch.Generator().manual_seed(config.seed)
-    advantages = torch.randn(len(rollouts), generator=generator, dtype=torch.float64)
+    numbers = torch.arange(len(rollouts)).view(updates, count, len(lengths)).tolist()
+    deals = [Deal(work, [chosen] * layout.dp_size) for chosen in numbers]
+    advantages = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(config.seed))
     return pack(rollouts, advantages, layout, step=0, deals=deals)
 
 
-def _lengths(tokens: int, config: Config, layout: Layout) -> list[int]:
-    """Return lengths that fill `tokens`: the longest that a sequence may have, and equal ones of about 5/8 of it."""
-    longest, multiple = config.max_sequence_tokens, layout.sequence_multiple
-    first = min(longest, tokens) // multiple * multiple
-    rest = tokens - first
-    others = math.ceil(rest / (longest * 5 / 8)) if rest >= 2 * multiple else 0
-    return [first, *[rest // others // multiple * multiple] * others] if others else [first]
-
-
-def _rollout(index: int, length: int, longest_prompt: int, seed: int) -> Rollout:
-    prompt = max(1, min(longest_prompt, length // _PROMPT))
-    generator = torch.Generator().manual_seed(seed + index)
-    return Rollout(
-        prompt_id=index,
-        sample_index=0,
-        token_ids=torch.randint(2, (length,), generator=generator),
-        rollout_logprobs=torch.zeros(length),
-        sampled=torch.arange(length) >= prompt,
-        finish_reason="stop",
-        weight_version=0,
-        reward=float(index % 2),
-    )
+def _rollout(index: int, length: int, longest_prompt: int) -> Rollout:
+    places = torch.arange(length)
+    sampled = places >= max(1, min(longest_prompt, length // _PROMPT))
+    return Rollout(index, 0, places % 2, torch.zeros(length), sampled, "stop", 0)

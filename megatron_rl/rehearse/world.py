@@ -83,10 +83,12 @@ class Watch(TorchDispatchMode):
         """Enter the results of an operator, unless it is a part of a fused one."""
         for tensor in tree_leaves(results) if not standins.fusing else ():
             if isinstance(tensor, Tensor) and not self.books.knows(storage := tensor.untyped_storage()):
-                maker, line = f"{self._module()} {maker}".strip(), _line()
-                part = "logits" if _LOGITS.fullmatch(f"{maker} {line}") else self.books.part
+                made_by, line = f"{self._module()} {maker}".strip(), _line()
+                part = "logits" if _LOGITS.fullmatch(f"{made_by} {line}") else self.books.part
                 is_on_host = isinstance(tensor, FakeTensor) and tensor.device != device.device()
-                self.books.enter(storage, Tag(part, maker, line), self.books.host if is_on_host else self.books.device)
+                self.books.enter(
+                    storage, Tag(part, made_by, line), self.books.host if is_on_host else self.books.device
+                )
 
     def _module(self) -> str:
         """Return the module that runs, or the step of the backward pass."""

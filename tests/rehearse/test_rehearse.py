@@ -43,7 +43,7 @@ RAW: dict[str, Any] = {
         "server": {"count": 8, "share_memory": True, "memory_fraction": 0.4},
         "weight_sync": {"mode": "colocated", "bucket_mib": 16},
     },
-    "loss": {"type": "kl_cov", "select_fraction": 0.01},
+    "loss": {"type": "kl_cov", "select_fraction": 0.5},
     "train": {"prompts_per_step": 32, "prompts_per_minibatch": 16, "micro_batch_tokens": TOKENS},
 }
 
@@ -99,12 +99,12 @@ def test_a_save_holds_no_more_than_a_weight_on_the_device_and_a_share_on_the_hos
     phases: dict[str, dict[str, Any]],
 ) -> None:
     save, state = phases["checkpoint"], phases["update 1"]["parts"]
-    assert "gradients" not in save["parts"] and save["parts"]["optimizer"] == state["optimizer"]
+    assert "gradients" not in save["parts"] and save["parts"]["optimizer"] == pytest.approx(state["optimizer"])
     assert save["parts"].get("checkpoint", 0) <= 2 * EMBEDDING / TP
     # what a rank writes: its state, its part of the weights, and a whole weight that another rank holds a piece of
     share = state["optimizer"] + state["weights"] / DP
     assert 0.9 * share <= save["host"]["checkpoint"] <= share + 3 * 2 * EMBEDDING / TP
-    assert save["host"]["optimizer"] == state["optimizer"]  # where an offload leaves it
+    assert save["host"]["optimizer"] == pytest.approx(state["optimizer"])  # where an offload leaves it
 
 
 def test_the_weight_stream_holds_one_gathered_bucket_and_two_of_the_servers(phases: dict[str, dict[str, Any]]) -> None:
@@ -115,11 +115,9 @@ def test_the_weight_stream_holds_one_gathered_bucket_and_two_of_the_servers(phas
 
 
 def test_the_top_k_sends_what_a_rank_may_offer(phases: dict[str, dict[str, Any]]) -> None:
-    """The quota is 1% of 16 * 8 answers, which no rank has a quarter of to offer."""
-    rows = [
-        row for row in phases["select 2"]["collectives"] if row[1].startswith("data_parallel") and row[2] == "int64"
-    ]
-    assert rows and sum(row[4] for row in rows) < 2**20
+    """Half of all tokens are wanted, 16 bytes each, and a rank has a quarter of them."""
+    rows = [row for row in phases["select 2"]["collectives"] if row[2] == "int64"]
+    assert TOKENS * DP * 16 < sum(row[4] for row in rows) < 2 * TOKENS * DP * 16 + 2**18
 
 
 def test_collectives_and_operations_are_those_of_the_layout(phases: dict[str, dict[str, Any]]) -> None:
@@ -138,9 +136,8 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
     train = {"prompts_per_step": 64, "prompts_per_minibatch": 32, "micro_batch_tokens": 262144}
     code, printed, found = rehearse(tmp_path, model=model, train=train)
     assert code == 1 and "does not fit: update" in printed
-    assert ["model.recompute=full"] in found["remedies"] and "fit with model.recompute=full" in printed.replace(
-        "\n", " "
-    )
+    assert ["model.recompute=full"] in found["remedies"]
+    assert f"fit with {' '.join(found['remedies'][0])}" in " ".join(printed.split())
 
 
 def test_preflight_refuses_a_config_whose_rehearsal_does_not_fit(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""The recipes, rehearsed at their true sizes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.config import load_config
+from megatron_rl.rehearse.kept import kept_verdict
+from tests.test_cli import megatron_rl
+
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem[0].isdigit())
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+def rehearsed(recipe: Path, folder: Path, *arguments: str) -> dict[str, Any]:
+    config = shutil.copy(recipe, folder)
+    result = megatron_rl("rehearse", config, "--output", str(folder / "out"), *arguments, cwd=folder, seconds=3600)
+    assert (result.returncode, result.stderr) == (0, "")
+    found: dict[str, Any] = json.loads((folder / "out" / "rehearsal.json").read_text())
+    return found
+
+
+def state(phase: dict[str, Any]) -> float:
+    return sum(phase["parts"][part] for part in ("weights", "gradients", "optimizer"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_fits_its_gpus(recipe: Path, tmp_path: Path) -> None:
+    found = rehearsed(recipe, tmp_path)
+    assert found["fits"] and found["depths"] == [4, 8] and found["layers"] in (28, 64)
+    config = load_config(tmp_path / recipe.name)
+    assert isinstance(kept_verdict(config, tmp_path / recipe.name), dict)
+    for phase in found["ranks"][0]["phases"]:
+        if phase["name"].startswith("update"):  # the state is arithmetic, and both do it
+            planned = sum(phase["planned"][part] for part in ("weights", "gradients", "optimizer"))
+            assert state(phase) == pytest.approx(planned, rel=1e-3)
+
+
+def test_two_shallow_models_say_what_all_layers_do(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    recipe = CONFIGS / "7b_kl_cov.yaml"
+    quick, full = rehearsed(recipe, tmp_path), rehearsed(recipe, tmp_path / "full", "--full")
+    assert full["depths"] == [28]
+    for ours, theirs in zip(quick["ranks"][0]["phases"], full["ranks"][0]["phases"], strict=True):
+        assert ours["total"] == pytest.approx(theirs["total"], rel=0.02), ours["name"]
+        sent, all_sent = ({tuple(row[:3]): row[4] for row in phase["collectives"]} for phase in (ours, theirs))
+        assert sent == pytest.approx(all_sent, rel=0.02), ours["name"]
