@@ -1,7 +1,7 @@
 """Bytes of one rank's activations: what a layer keeps, and the fullest places of a pass.
 
 Each count was read off the tensors that are alive at the peaks of `megatron-rl rehearse`; phases of the recipes agree
-within 3% (tests/plan/test_against_rehearsal.py). Transformer Engine's layers are not rehearsed: they count as torch's,
+within 3% (tests/rehearse/test_recipes.py). Transformer Engine's layers are not rehearsed: they count as torch's,
 where nothing else is said.
 """
 

@@ -61,7 +61,9 @@ def rehearse(config: Config, rank: int, *, full: bool) -> Rehearsal:
         raise UserError("a mixture of experts sends tokens to experts by their values, and a rehearsal has no values")
     raw.setdefault("vocab_size", 0)
     raw["vocab_size"] = raw["vocab_size"] or vocab_size(build_tokenizer(config))
-    fuses = fuses_output_layer(config, shape_of(raw), spread, with_memory(device.memory_bytes(), on_gpu=True))
+    fuses = fuses_output_layer(
+        config, shape_of(raw), spread, with_memory(device.memory_bytes(), on_gpu=True, has_engine=False)
+    )
     layers, unit = raw["num_hidden_layers"], parallel.pp * parallel.vpp
     is_shallow = full or spread.stage_layers or layers <= SHALLOW[1] * unit
     runs = {}

@@ -1,4 +1,4 @@
-"""The recipes, rehearsed at their true sizes."""
+"""The recipes, rehearsed at their true sizes, and the planner's bytes of them: each phase within 3%."""
 
 from __future__ import annotations
 
@@ -27,8 +27,20 @@ def rehearsed(recipe: Path, folder: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def state(phase: dict[str, Any]) -> float:
-    return sum(phase["parts"][part] for part in ("weights", "gradients", "optimizer"))
+# of other processes, which no rehearsal sees; and the one weight that a save puts together at a time, by the rehearsal
+# ("checkpoint") one that lies on a border between two ranks' shares, by the planner the largest that might
+ELSEWHERE = ("process", "engine process", "engine weights", "KV cache", "checkpoint", "border weight")
+
+
+def planners_errors(phases: list[dict[str, Any]]) -> dict[str, float]:
+    """By phase; a first selection, and one without statistics, runs no pass."""
+    errors = {}
+    for phase in phases:
+        if phase["planned"] and (phase["flops"] or not phase["name"].startswith("select")):
+            kinds = phase["parts"], phase["planned"]
+            seen, planned = (sum(size for name, size in parts.items() if name not in ELSEWHERE) for parts in kinds)
+            errors[phase["name"]] = planned / seen - 1
+    return errors
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -37,10 +49,9 @@ def test_every_recipe_fits_its_gpus(recipe: Path, tmp_path: Path) -> None:
     assert found["fits"] and found["depths"] == [4, 8] and found["layers"] in (28, 64)
     config = load_config(tmp_path / recipe.name)
     assert isinstance(kept_verdict(config, tmp_path / recipe.name), dict)
-    for phase in found["ranks"][0]["phases"]:
-        if phase["name"].startswith("update"):  # the state is arithmetic, and both do it
-            planned = sum(phase["planned"][part] for part in ("weights", "gradients", "optimizer"))
-            assert state(phase) == pytest.approx(planned, rel=1e-3)
+    errors = planners_errors(found["ranks"][0]["phases"])
+    assert {"old logprobs", "update 2", "weight sync", "generation", "checkpoint"} <= errors.keys()
+    assert all(abs(error) <= 0.03 for error in errors.values()), errors
 
 
 def test_two_shallow_models_say_what_all_layers_do(tmp_path: Path) -> None:
