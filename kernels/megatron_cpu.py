@@ -32,7 +32,7 @@ REWRITES = [
         (r"""\.init_data\((["'])cuda\1\)""", '.init_data("cpu")'),
         (r"'torch\.cuda\.(Float|Half|BFloat16)Tensor'", r"'torch.\1Tensor'"),  # optimizer, clip_grads: type checks
         (r"torch\.cuda\.(Float|Half|BFloat16)Tensor\b", r"torch.\1Tensor"),
-        (r"\.cuda\(\)", ".cpu()"),
+        (r"\.cuda\(\)", '.to("cpu")'),
         (r"torch\.cuda\.(synchronize|empty_cache)\(\)", "None"),
         (r"torch\.cuda\.device_count\(\)", "1"),  # async_utils: rank % device_count
         (r"torch\.cuda\.manual_seed", "torch.manual_seed"),
@@ -43,6 +43,10 @@ REWRITES = [
         (r"torch\.cuda\.(current_stream|default_stream)\(\)", "_cpu_null()"),
         (r"torch\.cuda\.stream\(", "_cpu_null("),
         (r"tensor\.is_cuda:\n(\s+cpu_tensor)", r"True:\n\1"),  # moe_utils: split sizes become numpy
+        # utils.py: a viewless tensor is its input's kind; a norm waits for no number, as that of Transformer Engine
+        (r"torch\.empty\(\(1,\), dtype=inp\.dtype, device=inp\.device", "inp.new_empty((1,)"),
+        (r"torch\.norm\(torch\.tensor\(l2\)\)", "torch.linalg.vector_norm(torch.stack(l2[0]))"),
+        (r"torch\.tensor\(\[float\(l2_reduced\)\][^)]*\)", "l2_reduced.reshape(1)"),
         # tensor_parallel/layers.py: the products of a linear layer, see kernels/linear_cpu.py
         (r"torch\.matmul\((total_input), weight\.t\(\)\)", r"_linear_cpu.linear(\1, weight)"),
         (r"grad_output\.matmul\(weight\)", "_linear_cpu.input_gradient(grad_output, weight)"),
@@ -59,6 +63,18 @@ _HOST_OPTIMIZER_REWRITES = {
     ".cpu().pin_memory()": ".cpu()",
     '.to("cuda")': '.to("cpu")',
 }
+# A rehearsal's tensors have no values; its device is the second name of a CPU, see device.device. Each row: what
+# Megatron-Core 0.16.1 says, what says the same to such tensors or allocates what a GPU's kernel would.
+_REHEARSED = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"jit_fuser = torch\.compile", "from megatron_rl.kernels.standins import fused as jit_fuser"),
+        (r'\.to\("cuda"\)', '.to("cpu:0")'),
+        (r"validate_sharding_integrity\(determine_global\w+\(\w+\)\[1\]\)", "None"),  # the other ranks' are not there
+        (r"(?<!not )\b([pv]|param|tensor)\.is_cuda", r"(\1.device.index == 0)"),
+        (r"not ([pv])\.is_cuda", r"\1.device.index != 0"),
+    ]
+]
 _NULL = '''
 class _cpu_null:
     """Stands for a stream or an event: every method does nothing."""
@@ -70,15 +86,23 @@ class _cpu_null:
 '''
 
 
+def _of_rehearsal() -> list[tuple[re.Pattern[str], str]]:
+    """Return the rows for a GPU that is not there: products and activations stay Megatron's own."""
+    of_device = [(pattern, text.replace('"cpu"', '"cpu:0"')) for pattern, text in REWRITES if "_cpu." not in text]
+    return _REHEARSED + of_device
+
+
 class _MegatronLoader(importlib.machinery.SourceFileLoader):
+    rehearses = False
+
     def path_stats(self, path: str) -> Any:
         raise OSError  # neither read nor write .pyc: the cache would outlive the rewrite
 
     def source_to_code(self, data: Any, path: Any, **options: Any) -> CodeType:  # type: ignore[override]
         source = data.decode()
-        for pattern, replacement in REWRITES:
+        for pattern, replacement in _of_rehearsal() if self.rehearses else REWRITES:
             source = pattern.sub(replacement, source)
-        if self.name == _HOST_OPTIMIZER:
+        if self.name == _HOST_OPTIMIZER and not self.rehearses:
             for text, replacement in _HOST_OPTIMIZER_REWRITES.items():
                 source = source.replace(text, replacement)
         if "_cpu_null" in source:
@@ -99,8 +123,9 @@ class _MegatronFinder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def install() -> None:
-    """Rewrite all that is imported of `megatron.core` from here on; a second call does nothing.
+def install(*, rehearses: bool = False) -> None:
+    """Rewrite all that is imported of `megatron.core` from here on; a second call does nothing. `rehearses`: for
+    tensors without values, on a device that is not there.
 
     Raises: RuntimeError when megatron.core was imported before.
     """
@@ -110,6 +135,7 @@ def install() -> None:
         raise RuntimeError(
             "megatron.core was imported before device.prepare_megatron(); import megatron_rl.policy first"
         )
+    _MegatronLoader.rehearses = rehearses
     sys.meta_path.insert(0, _MegatronFinder())
     # found, it would give Megatron its Adam, which runs on GPUs alone
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from megatron_rl.plan.command import PlanCommand, plan
 from megatron_rl.preflight.run import preflight
 from megatron_rl.prepare.commands import app as data_app
 from megatron_rl.profiling.commands import app as profile_app
+from megatron_rl.rehearse.commands import rehearse
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +39,7 @@ app.add_typer(convert_app, name="convert")
 app.command()(shadow)
 app.add_typer(profile_app, name="profile")
 app.command()(preflight)
+app.command()(rehearse)
 app.command()(conform)
 app.add_typer(data_app, name="data")
 app.command(cls=PlanCommand)(plan)
@@ -93,16 +95,14 @@ def train(
         from rich.console import Console
 
         from megatron_rl.config.notes import run_notes
-        from megatron_rl.plan.check import plan_table
+        from megatron_rl.plan.check import check_table, plan_rows, preview_rows
 
         console = Console()
-        console.print(plan_table(resolved))
+        console.print(check_table(f"plan of {resolved.name}", plan_rows(resolved)))
         for note in run_notes(resolved):
             console.print(f"note: {note}", highlight=False)
         if resolved.data.type != "countdown":  # its prompts are no one's to get wrong
-            from megatron_rl.plan.preview import preview_table  # torch: seconds
-
-            console.print(preview_table(resolved))
+            console.print(check_table("what the policy is asked", preview_rows(resolved)))
         return
     sys.exit(run_training(resolved))
 

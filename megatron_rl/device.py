@@ -1,10 +1,10 @@
 """Every difference between cuda and cpu: device, backend, timers, memory; kernels/megatron_cpu.py lets Megatron-Core
 run on a CPU.
 
-The device is chosen once, at import: a visible GPU, unless MEGATRON_RL_DEVICE=cpu asks for the CPU. Other facts follow
-from it, each with a name of its own:
+The device is chosen once, at import: a visible GPU, unless MEGATRON_RL_DEVICE=cpu asks for the CPU, or =rehearsal:BYTES
+for a GPU of so much memory that is not there (rehearse/). Other facts follow from it, each with a name of its own:
 
-- `ON_GPU`: the kind of device, and nothing else.
+- `ON_GPU`: the kind of device, and nothing else; `REHEARSES`: it is not there, and tensors have no values.
 - `layers`: whose layers a model gets. Torch's rotate queries and keys themselves.
 - `has_transformer_engine`: whose Adam Megatron takes, and so what a checkpoint keeps of it.
 - `flash_attention`: who computes the attention of torch's layers.
@@ -29,14 +29,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.utils.deterministic
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing import reductions
 
 from megatron_rl.errors import UserError
 
 # before CUDA starts: Megatron overlaps tensor parallelism only where kernels start in the order of their calls
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-ON_GPU: bool = os.environ.get("MEGATRON_RL_DEVICE", "") != "cpu" and torch.cuda.is_available()
+_KIND, _, _REHEARSED_BYTES = os.environ.get("MEGATRON_RL_DEVICE", "").partition(":")
+REHEARSES: bool = _KIND == "rehearsal"
+ON_GPU: bool = REHEARSES or (_KIND != "cpu" and torch.cuda.is_available())
 BACKEND: str = "nccl" if ON_GPU else "gloo"
 _TILE_ROWS = 128
 _BUILD_ENGINE = "`make gpu` installs it, compiled against this torch;"
@@ -44,20 +46,26 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _LEAST_DRIVERS = {"12": 525, "13": 580}  # by CUDA's major release; source: its release notes
 _local_rank = 0
 # torch.compile of Megatron's fused pointwise functions needs a C++ compiler on a CPU and gains nothing there
-if not ON_GPU:
+if REHEARSES or not ON_GPU:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+def _has_cuda() -> bool:
+    return ON_GPU and not REHEARSES
 
 
 def device() -> torch.device:
     """Return where this process keeps its tensors."""
-    return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
+    if REHEARSES:
+        return torch.device("cpu", 0)  # torch tells it from "cpu", the host, in tensors without values
+    return torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else torch.device("cpu")
 
 
 def set_local_device(local_rank: int) -> None:
     """Bind the process to its GPU; on a CPU, to one thread unless OMP_NUM_THREADS says more (ranks share the cores)."""
     global _local_rank
     _local_rank = local_rank
-    if ON_GPU:
+    if _has_cuda():
         torch.cuda.set_device(local_rank)
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -65,19 +73,19 @@ def set_local_device(local_rank: int) -> None:
 
 def use_local_device() -> None:
     """Bind a new thread to the process's GPU, which CUDA keeps per thread."""
-    if ON_GPU:
+    if _has_cuda():
         torch.cuda.set_device(_local_rank)
 
 
 def synchronize() -> None:
     """Wait for the device, so that wall-clock phases mean what they say."""
-    if ON_GPU:
+    if _has_cuda():
         torch.cuda.synchronize()
 
 
 def local_gpus() -> int:
     """GPUs that this process sees."""
-    return torch.cuda.device_count() if ON_GPU else 0
+    return torch.cuda.device_count() if _has_cuda() else 0
 
 
 def gpu_memory() -> tuple[str, int, int]:
@@ -88,7 +96,7 @@ def gpu_memory() -> tuple[str, int, int]:
 def memory_bytes() -> int:
     """All memory that this rank may count on: its GPU's, or its share of the machine's among the ranks there."""
     if ON_GPU:
-        return gpu_memory()[2]
+        return int(_REHEARSED_BYTES) if REHEARSES else gpu_memory()[2]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -99,23 +107,25 @@ def host_memory(count: int) -> torch.Tensor:
     They are locked there until the process ends, and forked processes do not see them. (torch's pinned memory would be
     the next power of two.) Raises: CudaError when the system does not let a process lock so much.
     """
+    if REHEARSES:
+        return torch.empty(count, dtype=torch.uint8)
     pages = mmap.mmap(-1, count)
     pages.madvise(mmap.MADV_DONTFORK)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
-    if ON_GPU:
+    if _has_cuda():
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), count, 0))
     return memory
 
 
 def give_back_memory() -> None:
     """Let other processes have the device memory that torch keeps for its next tensors."""
-    if ON_GPU:
+    if _has_cuda():
         torch.cuda.empty_cache()
 
 
 def gpu_versions() -> dict[str, str]:
     """Versions of the driver and of the libraries under torch; empty on a CPU."""
-    if not ON_GPU:
+    if not _has_cuda():
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return {"driver": _driver(), "CUDA": str(torch.version.cuda), "NCCL": nccl}
@@ -148,7 +158,7 @@ NCCL_VERSION_CODE = "import torch; print('.'.join(map(str, torch.cuda.nccl.versi
 
 def peak_memory_bytes() -> int:
     """Peak device memory allocated by torch, or peak resident memory of the process on a CPU."""
-    if ON_GPU:
+    if _has_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -159,7 +169,7 @@ def peak_memory_bytes() -> int:
 def mark() -> Any:
     """A moment of device time, for `seconds_between`: an event on the current stream, or on a CPU the seconds of
     processor time that all threads of the process have used."""
-    if not ON_GPU:
+    if not _has_cuda():
         return time.process_time()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
@@ -169,12 +179,12 @@ def mark() -> Any:
 def seconds_between(start: Any, end: Any) -> float:
     """Device seconds between two marks that the device has passed (`synchronize` after the second): on a GPU gaps
     count, on a CPU several threads count several times and waiting does not."""
-    return start.elapsed_time(end) / 1e3 if ON_GPU else end - start
+    return start.elapsed_time(end) / 1e3 if _has_cuda() else end - start
 
 
 def reset_peak() -> None:
     """Begin a new measurement of `peak_since_reset`; `peak_memory_bytes` begins anew as well."""
-    if ON_GPU:
+    if _has_cuda():
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
         with open("/proc/self/clear_refs", "w") as file:
@@ -183,7 +193,7 @@ def reset_peak() -> None:
 
 def peak_since_reset() -> int:
     """Bytes: most device memory that torch had allocated, or most resident memory of the process on a CPU."""
-    if ON_GPU or sys.platform != "linux":
+    if _has_cuda() or sys.platform != "linux":
         return peak_memory_bytes()
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith("VmHWM:"))
@@ -192,31 +202,31 @@ def peak_since_reset() -> int:
 
 def push_range(name: str) -> None:
     """Open an NVTX range, which nsys shows; nothing on a CPU."""
-    if ON_GPU:
+    if _has_cuda():
         torch.cuda.nvtx.range_push(name)
 
 
 def pop_range() -> None:
     """Close the innermost range."""
-    if ON_GPU:
+    if _has_cuda():
         torch.cuda.nvtx.range_pop()
 
 
 def profiler_activities() -> list[torch.profiler.ProfilerActivity]:
     """Return what torch's profiler shall record."""
     activities = torch.profiler.ProfilerActivity
-    return [activities.CPU, activities.CUDA] if ON_GPU else [activities.CPU]
+    return [activities.CPU, activities.CUDA] if _has_cuda() else [activities.CPU]
 
 
 def record_memory_history() -> None:
     """Let torch remember where device memory is allocated, for `save_memory_snapshot`; nothing on a CPU."""
-    if ON_GPU:
+    if _has_cuda():
         torch.cuda.memory._record_memory_history(max_entries=100_000)
 
 
 def save_memory_snapshot(path: Path) -> None:
     """Write what pytorch.org/memory_viz reads, and stop remembering; nothing on a CPU."""
-    if ON_GPU:
+    if _has_cuda():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
         torch.cuda.memory._record_memory_history(enabled=None)
@@ -224,7 +234,7 @@ def save_memory_snapshot(path: Path) -> None:
 
 def name() -> str:
     """Return the device's name."""
-    return torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads a process"
+    return torch.cuda.get_device_name() if _has_cuda() else f"CPU, {torch.get_num_threads()} threads a process"
 
 
 def visible_devices(indices: Sequence[int]) -> dict[str, str]:
@@ -260,26 +270,21 @@ def portable_handle(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
 def collect_shared(*, give_back: bool = False) -> None:
     """Take back device memory that other processes have read: torch would wait until there is none. `give_back`: to
     the device, with all that torch holds without use."""
-    if ON_GPU:
+    if _has_cuda():
         torch.cuda.ipc_collect()
         if give_back:
             torch.cuda.empty_cache()
 
 
-def cpu_cores() -> list[int]:
-    """The cores that this process may use."""
-    return sorted(os.sched_getaffinity(0))
-
-
 def vocab_kernels(logits: torch.Tensor) -> ModuleType:
-    """Return who computes vocabulary statistics of these logits: Triton's kernels on a GPU, their torch twins on a CPU.
+    """Return who computes statistics of these logits: Triton's kernels on a GPU, on a CPU torch's, or stand-ins.
 
     Raises: UserError on a GPU without Triton, which torch's builds for GPUs bring along.
     """
     if not logits.is_cuda:
-        from megatron_rl.kernels import vocab_torch
+        from megatron_rl.kernels import standins, vocab_torch
 
-        return vocab_torch
+        return standins if isinstance(logits, FakeTensor) else vocab_torch
     try:
         from megatron_rl.kernels import vocab_triton
     except ModuleNotFoundError as error:
@@ -318,7 +323,7 @@ def fast_linear_layers(model: torch.nn.Module) -> None:
 
 def float32_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return `x @ weight.T` of bfloat16 `[T, K]`, `[N, K]`, its sums in float32, into `out` where it is given."""
-    if x.is_cuda:  # an operator that torch has for CUDA alone, since 2.8
+    if x.is_cuda or REHEARSES:  # an operator that torch has for CUDA alone, since 2.8
         return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
     from megatron_rl.kernels import linear_cpu
 
@@ -329,15 +334,18 @@ def float32_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | N
 
 def has_transformer_engine() -> bool:
     """Return whether Transformer Engine can run here. Megatron then takes its Adam, whichever layers the model has."""
-    return ON_GPU and importlib.util.find_spec("transformer_engine") is not None
+    return _has_cuda() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def layers(asked: str) -> str:
-    """Return whose layers a model gets, transformer_engine or torch. `asked`: model.layers.
+    """Return whose layers a model gets, transformer_engine or torch; a rehearsal has torch's alone. `asked`:
+    model.layers.
 
     Raises: UserError where Transformer Engine is asked for and cannot run.
     """
     able = has_transformer_engine()
+    if REHEARSES:
+        return "torch"
     if asked == "transformer_engine" and not able:
         lack = f"is not installed; {_BUILD_ENGINE}" if ON_GPU else "runs on GPUs alone, and this process has none;"
         raise UserError(f"model.layers=transformer_engine: Transformer Engine {lack} or set model.layers=torch")
@@ -348,7 +356,8 @@ def layers(asked: str) -> str:
 def flash_attention(dtype: torch.dtype) -> Callable[..., torch.Tensor] | None:
     """Return torch's own attention over packed sequences, `varlen_attn`; None where it does not run: on a CPU, on a GPU
     older than Ampere, in float32, in a torch whose own takes no grouped queries."""
-    if not ON_GPU or dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability() < (8, 0):
+    is_old = _has_cuda() and torch.cuda.get_device_capability() < (8, 0)
+    if not ON_GPU or is_old or dtype not in (torch.bfloat16, torch.float16):
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -356,14 +365,6 @@ def flash_attention(dtype: torch.dtype) -> Callable[..., torch.Tensor] | None:
         return None
     attention: Callable[..., Any] = varlen_attn
     return attention if "enable_gqa" in inspect.signature(attention).parameters else None
-
-
-def forbid_nondeterminism() -> None:
-    """Let torch take, on a GPU, no kernel whose sums depend on the order of threads. What CUDA's libraries read from
-    their environment is in config/environment.py."""
-    if ON_GPU:
-        torch.use_deterministic_algorithms(True)  # alone it also fills every new buffer
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def transformer_config_options(layers: str) -> dict[str, Any]:
@@ -393,7 +394,7 @@ def prepare_megatron() -> None:
                 f"Transformer Engine is installed and cannot be imported: {type(error).__name__}: {error}\n"
                 f"It must be compiled against the torch beside it: {_BUILD_ENGINE} or uninstall it"
             ) from error
-    if not ON_GPU:
+    if not _has_cuda():
         from megatron_rl.kernels import megatron_cpu
 
-        megatron_cpu.install()
+        megatron_cpu.install(rehearses=REHEARSES)

@@ -31,6 +31,11 @@ _PR_SET_PDEATHSIG = 1
 _stop_signals: list[int] = []
 
 
+def cpu_cores() -> list[int]:
+    """Return the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
 def say(
     text: str, *, error: bool = False, every_rank: bool = False, write: Callable[[str], None] | None = None
 ) -> None:

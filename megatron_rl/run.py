@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from megatron_rl import device, launch
 from megatron_rl.algorithms.control import LossController
@@ -121,14 +122,22 @@ def build_policy(
 ) -> tuple[MegatronPolicy, Config]:
     """Return the policy, and the config for its servers, for the rank with the least memory. A collective."""
     if config.train.deterministic:
-        device.forbid_nondeterminism()
+        forbid_nondeterminism()
     shape, hardware = shape_of(raw_hf_config), hardware_of(groups.all_ranks)
     fuses = fuses_output_layer(config, shape, layout_of(config), hardware)
     policy = MegatronPolicy(raw_hf_config, config, groups, total_updates=total_updates, fuse_output_layer=fuses)
     return policy, with_cache_tokens(config, shape, hardware)
 
 
+def forbid_nondeterminism() -> None:
+    """Let torch take, on a GPU, no kernel whose sums depend on the order of threads. What CUDA's libraries read from
+    their environment is in config/environment.py."""
+    if device.ON_GPU:
+        torch.use_deterministic_algorithms(True)  # alone it also fills every new buffer
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def hardware_of(world: Reducer) -> Hardware:
     """Return the device of the rank with the least memory, for the planner's answers: the same on every rank."""
     least = -world.max(torch.tensor([-device.memory_bytes()], device=device.device()))
-    return with_memory(float(least), on_gpu=device.ON_GPU)
+    return with_memory(float(least), on_gpu=device.ON_GPU, has_engine=device.has_transformer_engine())

@@ -1,5 +1,5 @@
 """Measures the peak resident memory of a rank for the shapes below, against the planner's prediction, and with --write
-makes megatron_rl/plan/data/measured_memory.csv anew: python scripts/measure_memory.py [--only NAME] [--write]."""
+makes scripts/calibration/measured_memory.csv anew: python scripts/measure_memory.py [--only NAME] [--write]."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from calibration.measured import COLUMNS, DATA, predicted_bytes
+
 from megatron_rl.config import load_config
 from megatron_rl.models.hardware import HARDWARE
-from megatron_rl.plan.measured import COLUMNS, predicted_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
@@ -87,7 +88,7 @@ def main() -> None:
         print(f"{name:18} {peak / 2**20:9.0f} {predicted / 2**20:9.0f} {predicted / peak - 1:+7.1%}", flush=True)
         rows.append({"name": name, "use": use, "overrides": json.dumps(overrides), "peak_bytes": str(peak)})
     if options.write:
-        with open(ROOT / "megatron_rl/plan/data/measured_memory.csv", "w", newline="") as file:
+        with open(DATA, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

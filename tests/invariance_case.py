@@ -313,7 +313,7 @@ def held_by(rollouts: list[Rollout], rank: int, world_size: int) -> list[Rollout
 def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
     """Put other neighbours into the step's micro-batches where the case asks for it, and record what passes by."""
     from megatron_rl import train
-    from megatron_rl.packing import balance
+    from megatron_rl.algorithms import balance
 
     real_mark, real_update = train.mark_tokens, run.policy.update
 

@@ -16,14 +16,14 @@ import yaml
 
 from megatron_rl import cli
 from megatron_rl.config import load_config, parse_config
-from megatron_rl.plan.check import batch_plan, plan_rows
+from megatron_rl.plan.check import plan_rows
 from megatron_rl.plan.shapes import count_parameters
 from tests.config.test_config import BASE, raw
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def megatron_rl(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def megatron_rl(*arguments: str, cwd: Path, seconds: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -35,7 +35,7 @@ def megatron_rl(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedP
         env={**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
     )
 
 
@@ -49,7 +49,7 @@ def config_path(tmp_path: Path) -> Path:
 def test_check_prints_the_plan_and_starts_nothing(config_path: Path, tmp_path: Path) -> None:
     result = megatron_rl("train", str(config_path), "parallel.world_size=4", "--check", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "4 (tp 2 x pp 1 x dp 2, distributed optimizer)" in result.stdout
+    assert "4 (tp 2, pp 1, dp 2, distributed optimizer)" in result.stdout
     assert "8 prompts x 4 samples = 32 sequences, at most 3,072 tokens" in result.stdout
     assert "kl_cov, token_mean" in result.stdout
     assert not (tmp_path / "runs").exists()
@@ -186,10 +186,10 @@ def test_a_home_folder_behind_an_options_equals_sign_is_expanded(
 
 def test_batch_arithmetic() -> None:
     """8 prompts x 4 samples, 4 prompts an update, dp 2: 16 sequences an update, 8 a rank; 5 of 96 tokens fit 512: 2."""
-    plan = batch_plan(parse_config(raw(parallel={"tp": 2, "world_size": 4})))
-    assert (plan.sequences_per_step, plan.sequences_per_update, plan.updates_per_step) == (32, 16, 2)
-    assert (plan.longest_sequence, plan.max_tokens_per_step) == (96, 3072)
-    assert (plan.sequences_per_rank, plan.max_micro_batches) == (8, 2)
+    rows = dict(plan_rows(parse_config(raw(parallel={"tp": 2, "world_size": 4}))))
+    assert rows["step"].endswith("= 32 sequences, at most 3,072 tokens") and rows["updates"].startswith("2 per step")
+    assert rows["update"].endswith("= 16 sequences; at most 8 on a data-parallel rank")
+    assert rows["micro-batches"].startswith("1 to about 2 per") and rows["micro-batches"].endswith("sequence 96)")
 
 
 MOE = {

@@ -21,6 +21,7 @@ from megatron_rl.config.environment import for_libraries
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.packing import Layout
 from megatron_rl.rollout.sampling import cumsum
+from megatron_rl.run import forbid_nondeterminism
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_sums_along_a_row_are_allowed_under_deterministic_algorithms(gpu: pytest
 
     gpu.setattr(torch.Tensor, "cumsum", noted)
     try:
-        device.forbid_nondeterminism()
+        forbid_nondeterminism()
         found = [cumsum(rows), cumsum(rows[:1])]
         assert torch.are_deterministic_algorithms_enabled()
     finally:

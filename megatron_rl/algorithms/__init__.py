@@ -1,1 +1,1 @@
-"""Pure mathematics on tensors: advantages, covariance, losses. Imports torch only."""
+"""Pure mathematics: of tensors (advantages, covariance, losses), and of lengths (balance). Imports torch only."""

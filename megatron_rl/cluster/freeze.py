@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
+from megatron_rl.rehearse.kept import carry_verdict
 
 # of an unversioned checkout: what a run needs
 _PARTS = ("megatron_rl", "kernels", "configs", "slurm", "scripts", "pyproject.toml")
@@ -60,6 +61,7 @@ def claim(config_path: Path, overrides: Sequence[str], job: Job, root: Path) -> 
         if not _take(config, job):
             raise ConfigError(f"{config.run_dir} belongs to another run; move it, or give this one another name")
     _freeze(config, overrides, job, root)
+    carry_verdict(config_path, config.run_dir / "config.yaml")
     return config.run_dir.resolve(), config.parallel.processes // job.nodes
 
 

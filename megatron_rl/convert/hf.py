@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from megatron_rl.convert.weights import open_weights
+from megatron_rl import device
+from megatron_rl.convert.weights import expected_shapes, open_weights
+from megatron_rl.models.mapping import model_rows
 
 Source = Callable[[str], Tensor]
 
 
 def random_source(hf: PretrainedConfig, seed: int) -> Source:
-    """Return freshly initialised float32 weights as transformers draws them: the same for every layout."""
+    """Return freshly initialised float32 weights as transformers draws them: the same for every layout. In a rehearsal
+    they have shapes alone."""
+    if device.REHEARSES:
+        shapes = {n: s for row in model_rows(hf) for n, s in zip(row.hf, expected_shapes(row, hf), strict=True)}
+        return lambda name: torch.empty(shapes[name])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).state_dict()

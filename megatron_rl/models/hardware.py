@@ -20,6 +20,7 @@ class Hardware:
     network: float  # to another node, bytes/s
     host_link: float  # to the host's memory, bytes/s
     gpus_per_node: int = 8
+    has_engine: bool = True  # Transformer Engine runs there, as far as one knows
 
 
 # Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM, and of the GB200 NVL72 rack, per GPU; one 200 or
@@ -44,9 +45,10 @@ def datasheet_flops(device_name: str, *, bfloat16: bool) -> tuple[float | None, 
     return None, f"no peak known for {device_name}"
 
 
-def with_memory(memory: float, *, on_gpu: bool) -> Hardware:
-    """Return a device of which nothing is known but its bytes: enough for plan/memory.py."""
-    return replace(HARDWARE["h100" if on_gpu else "cpu"], name="unknown", memory=memory)
+def with_memory(memory: float, *, on_gpu: bool, has_engine: bool = True) -> Hardware:
+    """Return a device of which little is known but its bytes: enough for plan/memory.py."""
+    known = HARDWARE["h100" if on_gpu else "cpu"]
+    return replace(known, name="unknown", memory=memory, has_engine=has_engine)
 
 
 # Driver context, cuBLAS and attention workspaces, NCCL's buffers, of one process on a GPU. Assumed: never measured
@@ -60,12 +62,16 @@ FILL = 0.92
 # parameters over gloo; measured by scripts/measure_memory.py (torch 2.13.0 CPU, Python 3.11, Linux).
 CPU_PROCESS_BYTES = 445 * 2**20
 # Peak RSS over the activations' bytes on a CPU: a C heap keeps what it freed, in pieces. Set by hand between what
-# the rows `wide` and `long` of plan/data/measured_memory.csv ask for (0.8 and 1.7), with the other rows
+# the rows `wide` and `long` of scripts/calibration/measured_memory.csv ask for (0.8 and 1.6), with the other rows
 # measured and seen before.
 CPU_HEAP = 1.4
 # The weight stream gathers buckets of this size (parallel/weights.py).
 GATHER_BYTES = 512 * 2**20
 # Logits that the fused statistics hold at once (parallel/fused_linear.py).
 CHUNK_LOGITS = 2**26
+# Logits' gradients that are rounded at once where they are float32 (the same).
+ROUNDED_LOGITS = 2**24
+# Micro-batches of which torch's layers keep tables (policy/torch_layers.py).
+PACKS_KEPT = 8
 # Entries that the embedded engine samples from at once, in float64 (rollout/sampling.py).
 SAMPLING_ENTRIES = 2**23

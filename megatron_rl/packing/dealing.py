@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_rl.packing.balance import Work, deal
+from megatron_rl.algorithms.balance import Work, deal
 from megatron_rl.packing.layout import Layout
 from megatron_rl.types import Rollout
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import token_weights
+from megatron_rl.algorithms.balance import Work
 from megatron_rl.models.expert_routes import place_routes
-from megatron_rl.packing.balance import Work
 from megatron_rl.types import Inputs, MicroBatch, Rollout
 
 if TYPE_CHECKING:

@@ -1,100 +1,60 @@
-"""The plan that `megatron-rl train --check` prints: processes, batches, updates, model size.
+"""What `megatron-rl train --check` prints: processes, batches, updates and model size; then what the policy is asked.
 
-Imports neither torch nor Megatron, so that it answers at once.
+The plan imports neither torch nor Megatron, so that it answers at once; the first prompt takes a few seconds.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from megatron_rl.config import AlgorithmConfig, Config, ModelConfig
 from megatron_rl.config.loss import LossBase
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.models.facts import read_hf_config
-from megatron_rl.plan.shapes import count_parameters
+from megatron_rl.models.facts import model_folder_fault, read_hf_config
+from megatron_rl.plan.shapes import count_parameters, layout_of
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """Counts of one RL step; per-rank numbers are of one data-parallel rank."""
-
-    sequences_per_step: int
-    sequences_per_update: int
-    updates_per_step: int
-    longest_sequence: int  # tokens, prompt and response
-    max_tokens_per_step: int  # when every sequence is of the longest length
-    sequences_per_rank: int  # of one update; the largest share of any rank
-    min_micro_batches: int  # of one update and rank, when all its sequences fit one micro-batch
-    max_micro_batches: int  # when every sequence is of the longest length
-
-
-def batch_plan(config: Config) -> BatchPlan:
-    """Return the batch arithmetic of one step."""
-    train, samples = config.train, config.rollout.samples_per_prompt
-    longest = config.max_sequence_tokens
-    per_update = train.prompts_per_minibatch * samples
-    per_rank = math.ceil(per_update / config.parallel.dp)
-    fit_longest = max(1, train.micro_batch_tokens // longest)
-    return BatchPlan(
-        sequences_per_step=train.prompts_per_step * samples,
-        sequences_per_update=per_update,
-        updates_per_step=config.minibatches_per_step,
-        longest_sequence=longest,
-        max_tokens_per_step=train.prompts_per_step * samples * longest,
-        sequences_per_rank=per_rank,
-        min_micro_batches=1,
-        max_micro_batches=math.ceil(per_rank / fit_longest),
-    )
-
-
-def plan_table(config: Config) -> Table:
-    """Return the plan as a table for the terminal."""
-    table = Table(title=f"plan of {config.name}", show_header=False, title_justify="left")
+def check_table(title: str, rows: list[tuple[str, str]]) -> Table:
+    """Return the rows as a table for the terminal."""
+    table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in plan_rows(config):
-        table.add_row(name, text)
+    for name, text in rows:
+        table.add_row(name, Text(text))
     return table
 
 
 def plan_rows(config: Config) -> list[tuple[str, str]]:
     """Return the rows of the plan, (what, value), in reading order."""
-    parallel, train, batch = config.parallel, config.train, batch_plan(config)
-    layout = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"
-    if parallel.vpp > 1:
-        layout += f", {parallel.vpp} model chunks a stage"
-    if parallel.cp > 1:
-        layout += f", sequences over {parallel.cp}"
-    if parallel.ep > 1:
-        layout += f", experts over {parallel.ep}"
-    if parallel.sp:
-        layout += ", sequence parallel"
-    if parallel.distributed_optimizer:
-        layout += ", distributed optimizer"
+    parallel, train, samples = config.parallel, config.train, config.rollout.samples_per_prompt
+    longest, sequences = config.max_sequence_tokens, train.prompts_per_step * samples  # tokens; of a step
+    per_rank = math.ceil(train.prompts_per_minibatch * samples / parallel.dp)
+    most_micro_batches = math.ceil(per_rank / max(1, train.micro_batch_tokens // longest))
     step = (
-        f"{train.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples = "
-        f"{batch.sequences_per_step} sequences, at most {batch.max_tokens_per_step:,} tokens"
+        f"{train.prompts_per_step} prompts x {samples} samples = {sequences} sequences, "
+        f"at most {sequences * longest:,} tokens"
     )
     update = (
-        f"{train.prompts_per_minibatch} prompts = {batch.sequences_per_update} sequences; "
-        f"at most {batch.sequences_per_rank} on a data-parallel rank"
+        f"{train.prompts_per_minibatch} prompts = {train.prompts_per_minibatch * samples} sequences; "
+        f"at most {per_rank} on a data-parallel rank"
     )
     micro = (
-        f"{batch.min_micro_batches} to about {batch.max_micro_batches} per update and rank, "
-        f"of at most {train.micro_batch_tokens:,} tokens (longest sequence {batch.longest_sequence:,})"
+        f"1 to about {most_micro_batches} per update and rank, "
+        f"of at most {train.micro_batch_tokens:,} tokens (longest sequence {longest:,})"
     )
-    total = train.num_steps * batch.updates_per_step
+    updates = config.minibatches_per_step
     return [
-        ("processes", f"{parallel.processes} ({layout})"),
+        ("processes", f"{parallel.processes} ({layout_of(config).text()})"),
         ("model", _model_text(config.model)),
         ("data", f"{config.data.type}, reward {config.reward.function}"),
         ("warm start", f"{config.warm_start.steps} supervised updates" if config.warm_start else "none"),
         ("step", step),
         ("update", update),
-        ("updates", f"{batch.updates_per_step} per step x {train.num_steps} steps = {total:,}"),
+        ("updates", f"{updates} per step x {train.num_steps} steps = {train.num_steps * updates:,}"),
         ("micro-batches", micro),
         ("rollout", _rollout_text(config.rollout)),
         ("advantage", _advantage_text(config.algorithm)),
@@ -145,3 +105,29 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f}{unit}"
     return str(count)
+
+
+def preview_rows(config: Config) -> list[tuple[str, str]]:
+    """Read all problems and return the first prompt, token by token as training encodes it, and what ends a response:
+    (what, value) in reading order. A recipe can be checked where its model is not: then the one row says so.
+
+    Raises: DataError when the tokenizer, its template or a problem cannot be used.
+    """
+    from megatron_rl.data import build_tokenizer, load_prompts, stop_token_ids  # transformers, and torch with it
+
+    data, path = config.data, config.model.path
+    if data.type == "jsonl" and data.tokenizer is None and path is not None and (fault := model_folder_fault(path)):
+        return [("prompt", f"not shown, and the data not read: model.path={fault}")]
+    tokenizer = build_tokenizer(config)
+    problems, stops = load_prompts(config, tokenizer), stop_token_ids(config, tokenizer)
+    first = problems.train[0]
+
+    def decode(token_ids: Any) -> str:
+        return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    return [
+        ("problems", f"{len(problems.train):,} for training, {len(problems.eval):,} held out"),
+        (f"prompt ({len(first.token_ids)} tokens)", decode(first.token_ids)),
+        ("answer", first.answer),
+        ("a response ends at", ", ".join(f"{decode([stop])} ({stop})" for stop in stops) or "its limit"),
+    ]

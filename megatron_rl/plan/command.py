@@ -12,19 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from megatron_rl.config import Config, ModelConfig, load_config
+from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
-from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
-from megatron_rl.plan.measured import COUNTDOWN_VOCAB
-from megatron_rl.plan.search import Proposal, plan_of, remedies, search
-from megatron_rl.plan.seconds import fitted_constants
-from megatron_rl.plan.shapes import shape_of, width_of
-from megatron_rl.plan.step import Load, StepPlan
-from megatron_rl.plan.transfer import sync_bytes
+from megatron_rl.plan.search import Proposal, rehearsed, remedies, search
+from megatron_rl.plan.seconds import stored_scores
+from megatron_rl.plan.step import Load, StepPlan, plan_step
 
-_SHOWN = 10  # layouts
-
+_SHOWN, _REHEARSED = 10, 3  # layouts
 
 # options of their own for what --assume takes
 _ASSUMED = {"--mean-prompt": "prompt", "--mean-response": "response", "--generation-batches": "batches"}
@@ -35,25 +30,25 @@ class PlanCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Spell the three options as --assume, then parse as ever."""
-        spelled: list[str] = []
-        rest = iter(args)
+        spelled, rest = list[str](), iter(args)
         for argument in rest:
             option, _, number = argument.partition("=")
-            if option in _ASSUMED:
-                spelled += ["--assume", f"{_ASSUMED[option]}={number or next(rest, '')}"]
-            else:
-                spelled.append(argument)
+            name = _ASSUMED.get(option)
+            spelled += [argument] if name is None else ["--assume", f"{name}={number or next(rest, '')}"]
         return super().parse_args(ctx, spelled)
 
 
 def plan(
-    config: Annotated[Path | None, typer.Argument(help="YAML file of the run", show_default=False)] = None,
+    config: Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c", show_default=False)] = None,
     gpu: Annotated[
         str, typer.Option(help=f"{', '.join(HARDWARE)}; cpu: memory alone, of this machine's runs")
     ] = "h100",
     nodes: Annotated[int | None, typer.Option(min=1, help="instead of the config's processes: full nodes")] = None,
     find: Annotated[bool, typer.Option("--search", help="rank the layouts that fit")] = False,
+    checked: Annotated[
+        bool, typer.Option("--rehearse", help="of --search: rehearse the best three, and drop what does not fit")
+    ] = False,
     assume: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,37 +58,30 @@ def plan(
             "--generation-batches",
         ),
     ] = None,
-    score: Annotated[
-        bool, typer.Option("--score", help="predict what was measured, print the errors and exit")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Predict a run's memory and seconds before it takes a GPU; with --search, find its layout."""
     console = Console()
-    if score:
-        _print_scores(console, as_json)
-        return
-    if config is None:
-        raise UserError("plan needs a config, for example: megatron-rl plan configs/quickstart.yaml --gpu cpu")
     if gpu not in HARDWARE:
         raise UserError(f"--gpu {gpu}: expected one of {', '.join(HARDWARE)}")
     hardware = HARDWARE[gpu]
     changes = [f"parallel.world_size={nodes * hardware.gpus_per_node}"] if nodes else []
     resolved = load_config(config, [*(overrides or []), *changes])
     load = _load(assume or [], resolved.data.max_prompt_tokens, resolved.rollout.max_response_tokens)
-    arguments = (resolved, hardware, fitted_constants(), load, COUNTDOWN_VOCAB)
-    step = plan_of(*arguments)
-    fixes = [] if step.memory.fits else remedies(*arguments)
+    step = plan_step(resolved, hardware, load)
+    fixes = [] if step.memory.fits else remedies(resolved, hardware, load)
     if find and not hardware.flops:
         raise UserError("--search ranks by predicted seconds, which --gpu cpu has none of; choose a GPU")
-    found = search(*arguments) if find else None
+    found = search(resolved, hardware, load) if find else None
+    if found and checked:
+        found[:_REHEARSED] = rehearsed(resolved, found[:_REHEARSED], gpu)
     if as_json:
         print(json.dumps(_as_dict(resolved.name, step, load, fixes, found), indent=2))
         return
     _print_plan(console, resolved, hardware, step, load)
     _print_fit(console, step, fixes)
     if found is not None:
-        _print_search(console, found)
+        print_search(console, found)
 
 
 def _load(assumed: list[str], prompt_limit: int, response_limit: int) -> Load:
@@ -113,11 +101,8 @@ def _load(assumed: list[str], prompt_limit: int, response_limit: int) -> Load:
 
 
 def _print_plan(console: Console, config: Config, hardware: Hardware, step: StepPlan, load: Load) -> None:
-    from megatron_rl.plan.score import stored_scores  # numpy
-
-    scores = stored_scores()
+    error = {kind: f"{score['median']:.0%}, worst {score['worst']:.0%}" for kind, score in stored_scores().items()}
     parts = list(dict.fromkeys(part for phase in step.memory.phases.values() for part in phase))
-    error = scores["memory" if hardware.flops else "cpu_memory"].text()
     console.print(f"{config.name}: memory of the fullest rank, GiB ({step.layout.text()})", style="italic")
     table = Table()
     table.add_column("part")
@@ -127,7 +112,7 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
         table.add_row(part, *(f"{p.get(part, 0.0) / GIB:.2f}" for p in step.memory.phases.values()))
     table.add_row("total", *(f"{step.memory.total(p) / GIB:.2f}" for p in step.memory.phases), style="bold")
     console.print(table)
-    console.print(f"error of such predictions: median {error}")
+    console.print(f"error of such predictions: median {error['memory' if hardware.flops else 'cpu_memory']}")
     if step.memory.cache_tokens is not None:
         console.print(f"key-value cache of a server: {step.memory.cache_tokens:,} tokens, which it is started with")
     if host := step.memory.host:
@@ -144,19 +129,14 @@ def _print_plan(console: Console, config: Config, hardware: Hardware, step: Step
     console.print(table)
     update = step.seconds["forward and backward"] + step.seconds["optimizer"]
     console.print(
-        f"error, held out: whole steps median {scores['step'].text()}; training median {scores['training'].text()}; "
-        f"old log-probabilities median {scores['forward'].text()}; sync, optimizer and reward not scored\n"
+        f"error, held out: whole steps median {error['step']}; training median {error['training']}; "
+        f"old log-probabilities median {error['forward']}; sync, optimizer and reward not scored\n"
         f"{step.tokens_per_gpu:,.0f} tokens/s/GPU over the step, MFU {step.mfu:.2f} over the "
-        f"{update:.0f} s of updates (causal attention counted once), {step.micro_batches} micro-batches an update, "
-        f"pipeline bubble {step.bubble:.2f} of the work, weight sync {_sync_text(config.model)}\n"
+        f"{update:.0f} s of updates (causal attention counted once), {step.micro_batches:.1f} micro-batches an update, "
+        f"pipeline bubble {step.bubble:.2f} of the work, weight sync {step.synced / GIB:.1f} GiB\n"
         f"assumed: mean prompt {load.prompt:g}, mean response {load.response:g} tokens, {load.batches:g} generation "
         f"batches a step on {hardware.name}; nothing was measured on a GPU of this project"
     )
-
-
-def _sync_text(model: ModelConfig) -> str:
-    shape = shape_of(read_hf_config(model), COUNTDOWN_VOCAB)
-    return f"{sync_bytes(shape, width_of(model)) / GIB:.1f} GiB"
 
 
 def _print_fit(console: Console, step: StepPlan, fixes: list[Proposal]) -> None:
@@ -178,10 +158,15 @@ def _print_fit(console: Console, step: StepPlan, fixes: list[Proposal]) -> None:
         console.print("no single change makes it fit; --search tries whole layouts, --nodes more of them")
 
 
-def _print_search(console: Console, found: list[Proposal]) -> None:
+def print_search(console: Console, found: list[Proposal]) -> None:
+    """Print the layouts in their order, but first those that their rehearsal has refused."""
     if not found:
         console.print("no layout fits; give more --nodes, a smaller train.micro_batch_tokens or a larger --gpu")
         return
+    refused = [proposal for proposal in found if proposal.rehearsal and not proposal.rehearsal["fits"]]
+    for proposal in refused:
+        console.print(f"dropped, does not fit: {_overrides_text(proposal)}", style="red")
+    found = [proposal for proposal in found if proposal not in refused]
     table = Table(title=f"{len(found)} layouts fit; the fastest {min(_SHOWN, len(found))}", title_justify="left")
     for name in ("seconds", "MFU", "bubble", "GiB"):
         table.add_column(name, justify="right")
@@ -189,32 +174,19 @@ def _print_search(console: Console, found: list[Proposal]) -> None:
     for proposal in found[:_SHOWN]:
         step = proposal.plan
         numbers = (f"{step.total:.0f}", f"{step.mfu:.2f}", f"{step.bubble:.2f}", f"{step.memory.peak / GIB:.0f}")
-        table.add_row(*numbers, " ".join(proposal.overrides))
+        table.add_row(*numbers, _overrides_text(proposal))
     console.print(table)
     console.print("seconds closer to each other than the error above are no ranking")
 
 
-def _print_scores(console: Console, as_json: bool) -> None:
-    from megatron_rl.plan.score import all_errors, summarise
-
-    errors = all_errors()
-    if as_json:
-        print(json.dumps({kind: asdict(summarise(*entry)) for kind, entry in errors.items()}, indent=2))
-        return
-    for what, how, rows in errors.values():
-        score = summarise(what, how, rows)
-        console.print(f"{what}: {score.rows} rows, median {score.median:.1%}, worst {score.worst:.1%} ({how})")
-        table = Table(show_header=False)
-        for name, error in rows:
-            table.add_row(name, f"{error:+.1%}")
-        console.print(table)
+def _overrides_text(proposal: Proposal) -> str:
+    text, seen = " ".join(proposal.overrides), proposal.rehearsal
+    return f"{text} (rehearsed: {seen['peak'] / GIB:.1f} GiB, {seen['where']})" if seen else text
 
 
 def _as_dict(
     name: str, step: StepPlan, load: Load, fixes: list[Proposal], found: list[Proposal] | None
 ) -> dict[str, Any]:
-    from megatron_rl.plan.score import stored_scores  # numpy
-
     answer = {
         "name": name,
         "layout": asdict(step.layout),
@@ -228,12 +200,14 @@ def _as_dict(
         "mfu": step.mfu,
         "bubble": step.bubble,
         "remedies": [fix.overrides for fix in fixes],
-        "errors": {kind: asdict(score) for kind, score in stored_scores().items()},
+        "errors": stored_scores(),
     }
     if step.seconds:
         answer |= {"step_seconds": step.total, "tokens_per_second_and_gpu": step.tokens_per_gpu}
     if found is not None:
         answer["search"] = [
-            {"overrides": p.overrides, "step_seconds": p.plan.total, "peak_bytes": p.plan.memory.peak} for p in found
+            {"overrides": p.overrides, "step_seconds": p.plan.total, "peak_bytes": p.plan.memory.peak}
+            | ({"rehearsal": p.rehearsal} if p.rehearsal else {})
+            for p in found
         ]
     return answer

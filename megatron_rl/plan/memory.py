@@ -12,7 +12,6 @@ from megatron_rl.config import Config
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.hardware import (
-    CHUNK_LOGITS,
     CPU_HEAP,
     CPU_PROCESS_BYTES,
     FILL,
@@ -22,6 +21,7 @@ from megatron_rl.models.hardware import (
     SAMPLING_ENTRIES,
     Hardware,
 )
+from megatron_rl.plan.activations import Parts, Passes, gather_buffer, pass_parts
 from megatron_rl.plan.shapes import (
     ModelShape,
     RankParameters,
@@ -31,96 +31,6 @@ from megatron_rl.plan.shapes import (
     rank_parameters,
     width_of,
 )
-
-Parts = dict[str, float]  # part -> bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """What the trainer runs: `tokens` of one micro-batch, and micro-batches of one update on a rank."""
-
-    tokens: int
-    micro_batches: int
-    element_bytes: int  # of weights and activations: 2 or 4
-    float32_logits: bool = False  # of 2-byte elements: the output layer gives 4 bytes
-    fused: bool = True  # Transformer Engine's layers; False: Megatron's local ones on a CPU
-
-
-def layer_activations(shape: ModelShape, layout: Spread, passes: Passes) -> float:
-    """Return the bytes that one layer keeps of one micro-batch for its backward pass, on a rank.
-
-    Per token, in elements: the inputs of two norms and their outputs (4 h, split by tp under sequence parallelism),
-    then, split by tp, queries, keys, values and the attention's output, and the MLP's two projections and their product
-    (3 f); flash attention keeps one float32 per head instead of the scores. Norms of queries and keys keep their
-    inputs. Without Transformer Engine the norms keep their scaled input as well (6 h), attention works on a padded copy
-    and the gate's SiLU is a tensor of its own (4 f).
-    Source: the method of Korthikanti et al., arXiv 2205.05198, section 4, counted anew for RMSNorm, grouped queries,
-    gated MLPs and attention without stored scores (Dao, arXiv 2307.08691).
-    """
-    hidden, attention = shape.hidden, shape.heads * shape.head_dim
-    norms = 4 * hidden if passes.fused else 6 * hidden
-    inner = shape.qkv_width + (1 if passes.fused else 2) * attention
-    inner += shape.qk_norm * (shape.heads + shape.groups) * shape.head_dim
-    scores = 4.0 * shape.heads if layout.recompute == "none" else 0.0  # selective recomputes the core attention
-    mlp: float = (shape.mlp_matrices if passes.fused else shape.mlp_matrices + 1) * shape.ffn
-    if shape.moe_layers:
-        mlp = shape.experts_per_token * (3 * shape.expert_ffn + 2 * hidden / (layout.tp // layout.expert_tp))
-    elements = norms / (layout.tp if layout.sp else 1) + (inner + mlp) / layout.tp
-    tokens = passes.tokens / layout.cp
-    return tokens * (elements * passes.element_bytes + scores / layout.tp)
-
-
-def layer_input(shape: ModelShape, layout: Spread, passes: Passes) -> float:
-    """Return the bytes of one layer's input, all that full recomputation keeps. Source: arXiv 2205.05198, section 5."""
-    return passes.tokens / layout.cp * shape.hidden * passes.element_bytes / (layout.tp if layout.sp else 1)
-
-
-def working_set(shape: ModelShape, layout: Spread, passes: Passes) -> float:
-    """Return the bytes of temporaries inside one layer: a forward's MLP, or the gradients of a backward's."""
-    ffn = max(shape.ffn, shape.experts_per_token * shape.expert_ffn)
-    return passes.tokens / layout.cp * passes.element_bytes * (shape.mlp_matrices * ffn / layout.tp + 2 * shape.hidden)
-
-
-def in_flight(layout: Spread, micro_batches: int, stage: int) -> float:
-    """Return the number of micro-batches whose activations a stage keeps at the peak of 1F1B, in units of all its
-    layers.
-
-    Source: arXiv 2104.04473, section 2.2; the interleaved schedule keeps (1 + (p - 1) / (p v)) times more on the first
-    stage (arXiv 2205.05198, section 4.2.3).
-    """
-    depth = layout.pp - stage
-    if layout.vpp > 1:
-        return min(depth * (1 + (layout.pp - 1) / (layout.pp * layout.vpp)), micro_batches)
-    return min(depth, micro_batches)
-
-
-def training_activations(shape: ModelShape, layout: Spread, passes: Passes, stage: int) -> float:
-    """Return the peak bytes of saved activations and temporaries on a stage, without the logits."""
-    layers = shape.layers * layout.share(stage) * in_flight(layout, passes.micro_batches, stage)
-    whole = layer_activations(shape, layout, passes)
-    if layout.recompute == "full":
-        kept = layers * layer_input(shape, layout, passes) + whole
-    else:
-        kept = layers * whole
-    return kept + working_set(shape, layout, passes)
-
-
-def logits_bytes(shape: ModelShape, layout: Spread, passes: Passes) -> float:
-    """Return the bytes of one `[T, V / tp]`: statistics and gradient are computed in place (parallel/vocab.py)."""
-    width = 4 if passes.float32_logits else passes.element_bytes
-    return passes.tokens / layout.cp * shape.vocab / layout.tp * width
-
-
-def _logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
-    return {"logits": logits_bytes(shape, layout, passes)}
-
-
-def _fused_logits(shape: ModelShape, layout: Spread, passes: Passes) -> Parts:
-    """Return the bytes of a chunk of logits, of its gradient's rounded copy if it is float32 in a model of 2 bytes, and
-    of the weight's gradient, which is summed over chunks in float32."""
-    part = min(1.0, CHUNK_LOGITS * layout.tp * layout.cp / passes.tokens / shape.vocab)
-    chunk = logits_bytes(shape, layout, passes) * part * (1.5 if passes.float32_logits else 1.0)
-    return {"fused logits": chunk + 4.0 * shape.vocab / layout.tp * shape.hidden}
 
 
 def state_parts(held: RankParameters, layout: Spread, element_bytes: int) -> Parts:
@@ -136,11 +46,6 @@ def state_parts(held: RankParameters, layout: Spread, element_bytes: int) -> Par
         "gradients": 4.0 * held.total,
         "optimizer": adam * (held.dense / layout.shards + held.experts / layout.expert_shards),
     }
-
-
-def largest_weight(shape: ModelShape, layout: Spread) -> float:
-    """Return the parameters of a rank's largest weight: the embedding, or an MLP's first matrices."""
-    return shape.hidden * max(shape.vocab, (shape.mlp_matrices - 1) * shape.ffn) / layout.tp
 
 
 def host_parts(config: Config, shape: ModelShape, layout: Spread, width: int, ranks: int) -> Parts:
@@ -163,35 +68,25 @@ def host_parts(config: Config, shape: ModelShape, layout: Spread, width: int, ra
 def stages(shape: ModelShape, layout: Spread, vocab_multiple: int) -> dict[int, RankParameters]:
     """Return the stages that can be the fullest: the first, which keeps most activations, and the last, with the
     logits; of unequal ones any."""
-    last = layout.pp - 1
-
-    def held(stage: int) -> RankParameters:
-        ends = {"first": stage == 0, "last": stage == last}
-        return rank_parameters(shape, layout, **ends, vocab_multiple=vocab_multiple, share=layout.share(stage))
-
-    return {stage: held(stage) for stage in (range(layout.pp) if layout.stage_layers else {0, last})}
+    numbers = range(layout.pp) if layout.stage_layers else {0, layout.pp - 1}
+    return {stage: rank_parameters(shape, layout, stage, vocab_multiple=vocab_multiple) for stage in numbers}
 
 
-def trainer_phases(
-    shape: ModelShape, layout: Spread, passes: Passes, vocab_multiple: int, *, fuses: bool = False
-) -> dict[str, Parts]:
-    """Return the trainer's parts in each phase, on the stage that is fullest in training. Generation lists what stays.
-    `fuses`: logits exist in chunks alone."""
-    candidates = []
+def trainer_phases(shape: ModelShape, layout: Spread, passes: Passes, vocab_multiple: int) -> dict[str, Parts]:
+    """Return the trainer's parts in each phase, on the stage that is fullest in it. Generation lists what stays."""
+    by_stage: list[dict[str, Parts]] = []
+    largest = shape.hidden * max(shape.vocab, (shape.mlp_matrices - 1) * shape.ffn) / layout.tp  # weight of a rank
     for stage, held in stages(shape, layout, vocab_multiple).items():
         state = state_parts(held, layout, passes.element_bytes)
-        logits = (_fused_logits if fuses else _logits)(shape, layout, passes) if stage == layout.pp - 1 else {}
-        train = state | {"activations": training_activations(shape, layout, passes, stage)} | logits
-        forward = layer_input(shape, layout, passes) + working_set(shape, layout, passes)
-        phases = {
-            "generation": dict(state),
-            "weight sync": dict(state),
-            "old logprobs": state | {"activations": forward} | logits,
-            "training": train,
-            "checkpoint": state | {"gradients": 0.0, "border weight": 4.0 * largest_weight(shape, layout)},
-        }
-        candidates.append((sum(train.values()), phases))
-    return max(candidates, key=lambda candidate: candidate[0])[1]
+        if buffer := gather_buffer(shape, layout, passes, stage):
+            state["gather buffer"] = buffer
+        save = state | {"gradients": 0.0, "border weight": 4.0 * largest}
+        passing = {name: state | parts for name, parts in pass_parts(shape, layout, passes, stage).items()}
+        by_stage.append({"generation": state, "weight sync": state, **passing, "checkpoint": save})
+    return {
+        name: max((phases[name] for phases in by_stage), key=lambda parts: sum(parts.values())).copy()
+        for name in by_stage[0]
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +119,7 @@ def fuses_output_layer(config: Config, shape: ModelShape, layout: Spread, hardwa
     """Return whether the statistics compute the logits themselves, in chunks (model.fused_linear_stats): with `auto`,
     where a phase that holds the logits would not fit. They cost a product more, so not where all fits."""
     mode = config.model.fused_linear_stats
-    apart = _memory_of(config, shape, layout, hardware, fuses=False)
+    apart = _memory_of(config, shape, layout, hardware, chunked=False)
     crowded = any("logits" in parts and apart.total(phase) > apart.room for phase, parts in apart.phases.items())
     return mode == "on" or (mode == "auto" and crowded)
 
@@ -235,10 +130,10 @@ def memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardw
     Micro-batches count as full and responses as long as they may be. On a CPU the peak resident memory is predicted:
     the heap keeps what one phase freed while the next one fills other memory, so that there the phases add up.
     """
-    return _memory_of(config, shape, layout, hardware, fuses=fuses_output_layer(config, shape, layout, hardware))
+    return _memory_of(config, shape, layout, hardware, chunked=fuses_output_layer(config, shape, layout, hardware))
 
 
-def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, *, fuses: bool) -> Memory:
+def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, *, chunked: bool) -> Memory:
     on_gpu = hardware.flops > 0
     width = width_of(config.model)
     passes = Passes(
@@ -246,9 +141,11 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
         micro_batches=update_micro_batches(config, layout),
         element_bytes=width,
         float32_logits=config.float32_logits,
-        fused=on_gpu,
+        chunked=chunked,
+        on_gpu=on_gpu,
+        engine=on_gpu and hardware.has_engine and config.model.layers != "torch",
     )
-    phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1, fuses=fuses)
+    phases = trainer_phases(shape, layout, passes, 128 if on_gpu else 1)
     if config.optimizer.cpu_offload:
         for parts in phases.values():  # a GPU keeps the float32 weights; the host adds copies of them and the gradients
             parts["optimizer"] *= 4 / 12 if on_gpu else 20 / 12
@@ -259,7 +156,8 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
     if config.rollout.is_embedded:
         _add_replica(config, shape, layout, phases, width)
     elif (tokens := cache_tokens(config, shape, hardware)) is not None:
-        faults = _add_servers(config, shape, phases, width, tokens)
+        _add_servers(config, shape, phases, width, tokens)
+        faults = () if tokens >= config.max_sequence_tokens else (_small_cache(config, tokens),)
     phases["weight sync"]["buckets"] = _gathered(config.rollout, shape, layout, width, on_gpu)
     if not on_gpu:
         del phases["checkpoint"]  # a copy of a rank's share, when activations are gone
@@ -298,7 +196,7 @@ def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Spread, width: 
     bucket = min(GATHER_BYTES, stage)
     embedding = min(stage, width * shape.vocab * shape.hidden)
     largest = embedding if embedding <= GATHER_BYTES else min(bucket, 2 * width * shape.ffn * shape.hidden)
-    gathered = max(bucket * (1 + 1 / layout.tp + own_copy) + largest, embedding * (1 + own_copy))
+    gathered = max(bucket * (1 + 1 / layout.tp + own_copy), bucket + largest, embedding * (1 + own_copy))
     if rollout.is_embedded:
         return gathered
     bucket = min(rollout.weight_sync.bucket_mib * 2**20, width * parameters(shape))
@@ -347,12 +245,10 @@ def _server_bytes(config: Config, shape: ModelShape) -> tuple[float, float]:
     return width * parameters(shape) / tp, kv_bytes_per_token(shape, width) / min(tp, shape.groups)
 
 
-def _add_servers(
-    config: Config, shape: ModelShape, phases: dict[str, Parts], width: int, tokens: int
-) -> tuple[str, ...]:
-    """Add servers on the trainer's GPUs, with a cache of `tokens`, and return what is wrong with them: weights and
-    cache, released in training when they share the memory, and a process of their own. Then gradients are freed, and in
-    bfloat16 the optimizer's state is on the host, during generation (MegatronPolicy.offload)."""
+def _add_servers(config: Config, shape: ModelShape, phases: dict[str, Parts], width: int, tokens: int) -> None:
+    """Add servers on the trainer's GPUs, with a cache of `tokens`: weights and cache, released in training when they
+    share the memory, and a process of their own. Then gradients are freed, and in bfloat16 the optimizer's state is on
+    the host, during generation (MegatronPolicy.offload)."""
     server = config.rollout.server
     weights, token = _server_bytes(config, shape)
     awake = {"engine weights": weights, "KV cache": tokens * token, "engine process": GPU_PROCESS_BYTES}
@@ -363,7 +259,6 @@ def _add_servers(
         if generating and server.share_memory:
             parts["gradients"] = 0.0
             parts["optimizer"] = 0.0 if width == 2 else parts["optimizer"]
-    return () if tokens >= config.max_sequence_tokens else (_small_cache(config, tokens),)
 
 
 def _small_cache(config: Config, tokens: int) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from megatron_rl.config import Config, parse_config
-from megatron_rl.errors import ConfigError
+from megatron_rl.config import Config, dump_config, parse_config
+from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.models.facts import is_moe, num_experts, read_hf_config
 from megatron_rl.models.hardware import Hardware
-from megatron_rl.plan.seconds import Constants
-from megatron_rl.plan.shapes import layout_of, shape_of
 from megatron_rl.plan.step import Load, StepPlan, plan_step
 
 Changes = dict[str, Any]  # dotted option -> value
@@ -24,6 +27,7 @@ class Proposal:
 
     changes: Changes
     plan: StepPlan
+    rehearsal: dict[str, Any] | None = None  # fits, peak (bytes), where; None: not rehearsed
 
     @property
     def overrides(self) -> list[str]:
@@ -45,26 +49,23 @@ def changed(config: Config, changes: Changes) -> Config:
     return parse_config(raw)
 
 
-def plan_of(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> StepPlan:
-    """Return the plan of the config as it stands; `vocab` where the model's config does not say."""
-    return plan_step(
-        config, shape_of(read_hf_config(config.model), vocab), layout_of(config), hardware, constants, load
-    )
-
-
-def search(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> list[Proposal]:
+def search(config: Config, hardware: Hardware, load: Load) -> list[Proposal]:
     """Return the valid layouts of the config's processes that fit, fastest first. Batch, model and engine stay as they
     are, but for the engines' tensor parallelism."""
-    found = []
-    for changes in _candidates(config, hardware):
+    return _fitting(config, _candidates(config, hardware), hardware, load)
+
+
+def _fitting(config: Config, candidates: Iterable[Changes], hardware: Hardware, load: Load) -> list[Proposal]:
+    """Return those of the changes that are valid and fit, the fastest first."""
+    proposals = []
+    for changes in candidates:
         try:
-            candidate = changed(config, changes)
+            candidate = changed(config, changes | {"parallel.world_size": config.parallel.processes})
         except ConfigError:
             continue
-        plan = plan_of(candidate, hardware, constants, load, vocab)
-        if plan.memory.fits:
-            found.append(Proposal(changes, plan))
-    return sorted(found, key=lambda proposal: (proposal.plan.total, proposal.plan.memory.peak))
+        if (plan := plan_step(candidate, hardware, load)).memory.fits:
+            proposals.append(Proposal(changes, plan))
+    return sorted(proposals, key=lambda proposal: (proposal.plan.total, proposal.plan.memory.peak))
 
 
 _CHUNKS = (1, 2, 4)  # model chunks of a stage: more save little of the bubble, and each sends more activations
@@ -98,7 +99,25 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
         yield from (changes | {"parallel.vpp": vpp} for vpp in _CHUNKS if vpp == 1 or (pp > 1 and chunks % vpp == 0))
 
 
-def remedies(config: Config, hardware: Hardware, constants: Constants, load: Load, vocab: int) -> list[Proposal]:
+def rehearsed(config: Config, proposals: list[Proposal], gpu: str) -> list[Proposal]:
+    """Return the proposals with the verdicts of their rehearsals. Each takes a process of its own, which chooses its
+    device before torch comes, and about a minute. Raises: UserError when one cannot run."""
+    answers = []
+    for proposal in proposals:
+        with tempfile.TemporaryDirectory() as folder:
+            path, answer = Path(folder) / "config.yaml", Path(folder) / "rehearsal.json"
+            path.write_text(dump_config(changed(config, proposal.changes)))
+            options = ["--ranks", "all-kinds", "--gpu", gpu, "--output", folder]
+            command = [sys.executable, "-m", "megatron_rl", "rehearse", str(path), *options]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if not answer.is_file():
+                raise UserError(f"rehearsal of {' '.join(proposal.overrides)}: {done.stderr or done.stdout}")
+            verdict = json.loads(answer.read_text())
+        answers.append(replace(proposal, rehearsal={name: verdict[name] for name in ("fits", "peak", "where")}))
+    return answers
+
+
+def remedies(config: Config, hardware: Hardware, load: Load) -> list[Proposal]:
     """Return single changes after which the config fits, the fastest first."""
     parallel, server, longest = config.parallel, config.rollout.server, config.max_sequence_tokens
     singles: list[Changes] = [
@@ -120,18 +139,7 @@ def remedies(config: Config, hardware: Hardware, constants: Constants, load: Loa
             {"rollout.server.tp": 2 * server.tp},
             *({"rollout.server.memory_fraction": round(share / 10, 1)} for share in range(1, 10)),
         ]
-    found = []
-    for changes in singles:
-        try:
-            candidate = changed(config, changes | {"parallel.world_size": parallel.processes})
-        except ConfigError:
-            continue
-        if candidate == config:
-            continue
-        plan = plan_of(candidate, hardware, constants, load, vocab)
-        if plan.memory.fits:
-            found.append(Proposal(changes, plan))
-    return sorted(found, key=lambda proposal: proposal.plan.total)
+    return _fitting(config, singles, hardware, load)
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,7 +1,9 @@
 """Seconds of one RL step, phase by phase.
 
-Work is counted and divided by data-sheet peaks; a few constants, fitted to published measurements (fit.py), say how far
-from the peaks real programs stay. Nothing here was measured on this project's own runs.
+Work is counted and divided by data-sheet peaks; a few constants, fitted to published measurements
+(scripts/fit_planner.py), say how far from the peaks real programs stay. Nothing here was measured on this project's own
+runs. Bytes on their way (gradients and weights among trainers, weights to the engines, state to the host) are divided
+by data-sheet bandwidths and not fitted, as published rows do not tell these apart: lower bounds.
 """
 
 from __future__ import annotations
@@ -11,9 +13,12 @@ import math
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
+from typing import Any
 
+from megatron_rl.config import Config
 from megatron_rl.models.hardware import Hardware
-from megatron_rl.plan.memory import Passes, layer_activations
+from megatron_rl.plan.activations import Passes, layer_activations
+from megatron_rl.plan.memory import stages
 from megatron_rl.plan.shapes import (
     ModelShape,
     Spread,
@@ -22,6 +27,7 @@ from megatron_rl.plan.shapes import (
     kv_bytes_per_token,
     matrix_parameters,
     parameters,
+    width_of,
 )
 
 
@@ -43,10 +49,19 @@ ALL_REDUCE_SECONDS = 10e-6
 
 
 @cache
+def _fitted() -> dict[str, Any]:
+    """Read what scripts/fit_planner.py wrote."""
+    return json.loads(resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text())
+
+
 def fitted_constants() -> Constants:
-    """Return the constants that fit.py made from data/published.csv."""
-    text = resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text()
-    return Constants(**json.loads(text)["constants"])
+    """Return the constants."""
+    return Constants(**_fitted()["constants"])
+
+
+def stored_scores() -> dict[str, dict[str, Any]]:
+    """Return relative errors (median, worst, fractions) by kind: training, forward, step, memory, cpu_memory."""
+    return _fitted()["scores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +123,7 @@ def pass_seconds(
     *,
     tokens: float,
     context: float,
-    micro_batches: int,
+    micro_batches: float,
     backward: bool,
 ) -> float:
     """Return the seconds of one pipelined pass over a data-parallel rank's tokens, bubble included."""
@@ -176,3 +191,53 @@ def _cut_exponential(mean: float, limit: float) -> float:
         else:
             high = middle
     return low
+
+
+def data_link(layout: Spread, hardware: Hardware) -> float:
+    """Return the bytes/s that each rank has for a data-parallel collective: the ranks of a node that are in one ring
+    share their network ports."""
+    inner = layout.tp * layout.cp
+    if inner * layout.dp <= hardware.gpus_per_node:
+        return hardware.node_link
+    together = max(1, hardware.gpus_per_node // layout.tp)
+    return min(hardware.node_link, hardware.network * together)
+
+
+def optimizer_seconds(shape: ModelShape, layout: Spread, hardware: Hardware, width: int) -> float:
+    """Return the seconds of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights. Nothing
+    overlaps them here.
+
+    Adam reads a gradient and reads and writes weight and two moments, all float32, and writes the model's weight.
+    Source: ring collectives move (n - 1) / n of the bytes; arXiv 1910.02054, section 7.
+    """
+    slowest = 0.0
+    for held in stages(shape, layout, 128).values():
+        parts = ((held.dense, layout.shards), (held.experts, layout.expert_shards))
+        moved = sum((4.0 + width) * count * (ranks - 1) / ranks for count, ranks in parts)
+        adam = sum((4.0 + 24.0 + width) * count / ranks for count, ranks in parts)
+        slowest = max(slowest, moved / data_link(layout, hardware) + adam / hardware.bandwidth)
+    return slowest
+
+
+def sync_seconds(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware) -> float:
+    """Return the seconds of one weight update: every rank gathers the whole model, over tensor ranks within a node and
+    pipeline stages across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state
+    moves to the host and back."""
+    width = width_of(config.model)
+    model = width * parameters(shape)
+    spread = layout.gpus > hardware.gpus_per_node
+    seconds = model * (layout.tp - 1) / layout.tp / hardware.node_link
+    if layout.pp > 1:
+        seconds += model * (layout.pp - 1) / layout.pp / (hardware.network if spread else hardware.node_link)
+    server = config.rollout.server
+    if config.rollout.is_embedded:
+        return seconds + 2 * model / hardware.bandwidth
+    if config.rollout.weight_sync.mode == "colocated":
+        seconds += 2 * model / server.tp / hardware.bandwidth
+    elif config.rollout.weight_sync.mode == "disaggregated":
+        seconds += model / hardware.network
+    if server.share_memory and width == 2:
+        held = max(stages(shape, layout, 128).values(), key=lambda held: held.total)
+        state = 12.0 * (held.dense / layout.shards + held.experts / layout.expert_shards)
+        seconds += 2 * state / hardware.host_link
+    return seconds

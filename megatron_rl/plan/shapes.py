@@ -16,6 +16,9 @@ from megatron_rl.models.facts import (
     read_hf_config,
 )
 
+# Of the countdown task's tokenizer, which the quickstart's model config leaves to the task
+COUNTDOWN_VOCAB = 21
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -46,6 +49,12 @@ class ModelShape:
     def mlp_matrices(self) -> int:
         """Return the matrices of one MLP."""
         return 3 if self.gated else 2
+
+    @property
+    def layer_weights(self) -> tuple[int, int, int]:
+        """Return the parameters in matrices of one layer's attention, of a dense MLP, of an expert."""
+        attention = self.hidden * (self.qkv_width + self.heads * self.head_dim)
+        return attention, self.mlp_matrices * self.hidden * self.ffn, self.mlp_matrices * self.hidden * self.expert_ffn
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,28 +104,27 @@ class Spread:
         """Return a text for people: the sizes above 1, then the switches."""
         sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "ep": self.ep, "dp": self.dp}
         parts = [f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("tp", "pp", "dp")]
-        return ", ".join([*parts, *["sp"] * self.sp, *[f"recompute {self.recompute}"] * (self.recompute != "none")])
+        switches = {
+            "sp": self.sp,
+            "distributed optimizer": self.distributed_optimizer,
+            f"recompute {self.recompute}": self.recompute != "none",
+        }
+        return ", ".join([*parts, *(name for name, is_on in switches.items() if is_on)])
 
 
 def layout_of(config: Config) -> Spread:
     """Return the layout that the config asks for."""
     parallel, layers = config.parallel, read_hf_config(config.model)["num_hidden_layers"]
     stages = [sum(stage) for stage in chunk_layers(layers, parallel, config.model.megatron)]
+    alike = ("tp", "pp", "dp", "cp", "ep", "vpp", "sp", "distributed_optimizer")
     return Spread(
-        tp=parallel.tp,
-        pp=parallel.pp,
-        dp=parallel.dp,
-        cp=parallel.cp,
-        ep=parallel.ep,
-        vpp=parallel.vpp,
-        sp=parallel.sp,
-        distributed_optimizer=parallel.distributed_optimizer,
+        **{name: getattr(parallel, name) for name in alike},
         recompute=config.model.recompute,
         stage_layers=tuple(stages) if len(set(stages)) > 1 else (),
     )
 
 
-def bubble(layout: Spread, micro_batches: int) -> float:
+def bubble(layout: Spread, micro_batches: float) -> float:
     """Return the idle share of a pipelined pass, relative to its work: (p - 1) / (m v).
 
     Source: Narayanan et al., arXiv 2104.04473, section 2.2.
@@ -161,34 +169,28 @@ class RankParameters:
         return self.dense + self.experts
 
 
-def rank_parameters(
-    shape: ModelShape, layout: Spread, *, first: bool, last: bool, vocab_multiple: int, share: float | None = None
-) -> RankParameters:
-    """Return the parameters of a rank on a pipeline stage that is the first, the last, both or neither, and has `share`
-    of the layers; None: an equal part.
+def rank_parameters(shape: ModelShape, layout: Spread, stage: int, *, vocab_multiple: int) -> RankParameters:
+    """Return the parameters of a rank on a pipeline stage.
 
     The vocabulary is padded to a multiple of tp * vocab_multiple. A tied embedding lies on both ends of a pipeline.
     Source: the shapes of Megatron-Core's GPTModel, as policy/build.py asks for them.
     """
-    tp, hidden = layout.tp, shape.hidden
-    attention = hidden * shape.qkv_width + shape.heads * shape.head_dim * hidden + shape.qkv_bias * shape.qkv_width
-    mlp = shape.mlp_matrices * hidden * shape.ffn
+    tp, hidden, share = layout.tp, shape.hidden, layout.share(stage)
+    attention, mlp, expert = shape.layer_weights
     replicated = 2 * hidden + shape.qk_norm * 2 * shape.head_dim
-    dense_layers = shape.layers - shape.moe_layers
-    dense = shape.layers * (attention / tp + replicated) + dense_layers * mlp / tp
+    dense = shape.layers * ((attention + shape.qkv_bias * shape.qkv_width) / tp + replicated)
+    dense += (shape.layers - shape.moe_layers) * mlp / tp
     dense += shape.moe_layers * shape.experts * hidden  # routers
-    expert = shape.mlp_matrices * hidden * shape.expert_ffn / layout.expert_tp
-    experts = shape.moe_layers * shape.experts / layout.ep * expert
-    multiple = tp * vocab_multiple
-    embedding = -(-shape.vocab // multiple) * vocab_multiple * hidden
+    experts = shape.moe_layers * shape.experts / layout.ep * expert / layout.expert_tp
+    embedding = -(-shape.vocab // (tp * vocab_multiple)) * vocab_multiple * hidden
+    first, last = stage == 0, stage == layout.pp - 1
     copies = first + last if not (shape.tied and first and last) else 1
-    share = 1 / layout.pp if share is None else share
     return RankParameters(dense * share + copies * embedding + last * hidden, experts * share)
 
 
 def parameters(shape: ModelShape) -> float:
     """Return the parameters of the whole model, its vocabulary not padded."""
-    return rank_parameters(shape, Spread(), first=True, last=True, vocab_multiple=1).total
+    return rank_parameters(shape, Spread(), 0, vocab_multiple=1).total
 
 
 def count_parameters(hf: dict[str, Any], vocab: int = 0) -> tuple[int, int]:
@@ -201,13 +203,10 @@ def count_parameters(hf: dict[str, Any], vocab: int = 0) -> tuple[int, int]:
 
 def matrix_parameters(shape: ModelShape) -> tuple[float, float]:
     """Return the parameters (in matrix products of the layers that one token meets, in the output layer)."""
-    attention = shape.hidden * shape.qkv_width + shape.heads * shape.head_dim * shape.hidden
-    mlp = shape.mlp_matrices * shape.hidden * shape.ffn
-    expert = (
-        shape.mlp_matrices * shape.hidden * shape.expert_ffn * shape.experts_per_token + shape.hidden * shape.experts
-    )
-    dense_layers = shape.layers - shape.moe_layers
-    return shape.layers * attention + dense_layers * mlp + shape.moe_layers * expert, shape.vocab * shape.hidden
+    attention, mlp, expert = shape.layer_weights
+    routed = shape.moe_layers * (expert * shape.experts_per_token + shape.hidden * shape.experts)
+    layers = shape.layers * attention + (shape.layers - shape.moe_layers) * mlp + routed
+    return layers, shape.vocab * shape.hidden
 
 
 def forward_flops(shape: ModelShape, context: float) -> tuple[float, float]:

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import math
+import random
+import statistics
 from dataclasses import dataclass
+from functools import cache, partial
 
+from megatron_rl.algorithms.balance import Work, deal
 from megatron_rl.config import Config
+from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import GPU_PROCESS_BYTES, Hardware
 from megatron_rl.plan.memory import Memory, cache_tokens, memory_of
-from megatron_rl.plan.seconds import Constants, Generation, generation_seconds, pass_seconds
-from megatron_rl.plan.shapes import ModelShape, Spread, bubble, forward_flops, kv_bytes_per_token, parameters, width_of
-from megatron_rl.plan.transfer import optimizer_seconds, sync_seconds
+from megatron_rl.plan.seconds import (
+    Generation,
+    fitted_constants,
+    generation_seconds,
+    optimizer_seconds,
+    pass_seconds,
+    sync_seconds,
+)
+from megatron_rl.plan.shapes import (
+    COUNTDOWN_VOCAB,
+    ModelShape,
+    Spread,
+    bubble,
+    forward_flops,
+    kv_bytes_per_token,
+    layout_of,
+    parameters,
+    shape_of,
+    width_of,
+)
 
 # One answer's verification on a CPU core; the verifier math takes 0.1 to 5 ms.
 REWARD_SECONDS = 0.01
+_DEALT = 4  # mini-batches of drawn lengths: their mean number of micro-batches
+_SPREAD = 0.6  # standard deviation of the logarithm of a response's length. Assumed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +60,13 @@ class StepPlan:
 
     layout: Spread
     memory: Memory
-    seconds: dict[str, float]  # phase -> seconds; empty where no time is predicted
+    synced: float  # bytes of one weight update: the whole model
     tokens: float  # of a step, prompts and responses
-    micro_batches: int  # of one update and rank
-    bubble: float  # idle share of an update's work
-    mfu: float  # of the updates, fraction of the data sheet's peak
     overlapped: bool  # generation runs beside training
+    seconds: dict[str, float]  # phase -> seconds; empty where no time is predicted
+    micro_batches: float = 0.0  # of one update and rank
+    bubble: float = 0.0  # idle share of an update's work
+    mfu: float = 0.0  # of the updates, fraction of the data sheet's peak
 
     @property
     def total(self) -> float:
@@ -57,55 +82,70 @@ class StepPlan:
         return self.tokens / self.total / self.layout.gpus
 
 
-def plan_step(
-    config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, constants: Constants, load: Load
-) -> StepPlan:
-    """Return the plan of a config, whose own layout `layout` may replace."""
-    memory = memory_of(config, shape, layout, hardware)
+def plan_step(config: Config, hardware: Hardware, load: Load) -> StepPlan:
+    """Return the plan of a config."""
+    shape, layout = shape_of(read_hf_config(config.model), COUNTDOWN_VOCAB), layout_of(config)
+    memory, constants, width = memory_of(config, shape, layout, hardware), fitted_constants(), width_of(config.model)
     sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
-    updates = config.minibatches_per_step
-    tokens = sequences / updates / layout.dp * load.length  # of one update and data-parallel rank
-    micro_batches = max(1, math.ceil(tokens / config.train.micro_batch_tokens))
-    overlapped = config.rollout.max_staleness > 0
+    updates, tokens = config.minibatches_per_step, sequences * load.length
+    whole = partial(StepPlan, layout, memory, width * parameters(shape), tokens, config.rollout.max_staleness > 0)
     if not hardware.flops:
-        return StepPlan(layout, memory, {}, sequences * load.length, micro_batches, 0.0, 0.0, overlapped)
-    context = load.length / 2
+        return whole({})
+    micro_batches = dealt_micro_batches(config, load)
 
-    def a_pass(backward: bool) -> float:
-        return pass_seconds(
-            shape,
-            layout,
-            hardware,
-            constants,
-            tokens=tokens,
-            context=context,
-            micro_batches=micro_batches,
-            backward=backward,
-        )
-
-    forward, backward = a_pass(False), a_pass(True)
+    sizes = {"tokens": tokens / updates / layout.dp, "context": load.length / 2, "micro_batches": micro_batches}
+    forward, backward = (
+        pass_seconds(shape, layout, hardware, constants, **sizes, backward=back) for back in (False, True)
+    )
     chosen = updates - 1 if config.loss.needs_current_statistics else 0
     references = 2 if config.loss.ref_kl_coef > 0 else 1
     seconds = {
         "weight sync": sync_seconds(config, shape, layout, hardware),
-        "rollout": load.batches * rollout_seconds(config, shape, layout, hardware, constants, load),
+        "rollout": load.batches * rollout_seconds(config, shape, layout, hardware, load),
         "reward": load.batches * sequences * REWARD_SECONDS / layout.gpus,
         "old logprobs": updates * references * forward,
         "selection": chosen * forward,
         "forward and backward": updates * backward,
-        "optimizer": updates * optimizer_seconds(shape, layout, hardware, width_of(config.model)),
+        "optimizer": updates * optimizer_seconds(shape, layout, hardware, width),
     }
     if config.train.entropy_probe:
         seconds["entropy probe"] = forward
-    flops = 3 * sum(forward_flops(shape, context)) * sequences * load.length
+    flops = 3 * sum(forward_flops(shape, load.length / 2)) * tokens
     mfu = flops / (layout.gpus * hardware.flops * (seconds["forward and backward"] + seconds["optimizer"]))
-    total = sequences * load.length
-    return StepPlan(layout, memory, seconds, total, micro_batches, bubble(layout, micro_batches), mfu, overlapped)
+    return whole(seconds, micro_batches, bubble(layout, micro_batches), mfu)
 
 
-def rollout_seconds(
-    config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, constants: Constants, load: Load
-) -> float:
+def dealt_micro_batches(config: Config, load: Load) -> float:
+    """Return the micro-batches of one update on a rank, a mean: lengths are drawn and dealt out as in training."""
+    parallel = config.parallel
+    sequences = config.train.prompts_per_minibatch * config.rollout.samples_per_prompt
+    capacity = config.train.micro_batch_tokens // parallel.token_multiple * parallel.token_multiple
+    multiple = 2 * parallel.cp if parallel.cp > 1 else 1  # each context-parallel rank has two chunks of a sequence
+    lengths = _drawn_lengths(load, config.rollout.max_response_tokens, _DEALT * sequences, multiple)
+    return dealt(lengths, capacity, parallel.dp, parallel.micro_batch_multiple)
+
+
+@cache
+def _drawn_lengths(load: Load, limit: int, count: int, multiple: int) -> tuple[int, ...]:
+    """Return the tokens of sequences, the same at each call: the mean prompt, and a log-normal response, cut at the
+    limit. (Seconds of generation take exponential ones, whose many short responses would fill every gap.)"""
+    draw = random.Random(0)
+    drawn = [draw.lognormvariate(0.0, _SPREAD) for _ in range(count)]
+    scale = load.response / statistics.fmean(drawn)
+    scale *= load.response / statistics.fmean(min(limit, scale * one) for one in drawn)  # the cut takes some
+    lengths = (math.ceil(load.prompt + min(limit, scale * one)) for one in drawn)
+    return tuple(-(-length // multiple) * multiple for length in lengths)
+
+
+@cache  # a search asks for few kinds of layout again and again
+def dealt(lengths: tuple[int, ...], capacity: int, ranks: int, multiple: int) -> float:
+    """Return the micro-batches of a rank, a multiple of `multiple`: the mean over mini-batches of these `lengths`."""
+    size = len(lengths) // _DEALT
+    parts = (Work(dict(enumerate(lengths[size * part : size * (part + 1)]))) for part in range(_DEALT))
+    return sum(len(deal(part, capacity, ranks, count_multiple=multiple)[0]) for part in parts) / _DEALT
+
+
+def rollout_seconds(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, load: Load) -> float:
     """Return the seconds of one generation batch. Servers that the run does not start count as as many as it would
     start."""
     width = width_of(config.model)
@@ -119,19 +159,15 @@ def rollout_seconds(
     pool = tp * (share * hardware.memory - GPU_PROCESS_BYTES) - width * parameters(shape)
     if (tokens := cache_tokens(config, shape, hardware)) is not None:
         pool = tokens * kv_bytes_per_token(shape, width)
-    return generation_seconds(
-        shape,
-        hardware,
-        constants,
-        Generation(
-            sequences=sequences / engines,
-            tp=tp,
-            prompt=load.prompt,
-            response=load.response,
-            limit=config.rollout.max_response_tokens,
-            pool_bytes=max(0.0, pool),
-            most_together=together,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            element_bytes=width,
-        ),
+    generation = Generation(
+        sequences=sequences / engines,
+        tp=tp,
+        prompt=load.prompt,
+        response=load.response,
+        limit=config.rollout.max_response_tokens,
+        pool_bytes=max(0.0, pool),
+        most_together=together,
+        samples_per_prompt=config.rollout.samples_per_prompt,
+        element_bytes=width,
     )
+    return generation_seconds(shape, hardware, fitted_constants(), generation)

@@ -28,6 +28,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -118,6 +119,13 @@ class CheckpointStore:
             self._fail(error)
         self._publish()
         return save.target
+
+    def copies(self) -> list[torch.Tensor]:
+        """Return the tensors that this rank would write, in the host's memory. A collective."""
+        shards, _ = save_preprocess(self._state(is_loading=False), False)
+        self._writer.apply_saving_parallelization(shards)
+        mine = [shard.data for shard in nested_values(shards) if is_main_replica(shard.replica_id)]
+        return [data.to("cpu") for data in mine if isinstance(data, torch.Tensor)]
 
     def finish(self, *, wait: bool = True) -> None:
         """Make a checkpoint that was written in the background the newest one; without `wait`, if it is complete.
@@ -376,7 +384,7 @@ def _set_random_states(states: dict[str, Any]) -> None:
 
 
 def _device_generator() -> Any:
-    return torch.get_device_module(device.device()) if device.ON_GPU else torch
+    return torch.get_device_module(device.device()) if device.ON_GPU and not device.REHEARSES else torch
 
 
 def _reasons(error: BaseException) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_rl.config import Config, ModelConfig, ParallelConfig
 from megatron_rl.config.megatron_options import megatron_notes
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.models.facts import read_hf_config
-from megatron_rl.models.hardware import with_memory
+from megatron_rl.models.hardware import FILL, with_memory
 from megatron_rl.plan.memory import memory_of
 from megatron_rl.plan.shapes import count_parameters, layout_of, shape_of
 from megatron_rl.preflight.facts import Facts
@@ -56,6 +57,20 @@ def bandwidth_check(ranks: int, nodes: int, bytes_per_second: float, is_right: b
         remedy = "a link or a GPU computes wrong sums: find it with nccl-tests, node by node, and exclude its node"
         return Check("all-reduce", f"wrong sums over {where}", False, remedy)
     return Check("all-reduce", f"{bytes_per_second / 1e9:.2f} GB/s bus bandwidth, {where}")
+
+
+def rehearsal_check(kept: dict[str, Any] | str, facts: list[Facts]) -> Check:
+    """Return the check of the verdict that `megatron-rl rehearse` left, on the memory of the GPUs that are here; a text
+    says why there is none."""
+    if isinstance(kept, str):
+        return Check("rehearsal", kept, None)
+    least = min((fact.gpu[2] for fact in facts if fact.gpu is not None), default=None)
+    room = kept["room"] if least is None else FILL * least
+    finding = f"{kept['where']} takes {_gib(kept['peak'])} of {_gib(room)}"
+    if kept["peak"] <= room:
+        return Check("rehearsal", finding)
+    remedy = " ".join(kept["remedies"][0]) if kept["remedies"] else "another layout (megatron-rl plan --search)"
+    return Check("rehearsal", finding, False, f"{remedy}, and rehearse again: megatron-rl rehearse")
 
 
 def checkpoint_bytes(model: ModelConfig, vocabulary: int) -> int:

@@ -17,6 +17,7 @@ import typer
 from megatron_rl import launch
 from megatron_rl.config import Config, dump_config, load_config
 from megatron_rl.errors import UserError
+from megatron_rl.rehearse.kept import carry_verdict, kept_verdict
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,21 +38,25 @@ def preflight(
     """
     resolved = load_config(config, overrides or [])
     if launch.is_rank():
-        launch.run_worker(lambda: check_rank(resolved), config.parent)
+        launch.run_worker(lambda: check_rank(resolved, kept_verdict(resolved, config)), config.parent)
         return
     from megatron_rl import device
 
-    processes = min(resolved.parallel.processes, device.local_gpus() or len(device.cpu_cores()))
+    processes = min(resolved.parallel.processes, device.local_gpus() or len(launch.cpu_cores()))
     with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
         copy = Path(folder) / "config.yaml"
         copy.write_text(dump_config(resolved))
+        carry_verdict(config, copy)
         command = [sys.executable, "-m", "megatron_rl", "preflight", str(copy)]
         code = launch.run_world(command, processes, Path(folder), resolved.train.grace_seconds)
     sys.exit(code)
 
 
-def check_rank(config: Config) -> None:
-    """Run all checks as one rank of a world. Raises: UserError on rank 0 when a check failed."""
+def check_rank(config: Config, kept: dict[str, Any] | str) -> None:
+    """Run all checks as one rank of a world. `kept`: the verdict of a rehearsal, or why there is none.
+
+    Raises: UserError on rank 0 when a check failed.
+    """
     from megatron_rl import device
     from megatron_rl.parallel.world import all_reduce_bandwidth, join_world, leave_world
     from megatron_rl.rollout.clocks import waiting_seconds
@@ -67,7 +72,7 @@ def check_rank(config: Config) -> None:
     world = join_world(config.parallel.timeout_seconds, waiting_seconds(config))
     # large enough on GPUs for the links' full speed; on CPUs it only shows that the ranks reach each other
     bandwidth, is_right = all_reduce_bandwidth(world, nbytes=2**28 if device.ON_GPU else 2**22, repeats=5)
-    checks = _check(config, world, bandwidth, is_right)
+    checks = _check(config, world, kept, (bandwidth, is_right))
     failed = [check.name for check in checks if check.is_ok is False]
     leave_world()
     if failed and world_rank() == 0:
@@ -79,10 +84,10 @@ def world_rank() -> int:
     return int(os.environ["RANK"])
 
 
-def _check(config: Config, world: Reducer, bandwidth: float, is_right: bool) -> list[Check]:
+def _check(config: Config, world: Reducer, kept: dict[str, Any] | str, all_reduce: tuple[float, bool]) -> list[Check]:
     """Check on every rank, and return the checks; rank 0 prints them."""
     from megatron_rl.data import build_tokenizer, vocab_size
-    from megatron_rl.preflight.checks import Check, bandwidth_check, fact_checks
+    from megatron_rl.preflight.checks import Check, bandwidth_check, fact_checks, rehearsal_check
     from megatron_rl.preflight.facts import gather_facts
 
     hosts = sorted(set(world.gather_objects(socket.gethostname())))
@@ -104,7 +109,8 @@ def _check(config: Config, world: Reducer, bandwidth: float, is_right: bool) -> 
     existing = len(list((config.run_dir / "checkpoints").glob("step_*")))
     checks = fact_checks(config, facts, vocabulary, existing)
     nodes = sum(fact.local_rank == 0 for fact in facts)
-    checks.insert(3, bandwidth_check(world.size, nodes, bandwidth, is_right))
+    checks.insert(3, bandwidth_check(world.size, nodes, *all_reduce))
+    checks.append(rehearsal_check(kept, facts))
     _print(checks)
     if any(check.is_ok is False for check in checks):
         last = Check("engine start", "not tried: mend what is above first", None)

@@ -6,10 +6,10 @@ import itertools
 import pytest
 import torch
 
+from megatron_rl.algorithms.balance import Work, deal
 from megatron_rl.config import Config, parse_config
 from megatron_rl.packing import Layout, computed, pack_supervised, packing_metrics
 from megatron_rl.packing import pack as pack_step
-from megatron_rl.packing.balance import Work, deal
 from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 
 

@@ -104,6 +104,6 @@ def test_the_plan_counts_four_bytes_a_logit() -> None:
         return memory_of(config, shape, layout_of(config), HARDWARE["h100"]).phases["training"]
 
     assert parts("off", "float32")["logits"] == 2 * parts("off", "model")["logits"] == 40 * 37 * 4
-    # chunks of the logits, their gradient's bfloat16 copy, and the weight's float32 gradient of both
-    weight = 4 * 37 * 32
-    assert parts("on", "float32")["fused logits"] - weight == 3 * (parts("on", "model")["fused logits"] - weight)
+    # of chunks too, beside their gradient's bfloat16 copy
+    assert parts("on", "float32")["fused logits"] == 2 * parts("on", "model")["fused logits"] == 40 * 37 * 4
+    assert parts("on", "float32")["activations"] - parts("on", "model")["activations"] == 40 * 37 * 2

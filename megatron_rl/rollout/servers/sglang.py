@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_rl import device
+from megatron_rl import device, launch
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_config_json
 from megatron_rl.rollout.clocks import CONTROL_SECONDS, LOAD_SECONDS
@@ -70,7 +70,7 @@ class SGLang(Dialect):
         else:
             argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
             argv += ["--mem-fraction-static", "0.8"]
-            cores = device.cpu_cores()
+            cores = launch.cpu_cores()
             env |= {
                 # glibc keeps freed memory for the next weight bucket, whose fresh pages cost as much as its way here
                 "MALLOC_MMAP_MAX_": "0",

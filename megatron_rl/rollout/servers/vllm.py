@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_rl import device
+from megatron_rl import device, launch
 from megatron_rl.models.facts import head_width, read_config_json
 from megatron_rl.rollout.clocks import CONTROL_SECONDS, LOAD_SECONDS
 from megatron_rl.rollout.engine import EngineError, Request
@@ -56,7 +56,7 @@ class VLLM(Dialect):
         else:
             if spec.colocated:
                 raise EngineError("rollout.server.share_memory=true: vLLM cannot sleep on a CPU; set it to false")
-            cores = device.cpu_cores()
+            cores = launch.cpu_cores()
             if head_width(hf) not in _CPU_HEAD_SIZES:
                 raise EngineError(
                     f"rollout.engine=vllm on a CPU cannot serve heads of width {head_width(hf)}; it has "

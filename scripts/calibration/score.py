@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from megatron_rl.config import load_config
-from megatron_rl.errors import UserError
 from megatron_rl.models.hardware import HARDWARE
-from megatron_rl.plan import fit, published
-from megatron_rl.plan.fit import Scored
-from megatron_rl.plan.measured import measured_peaks, predicted_bytes
-from megatron_rl.plan.published import Row, model_name
+
+from . import fit, published
+from .fit import Scored
+from .measured import measured_peaks, predicted_bytes
+from .published import Row, model_name
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
@@ -29,18 +27,6 @@ class Score:
     rows: int
     median: float
     worst: float
-
-    def text(self) -> str:
-        """Return the errors as a text to stand beside a prediction."""
-        return f"{self.median:.0%}, worst {self.worst:.0%}"
-
-
-@cache
-def stored_scores() -> dict[str, Score]:
-    """Return the scores that scripts/fit_planner.py wrote beside the constants, by kind: training, forward, step,
-    memory, cpu_memory."""
-    text = resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text()
-    return {kind: Score(**score) for kind, score in json.loads(text)["scores"].items()}
 
 
 def all_errors() -> dict[str, tuple[str, str, list[tuple[str, float]]]]:
@@ -83,9 +69,7 @@ def all_errors() -> dict[str, tuple[str, str, list[tuple[str, float]]]]:
 
 
 def cpu_memory_errors(use: str) -> list[tuple[str, float]]:
-    """Return (run, relative error) of the project's own measured runs. Raises: UserError outside a source checkout."""
-    if not QUICKSTART.is_file():
-        raise UserError(f"the measured runs are of {QUICKSTART}, which is not there; score from a source checkout")
+    """Return (run, relative error) of the project's own measured runs."""
     return [
         (peak.name, predicted_bytes(load_config(QUICKSTART, peak.overrides), HARDWARE["cpu"]) / peak.peak_bytes - 1)
         for peak in measured_peaks()

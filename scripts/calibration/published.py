@@ -1,4 +1,4 @@
-"""Public measurements of other stacks (data/published.csv) as cases for the planner's formulas.
+"""Public measurements of other stacks (published.csv) as cases for the planner's formulas.
 
 What a row does not say is filled in by the rules below, which are assumptions; the file itself holds what was
 published.
@@ -10,14 +10,15 @@ import csv
 import json
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
+from pathlib import Path
 
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
-from megatron_rl.plan.memory import Passes, training_activations
+from megatron_rl.plan.activations import Passes, backward_peak, kept_activations
 from megatron_rl.plan.seconds import Generation
 from megatron_rl.plan.shapes import ModelShape, Spread, parameters, shape_of
 
 Row = dict[str, str]
+FOLDER = Path(__file__).resolve().parent
 
 # name as published, up to a suffix -> name in models.json
 _MODELS = {
@@ -34,14 +35,13 @@ _SYSTEMS = {"DGX-H100": "h100", "H100 HBM3": "h100", "H100-96GB HBM2e 500W": "h1
 @cache
 def rows() -> tuple[Row, ...]:
     """Read the data file."""
-    text = resources.files("megatron_rl.plan").joinpath("data/published.csv").read_text()
-    return tuple(csv.DictReader(text.splitlines()))
+    return tuple(csv.DictReader(FOLDER.joinpath("published.csv").read_text().splitlines()))
 
 
 @cache
 def models() -> dict[str, dict[str, object]]:
     """Return the sizes of the models in the rows, in the words of a config.json."""
-    return json.loads(resources.files("megatron_rl.plan").joinpath("data/models.json").read_text())
+    return json.loads(FOLDER.joinpath("models.json").read_text())
 
 
 def model_name(row: Row) -> str:
@@ -239,6 +239,6 @@ def _sharded_bytes(row: Row) -> float:
     model, half = shape(row), recomputed(row) == 0.5
     layout = Spread(dp=size(row, "DP"), recompute="full" if recomputed(row) == 1.0 else "none")
     passes = Passes(tokens=size(row, "MBS") * int(row["seq"]), micro_batches=1, element_bytes=2)
-    activations = training_activations(model, layout, passes, 0) * (0.5 if half else 1.0)
+    activations = kept_activations(model, layout, passes, 0) + backward_peak(model, layout, passes)
     logits = 0.0 if row["algo"] == "RL Full" else passes.tokens * model.vocab * _EAGER_LOSS_BYTES
-    return 16.0 * parameters(model) / layout.dp + activations + logits
+    return 16.0 * parameters(model) / layout.dp + activations * (0.5 if half else 1.0) + logits

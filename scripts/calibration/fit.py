@@ -1,4 +1,4 @@
-"""Fits the constants of seconds.py to data/published.csv, and predicts its rows, held out or not.
+"""Fits the constants of megatron_rl/plan/seconds.py to published.csv, and predicts its rows, held out or not.
 
 Three fits, each to what its rows can tell: training rows give matrix, attention, elementwise and tp_link, linearly;
 then verl's ratio of old log-probabilities to update gives forward; then whole RL steps give decode and token_seconds.
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.models.hardware import HARDWARE
-from megatron_rl.plan import published
-from megatron_rl.plan.published import RLCase, Row, TrainingCase
 from megatron_rl.plan.seconds import Constants, generation_seconds, pass_seconds, pass_work
 from megatron_rl.plan.shapes import Spread, bubble
+
+from . import published
+from .published import RLCase, Row, TrainingCase
 
 _NEUTRAL = Constants(
     matrix=1.0, attention=1.0, elementwise=1.0, tp_link=1.0, forward=1.0, decode=1.0, token_seconds=0.0

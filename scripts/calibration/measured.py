@@ -1,4 +1,4 @@
-"""Measured peaks of this project's own CPU runs (data/measured_memory.csv) against the planner's prediction."""
+"""Measured peaks of this project's own CPU runs (measured_memory.csv) against the planner's prediction."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import csv
 import json
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 
 from megatron_rl.config import Config
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import Hardware
 from megatron_rl.plan.memory import memory_of
-from megatron_rl.plan.shapes import layout_of, shape_of
+from megatron_rl.plan.shapes import COUNTDOWN_VOCAB, layout_of, shape_of
 
 COLUMNS = ("name", "use", "overrides", "peak_bytes")
-# of the countdown task's tokenizer, which the quickstart's model config leaves to the task
-COUNTDOWN_VOCAB = 21
+DATA = Path(__file__).resolve().with_name("measured_memory.csv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +31,9 @@ class MeasuredPeak:
 @cache
 def measured_peaks() -> tuple[MeasuredPeak, ...]:
     """Read the data file."""
-    text = resources.files("megatron_rl.plan").joinpath("data/measured_memory.csv").read_text()
     return tuple(
         MeasuredPeak(row["name"], row["use"], json.loads(row["overrides"]), int(row["peak_bytes"]))
-        for row in csv.DictReader(text.splitlines())
+        for row in csv.DictReader(DATA.read_text().splitlines())
     )
 
 
