@@ -30,7 +30,7 @@ def test_one_process_books_what_two_real_ranks_do(worlds: Worlds, case: str) -> 
     for ours, theirs in zip(rehearsed[1:], real[1:], strict=True):  # real weights are built in another way
         name = ours.name
         assert total(ours.device) == pytest.approx(total(theirs.device), rel=INEXACT.get((case, name), 1e-9)), name
-        assert total(theirs.device) > 2 * 2**17 and theirs.calls, name
+        assert total(theirs.device) > 2**18 and (theirs.calls or name.startswith("select")), name
         for key in (ours.calls | theirs.calls).keys() - DIFFERENT.get(case, set()):
             assert (ours.calls[key], ours.traffic[key]) == (theirs.calls[key], theirs.traffic[key]), (name, key)
 
