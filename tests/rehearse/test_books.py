@@ -26,11 +26,11 @@ def test_one_process_books_what_two_real_ranks_do(worlds: Worlds, case: str) -> 
     real, _ = worlds.run(2, real_books, case, timeout=LIMIT)
     (rehearsed,) = worlds.run(1, rehearsed_books, case, timeout=LIMIT)
     assert [phase.name for phase in rehearsed] == [phase.name for phase in real]
-    assert real[-1].name == "update 2" and len(real) == 6
+    assert real[-1].name == "update 2" and len(real) == 6 and real[-1].calls
     for ours, theirs in zip(rehearsed[1:], real[1:], strict=True):  # real weights are built in another way
         name = ours.name
         assert total(ours.device) == pytest.approx(total(theirs.device), rel=INEXACT.get((case, name), 1e-9)), name
-        assert total(theirs.device) > 2 * 2**17 and theirs.calls, name
+        assert total(theirs.device) > 2**18, name
         for key in (ours.calls | theirs.calls).keys() - DIFFERENT.get(case, set()):
             assert (ours.calls[key], ours.traffic[key]) == (theirs.calls[key], theirs.traffic[key]), (name, key)
 

@@ -18,7 +18,7 @@ from tests.test_cli import megatron_rl
 
 GIB = 2**30
 VOCABULARY, HIDDEN, TOKENS, TP, DP = 65536, 4608, 8192, 2, 4
-LOGITS = 4 * TOKENS * VOCABULARY // TP  # float32
+LOGITS = 2 * TOKENS * VOCABULARY // TP
 EMBEDDING = 2 * VOCABULARY * HIDDEN  # more than a gathered bucket and a server's
 HF = {
     "model_type": "qwen2",
@@ -33,7 +33,13 @@ HF = {
 }
 RAW: dict[str, Any] = {
     "name": "rehearsed",
-    "model": {"hf_config": HF, "dtype": "bfloat16", "recompute": "full", "logits_dtype": "float32"},
+    "model": {
+        "hf_config": HF,
+        "dtype": "bfloat16",
+        "recompute": "full",
+        "logits_dtype": "model",
+        "fused_linear_stats": "off",
+    },
     "parallel": {"world_size": TP * DP, "tp": TP, "sp": True},
     "data": {"type": "countdown", "max_prompt_tokens": 1024},
     "rollout": {
@@ -132,7 +138,7 @@ def test_collectives_and_operations_are_those_of_the_layout(phases: dict[str, di
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
     size = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16}
-    model = {"recompute": "none", "hf_config": HF | size, "fused_linear_stats": "off"}
+    model = {"recompute": "none", "logits_dtype": "float32", "hf_config": HF | size}
     train = {"prompts_per_step": 64, "prompts_per_minibatch": 32, "micro_batch_tokens": 262144}
     code, printed, found = rehearse(tmp_path, model=model, train=train)
     assert code == 1 and "does not fit: update" in printed
