@@ -8,7 +8,7 @@ Every estimator is `fn(rewards, prompt_ids, config) -> advantages`:
 - the result is computed in float64. Siblings of equal rewards get exactly 0.
 
 Standard deviations are unbiased (divisor n - 1), like torch.std and verl. All raise ValueError on non-finite rewards,
-on shapes that differ, and on an empty batch.
+on shapes that differ, on an empty batch, and all but `reinforce_pp` on a prompt with one sample.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ class _ByPrompt:
 def grpo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig) -> Float32[Tensor, "B"]:
     """Return `(r - mean) / (std + 1e-6)` over the siblings; without unit.
 
-    Raises: ValueError for a prompt with one sample, and as the module says.
     Source: arXiv 2402.03300, section 4.1.2; verl `compute_grpo_outcome_advantage`.
     """
     by_prompt = _by_prompt(rewards, prompt_ids, "grpo")
@@ -71,7 +70,6 @@ def dr_grpo(
 ) -> Float32[Tensor, "B"]:
     """Return `r - mean` over the siblings, in reward units. No division, hence no bias towards easy or hard prompts.
 
-    Raises: ValueError for a prompt with one sample, and as the module says.
     Source: arXiv 2503.20783, section 3.2.
     """
     return _by_prompt(rewards, prompt_ids, "dr_grpo").centred().float()
@@ -81,7 +79,6 @@ def rloo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Al
     """Return `r` minus the mean of the *other* siblings, in reward units.
 
     It equals `(r - mean) * n / (n - 1)`, which is how it is computed.
-    Raises: ValueError for a prompt with one sample, and as the module says.
     Source: arXiv 2402.14740.
     """
     by_prompt = _by_prompt(rewards, prompt_ids, "rloo")
@@ -122,7 +119,6 @@ def qae(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Alg
     the rare successes are reinforced), p > 1 - K gives b = 1 (only the remaining failures are punished). The authors'
     code interpolates (torch.quantile's default), which puts b between 0 and 1 near p = 1 - K; the paper is followed.
 
-    Raises: ValueError for a prompt with one sample, and as the module says.
     Source: arXiv 2509.22611; the authors' repository junkangwu/QAE.
     """
     by_prompt = _by_prompt(rewards, prompt_ids, "qae")

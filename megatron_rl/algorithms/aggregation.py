@@ -64,29 +64,14 @@ def token_weights(
         )
     ids = segment_ids(cu_seqlens, len(loss_mask))
     counts = segment_sums(loss_mask.long(), cu_seqlens, ids)
-    weights, denominator = AGGREGATIONS[mode](loss_mask, counts, ids, constant_length)
-    return torch.where(loss_mask, weights, 0.0).float(), denominator
+    denominator = int(counts.sum() if mode == "token_mean" else (counts > 0).sum())
+    return loss_mask.float() * AGGREGATIONS[mode](counts.clamp_min(1)[ids], constant_length), denominator
 
 
-def _token_mean(loss_mask: Tensor, counts: Tensor, ids: Tensor, constant_length: int) -> tuple[Tensor, int]:
-    return torch.ones_like(loss_mask, dtype=torch.float32), int(counts.sum())
-
-
-def _seq_mean_token_mean(loss_mask: Tensor, counts: Tensor, ids: Tensor, constant_length: int) -> tuple[Tensor, int]:
-    return 1.0 / counts.clamp_min(1)[ids], int((counts > 0).sum())
-
-
-def _seq_mean_token_sum(loss_mask: Tensor, counts: Tensor, ids: Tensor, constant_length: int) -> tuple[Tensor, int]:
-    return torch.ones_like(loss_mask, dtype=torch.float32), int((counts > 0).sum())
-
-
-def _constant_length(loss_mask: Tensor, counts: Tensor, ids: Tensor, constant_length: int) -> tuple[Tensor, int]:
-    return torch.full_like(loss_mask, 1.0 / constant_length, dtype=torch.float32), int((counts > 0).sum())
-
-
-AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, int]]] = {
-    "token_mean": _token_mean,
-    "seq_mean_token_mean": _seq_mean_token_mean,
-    "seq_mean_token_sum": _seq_mean_token_sum,
-    "constant_length": _constant_length,
+# mode -> a token's weight, from the counted tokens of its sequence [T] (at least 1) and the constant length
+AGGREGATIONS: dict[str, Callable[[Tensor, int], Tensor | float]] = {
+    "token_mean": lambda counts, constant_length: 1.0,
+    "seq_mean_token_mean": lambda counts, constant_length: 1.0 / counts,
+    "seq_mean_token_sum": lambda counts, constant_length: 1.0,
+    "constant_length": lambda counts, constant_length: 1.0 / constant_length,
 }

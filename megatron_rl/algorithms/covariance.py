@@ -54,14 +54,7 @@ def quota(select_fraction: float, count: int) -> int:
     return min(count, max(1, math.floor(select_fraction * count)))
 
 
-def select_tokens(
-    mini_batch: MiniBatch,
-    loss: LossBase,
-    ranks: Ranks,
-    *,
-    seed: int,
-    step: int,
-) -> MiniBatch:
+def select_tokens(mini_batch: MiniBatch, loss: LossBase, ranks: Ranks, *, seed: int, step: int) -> MiniBatch:
     """Mark the tokens that Clip-Cov or KL-Cov picks in this optimiser mini-batch.
 
     mini_batch: its `stats`, with sum_p2, are of the weights that `loss.cov_logprobs` asks for. ranks: those that
@@ -114,13 +107,6 @@ def _marked(micro_batch: MicroBatch, winners: Tensor) -> Tensor:
     return torch.isin(micro_batch.token_ids_global, winners) & micro_batch.loss_mask
 
 
-def kl_cov_priority(
-    part: MiniBatch, cov: Float64[Tensor, "N"], loss: KlCovLoss, counter: tuple[int, int, int]
-) -> tuple[Bool[Tensor, "N"], Float64[Tensor, "N"]]:
-    """Return (candidates, priority): every token, by its covariance (paper, equation 13)."""
-    return torch.ones_like(cov, dtype=torch.bool), cov
-
-
 def clip_cov_priority(
     part: MiniBatch, cov: Float64[Tensor, "N"], loss: ClipCovLoss, counter: tuple[int, int, int]
 ) -> tuple[Bool[Tensor, "N"], Float64[Tensor, "N"]]:
@@ -137,7 +123,10 @@ def clip_cov_priority(
     )
 
 
-PRIORITIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"kl_cov": kl_cov_priority, "clip_cov": clip_cov_priority}
+PRIORITIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "kl_cov": lambda part, cov, loss, counter: (torch.ones_like(cov, dtype=torch.bool), cov),  # all: equation 13
+    "clip_cov": clip_cov_priority,
+}
 
 
 def _already_clipped(micro_batch: MicroBatch, loss: ClipCovLoss) -> Tensor:

@@ -16,6 +16,9 @@ and the gradient of exp at a huge value is inf even where the result is later di
 
 Metrics are `[2]` float64 (sum, count) over counted tokens: means per token, whatever the aggregation. Exponents are
 bounded, see kl.py. Nothing here reads a tensor's value on the host.
+
+All raise ValueError without the tensors that they need: `selected` (clip_cov, kl_cov), `surrogate_weights`
+(weighted_clip), and with `ref_kl_coef` > 0 `ref_logprobs`.
 """
 
 from __future__ import annotations
@@ -33,25 +36,13 @@ from megatron_rl.algorithms.mismatch import rollout_weights
 from megatron_rl.types import LossInputs, LossOutputs
 
 if TYPE_CHECKING:
-    from megatron_rl.config.loss import (
-        CispoLoss,
-        ClipCovLoss,
-        EntropyAdvantageLoss,
-        ForkingLoss,
-        GaussianCovLoss,
-        GspoLoss,
-        KlCovLoss,
-        LossBase,
-        PpoClipLoss,
-        SteerLoss,
-    )
+    from megatron_rl.config import loss as options
 
 
-def ppo_clip(inputs: LossInputs, config: PpoClipLoss) -> LossOutputs:
+def ppo_clip(inputs: LossInputs, config: options.PpoClipLoss) -> LossOutputs:
     """Return PPO's clipped surrogate `max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high))` with r = pi / pi_old per token.
 
     With `dual_clip` = c, tokens of A < 0 lose at most `-A c`; beyond it they have no gradient.
-    Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
     Source: arXiv 1707.06347, eq. 7; dual clip arXiv 1912.09729; separate bounds arXiv 2503.14476, eq. 10.
     """
     inputs = _without_masked(inputs)
@@ -65,14 +56,13 @@ def ppo_clip(inputs: LossInputs, config: PpoClipLoss) -> LossOutputs:
     return _total(inputs, config, surrogate, metrics, ratio)
 
 
-def clip_cov(inputs: LossInputs, config: ClipCovLoss) -> LossOutputs:
+def clip_cov(inputs: LossInputs, config: options.ClipCovLoss) -> LossOutputs:
     """Return Clip-Cov: PPO's clipped surrogate with factor 0 on `inputs.selected`, which stay in the denominator.
 
-    Raises: ValueError without `selected`, or without `ref_logprobs` when `ref_kl_coef` > 0.
     Source: arXiv 2505.22617, Clip-Cov; the authors' `compute_policy_loss_clip_cov`.
     """
     inputs = _without_masked(inputs)
-    selected = _selected(inputs, "clip_cov")
+    selected = _marked("selected", inputs, config)
     ratio = safe_exp(inputs.logprobs - inputs.old_logprobs)
     surrogate, metrics = _clipped_surrogate(ratio, inputs, config.eps_low, config.eps_high)
     surrogate = torch.where(selected, 0.0, surrogate)
@@ -80,16 +70,15 @@ def clip_cov(inputs: LossInputs, config: ClipCovLoss) -> LossOutputs:
     return _total(inputs, config, surrogate, metrics, ratio)
 
 
-def kl_cov(inputs: LossInputs, config: KlCovLoss) -> LossOutputs:
+def kl_cov(inputs: LossInputs, config: options.KlCovLoss) -> LossOutputs:
     """Return KL-Cov: the unclipped surrogate `-A r`, and `kl_coef * |logprobs - old_logprobs|` on `inputs.selected`.
 
     The penalty's gradient is 0 where the two are equal, so the first update of a step on fresh samples is plain policy
     gradient. It is not multiplied by the importance weights.
-    Raises: ValueError without `selected`, or without `ref_logprobs` when `ref_kl_coef` > 0.
     Source: arXiv 2505.22617, KL-Cov; the authors' `compute_policy_loss_kl_cov`.
     """
     inputs = _without_masked(inputs)
-    selected = _selected(inputs, "kl_cov")
+    selected = _marked("selected", inputs, config)
     log_ratio = inputs.logprobs - inputs.old_logprobs
     ratio = safe_exp(log_ratio)
     distance = torch.where(selected, log_ratio, 0.0).abs()
@@ -100,7 +89,7 @@ def kl_cov(inputs: LossInputs, config: KlCovLoss) -> LossOutputs:
     return _total(inputs, config, -inputs.advantages * ratio, metrics, ratio, extra=config.kl_coef * distance)
 
 
-def gspo(inputs: LossInputs, config: GspoLoss) -> LossOutputs:
+def gspo(inputs: LossInputs, config: options.GspoLoss) -> LossOutputs:
     """Return GSPO: PPO's clipped surrogate with one ratio per sequence, `s = exp(mean log(pi / pi_old))`.
 
     The mean runs over counted tokens. Each carries `max(-A s, -A clip(s))` with the gradient `-A s` (0 when clipped) on
@@ -108,7 +97,6 @@ def gspo(inputs: LossInputs, config: GspoLoss) -> LossOutputs:
     `aggregation: seq_mean_token_mean`, value and gradient are those of the sequence objective: ds/dlogprobs[t] =
     s / length is s times the token's weight. A sequence lies in one micro-batch, whole or with its other parts behind
     `inputs.context`; ratios and clip fractions count tokens.
-    Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
     Source: arXiv 2507.18071, eq. 5-7 and 13-14.
     """
     inputs = _without_masked(inputs)
@@ -120,11 +108,10 @@ def gspo(inputs: LossInputs, config: GspoLoss) -> LossOutputs:
     return _total(inputs, config, surrogate, metrics, ratio)
 
 
-def cispo(inputs: LossInputs, config: CispoLoss) -> LossOutputs:
+def cispo(inputs: LossInputs, config: options.CispoLoss) -> LossOutputs:
     """Return CISPO: `-sg(clip(r, 1 - eps_low, 1 + eps_high)) * A * logprobs`; the ratio is a weight without gradient.
 
     Every token keeps a gradient; clipping bounds its size. Clip fractions count ratios outside the bounds, whatever A.
-    Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
     Source: arXiv 2506.13585, eq. 4-5.
     """
     inputs = _without_masked(inputs)
@@ -138,12 +125,11 @@ def cispo(inputs: LossInputs, config: CispoLoss) -> LossOutputs:
     return _total(inputs, config, surrogate, metrics, ratio)
 
 
-def entropy_advantage(inputs: LossInputs, config: EntropyAdvantageLoss) -> LossOutputs:
+def entropy_advantage(inputs: LossInputs, config: options.EntropyAdvantageLoss) -> LossOutputs:
     """Return PPO's clipped surrogate of the shaped advantage `A + min(alpha * sg(H), |A| / kappa)`.
 
     H is the entropy of the current policy at the token's state, as a number: no gradient flows into it. kappa > 1 keeps
     the sign of A; where A is 0 nothing is added.
-    Raises: ValueError when `ref_kl_coef` > 0 and there are no `ref_logprobs`.
     Source: arXiv 2506.14758, the definition of psi(H_t) and of the shaped advantage (alpha > 0, kappa > 1).
     """
     inputs = _without_masked(inputs)
@@ -155,22 +141,18 @@ def entropy_advantage(inputs: LossInputs, config: EntropyAdvantageLoss) -> LossO
     return _total(shaped, config, surrogate, metrics, ratio)
 
 
-def weighted_clip(inputs: LossInputs, config: ForkingLoss | SteerLoss | GaussianCovLoss) -> LossOutputs:
+def weighted_clip(
+    inputs: LossInputs, config: options.ForkingLoss | options.SteerLoss | options.GaussianCovLoss
+) -> LossOutputs:
     """Return PPO's clipped surrogate, multiplied per token by `inputs.surrogate_weights`.
 
     80/20, STEER and covariance-weighted GRPO differ in the weights alone; formulas and sources are in weighting.py.
-
-    Raises: ValueError without `surrogate_weights`, or without `ref_logprobs` when `ref_kl_coef` > 0.
     """
     inputs = _without_masked(inputs)
-    if inputs.surrogate_weights is None:
-        raise ValueError(
-            f"{config.type} needs LossInputs.surrogate_weights [T], got None: run mark_tokens on the whole mini-batch "
-            "before the loss, or choose loss.type=ppo_clip"
-        )
+    weights = _marked("surrogate_weights", inputs, config)
     ratio = safe_exp(inputs.logprobs - inputs.old_logprobs)
     surrogate, metrics = _clipped_surrogate(ratio, inputs, config.eps_low, config.eps_high)
-    return _total(inputs, config, inputs.surrogate_weights * surrogate, metrics, ratio)
+    return _total(inputs, config, weights * surrogate, metrics, ratio)
 
 
 LossFunction = Callable[[LossInputs], LossOutputs]  # a loss with its options bound
@@ -198,7 +180,7 @@ def sft(inputs: LossInputs) -> LossOutputs:
     return LossOutputs((weights * nll).sum(), {"loss/nll": masked_sum_count(nll, inputs.loss_mask)})
 
 
-def policy_loss(config: LossBase) -> LossFunction:
+def policy_loss(config: options.LossBase) -> LossFunction:
     """Return the loss that the config names, with its options bound."""
     loss = LOSSES[config.type]
     return lambda inputs: loss(inputs, config)
@@ -214,13 +196,15 @@ def _without_masked(inputs: LossInputs) -> LossInputs:
     return dataclasses.replace(inputs, **changes)
 
 
-def _selected(inputs: LossInputs, name: str) -> Tensor:
-    if inputs.selected is None:
+def _marked(name: str, inputs: LossInputs, config: options.LossBase) -> Tensor:
+    """Return what `mark_tokens` gives this loss, [T]."""
+    marks: Tensor | None = getattr(inputs, name)
+    if marks is None:
         raise ValueError(
-            f"{name} needs LossInputs.selected [T] bool, got None: run the covariance selection on the whole "
-            "mini-batch before the loss, or choose loss.type=ppo_clip"
+            f"{config.type} needs LossInputs.{name} [T], got None: run the covariance selection or the weighting "
+            "(mark_tokens) on the whole mini-batch before the loss, or choose loss.type=ppo_clip"
         )
-    return inputs.selected
+    return marks
 
 
 def _clipped_surrogate(
@@ -239,7 +223,7 @@ def _clipped_surrogate(
 
 def _total(
     inputs: LossInputs,
-    config: LossBase,
+    config: options.LossBase,
     surrogate: Tensor,
     metrics: dict[str, Tensor],
     ratio: Tensor,

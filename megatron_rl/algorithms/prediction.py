@@ -39,12 +39,7 @@ def effective_advantages(
         return -torch.autograd.grad(loss_sum, logprobs)[0]
 
 
-def predicted_change(
-    updates: Sequence[MiniBatch],
-    loss: LossBase,
-    ranks: Ranks,
-    context: Ranks | None = None,
-) -> float:
+def predicted_change(updates: Sequence[MiniBatch], loss: LossBase, ranks: Ranks, context: Ranks | None = None) -> float:
     """Return the entropy change by several updates to first order, in nats per unit of logit step.
 
     updates: each with the statistics of the weights at which it is made. Of each counts the mean, over its response

@@ -25,14 +25,7 @@ STEER_FLOOR = 0.02  # the authors' code never normalises by less: tiny changes a
 _TINY = 1e-8  # bounds of a probability in STEER's estimate, the authors' value
 
 
-def mark_tokens(
-    mini_batch: MiniBatch,
-    loss: LossBase,
-    ranks: Ranks,
-    *,
-    seed: int,
-    step: int,
-) -> MiniBatch:
+def mark_tokens(mini_batch: MiniBatch, loss: LossBase, ranks: Ranks, *, seed: int, step: int) -> MiniBatch:
     """Mark what the loss needs to know of the whole mini-batch: the tokens that it selects, or how much each weighs.
 
     Arguments, guarantees and the result are those of `select_tokens`; a weighting loss gets `surrogate_weights` instead

@@ -29,11 +29,10 @@ def claim_command(
     record: Annotated[Path, typer.Option(help="where to write the run folder and the processes of a node")] = Path(),
 ) -> None:
     """Take a run folder for this job and freeze config and code in it."""
-    environment = os.environ
     job = Job(
-        id=environment["SLURM_JOB_ID"],
-        nodes=int(environment["SLURM_JOB_NUM_NODES"]),
-        gpus_per_node=int(environment.get("SLURM_GPUS_ON_NODE") or 0),
+        id=os.environ["SLURM_JOB_ID"],
+        nodes=int(os.environ["SLURM_JOB_NUM_NODES"]),
+        gpus_per_node=int(os.environ.get("SLURM_GPUS_ON_NODE") or 0),
         live_jobs=live_jobs.split(),
     )
     run_dir, per_node = claim(config, overrides or [], job, root)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_rl.config.engine_checks import engine_faults, model_engine_faults
+from megatron_rl.config.engine_checks import divisors, engine_faults, model_engine_faults
 from megatron_rl.config.evaluation import set_path
 from megatron_rl.config.loss import CovarianceLoss
 from megatron_rl.config.megatron_options import STAGE_FIELDS, chunk_layers, megatron_faults, option_faults
@@ -22,75 +24,59 @@ from megatron_rl.models.facts import (
 
 if TYPE_CHECKING:
     from megatron_rl.config.loss import LossBase
-    from megatron_rl.config.sections import Config, ParallelConfig
+    from megatron_rl.config.sections import Config
 
 
 def check_consistency(config: Config) -> None:
     """Check what must agree. Raises: ConfigError listing every inconsistency with its remedy."""
-    groups = (
-        megatron_faults,
-        _folder_faults,
-        _layout_faults,
-        _batch_faults,
-        _save_faults,
-        _loss_faults,
-        _offload_faults,
-    )
-    faults = [fault for find in groups for fault in find(config)]
     hf = read_hf_config(config.model)
     unsupported = architecture_faults(hf, needs_vocabulary=config.data.type != "countdown")
-    faults += [f"model: {fault}" for fault in unsupported]
+    faults = [fault for find in _FINDERS for fault in find(config)] + [f"model: {fault}" for fault in unsupported]
     if not unsupported:
-        faults += [
-            *_model_faults(config, hf),
-            *_expert_faults(config.parallel, hf),
-            *model_engine_faults(config.rollout, hf),
-        ]
-    faults += [*engine_faults(config), *eval_faults(config)]
-    if faults:
+        faults += [fault for find in _MODEL_FINDERS for fault in find(config, hf)]
+    if faults := faults + [*engine_faults(config), *_eval_faults(config)]:
         raise ConfigError("the config is inconsistent:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
-def _folder_faults(config: Config) -> list[str]:
-    template, faults = config.logging.run_dir, []
+def _folder_faults(config: Config) -> Iterator[str]:
+    template = config.logging.run_dir
     try:
         fields = {field[1:] for field in string.Formatter().parse(template) if field[1] is not None}
     except ValueError:  # a brace without its partner
         fields = {("", "", None)}
     if fields - {("name", "", None)}:
-        return [f"logging.run_dir={template!r}: the only placeholder is {{name}}"]
+        yield f"logging.run_dir={template!r}: the only placeholder is {{name}}"
+        return
     if config.name in (".", ".."):
-        faults.append(f"name={config.name} names no folder of its own; choose a word")
+        yield f"name={config.name} names no folder of its own; choose a word"
     if ".." in Path(template.partition("{name}")[2]).parts:
-        faults.append(f"logging.run_dir={template!r} leaves the folder {{name}} again; write no .. behind it")
-    return faults
+        yield f"logging.run_dir={template!r} leaves the folder {{name}} again; write no .. behind it"
 
 
-def _layout_faults(config: Config) -> list[str]:
-    parallel, faults = config.parallel, []
+def _layout_faults(config: Config) -> Iterator[str]:
+    parallel = config.parallel
     model_parallel = parallel.tp * parallel.pp * parallel.cp
     if parallel.processes % model_parallel:
         low = parallel.processes // model_parallel * model_parallel
         near = f"{low} or {low + model_parallel}" if low else str(model_parallel)
-        faults.append(
+        yield (
             f"parallel.world_size={parallel.processes} is not a multiple of tp*pp*cp={model_parallel}; set it to {near}"
         )
-    faults += context_faults(config, config.model.layers)
+    yield from context_faults(config, config.model.layers)
     if parallel.sp and parallel.tp == 1:
-        faults.append("parallel.sp=true needs parallel.tp > 1; set sp=false or raise tp")
+        yield "parallel.sp=true needs parallel.tp > 1; set sp=false or raise tp"
     if parallel.vpp > 1 and parallel.pp == 1:
-        faults.append(f"parallel.vpp={parallel.vpp} interleaves chunks of pipeline stages: raise pp, or set vpp=1")
+        yield f"parallel.vpp={parallel.vpp} interleaves chunks of pipeline stages: raise pp, or set vpp=1"
     if parallel.cp > 1 and config.train.share_prompts is True:
-        faults.append(
+        yield (
             f"train.share_prompts=true with parallel.cp={parallel.cp}, which cuts sequences into chunks that cannot "
             "see a shared prompt; set share_prompts=auto or cp=1"
         )
     if parallel.cp > 1 and isinstance(config.loss, CovarianceLoss) and config.loss.cov_scope == "microbatch":
-        faults.append(
+        yield (
             f"loss.cov_scope=microbatch ranks the tokens of one process, and parallel.cp={parallel.cp} spreads each "
             "sequence over several; set cov_scope=minibatch, which is exact under any layout, or cp=1"
         )
-    return faults
 
 
 def context_faults(config: Config, layers: str) -> list[str]:
@@ -103,17 +89,16 @@ def context_faults(config: Config, layers: str) -> list[str]:
     ]
 
 
-def _batch_faults(config: Config) -> list[str]:
-    train, faults = config.train, []
+def _batch_faults(config: Config) -> Iterator[str]:
+    train = config.train
     if train.prompts_per_step % train.prompts_per_minibatch:
-        divisors = [d for d in range(1, train.prompts_per_step + 1) if train.prompts_per_step % d == 0]
-        faults.append(
+        yield (
             f"train.prompts_per_step={train.prompts_per_step} is not a multiple of "
-            f"prompts_per_minibatch={train.prompts_per_minibatch}; choose one of {divisors}"
+            f"prompts_per_minibatch={train.prompts_per_minibatch}; choose one of {divisors(train.prompts_per_step)}"
         )
     sequences = train.prompts_per_minibatch * config.rollout.samples_per_prompt
     if sequences < config.parallel.dp:
-        faults.append(
+        yield (
             f"a mini-batch has {sequences} sequences (prompts_per_minibatch * samples_per_prompt) for "
             f"{config.parallel.dp} data-parallel ranks; raise prompts_per_minibatch or lower world_size"
         )
@@ -121,195 +106,189 @@ def _batch_faults(config: Config) -> list[str]:
     needed = -(-longest // parallel.token_multiple) * parallel.token_multiple
     if train.micro_batch_tokens < needed:
         padded = f", padded to a multiple of {parallel.token_multiple}" if needed > longest else ""
-        faults.append(
+        yield (
             f"train.micro_batch_tokens={train.micro_batch_tokens} is below the longest sequence "
             f"(max_prompt_tokens + max_response_tokens = {longest}{padded}); raise it to at least {needed}"
         )
     if config.algorithm.overlong.penalty_buffer > config.rollout.max_response_tokens:
-        faults.append(
+        yield (
             f"algorithm.overlong.penalty_buffer={config.algorithm.overlong.penalty_buffer} exceeds "
             f"rollout.max_response_tokens={config.rollout.max_response_tokens}"
         )
-    needs_group = (
-        config.algorithm.advantage in ("grpo", "dr_grpo", "rloo", "qae") or config.algorithm.dynamic_sampling.enabled
-    )
+    needs_group = config.algorithm.advantage != "reinforce_pp" or config.algorithm.dynamic_sampling.enabled
     if needs_group and config.rollout.samples_per_prompt < 2:
-        faults.append(
+        yield (
             f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: {config.algorithm.advantage} and dynamic "
             "sampling compare the samples of one prompt; set it to at least 2"
         )
     held_out = config.data.type != "jsonl" or config.data.eval_path is not None
     if config.train.eval_every and not held_out and not config.eval.sets:
-        faults.append(
+        yield (
             "train.eval_every is set, but neither data.eval_path nor eval.sets; give held-out problems or benchmarks, "
             "or set eval_every=0"
         )
-    return faults
 
 
-def _save_faults(config: Config) -> list[str]:
-    train, faults = config.train, []
+def _save_faults(config: Config) -> Iterator[str]:
+    train = config.train
     if train.keep_best and not train.eval_every:
-        faults.append("train.keep_best=true has no evaluations to compare; set train.eval_every, or keep_best=false")
+        yield "train.keep_best=true has no evaluations to compare; set train.eval_every, or keep_best=false"
     if train.resume in ("auto", "never") or any((config.run_dir / "checkpoints").glob("step_*")):
-        return faults  # a run that has checkpoints of its own goes on from them: the one it began from may be gone
+        return  # a run that has checkpoints of its own goes on from them: the one it began from may be gone
     path = Path(train.resume)
     if not (path / "metadata.json").is_file():
         near = sorted([*path.glob("step_*"), *path.glob("checkpoints/step_*")])
         hint = f"; did you mean {near[-1]}?" if near else ""
-        faults.append(f"train.resume={path}: expected auto, never or a checkpoint folder of a run{hint}")
+        yield f"train.resume={path}: expected auto, never or a checkpoint folder of a run{hint}"
     elif not (path / "config.yaml").is_file():
-        faults.append(f"train.resume={path} is a converted model and no run's checkpoint; set model.path to it")
-    return faults
+        yield f"train.resume={path} is a converted model and no run's checkpoint; set model.path to it"
 
 
-def _loss_faults(config: Config) -> list[str]:
-    loss, faults = config.loss, []
+def _loss_faults(config: Config) -> Iterator[str]:
+    loss = config.loss
     if loss.type == "clip_cov" and loss.cov_low >= loss.cov_high:
-        faults.append(f"loss.cov_low={loss.cov_low} must be below loss.cov_high={loss.cov_high}")
+        yield f"loss.cov_low={loss.cov_low} must be below loss.cov_high={loss.cov_high}"
     if loss.type == "forking" and loss.aggregation != "token_mean":
-        faults.append(
+        yield (
             f"loss.aggregation={loss.aggregation} with loss.type=forking: the paper's mean is over the kept tokens of "
             "the mini-batch; set aggregation=token_mean"
         )
     if loss.adaptive_entropy is not None and loss.entropy_coef:
-        faults.append(
+        yield (
             f"loss.entropy_coef={loss.entropy_coef} and loss.adaptive_entropy are both set; begin at another "
             "coefficient with adaptive_entropy.initial_coef, and leave entropy_coef at 0"
         )
-    faults += _band_faults(loss)
+    yield from _band_faults(loss)
     truncated = config.rollout.top_p < 1 or config.rollout.top_k > 0
     if truncated and loss.rollout_correction is None:
-        faults.append(
+        yield (
             "rollout.top_p/top_k cut the sampling distribution, so the samples do not come from the policy that is "
             "trained; set top_p=1 and top_k=0, or turn on the correction with loss.rollout_correction={cap: 2}"
         )
     if config.warm_start is not None and config.data.type != "countdown":
-        faults.append("warm_start needs a task with known solutions (data.type=countdown); remove it")
-    return faults
+        yield "warm_start needs a task with known solutions (data.type=countdown); remove it"
 
 
-def _band_faults(loss: LossBase) -> list[str]:
+def _band_faults(loss: LossBase) -> Iterator[str]:
     band = loss.band
     if band is None:
-        return []
+        return
     value = getattr(loss, band.option, None)
     if value is None:
-        return [f"loss.entropy_band.option={band.option}: the loss has no such option; set it to select_fraction"]
-    if not band.minimum <= value <= band.maximum:
-        return [
+        yield f"loss.entropy_band.option={band.option}: the loss has no such option; set it to select_fraction"
+    elif not band.minimum <= value <= band.maximum:
+        yield (
             f"loss.{band.option}={value} is outside of loss.entropy_band's [{band.minimum}, {band.maximum}], where the "
             "adaptation begins; widen the bounds or move the value"
-        ]
-    return []
+        )
 
 
-def _expert_faults(parallel: ParallelConfig, hf: dict[str, Any]) -> list[str]:
+def _expert_faults(config: Config, hf: dict[str, Any]) -> Iterator[str]:
+    parallel = config.parallel
     if not is_moe(hf):
-        return [f"parallel.ep={parallel.ep}: {hf['model_type']} has no experts; set ep=1"] if parallel.ep > 1 else []
+        if parallel.ep > 1:
+            yield f"parallel.ep={parallel.ep}: {hf['model_type']} has no experts; set ep=1"
+        return
     experts, width = num_experts(hf) or 0, hf["moe_intermediate_size"]
-    faults, stage = [], parallel.processes // parallel.pp
+    stage = parallel.processes // parallel.pp
     if stage % parallel.ep or experts % parallel.ep:
-        fits = [d for d in range(1, stage + 1) if stage % d == 0 and experts % d == 0]
-        faults.append(
+        yield (
             f"parallel.ep={parallel.ep} must divide the {stage} processes of a pipeline stage and the model's "
-            f"{experts} experts; choose ep from {fits}"
+            f"{experts} experts; choose ep from {divisors(math.gcd(stage, experts))}"
         )
     if parallel.ep == 1 and width % parallel.tp:
-        faults.append(f"model moe_intermediate_size={width} is not divisible by parallel.tp={parallel.tp}")
+        yield f"model moe_intermediate_size={width} is not divisible by parallel.tp={parallel.tp}"
     if parallel.tp > 1 and not parallel.sp:
-        faults.append("a mixture of experts trains under parallel.tp > 1 only with sp=true, as Megatron does it")
-    return faults
+        yield "a mixture of experts trains under parallel.tp > 1 only with sp=true, as Megatron does it"
 
 
-def _offload_faults(config: Config) -> list[str]:
+def _offload_faults(config: Config) -> Iterator[str]:
     if not config.optimizer.cpu_offload:
-        return []
-    faults = []
+        return
     if config.model.dtype == "float32":
-        faults.append(
+        yield (
             "optimizer.cpu_offload=true: in float32 Megatron's distributed optimizer updates views of the weights, "
             "which its optimizer on the host does not take; set model.dtype=bfloat16, or cpu_offload=false"
         )
     if not config.parallel.distributed_optimizer:
-        faults.append(
+        yield (
             "optimizer.cpu_offload=true is for Megatron's distributed optimizer; set parallel.distributed_optimizer="
             "true, or cpu_offload=false"
         )
     if config.rollout.server.share_memory:
-        faults.append(
+        yield (
             "optimizer.cpu_offload=true with rollout.server.share_memory=true: the latter brings all of the "
             "optimizer's state to the GPU after each generation; choose one"
         )
-    return faults
 
 
-def _model_faults(config: Config, hf: dict[str, Any]) -> list[str]:
-    """Return how the model does not fit the layout and the lengths. hf: a config.json without faults of its own."""
-    tp, pp, faults = config.parallel.tp, config.parallel.pp, []
+def _model_faults(config: Config, hf: dict[str, Any]) -> Iterator[str]:
+    """Yield how the model does not fit the layout and the lengths. hf: a config.json without faults of its own."""
+    tp, pp = config.parallel.tp, config.parallel.pp
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
     groups = hf.get("num_key_value_heads") or heads
-    fits = [d for d in range(1, heads + 1) if heads % d == 0 and (groups % d == 0 or d % groups == 0)]
+    fits = [d for d in divisors(heads) if groups % d == 0 or d % groups == 0]
     if heads % tp:
-        faults.append(f"model num_attention_heads={heads} is not divisible by parallel.tp={tp}; choose tp from {fits}")
+        yield f"model num_attention_heads={heads} is not divisible by parallel.tp={tp}; choose tp from {fits}"
     elif groups % tp and tp % groups:
-        faults.append(
+        yield (
             f"model num_key_value_heads={groups} is neither a multiple nor a divisor of parallel.tp={tp}; "
             f"choose tp from {fits}"
         )
     elif 2 * groups * head_width(hf) % tp:
-        faults.append(
+        yield (
             f"model num_key_value_heads={groups} of width {head_width(hf)} cannot be cut into parallel.tp={tp} equal "
             f"parts; choose tp from {[d for d in fits if groups % d == 0]}"
         )
     if has_dense_layers(hf) and hf["intermediate_size"] % tp:
-        faults.append(f"model intermediate_size={hf['intermediate_size']} is not divisible by parallel.tp={tp}")
+        yield f"model intermediate_size={hf['intermediate_size']} is not divisible by parallel.tp={tp}"
     vpp, options = config.parallel.vpp, config.model.megatron
     options = {} if option_faults("model.megatron", options) else options
     chunks = chunk_layers(layers, config.parallel, options)
     fewest = min(map(min, chunks))
     if STAGE_FIELDS & options.keys():
         if fewest < 1 or sum(map(sum, chunks)) != layers:
-            faults.append(
+            yield (
                 f"model.megatron: pipeline stages of {[sum(stage) for stage in chunks]} layers, each of {vpp} equal "
                 f"chunks with a layer at least, do not make num_hidden_layers={layers}; change them, or "
                 "parallel.pp"
             )
     elif layers % pp:
-        fits = [d for d in range(1, layers + 1) if layers % d == 0]
-        faults.append(f"model num_hidden_layers={layers} is not divisible by parallel.pp={pp}; choose pp from {fits}")
+        stages = divisors(layers)
+        yield f"model num_hidden_layers={layers} is not divisible by parallel.pp={pp}; choose pp from {stages}"
     elif layers % (pp * vpp):
-        fits = [d for d in range(1, layers // pp + 1) if layers // pp % d == 0]
-        faults.append(
-            f"parallel.vpp={vpp} does not divide the {layers // pp} layers of a pipeline stage; choose vpp from {fits}"
+        yield (
+            f"parallel.vpp={vpp} does not divide the {layers // pp} layers of a pipeline stage; choose vpp from "
+            f"{divisors(layers // pp)}"
         )
     recomputed = config.model.recompute_layers or 1
     if recomputed > max(1, fewest):
-        faults.append(
+        yield (
             f"model.recompute_layers={recomputed} exceeds the {fewest} layers of a model chunk (num_hidden_layers"
             " / pp / vpp); lower it"
         )
     for name, occurs in {"mlp": has_dense_layers(hf), "moe": is_moe(hf)}.items():
         if name in (config.model.recompute_modules or ()) and not occurs:
-            faults.append(f"model.recompute_modules: no layer of this {hf['model_type']} has a {name}; remove it")
+            yield f"model.recompute_modules: no layer of this {hf['model_type']} has a {name}; remove it"
     longest = config.max_sequence_tokens
     positions = hf.get("max_position_embeddings")
     if isinstance(positions, int) and longest > positions:
-        faults.append(
+        yield (
             f"the longest sequence (max_prompt_tokens + max_response_tokens = {longest}) exceeds the model's "
             f"max_position_embeddings={positions}; shorten one of them"
         )
-    return faults
 
 
-def eval_faults(config: Config) -> list[str]:
-    """Return one line per fault in what training will evaluate; `megatron-rl eval` looks for its files itself."""
+def _eval_faults(config: Config) -> Iterator[str]:
+    """Yield one line per fault in what training will evaluate; `megatron-rl eval` looks for its files itself."""
     if not config.train.eval_every:
-        return []
-    paths = [set_path(config.eval, name) for name in config.eval.sets]
-    faults = [path for path in paths if isinstance(path, str)]
+        return
+    yield from (fault for name in config.eval.sets if isinstance(fault := set_path(config.eval, name), str))
     if config.eval.sets and config.data.type == "countdown":
-        faults.append(
+        yield (
             "eval.sets need a tokenizer for text, and data.type=countdown brings one for its own characters; empty it"
         )
-    return faults
+
+
+_FINDERS = (megatron_faults, _folder_faults, _layout_faults, _batch_faults, _save_faults, _loss_faults, _offload_faults)
+_MODEL_FINDERS = (_model_faults, _expert_faults, model_engine_faults)

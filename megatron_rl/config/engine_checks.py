@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import urllib.parse
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.models.facts import has_dense_layers, head_width, is_moe
@@ -13,106 +14,101 @@ if TYPE_CHECKING:
     from megatron_rl.config.sections import Config
 
 
-def engine_faults(config: Config) -> list[str]:
-    """Return one line per fault in `rollout`, with its remedy."""
-    rollout, faults = config.rollout, _replay_faults(config)
+def engine_faults(config: Config) -> Iterator[str]:
+    """Yield one line per fault in `rollout`, with its remedy."""
+    rollout = config.rollout
+    yield from _replay_faults(config)
     if rollout.is_embedded:
         if rollout.max_staleness:
-            faults.append(
+            yield (
                 f"rollout.max_staleness={rollout.max_staleness}: the embedded engine shares its process with the "
                 "trainer and cannot generate ahead; set it to 0, or rollout.engine to sglang or vllm"
             )
-        return faults
-    faults += [*_url_faults(rollout), *_memory_faults(rollout, config.max_sequence_tokens)]
+        return
+    yield from [*_url_faults(rollout), *_memory_faults(rollout, config.max_sequence_tokens)]
     if rollout.max_staleness and config.loss.rollout_correction is None:
-        faults.append(
+        yield (
             f"rollout.max_staleness={rollout.max_staleness} trains on responses of older weights, which needs the "
             "correction; set loss.rollout_correction={cap: 2}, or max_staleness=0"
         )
-    return faults
 
 
-def _replay_faults(config: Config) -> list[str]:
-    faults: list[str] = []
+def _replay_faults(config: Config) -> Iterator[str]:
     if not config.rollout.routing_replay:
-        return faults
+        return
     if config.rollout.engine == "vllm":  # its Model Runner V2 alone reports experts, and does not start on a CPU
-        faults.append(
+        yield (
             "rollout.routing_replay=true: what vLLM reports of its routing was never tried here; set rollout.engine to "
             "sglang or transformers, or routing_replay=false"
         )
     if config.train.share_prompts is True:
-        faults.append(
+        yield (
             "rollout.routing_replay=true with train.share_prompts=true: an engine may take a prompt's token to other "
             "experts in each sample; set share_prompts=auto"
         )
     if "moe" in (config.model.recompute_modules or ()) and config.parallel.pp > 1:
-        faults.append(
+        yield (
             f"rollout.routing_replay=true with model.recompute_modules=[moe] and parallel.pp={config.parallel.pp}: "
             "Megatron then runs a router again without saying for which of the micro-batches in the pipeline; set "
             "model.recompute=full, or leave moe out"
         )
-    return faults
 
 
-def _url_faults(rollout: RolloutConfig) -> list[str]:
-    faults = []
+def _url_faults(rollout: RolloutConfig) -> Iterator[str]:
+    here = ("127.0.0.1", "localhost", "::1", socket.gethostname())
     for url in rollout.server.urls:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
-            faults.append(f"rollout.server.urls: {url!r} is no address such as http://node1:30000")
-        elif rollout.weight_sync.mode == "colocated" and not _is_here(parts.hostname):
-            faults.append(
+            yield f"rollout.server.urls: {url!r} is no address such as http://node1:30000"
+        elif rollout.weight_sync.mode == "colocated" and parts.hostname not in here:
+            yield (
                 f"rollout.weight_sync.mode=colocated shares memory within one machine, and {url} is another; set it to "
                 "disaggregated or disk"
             )
     if len(set(rollout.server.urls)) < len(rollout.server.urls):
-        faults.append("rollout.server.urls: the same server is listed twice")
-    return faults
+        yield "rollout.server.urls: the same server is listed twice"
 
 
-def _is_here(host: str) -> bool:
-    return host in ("127.0.0.1", "localhost", "::1", socket.gethostname())
-
-
-def _memory_faults(rollout: RolloutConfig, longest: int) -> list[str]:
-    """Return what is wrong with the servers' memory. longest: tokens of a sequence."""
-    faults = []
+def _memory_faults(rollout: RolloutConfig, longest: int) -> Iterator[str]:
+    """Yield what is wrong with the servers' memory. longest: tokens of a sequence."""
     if rollout.server.share_memory and rollout.max_staleness:
-        faults.append(
+        yield (
             "rollout.server.share_memory=true lets trainer and servers take turns, rollout.max_staleness > 0 lets them "
             "work at the same time; choose one"
         )
     if (rollout.server.kv_tokens or longest) < longest:
-        faults.append(
+        yield (
             f"rollout.server.kv_tokens={rollout.server.kv_tokens} is below the longest sequence (max_prompt_tokens + "
             f"max_response_tokens = {longest}); raise it, best to {longest} times rollout.server.max_concurrency"
         )
-    return faults
 
 
-def model_engine_faults(rollout: RolloutConfig, hf: dict[str, Any]) -> list[str]:
-    """Return how the model does not fit the engine. hf: a config.json without faults of its own."""
-    faults = []
+def model_engine_faults(config: Config, hf: dict[str, Any]) -> Iterator[str]:
+    """Yield how the model does not fit the engine. hf: a config.json without faults of its own."""
+    rollout = config.rollout
     if rollout.routing_replay and not is_moe(hf):
-        faults.append(f"rollout.routing_replay=true: {hf['model_type']} has no experts to route to; set it to false")
+        yield f"rollout.routing_replay=true: {hf['model_type']} has no experts to route to; set it to false"
     if rollout.is_embedded:
-        return faults
+        return
     heads, tp = hf["num_attention_heads"], rollout.server.tp
     if heads % tp:
-        fits = [d for d in range(1, heads + 1) if heads % d == 0]
-        faults.append(
-            f"model num_attention_heads={heads} is not divisible by rollout.server.tp={tp}; choose from {fits}"
+        yield (
+            f"model num_attention_heads={heads} is not divisible by rollout.server.tp={tp}; choose from "
+            f"{divisors(heads)}"
         )
     if rollout.engine == "sglang" and is_moe(hf) and has_dense_layers(hf):
-        faults.append(
+        yield (
             "model mlp_only_layers or decoder_sparse_step makes some layers dense, and SGLang gives every layer of "
             f"{hf['model_type']} experts; set rollout.engine to vllm or transformers"
         )
     width = head_width(hf)
     if rollout.engine == "vllm" and hf["model_type"] == "qwen2" and width * heads != hf["hidden_size"]:
-        faults.append(
+        yield (
             f"model head_dim={width} is not hidden_size / num_attention_heads, and vLLM's Qwen2 ignores head_dim; "
             "change one of the three, or set rollout.engine=sglang"
         )
-    return faults
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors of a positive number, ascending: what a remedy offers to choose from."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
@@ -69,12 +70,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
-        node = child
     is_text, may_be_null = _text_kind(key.split("."))
     if is_text:
         node[last] = None if may_be_null and text == "null" else text
@@ -87,25 +87,30 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _text_kind(location: list[str]) -> tuple[bool, bool]:
     """Return whether the option at a location holds a text, and whether it may be null."""
-    annotations = _annotations_at(location)
-    members = {member for annotation in annotations for member in _members(annotation)}
+    members = set(_types_at(location))
     texts = {member for member in members if member is str or isinstance(member, str)}  # of a Literal its values
     return bool(texts) and texts == members - {NoneType}, NoneType in members
 
 
-def _annotations_at(location: list[str]) -> list[Any]:
-    """Return the types that the option at a location may have, one for each member of the unions above it."""
-    current: list[Any] = [Config]
+def _types_at(location: Sequence[Any]) -> list[Any]:
+    """Return the types that the option at a location may have: the members of its union, for each of those above it.
+
+    pydantic puts a member's tag into the location of an error, which leaves that member alone.
+    """
+    types: list[Any] = [Config]
     for part in location:
-        below: list[Any] = []
-        for annotation in current:
-            for member in _members(annotation):
-                if isinstance(member, type) and issubclass(member, Section):
-                    below += [field.annotation for name, field in member.model_fields.items() if name == part]
-                elif typing.get_origin(member) is dict:
-                    below.append(typing.get_args(member)[1])
-        current = below
-    return current
+        sections = _sections(types)
+        below = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
+        below += [
+            typing.get_args(t)[origin is dict] for t in types if (origin := typing.get_origin(t)) in (dict, tuple)
+        ]
+        tagged = [s for s in sections if "type" in s.model_fields and s.model_fields["type"].default == part]
+        types = [member for annotation in below or tagged or types for member in _members(annotation)]
+    return types
+
+
+def _sections(types: list[Any]) -> list[type[Section]]:
+    return [each for each in types if isinstance(each, type) and issubclass(each, Section)]
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -124,24 +129,7 @@ def _explain(item: Any) -> str:
         got = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
         quote = "; in the file, write it in quotes" if item["type"] == "string_type" else ""
         return f"{where}: {item['msg']}{got}{quote}"
-    known = _fields_at(item["loc"][:-1])
+    known = {name for section in _sections(_types_at(item["loc"][:-1])) for name in section.model_fields}
     near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
     return f"{where}: unknown option; {hint}"
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    sections: list[type[Section]] = [Config]
-    for part in location:
-        found = [s for section in sections if part in section.model_fields for s in _sections_of(section, part)]
-        # pydantic puts a union member's tag into the location; it narrows the candidates to that member
-        tagged = [s for s in sections if "type" in s.model_fields and s.model_fields["type"].default == part]
-        sections = found or tagged or sections
-    return sorted({name for section in sections for name in section.model_fields})
-
-
-def _sections_of(section: type[Section], name: str) -> list[type[Section]]:
-    annotation: Any = section.model_fields[name].annotation
-    # of a union its members, of a mapping its values
-    members = typing.get_args(annotation) or (annotation,)
-    return [m for m in members if isinstance(m, type) and issubclass(m, Section)]

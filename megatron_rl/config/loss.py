@@ -106,12 +106,12 @@ class LossBase(Section):
     def needs_current_statistics(self) -> bool:
         """Return whether the loss chooses or weighs tokens by statistics of the current weights, a forward pass for
         each mini-batch but the first of a step."""
-        return False
+        return "current" in (getattr(self, "stats", None), getattr(self, "cov_logprobs", None))
 
     @property
     def band(self) -> EntropyBand | None:
         """Return the target band that an option of the loss follows, if one does."""
-        return None
+        return getattr(self, "entropy_band", None)
 
 
 class ClippedLoss(LossBase):
@@ -128,11 +128,6 @@ class StatisticsLoss(ClippedLoss):
 
     stats: Statistics = "current"
     """Weights under which these are computed; old is free and one update stale."""
-
-    @property
-    def needs_current_statistics(self) -> bool:
-        """Answer by `stats`."""
-        return self.stats == "current"
 
 
 class PpoClipLoss(ClippedLoss):
@@ -193,16 +188,6 @@ class CovarianceLoss(LossBase):
     """Adapt an option to a target entropy; null: off."""
     select_fraction: Fraction
     """Fraction of the mini-batch's response tokens that is selected."""
-
-    @property
-    def needs_current_statistics(self) -> bool:
-        """Answer by `cov_logprobs`."""
-        return self.cov_logprobs == "current"
-
-    @property
-    def band(self) -> EntropyBand | None:
-        """Return `entropy_band`."""
-        return self.entropy_band
 
 
 class ClipCovLoss(CovarianceLoss, ClippedLoss):

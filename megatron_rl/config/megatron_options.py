@@ -10,7 +10,7 @@ import difflib
 import importlib.util
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -107,23 +107,22 @@ def _type_fault(where: str, annotation: str, value: Any) -> list[str]:
     return []
 
 
-def megatron_faults(config: Config) -> list[str]:
-    """Return one line per fault in what passes through, with its remedy."""
+def megatron_faults(config: Config) -> Iterator[str]:
+    """Yield one line per fault in what passes through, with its remedy."""
     ddp = config.parallel.ddp
-    faults = option_faults("model.megatron", config.model.megatron) + option_faults("parallel.ddp", ddp)
+    yield from option_faults("model.megatron", config.model.megatron) + option_faults("parallel.ddp", ddp)
     if ddp.get("overlap_param_gather") and not (
         config.parallel.distributed_optimizer and ddp.get("overlap_grad_reduce")
     ):
-        faults.append(
+        yield (
             "parallel.ddp.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
             "parallel.ddp.overlap_grad_reduce=true; set both"
         )
     if config.model.megatron.get("moe_token_dispatcher_type") == "allgather" and config.parallel.ep > 1:
-        faults.append(
+        yield (
             "model.megatron.moe_token_dispatcher_type=allgather takes equally many tokens from every rank of "
             "parallel.ep, whose micro-batches have lengths of their own; leave it at alltoall, or set ep=1"
         )
-    return faults
 
 
 def megatron_notes(config: Config) -> list[str]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from megatron_rl.config.megatron_options import megatron_notes
 
 if TYPE_CHECKING:
-    from megatron_rl.config.loss import ClipCovLoss, KlCovLoss
     from megatron_rl.config.sections import Config
 
 PERCENTAGE = 0.02  # a fraction of that size, where it selects many tokens, was probably meant as a percentage
@@ -28,7 +27,7 @@ def run_notes(config: Config) -> list[str]:
 
 def selection_notes(config: Config) -> list[str]:
     """Return one line for each thing that keeps Clip-Cov or KL-Cov from selecting as intended, with its remedy."""
-    loss = config.loss
+    loss, longest = config.loss, config.max_sequence_tokens
     if loss.type not in ("clip_cov", "kl_cov"):
         return []
     notes = []
@@ -38,37 +37,24 @@ def selection_notes(config: Config) -> list[str]:
             "and its gradient vanishes; KL-Cov then does nothing. Lower train.prompts_per_minibatch to get several "
             "updates a step"
         )
-    if loss.cov_scope == "microbatch":
-        notes += _lone_sequences(config)
-    return notes + _percentage(config, loss)
-
-
-def _lone_sequences(config: Config) -> list[str]:
-    longest = config.max_sequence_tokens
     sequences = config.train.prompts_per_minibatch * config.rollout.samples_per_prompt
     least = 2 * config.parallel.dp * config.parallel.micro_batch_multiple
     lone = "a micro-batch may hold one sequence, whose tokens share one advantage, so that their covariance is 0"
-    notes = []
-    if config.train.micro_batch_tokens < 2 * longest:
+    if loss.cov_scope == "microbatch" and config.train.micro_batch_tokens < 2 * longest:
         notes.append(
             f"loss.cov_scope=microbatch with train.micro_batch_tokens={config.train.micro_batch_tokens}: {lone}. Use "
             f"cov_scope=minibatch, or raise micro_batch_tokens to {2 * longest} or more, twice the longest sequence"
         )
-    if sequences < least:
+    if loss.cov_scope == "microbatch" and sequences < least:
         notes.append(
             f"loss.cov_scope=microbatch with {sequences} sequences in a mini-batch (prompts_per_minibatch * "
             f"samples_per_prompt): {lone}. Use cov_scope=minibatch, or at least {least} sequences"
         )
-    return notes
-
-
-def _percentage(config: Config, loss: ClipCovLoss | KlCovLoss) -> list[str]:
-    sequences = config.train.prompts_per_minibatch * config.rollout.samples_per_prompt
     tokens = sequences * config.rollout.max_response_tokens
     selected = int(loss.select_fraction * tokens)
-    if loss.select_fraction < PERCENTAGE or selected <= MANY_TOKENS:
-        return []
-    return [
-        f"loss.select_fraction={loss.select_fraction} selects up to {selected} of {tokens} tokens; it is a fraction, "
-        "never a percentage: the paper's 0.2% is 0.002"
-    ]
+    if loss.select_fraction >= PERCENTAGE and selected > MANY_TOKENS:
+        notes.append(
+            f"loss.select_fraction={loss.select_fraction} selects up to {selected} of {tokens} tokens; it is a "
+            "fraction, never a percentage: the paper's 0.2% is 0.002"
+        )
+    return notes

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_rl.config.section import (
-    Fraction,
-    Int,
-    NonNegativeInt,
-    PathText,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-)
+from megatron_rl.config.section import Fraction, Int, NonNegativeInt, PathText, PositiveFloat, PositiveInt, Section
 
 
 class ServerConfig(Section):

@@ -76,13 +76,9 @@ class ModelConfig(Section):
     """Fields of Megatron's TransformerConfig by name, passed as they are: docs/models.md."""
 
     @model_validator(mode="after")
-    def _has_source(self) -> ModelConfig:
+    def _consistent(self) -> ModelConfig:
         if self.path is None and self.hf_config is None:
             raise ValueError("set model.path, or model.hf_config for random weights")
-        return self
-
-    @model_validator(mode="after")
-    def _recompute_options(self) -> ModelConfig:
         owners = {"recompute_method": "full", "recompute_layers": "full", "recompute_modules": "selective"}
         for name, owner in owners.items():
             if getattr(self, name) is not None and self.recompute != owner:

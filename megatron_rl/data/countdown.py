@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cache
-from itertools import combinations
+from itertools import combinations, count
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.algorithms.hashing import hash64
@@ -77,8 +77,7 @@ def _countdown_rows(data: CountdownData, seed: int) -> Iterator[tuple[list[int],
             seed=base_seed,
         )
     )
-    row = 0
-    while True:
+    for row in count():
         try:
             metadata = dataset[row]["metadata"]
         except ValueError as error:
@@ -87,7 +86,6 @@ def _countdown_rows(data: CountdownData, seed: int) -> Iterator[tuple[list[int],
                 f"[1, {data.max_target}]; raise data.max_target"
             ) from error
         yield metadata["numbers"], metadata["target"]
-        row += 1
 
 
 def countdown_solutions(prompts: Sequence[Prompt], tokenizer: Any, seed: int) -> list[tuple[int, ...]]:

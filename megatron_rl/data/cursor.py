@@ -34,9 +34,7 @@ class PromptCursor:
 
         Raises: DataError when fewer than `count` prompts are left to choose from; the cursor then stays.
         """
-        available = len(self._prompts)
-        if exclude:
-            available = sum(prompt.prompt_id not in exclude for prompt in self._prompts)
+        available = sum(prompt.prompt_id not in exclude for prompt in self._prompts)
         if count > available:
             raise DataError(
                 f"{count} prompts are wanted, but of the data set's {len(self._prompts)} only {available} have not "
@@ -56,12 +54,7 @@ class PromptCursor:
 
     def state(self) -> dict[str, int]:
         """Return what a checkpoint keeps."""
-        return {
-            "epoch": self._epoch,
-            "position": self._position,
-            "seed": self._seed,
-            "num_prompts": len(self._prompts),
-        }
+        return {"epoch": self._epoch, "position": self._position, "seed": self._seed, "num_prompts": len(self._prompts)}
 
     def restore(self, state: dict[str, int]) -> None:
         """Continue where `state` was taken. Raises: DataError when the data or the seed are not those of `state`."""

@@ -46,16 +46,14 @@ def read_records(path: str | Path) -> Iterator[tuple[str, Record]]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    number = 0
     with path.open("rb") as file:
-        for ended_by_newline in file:
-            # a lone \r ends a line too; JSON texts cannot hold one
-            for line in ended_by_newline.splitlines():
-                number += 1
-                where = f"{path}, line {number}"
-                text = decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, where)
-                if text.strip():
-                    yield where, _object(_parse(text, where), where)
+        # a lone \r ends a line too; JSON texts cannot hold one
+        lines = (line for ended_by_newline in file for line in ended_by_newline.splitlines())
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            text = decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, where)
+            if text.strip():
+                yield where, _object(_parse(text, where), where)
 
 
 def _read_list(path: Path, data: bytes) -> Iterator[tuple[str, Record]]:

@@ -65,8 +65,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     Without an id of its own a row is called by its number, from 0; without a source, by the file's name.
     Raises: DataError that names the line or row, or for a file without one.
     """
-    number = 0
-    for where, record in read_records(path):
+    number = -1
+    for number, (where, record) in enumerate(read_records(path)):
         answer = column(record, ANSWER_COLUMNS, where)
         missing = [names for names, value in ((PROBLEM_COLUMNS, column(record, PROBLEM_COLUMNS, where)),
                                               (ANSWER_COLUMNS, answer)) if value is None]  # fmt: skip
@@ -77,8 +77,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
                 "`megatron-rl data prepare` reads other columns"
             )
         yield where, to_row(record, answer_text(answer, where), where, str(number), Path(path).stem)
-        number += 1
-    if not number:
+    if number < 0:
         raise DataError(f"{path}: holds no problem; expected one JSON object per line with `problem` and `answer`")
 
 
@@ -109,10 +108,10 @@ def to_row(
     suffix = record.get("suffix")
     own_id = column(record, ("id", "extra_info.index"), where)
     return Row(
-        number if own_id is None else _scalar(own_id, where, "id"),
+        number if own_id is None else answer_text(own_id, where, "id"),
         problem,
         answer,
-        _scalar(column(record, ("source", "data_source"), where) or source, where, "source"),
+        answer_text(column(record, ("source", "data_source"), where) or source, where, "source"),
         None if suffix is None else text_of(suffix, where, "suffix"),
         system,
         turns,
@@ -160,14 +159,9 @@ def text_of(value: Any, where: str, name: str) -> str:
     return value
 
 
-def _scalar(value: Any, where: str, name: str) -> str:
-    return text_of(value, where, name) if isinstance(value, str | bytes) else answer_text(value, where, name)
-
-
 def _conversation(value: Any, where: str, name: str) -> tuple[str | None, tuple[Message, ...], str]:
     """Return (system message, earlier turns, the user's last message). Raises: DataError."""
-    if isinstance(value, str | bytes):
-        value = _unpacked(text_of(value, where, name), where, name)
+    value = _unpacked(value, where, name)
     if isinstance(value, str):
         return None, (), value
     if not isinstance(value, list) or not any(isinstance(item, Mapping) and "role" in item for item in value):
@@ -186,8 +180,12 @@ def _conversation(value: Any, where: str, name: str) -> tuple[str | None, tuple[
     return system, rest[:-1], rest[-1]["content"]
 
 
-def _unpacked(text: str, where: str, name: str) -> Any:
-    """Return messages or parts that were written into a text as JSON; any other text as it is. Raises: DataError."""
+def _unpacked(value: Any, where: str, name: str) -> Any:
+    """Return messages or parts that were written into a text as JSON; anything else as it is, bytes as the text that
+    they are. Raises: DataError."""
+    if not isinstance(value, str | bytes):
+        return value
+    text = text_of(value, where, name)
     if not _MESSAGES_IN_A_TEXT.match(text):
         return text
     value = _json_of(text)
@@ -197,8 +195,7 @@ def _unpacked(text: str, where: str, name: str) -> Any:
 
 
 def _messages(value: Any, where: str, name: str) -> tuple[Message, ...]:
-    if isinstance(value, str | bytes):
-        value = _unpacked(text_of(value, where, name), where, name)
+    value = _unpacked(value, where, name)
     if not isinstance(value, list):
         raise DataError(f"{where}: `{name}` must be a list of messages, got {value!r:.200}")
     messages = []
@@ -217,8 +214,7 @@ def _messages(value: Any, where: str, name: str) -> tuple[Message, ...]:
 
 def _content(value: Any, where: str, name: str) -> str:
     """Return the text of a message: a text, or the joined texts of typed parts. Raises: DataError."""
-    if isinstance(value, str | bytes):
-        value = _unpacked(text_of(value, where, name), where, name)
+    value = _unpacked(value, where, name)
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -242,8 +238,7 @@ def answer_text(value: Any, where: str, name: str = "answer") -> str:
     """
     if isinstance(value, str | bytes):
         return text_of(value, where, name)
-    text = json.dumps(_plain(value, where, name), ensure_ascii=False)
-    return text_of(text, where, name)
+    return text_of(json.dumps(_plain(value, where, name), ensure_ascii=False), where, name)
 
 
 def _plain(value: Any, where: str, name: str) -> Any:

@@ -53,11 +53,7 @@ def shadow_config(checkpoint: Path, *, one_process: bool) -> Config:
 
     Raises: ConfigError.
     """
-    file = checkpoint / "config.yaml"
-    try:
-        raw: dict[str, Any] = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot read the run's config: {error}") from error
+    raw: dict[str, Any] = _read(checkpoint / "config.yaml", "the run's config")
     raw["warm_start"] = None
     raw["loss"]["ref_kl_coef"] = 0.0
     raw["rollout"] |= {"engine": "transformers", "max_staleness": 0}
@@ -78,11 +74,15 @@ def _checkpoint(run_dir: Path, given: Path | None) -> Path:
     return path
 
 
-def _read_methods(path: Path) -> dict[str, dict[str, Any]]:
+def _read(file: Path, content: str) -> Any:
     try:
-        losses = read_yaml(path.read_text())
+        return read_yaml(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot read the methods: {error}") from error
+        raise ConfigError(f"{file}: cannot read {content}: {error}") from error
+
+
+def _read_methods(path: Path) -> dict[str, dict[str, Any]]:
+    losses = _read(path, "the methods")
     if not isinstance(losses, dict) or not losses or not all(isinstance(loss, dict) for loss in losses.values()):
         raise ConfigError(f"{path}: expected a mapping of names to loss sections, as grpo: {{type: ppo_clip}}")
     return losses

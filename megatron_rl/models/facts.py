@@ -35,7 +35,6 @@ ARCHITECTURES = {
     "qwen3": Architecture(qk_norm=True, head_width=128),
     "qwen3_moe": Architecture(qk_norm=True, is_moe=True),
 }
-SUPPORTED_MODEL_TYPES = tuple(ARCHITECTURES)
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _EXPERT_SIZES = ("num_experts", "moe_intermediate_size", "num_experts_per_tok")
 # rope types with fixed frequencies up to max_position_embeddings, and what each must state
@@ -46,7 +45,6 @@ _ROPE_KEYS = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-_SILU = ("silu", "swish")  # two names of one function
 
 
 class ModelSource(Protocol):
@@ -55,12 +53,10 @@ class ModelSource(Protocol):
     @property
     def path(self) -> str | None:
         """Return the folder with config.json and weights, if there is one."""
-        ...
 
     @property
     def hf_config(self) -> dict[str, Any] | None:
         """Return the contents of a config.json as the YAML states them, if it does."""
-        ...
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -84,7 +80,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}; give a folder with a Hugging Face config.json") from error
     try:
-        typed: dict[str, Any] = TypeAdapter(ConfigKeys).validate_python(raw)  # type: ignore[assignment]
+        typed: dict[str, Any] = TypeAdapter(ConfigKeys).validate_python(raw)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         raise ConfigError(f"{path}: {'; '.join(faults)}") from error
@@ -172,7 +168,7 @@ def architecture_faults(hf: dict[str, Any], *, needs_vocabulary: bool = False) -
     """
     kind = hf.get("model_type")
     if kind not in ARCHITECTURES:
-        return [f"model_type {kind!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"]
+        return [f"model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}"]
     stated = {key: hf.get(key) for key in _SIZES + ("vocab_size",) * needs_vocabulary}
     if is_moe(hf):
         stated |= {key: hf.get(key) for key in _EXPERT_SIZES} | {"num_experts": num_experts(hf)}
@@ -188,26 +184,21 @@ def architecture_faults(hf: dict[str, Any], *, needs_vocabulary: bool = False) -
 
 def _unsupported(hf: dict[str, Any]) -> list[str]:
     """Return the features that the Megatron policy would silently drop."""
-    kind, features = hf["model_type"], []
-    if hf.get("use_sliding_window"):
-        features.append("sliding-window attention (use_sliding_window)")
-    window = hf.get("sliding_window", ARCHITECTURES[kind].sliding_window)
-    if kind == "mistral" and window is not None:
-        features.append(f"sliding-window attention (sliding_window {window}, null would be full attention)")
-    other = sorted({str(layer) for layer in hf.get("layer_types") or ()} - {"full_attention"})
-    if other:
-        features.append(f"layers of other kinds ({', '.join(other)} in layer_types)")
-    if hf.get("attention_bias"):
-        features.append("a bias on the attention output (attention_bias)")
-    if hf.get("mlp_bias"):
-        features.append("biases in the MLP (mlp_bias)")
-    if (hf.get("hidden_act") or "silu") not in _SILU:
-        features.append(f"hidden_act {hf['hidden_act']!r} (only silu)")
-    if hf.get("quantization_config"):
-        features.append("quantised weights (quantization_config; give the model that it was made from)")
-    if is_moe(hf) and hf.get("norm_topk_prob") and hf["num_experts_per_tok"] == 1:
-        features.append("norm_topk_prob and one expert a token (its weight is always 1, so the router cannot learn)")
-    return features
+    kind, activation = hf["model_type"], hf.get("hidden_act") or "silu"
+    window = hf.get("sliding_window", ARCHITECTURES[kind].sliding_window) if kind == "mistral" else None
+    other = ", ".join(sorted({str(layer) for layer in hf.get("layer_types") or ()} - {"full_attention"}))
+    always_1 = is_moe(hf) and hf.get("norm_topk_prob") and hf["num_experts_per_tok"] == 1
+    features = {
+        "sliding-window attention (use_sliding_window)": hf.get("use_sliding_window"),
+        f"sliding-window attention (sliding_window {window}, null would be full attention)": window is not None,
+        f"layers of other kinds ({other} in layer_types)": other,
+        "a bias on the attention output (attention_bias)": hf.get("attention_bias"),
+        "biases in the MLP (mlp_bias)": hf.get("mlp_bias"),
+        f"hidden_act {activation!r} (only silu)": activation not in ("silu", "swish"),
+        "quantised weights (quantization_config; give the model that it was made from)": hf.get("quantization_config"),
+        "norm_topk_prob and one expert a token (its weight is always 1, so the router cannot learn)": always_1,
+    }
+    return [feature for feature, occurs in features.items() if occurs]
 
 
 def _unsupported_rope(hf: dict[str, Any]) -> list[str]:

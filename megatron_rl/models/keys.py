@@ -7,9 +7,10 @@ pass as they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, with_config
 from typing_extensions import TypedDict
 
 
@@ -26,7 +27,7 @@ def _number(value: Any) -> int | float | None:
     return value
 
 
-def _real(value: Any) -> float | None:
+def _real(value: Any) -> float | None:  # transformers takes no whole number here
     number = _number(value)
     return None if number is None else float(number)
 
@@ -54,91 +55,48 @@ def _text(value: Any) -> str | None:
 
 
 def _integers(value: Any) -> list[int | None] | None:
-    if not isinstance(value, list | tuple | None):
-        raise ValueError("expected a list of whole numbers")
-    return None if value is None else [_integer(item) for item in value]
+    return _listed(value, _integer, "whole numbers")
 
 
 def _texts(value: Any) -> list[str | None] | None:
+    return _listed(value, _text, "texts")
+
+
+def _listed(value: Any, read: Callable[[Any], Any], items: str) -> Any:
     if not isinstance(value, list | tuple | None):
-        raise ValueError("expected a list of texts")
-    return None if value is None else [_text(item) for item in value]
+        raise ValueError(f"expected a list of {items}")
+    return None if value is None else [read(item) for item in value]
 
 
 def _tokens(value: Any) -> Any:
     return _integers(value) if isinstance(value, list | tuple) else _integer(value)
 
 
-# each may be null, which stands for the default
-Number = Annotated[Any, BeforeValidator(_number)]
-Real = Annotated[Any, BeforeValidator(_real)]  # transformers takes no whole number here
-Integer = Annotated[Any, BeforeValidator(_integer)]
-Flag = Annotated[Any, BeforeValidator(_flag)]
-Text = Annotated[Any, BeforeValidator(_text)]
-Integers = Annotated[Any, BeforeValidator(_integers)]
-Texts = Annotated[Any, BeforeValidator(_texts)]
-Tokens = Annotated[Any, BeforeValidator(_tokens)]
+def _typed(name: str, keys: dict[Callable[[Any], Any], str], **others: Any) -> Any:
+    """Return a TypedDict that reads its `keys`, named by function; each may be null, which stands for the default."""
+    types = {key: Annotated[Any, BeforeValidator(read)] for read, names in keys.items() for key in names.split()}
+    return with_config(ConfigDict(extra="allow"))(TypedDict(name, types | others, total=False))  # type: ignore[operator]
 
 
-class RopeKeys(TypedDict, total=False):
-    """Keys of rope_scaling and rope_parameters."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    rope_type: Text
-    type: Text
-    rope_theta: Number
-    factor: Number
-    attention_factor: Number
-    beta_fast: Number
-    beta_slow: Number
-    mscale: Number
-    mscale_all_dim: Number
-    low_freq_factor: Number
-    high_freq_factor: Number
-    partial_rotary_factor: Number
-    original_max_position_embeddings: Integer
-    truncate: Flag
-
-
-class ConfigKeys(TypedDict, total=False):
-    """Keys of a config.json."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    model_type: Text
-    architectures: Texts
-    hidden_size: Integer
-    intermediate_size: Integer
-    num_hidden_layers: Integer
-    num_attention_heads: Integer
-    num_key_value_heads: Integer
-    head_dim: Integer
-    vocab_size: Integer
-    max_position_embeddings: Integer
-    hidden_act: Text
-    rms_norm_eps: Real
-    initializer_range: Real
-    attention_dropout: Number
-    attention_bias: Flag
-    mlp_bias: Flag
-    tie_word_embeddings: Flag
-    use_cache: Flag
-    rope_theta: Number
-    rope_scaling: RopeKeys | None
-    rope_parameters: RopeKeys | None
-    partial_rotary_factor: Number
-    use_sliding_window: Flag
-    sliding_window: Integer
-    max_window_layers: Integer
-    layer_types: Texts
-    num_experts: Integer
-    num_local_experts: Integer
-    num_experts_per_tok: Integer
-    moe_intermediate_size: Integer
-    decoder_sparse_step: Integer
-    mlp_only_layers: Integers
-    norm_topk_prob: Flag
-    router_aux_loss_coef: Real
-    output_router_logits: Flag
-    bos_token_id: Tokens
-    eos_token_id: Tokens
-    pad_token_id: Tokens
+_ROPE: dict[Callable[[Any], Any], str] = {  # of rope_scaling and rope_parameters
+    _text: "rope_type type",
+    _number: "rope_theta factor attention_factor beta_fast beta_slow mscale mscale_all_dim low_freq_factor "
+    "high_freq_factor partial_rotary_factor",
+    _integer: "original_max_position_embeddings",
+    _flag: "truncate",
+}
+_CONFIG: dict[Callable[[Any], Any], str] = {
+    _text: "model_type hidden_act",
+    _texts: "architectures layer_types",
+    _integer: "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "vocab_size max_position_embeddings sliding_window max_window_layers num_experts num_local_experts "
+    "num_experts_per_tok moe_intermediate_size decoder_sparse_step",
+    _integers: "mlp_only_layers",
+    _tokens: "bos_token_id eos_token_id pad_token_id",
+    _real: "rms_norm_eps initializer_range router_aux_loss_coef",
+    _number: "attention_dropout rope_theta partial_rotary_factor",
+    _flag: "attention_bias mlp_bias tie_word_embeddings use_cache use_sliding_window norm_topk_prob "
+    "output_router_logits",
+}
+_RopeKeys = _typed("RopeKeys", _ROPE)
+ConfigKeys = _typed("ConfigKeys", _CONFIG, rope_scaling=_RopeKeys | None, rope_parameters=_RopeKeys | None)

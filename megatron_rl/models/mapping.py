@@ -110,17 +110,9 @@ def model_rows(hf: PretrainedConfig) -> Iterator[Row]:
 
 
 def _occurs(row: Row, hf: PretrainedConfig, layer: int) -> bool:
-    match row.where:
-        case "everywhere":
-            return True
-        case "untied":
-            return not hf.tie_word_embeddings
-        case "qkv_bias":
-            return has_qkv_bias(hf)
-        case "qk_norm":
-            return has_qk_norm(hf)
-        case "dense" | "moe":
-            return is_moe_layer(hf, layer) == (row.where == "moe")
+    is_moe = is_moe_layer(hf, layer)
+    features = {"qkv_bias": has_qkv_bias(hf), "qk_norm": has_qk_norm(hf), "dense": not is_moe, "moe": is_moe}
+    return (features | {"everywhere": True, "untied": not hf.tie_word_embeddings})[row.where]
 
 
 def expected_hf_names(hf: PretrainedConfig) -> set[str]:
@@ -166,13 +158,12 @@ def find_row(name: str, tied: bool, expert_offset: int = 0) -> Row:
     output layer of a later stage is the embedding's copy. Raises: KeyError naming the parameter.
     """
     match = _LAYER_INDEX.match(name)
-    layer: int | str = ""
-    expert: int | str = ""
+    layer = expert = ""
     if match:
-        layer = int(match[1])
+        layer = match[1]
         rest = _TE_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", _TE_NAMES.get(match[2], match[2]))
         if index := _EXPERT_INDEX.search(rest):
-            expert = int(index[0]) + expert_offset
+            expert = str(int(index[0]) + expert_offset)
         name = _DECODER + _EXPERT_INDEX.sub("{expert}", rest)
     if name == "output_layer.weight" and tied:
         name = "embedding.word_embeddings.weight"
@@ -245,20 +236,8 @@ def from_shards(row: Row, shards: list[Tensor], hf: PretrainedConfig) -> list[Te
 
 def full_shapes(row: Row, shard: Sequence[int], hf: PretrainedConfig, tp_size: int) -> list[tuple[int, ...]]:
     """Return the shapes of the Hugging Face tensors of a row whose Megatron shard has the shape `shard`."""
-    first, *rest = shard
-    match row.kind:
-        case "replicated":
-            return [tuple(shard)]
-        case "row":
-            return [(first, rest[0] * tp_size)]
-        case "vocab":
-            return [(hf.vocab_size, *rest)]
-        case "qkv":
-            ratio = hf.num_attention_heads // hf.num_key_value_heads
-            one = first * tp_size // (ratio + 2)  # rows of all keys
-            return [(ratio * one, *rest), (one, *rest), (one, *rest)]
-        case "gate_up":
-            return [(first * tp_size // 2, *rest)] * 2
+    shards = [torch.empty(shard, device="meta")] * tp_size
+    return [tuple(tensor.shape) for tensor in from_shards(row, shards, hf)]
 
 
 def load_weights(

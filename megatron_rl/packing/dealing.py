@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from megatron_rl.parallel.reduce import Reducer
 
 
+TOKENS = ("token_ids", "rollout_logprobs", "sampled", "routes")  # the fields of a rollout that grow with its length
+
+
 @dataclass(frozen=True, slots=True)
 class Deal:
     """The micro-batches of one mini-batch. Samples are known by their index in the step."""
@@ -33,8 +36,8 @@ def deal_step(rollouts: list[Rollout], layout: Layout) -> list[Deal]:
     empty, has no response, or exceeds the budget or the configured lengths.
     """
     _check_order(rollouts, layout)
-    size = layout.samples_per_minibatch
     check_rollouts(rollouts, layout)
+    size = layout.samples_per_minibatch
     return [deal_samples(range(start, start + size), rollouts, layout) for start in range(0, len(rollouts), size)]
 
 
@@ -69,7 +72,7 @@ def hand_out(rollouts: list[Rollout], deals: Sequence[Deal], layout: Layout, wor
 
 def tokens_of(rollout: Rollout) -> dict[str, Any]:
     """Return the fields that travel to the rank that computes it."""
-    return {name: getattr(rollout, name) for name in ("token_ids", "rollout_logprobs", "sampled", "routes")}
+    return {name: getattr(rollout, name) for name in TOKENS}
 
 
 def _shared_work(members: range, rollouts: list[Rollout]) -> Work:

@@ -67,11 +67,6 @@ class Layout:
             count_multiple=config.parallel.micro_batch_multiple,
         )
 
-    def supervised(self, longest: int) -> Layout:
-        """Return the same places and shapes for sequences of at most `longest` tokens that share nothing, under a mean
-        over tokens."""
-        return dataclasses.replace(self, share_prompts=False, aggregation="token_mean", max_tokens=longest)
-
     def __post_init__(self) -> None:
         """Raises: ValueError for places and multiples that cannot be."""
         for name in ("dp", "cp"):

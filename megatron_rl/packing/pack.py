@@ -55,7 +55,8 @@ def pack_supervised(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], la
     rollouts = [_as_rollout(i, prompt, response) for i, (prompt, response) in enumerate(sequences)]
     if not rollouts:
         raise ValueError("no sequences to pack: the supervised data set is empty")
-    layout = layout.supervised(max(len(rollout.token_ids) for rollout in rollouts))
+    longest = max(len(rollout.token_ids) for rollout in rollouts)
+    layout = dataclasses.replace(layout, share_prompts=False, aggregation="token_mean", max_tokens=longest)
     check_rollouts(rollouts, layout)
     dealt = deal_samples(range(len(rollouts)), rollouts, layout)
     return _packed(0, dealt, rollouts, torch.ones(len(rollouts)), layout)

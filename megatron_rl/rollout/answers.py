@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_rl.packing.dealing import TOKENS
 from megatron_rl.types import Rollout
 
 
@@ -21,10 +22,9 @@ class Answers:
 
 
 Facts = tuple[Any, ...]  # a rollout's fields but its tokens
-_TOKENS = ("token_ids", "rollout_logprobs", "sampled", "routes")
-_FACTS = tuple(field.name for field in dataclasses.fields(Rollout) if field.name not in _TOKENS)
+_FACTS = tuple(field.name for field in dataclasses.fields(Rollout) if field.name not in TOKENS)
 # a tensor without data raises whatever one reads from it: tokens that are elsewhere are never taken for none
-_NO_TOKENS: dict[str, Any] = dict.fromkeys(_TOKENS, torch.empty((), device="meta")) | {"routes": None}
+_NO_TOKENS: dict[str, Any] = dict.fromkeys(TOKENS, torch.empty((), device="meta")) | {"routes": None}
 
 
 def facts_of(rollouts: Sequence[Rollout]) -> list[Facts]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,16 @@ from megatron_rl.convert.disk import remove
 from megatron_rl.convert.model_files import Described, policy_files, write_files
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine
+from megatron_rl.rollout.servers import weight_sync
 from megatron_rl.rollout.servers.engine import Loop, ServerEngine
 from megatron_rl.rollout.servers.fleet import Fleet, address_for
 from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server
 from megatron_rl.rollout.servers.processes import free_port
 from megatron_rl.rollout.servers.protocol import Dialect
-from megatron_rl.rollout.servers.weight_sync import (
-    Buffers,
-    Channel,
-    Colocated,
-    Disaggregated,
-    Disk,
-    Sender,
-    expected_weights,
-)
+from megatron_rl.rollout.servers.sglang import SGLang
+from megatron_rl.rollout.servers.vllm import VLLM
 
-
-def _sglang() -> Dialect:
-    from megatron_rl.rollout.servers.sglang import SGLang
-
-    return SGLang()
-
-
-def _vllm() -> Dialect:
-    from megatron_rl.rollout.servers.vllm import VLLM
-
-    return VLLM()
-
-
-DIALECTS: dict[str, Callable[[], Dialect]] = {"sglang": _sglang, "vllm": _vllm}
+DIALECTS: dict[str, Callable[[], Dialect]] = {"sglang": SGLang, "vllm": VLLM}
 
 
 def write_model_dir(folder: Path, policy: Described, tokenizer: Any) -> None:
@@ -79,13 +60,10 @@ def start_fleet(config: Config, model_dir: Path, place: Place, dialect: Dialect,
     Raises: EngineError, on every rank, when those of some node cannot be started; the loop is then closed.
     """
 
-    def check(url: str) -> None:
-        loop.submit(dialect.health(Server(url, loop.session))).result()
+    def ask(question: Callable[[Server], Coroutine[Any, Any, None]]) -> Callable[[str], None]:
+        return lambda url: loop.submit(question(Server(url, loop.session))).result()
 
-    def settle_in(url: str) -> None:
-        loop.submit(dialect.settle_in(Server(url, loop.session))).result()
-
-    fleet = Fleet(dialect, config, model_dir, place, check, settle_in, loop.key)
+    fleet = Fleet(dialect, config, model_dir, place, ask(dialect.health), ask(dialect.settle_in), loop.key)
     problem = ""
     try:
         fleet.start()
@@ -98,47 +76,39 @@ def start_fleet(config: Config, model_dir: Path, place: Place, dialect: Dialect,
     return fleet
 
 
-def _channel(config: Config, setup: EngineSetup, dialect: Dialect, loop: Loop, fleet: Fleet) -> Channel:
+def _channel(config: Config, setup: EngineSetup, dialect: Dialect, loop: Loop, fleet: Fleet) -> weight_sync.Channel:
     options, place = config.rollout.weight_sync, setup.place
-    shapes = expected_weights(setup.hf)
+    shapes = weight_sync.expected_weights(setup.hf)
     if options.mode == "disk":
         folder = Path(options.folder) if options.folder else config.run_dir / "engine_weights"
-        return Disk(dialect, folder, loop.submit, place.rank, setup.model_dir)
-    buffers = Buffers(shapes, options.bucket_mib * 2**20, getattr(torch, config.model.dtype).itemsize)
-    sender = Sender(dialect, shapes, buffers, loop.submit, place.rank)
+        return weight_sync.Disk(dialect, folder, loop.submit, place.rank, setup.model_dir)
+    buffers = weight_sync.Buffers(shapes, options.bucket_mib * 2**20, getattr(torch, config.model.dtype).itemsize)
+    sender = weight_sync.Sender(dialect, shapes, buffers, loop.submit, place.rank)
     if options.mode == "colocated":
-        return Colocated(sender, place.gather, lambda: fleet.readers)
+        return weight_sync.Colocated(sender, place.gather, lambda: fleet.readers)
 
     def address(server: Server) -> tuple[str, int]:
         return options.host or address_for(server.url), free_port()
 
-    return Disaggregated(sender, address)
+    return weight_sync.Disaggregated(sender, address)
 
 
 def _transformers(config: Config, setup: EngineSetup) -> RolloutEngine:
     from megatron_rl.rollout.transformers import TransformersEngine
 
-    dtype = getattr(torch, config.model.dtype)
     return TransformersEngine(
         setup.hf.to_dict(),
-        dtype=dtype,
+        dtype=getattr(torch, config.model.dtype),
         device=setup.device,
         batch_size=config.rollout.batch_size,
         float32_logits=config.float32_logits,
     )
 
 
-def _servers(config: Config, setup: EngineSetup) -> RolloutEngine:
-    from megatron_rl.rollout.build import build_server_engine
-
-    return build_server_engine(config, setup)
-
-
-# imports are inside, so that an engine's package is needed only by those who choose it
 ENGINES: dict[str, Callable[[Config, EngineSetup], RolloutEngine]] = {
     "transformers": _transformers,
-    "sglang": _servers,
-    "vllm": _servers,
+    "sglang": build_server_engine,
+    "vllm": build_server_engine,
 }
 
 

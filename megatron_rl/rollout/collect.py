@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl import launch
@@ -94,7 +95,7 @@ class Collector:
         """
         config = self._config
         wanted, dynamic = config.train.prompts_per_step, config.algorithm.dynamic_sampling
-        self.resume_point = self._ahead[0].cursor_before if self._ahead else self.cursor.state()
+        self.resume_point = self.cursor_state()
         drawn: dict[int, Prompt] = {}
         groups: list[list[Rollout]] = []
         kept: list[list[Rollout]] = []
@@ -113,11 +114,10 @@ class Collector:
             num_batches += 1
             check_failures([rollout for group in groups for rollout in group], config)
             kept = [group for group in groups if _informative(group)] if dynamic.enabled else groups
-        metrics = rollout_metrics(groups) | term_metrics(groups, [term.name for term in config.reward.terms])
-        metrics |= {
-            "sampling/num_batches": float(num_batches),
-            "sampling/surplus_groups": float(len(kept) - wanted),
-        }
+        metrics = rollout_metrics(groups)
+        for i, term in enumerate(config.reward.terms):
+            metrics[f"reward/term/{term.name}"] = fmean([rollout.terms[i] for group in groups for rollout in group])
+        metrics |= {"sampling/num_batches": float(num_batches), "sampling/surplus_groups": float(len(kept) - wanted)}
         if config.rollout.max_staleness:
             metrics |= staleness_metrics([r for group in kept[:wanted] for r in group], step, num_stale)
         rollouts = filter_overlong([rollout for group in kept[:wanted] for rollout in group], config)
@@ -146,23 +146,17 @@ class Collector:
                 "evaluation has no held-out problems; set data.num_eval or data.eval_path, or train.eval_every=0"
             )
         config, train = self._config, self._config.train
-        sampling = SamplingParams(
-            train.eval_temperature,
-            1.0,
-            0,
-            config.rollout.max_response_tokens,
-            stop_token_ids(config, self._tokenizer),
-            _seed(config, _EVAL_STREAM, 0),
-        )
+        stops, seed = stop_token_ids(config, self._tokenizer), _seed(config, _EVAL_STREAM, 0)
+        sampling = SamplingParams(train.eval_temperature, 1.0, 0, config.rollout.max_response_tokens, stops, seed)
         groups, _ = self._take(self._request(prompts, train.eval_samples, sampling))
         rollouts = [rollout for group in groups for rollout in group]
         check_failures(rollouts, config)
         return {
-            "eval/accuracy": _mean([rollout.score for rollout in rollouts]),
-            "eval/pass_at_n": _mean([max(rollout.score for rollout in group) for group in groups]),
-            "eval/length_mean": _mean([rollout.response_length for rollout in rollouts]),
-            "eval/truncated_fraction": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
-            "eval/failed_fraction": _mean([bool(rollout.error or rollout.unfinished) for rollout in rollouts]),
+            "eval/accuracy": fmean([rollout.score for rollout in rollouts]),
+            "eval/pass_at_n": fmean([max(rollout.score for rollout in group) for group in groups]),
+            "eval/length_mean": fmean([rollout.response_length for rollout in rollouts]),
+            "eval/truncated_fraction": fmean([rollout.finish_reason == "length" for rollout in rollouts]),
+            "eval/failed_fraction": fmean([bool(rollout.error or rollout.unfinished) for rollout in rollouts]),
         }
 
     def close(self) -> None:
@@ -262,27 +256,21 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """
     rollouts = [rollout for group in groups for rollout in group]
     rewards, lengths = [r.reward for r in rollouts], [r.response_length for r in rollouts]
-    mean = _mean(rewards)
+    mean = fmean(rewards)
     return {
         "reward/mean": mean,
-        "reward/std": math.sqrt(_mean([(reward - mean) ** 2 for reward in rewards])),
-        "reward/accuracy": _mean([r.score for r in rollouts]),
-        "reward/failed_fraction": _mean([bool(r.error) for r in rollouts]),
-        "reward/unfinished_fraction": _mean([bool(r.unfinished) for r in rollouts]),
-        "response/length_mean": _mean(lengths),
+        "reward/std": math.sqrt(fmean([(reward - mean) ** 2 for reward in rewards])),
+        "reward/accuracy": fmean([r.score for r in rollouts]),
+        "reward/failed_fraction": fmean([bool(r.error) for r in rollouts]),
+        "reward/unfinished_fraction": fmean([bool(r.unfinished) for r in rollouts]),
+        "response/length_mean": fmean(lengths),
         "response/length_max": float(max(lengths)),
         "response/length_min": float(min(lengths)),
-        "response/truncated_fraction": _mean([r.finish_reason == "length" for r in rollouts]),
-        "sampling/kept_group_fraction": _mean([_informative(group) for group in groups]),
-        "sampling/all_correct_fraction": _mean([all(r.score >= 1 for r in group) for group in groups]),
-        "sampling/all_wrong_fraction": _mean([all(r.score <= 0 for r in group) for group in groups]),
+        "response/truncated_fraction": fmean([r.finish_reason == "length" for r in rollouts]),
+        "sampling/kept_group_fraction": fmean([_informative(group) for group in groups]),
+        "sampling/all_correct_fraction": fmean([all(r.score >= 1 for r in group) for group in groups]),
+        "sampling/all_wrong_fraction": fmean([all(r.score <= 0 for r in group) for group in groups]),
     }
-
-
-def term_metrics(groups: Sequence[Sequence[Rollout]], names: Sequence[str]) -> dict[str, float]:
-    """Mean value of each of the reward's terms over the rollouts, before its weight."""
-    rollouts = [rollout for group in groups for rollout in group]
-    return {f"reward/term/{name}": _mean([rollout.terms[i] for rollout in rollouts]) for i, name in enumerate(names)}
 
 
 def staleness_metrics(rollouts: Sequence[Rollout], step: int, num_stale: int) -> dict[str, float]:
@@ -295,7 +283,7 @@ def staleness_metrics(rollouts: Sequence[Rollout], step: int, num_stale: int) ->
     return {
         "staleness/mean": sum(age * count for age, count in ages) / sum(count for _, count in ages),
         "staleness/max": float(max(age for age, _ in ages)),
-        "staleness/interrupted_fraction": _mean([len(rollout.spans) > 1 for rollout in rollouts]),
+        "staleness/interrupted_fraction": fmean([len(rollout.spans) > 1 for rollout in rollouts]),
         "staleness/discarded": float(num_stale),
     }
 
@@ -307,10 +295,6 @@ def _informative(group: Sequence[Rollout]) -> bool:
 def _seed(config: Config, stream: int, step: int) -> int:
     # 63 bits, because engines behind HTTP take no negative seed
     return int(hash64(config.seed, stream, step)) & (2**63 - 1)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _shortage(groups: Sequence[Sequence[Rollout]], kept: int, num_batches: int, config: Config) -> str:

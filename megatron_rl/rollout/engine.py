@@ -29,7 +29,7 @@ class ServersLost(EngineError):
     """Servers died with what they were doing; `update_weights` restarts them, and requests may then be made again."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class SamplingParams:
     """How one response is sampled."""
 
@@ -70,6 +70,8 @@ class RolloutEngine(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request, in the requests' order. Raises: as `stream`."""
+        rollouts = dict(self.stream(requests))
+        return [rollouts[i] for i in range(len(requests))]
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         """Replace all weights by (Hugging Face name, full tensor) pairs, and stamp later rollouts with

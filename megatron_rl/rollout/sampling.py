@@ -1,23 +1,12 @@
-"""Token sampling whose randomness is a counter: the same request gives the same tokens in any batch, on any rank."""
+"""Token sampling whose randomness comes in as numbers that the caller hashes (algorithms/hashing.py)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.hashing import hash_uniform
-
 # float64 copies of the logits are made for this many entries at a time: 64 MiB a copy at any vocabulary
 _BLOCK_ENTRIES = 1 << 23
-
-
-def uniforms(seed: int, prompt_ids: Tensor, sample_indices: Tensor, positions: Tensor) -> Tensor:
-    """One number in [0, 1) per token: float64 of the arguments' broadcast shape.
-
-    `positions` count from 0 at the first response token. Nothing else enters, so batches, ranks and the weights do not
-    matter.
-    """
-    return hash_uniform(seed, prompt_ids, sample_indices, positions)
 
 
 def sample_tokens(
@@ -39,8 +28,6 @@ def sample_tokens(
         caller must look.
     """
     rows = max(1, _BLOCK_ENTRIES // logits.shape[-1])
-    if logits.shape[0] <= rows:
-        return _sample_block(logits, uniform, temperature, top_p, top_k)
     pairs = zip(logits.split(rows), uniform.split(rows), strict=True)
     blocks = [_sample_block(block, part, temperature, top_p, top_k) for block, part in pairs]
     return torch.cat([tokens for tokens, _ in blocks]), torch.cat([logprobs for _, logprobs in blocks])

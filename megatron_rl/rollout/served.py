@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from megatron_rl import device, launch
 from megatron_rl.config import Config
+from megatron_rl.convert.model_files import Described
 from megatron_rl.metrics.collect import Timers
 from megatron_rl.rollout.build import build_engine, write_model_dir
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine, ServersLost
 
+if TYPE_CHECKING:
+    from megatron_rl.policy.policy import MegatronPolicy
 
-class Weights(Protocol):
+
+class Weights(Described, Protocol):
     """What the engine is to serve: the policy in training, or the tensors of a folder."""
-
-    @property
-    def config(self) -> Config:
-        """Return the run's config."""
-
-    @property
-    def hf_config(self) -> PretrainedConfig:
-        """Return the model's architecture."""
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all (Hugging Face name, full tensor) pairs on every rank. A collective."""
-
-
-class SharesMemory(Protocol):
-    """The policy, as far as it makes room on the accelerator that it shares with the engine."""
-
-    def offload(self) -> None:
-        """Move gradients and optimizer state to the host."""
-
-    def reload(self) -> None:
-        """Undo `offload`."""
 
 
 class Served:
@@ -56,7 +41,7 @@ class Served:
         tokenizer: object,
         *,
         prove: Callable[[RolloutEngine], None] | None = None,
-        shares_memory: SharesMemory | None = None,
+        shares_memory: MegatronPolicy | None = None,
     ) -> None:
         """`prove`: called after each update of a server's weights, raises when they are not served. `shares_memory`:
         who makes room while the engine is awake (rollout.server.share_memory)."""

@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 from typing_extensions import override
 
+from megatron_rl.algorithms.hashing import hash_uniform
 from megatron_rl.convert.hf import hub_views
 from megatron_rl.device import decoding_multiple, fast_linear_layers, float32_product
 from megatron_rl.rollout.cache import roomy_cache
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, SamplingParams
 from megatron_rl.rollout.recorder import RouteRecorder
-from megatron_rl.rollout.sampling import sample_tokens, uniforms
+from megatron_rl.rollout.sampling import sample_tokens
 from megatron_rl.types import Rollout
 
 # finished rows leave the batch once they are this share of it: less often, and decoding computes for nothing;
@@ -75,7 +76,7 @@ class TransformersEngine(RolloutEngine):
             raise EngineError("update_weights: the engine sleeps; call wake first")
         self._trouble = "its last update_weights failed and left a mixture of weights; update again"
         parameters = hub_views(dict(self.model.named_parameters(remove_duplicate=False)))
-        canonical: dict[int, str] = {}
+        canonical: dict[int, str] = {}  # of each tensor, its first name
         for name, parameter in parameters.items():
             canonical.setdefault(id(parameter), name)
         seen: set[str] = set()
@@ -110,17 +111,13 @@ class TransformersEngine(RolloutEngine):
         self._abort.clear()
         self._check_requests(requests)
         # equal sampling, then similar lengths, then equal prompts: no padding to speak of, and one prefill per prompt
-        order = sorted(range(len(requests)), key=lambda i: _sort_key(requests[i]))
+        keys = [(r.sampling, len(r.token_ids), r.token_ids, r.prompt_id, r.sample_index) for r in requests]
+        order = sorted(range(len(requests)), key=lambda i: keys[i])
         for sampling, run in groupby(order, key=lambda i: requests[i].sampling):
             indices = list(run)
             for start in range(0, len(indices), self._batch_size):
                 batch = indices[start : start + self._batch_size]
                 yield from zip(batch, self._decode([requests[i] for i in batch], sampling), strict=True)
-
-    @override
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        rollouts = dict(self.stream(requests))
-        return [rollouts[i] for i in range(len(requests))]
 
     @override
     def sleep(self) -> None:
@@ -183,7 +180,8 @@ class TransformersEngine(RolloutEngine):
             offset = step % _UNIFORMS_BLOCK
             if offset == 0:
                 block = torch.arange(step, step + _UNIFORMS_BLOCK, device=self._device)
-                draws = uniforms(sampling.seed, prompt_ids, sample_indices, block)
+                # nothing else enters: the same request gives the same tokens in any batch, on any rank
+                draws = hash_uniform(sampling.seed, prompt_ids, sample_indices, block)
             uniform = draws[rows, offset]
             tokens, logprobs = sample_tokens(logits, uniform, sampling.temperature, sampling.top_p, sampling.top_k)
             # a finished row that is still in the batch goes on writing; its length keeps that out of the result
@@ -199,13 +197,7 @@ class TransformersEngine(RolloutEngine):
             if kept <= (1 - _COMPACT_SHARE) * len(rows):
                 keep = alive.argsort(descending=True, stable=True)[:kept]
                 cache.batch_select_indices(keep)
-                rows, tokens, positions, mask, alive = (
-                    rows[keep],
-                    tokens[keep],
-                    positions[keep],
-                    mask[keep],
-                    alive[keep],
-                )
+                rows, tokens, positions, mask, alive = (each[keep] for each in (rows, tokens, positions, mask, alive))
             output = self.model(
                 input_ids=tokens[:, None],
                 attention_mask=mask[:, None, None, : width + step + 1] if padded else None,
@@ -303,18 +295,6 @@ def _grouped_attention(
         query, key, value, mask, is_causal=mask is None and query.shape[2] > 1, scale=scaling, enable_gqa=True
     )
     return out.transpose(1, 2), None
-
-
-def _sort_key(request: Request) -> tuple[Any, ...]:
-    sampling = request.sampling
-    group = (
-        sampling.temperature,
-        sampling.top_p,
-        sampling.top_k,
-        sampling.max_response_tokens,
-        sampling.stop_token_ids,
-    )
-    return (*group, sampling.seed, len(request.token_ids), request.token_ids, request.prompt_id, request.sample_index)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 
+from megatron_rl.algorithms.hashing import hash_uniform
 from megatron_rl.rollout import sampling
-from megatron_rl.rollout.sampling import sample_tokens, uniforms
+from megatron_rl.rollout.sampling import sample_tokens
 
 PROBS = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.1, 0.2])
 LOGITS = PROBS.log() + 3.7  # a shift must not matter; token 2 has probability 0
 
 
 def draw(count, temperature=1.0, top_p=1.0, top_k=0, logits=LOGITS):
-    uniform = uniforms(1, torch.tensor(3), torch.arange(count), torch.tensor(0))
+    uniform = hash_uniform(1, torch.tensor(3), torch.arange(count), torch.tensor(0))
     return sample_tokens(logits.expand(count, -1), uniform, temperature, top_p, top_k)
 
 
@@ -81,9 +82,9 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
 
 def test_draws_depend_on_every_coordinate():
     base = (1, torch.tensor(2), torch.tensor(3), torch.tensor(4))
-    values = {float(uniforms(*base))}
+    values = {float(hash_uniform(*base))}
     for i in range(4):
-        values.add(float(uniforms(*(x + (i == j) for j, x in enumerate(base)))))
+        values.add(float(hash_uniform(*(x + (i == j) for j, x in enumerate(base)))))
     assert len(values) == 5
 
 

@@ -140,11 +140,12 @@ def test_uniforms_beyond_the_first_block_of_positions(model):
     response = together.token_ids[2:].tolist()
     assert len(response) == 100 and together.finish_reason == "length"
     # a block that was drawn twice would repeat the draws, though not exactly the tokens; check against the definition
-    from megatron_rl.rollout.sampling import sample_tokens, uniforms
+    from megatron_rl.algorithms.hashing import hash_uniform
+    from megatron_rl.rollout.sampling import sample_tokens
 
     with torch.no_grad():
         logits = model(together.token_ids[None]).logits[0, 1:-1]
-    draws = uniforms(SAMPLING.seed, torch.tensor(0), torch.tensor(0), torch.arange(100))
+    draws = hash_uniform(SAMPLING.seed, torch.tensor(0), torch.tensor(0), torch.arange(100))
     assert sample_tokens(logits, draws, 0.8)[0].tolist() == response
 
 
