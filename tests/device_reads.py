@@ -9,6 +9,7 @@ READS = {
     "rollout/transformers.py TransformersEngine._prefill": "batch of requests: equal lengths need no mask",
     "rollout/transformers.py TransformersEngine._decode": "token: it ends when no row is left",
     "rollout/transformers.py TransformersEngine._collect": "batch of requests: tokens go to the host, which grades",
+    "rollout/recorder.py RouteRecorder.of": "response with rollout.routing_replay: its experts go to the host",
     # torch's layers; Transformer Engine's read nothing
     "policy/torch_layers.py _tokens": "micro-batch: sequences with a prefix apart from those without",
     "policy/torch_layers.py _padded": "micro-batch: how long the longest sequence is",
@@ -16,6 +17,9 @@ READS = {
     "parallel/context.py local_tokens": "layer: which tokens the context-parallel ranks hold",
     # Megatron
     "megatron/core/distributed/finalize_model_grads.py finalize_model_grads": "update: no token counts, no division",
+    "megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py HybridDeviceOptimizer._set_sub_optimizer_grads": (
+        "update with optimizer.cpu_offload: Adam on the host needs the gradients there"
+    ),
     "megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": "update: the gradient's norm decides the update",
     "megatron/core/transformer/moe/moe_utils.py maybe_move_tensor_to_cpu": "mixture layer: sizes of the exchange",
     "megatron/core/transformer/moe/moe_utils.py permute": "mixture layer: torch's permutation selects by a mask",

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from megatron_rl.rehearse.books import Numbers, Phase
 from megatron_rl.rehearse.kept import memory_hash
 from megatron_rl.rehearse.run import Rehearsal
 from megatron_rl.report.page import document
-from megatron_rl.report.panels import table_html
 
 Rows = list[list[str]]
 
@@ -136,11 +134,8 @@ def write(found: dict[str, Any], folder: Path) -> None:
     """Write rehearsal.json and rehearsal.html into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "rehearsal.json", json.dumps(found, indent=1))
-    title, depth = escape(f"Rehearsal of {found['name']}"), f"{found['layers']} layers, from {found['depths']}"
-    body = [f"<header><h1>{title}</h1><p>{escape(found['layout'])}; {depth}</p></header>"]
-    body += [f"<p>{escape(line)}</p>" for line in verdict_text(found).splitlines()]
-    for rank in found["ranks"]:
-        for what, rows in tables(rank["phases"]).items():
-            body.append(f"<section><h2>Rank {rank['rank']}: {what}</h2>{table_html(rows)}</section>")
-    body.append(f"<section><h2>Not seen</h2>{''.join(f'<p>{escape(text)}</p>' for text in UNSEEN)}</section>")
-    write_atomically(folder / "rehearsal.html", document(title, body, {}))
+    title, verdict = f"Rehearsal of {found['name']}", verdict_text(found).splitlines()
+    page = document(
+        Path(__file__).parent / "assets" / "rehearsal.html", title, found=found, verdict=verdict, tables=tables
+    )
+    write_atomically(folder / "rehearsal.html", page)
