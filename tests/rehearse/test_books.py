@@ -10,7 +10,8 @@ from tests.rehearse.case import CASES, real_books, rehearsed_books
 from tests.worlds import Worlds
 
 LIMIT = 1700
-QUICK = ("tp2 sp", "dp2")
+QUICK = ("dp2",)
+SMALL = 512  # bytes: gloo's threads free the numbers of a reduction a moment before or after a peak
 # the first stage gets the last one's statistics: zeros, which tie, where that is not there
 INEXACT = {("pp2", "select 1"): 0.03}
 # of context parallelism the other rank has another number of tokens to offer in a top-k
@@ -29,7 +30,8 @@ def test_one_process_books_what_two_real_ranks_do(worlds: Worlds, case: str) -> 
     assert real[-1].name == "update 2" and len(real) == 6 and real[-1].calls
     for ours, theirs in zip(rehearsed[1:], real[1:], strict=True):  # real weights are built in another way
         name = ours.name
-        assert total(ours.device) == pytest.approx(total(theirs.device), rel=INEXACT.get((case, name), 1e-9)), name
+        inexact = {"rel": INEXACT.get((case, name), 1e-9), "abs": SMALL}
+        assert total(ours.device) == pytest.approx(total(theirs.device), **inexact), name
         assert total(theirs.device) > 2**18, name
         for key in (ours.calls | theirs.calls).keys() - DIFFERENT.get(case, set()):
             assert (ours.calls[key], ours.traffic[key]) == (theirs.calls[key], theirs.traffic[key]), (name, key)
