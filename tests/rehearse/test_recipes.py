@@ -60,6 +60,10 @@ def test_two_shallow_models_say_what_all_layers_do(tmp_path: Path) -> None:
     quick, full = rehearsed(recipe, tmp_path), rehearsed(recipe, tmp_path / "full", "--full")
     assert full["depths"] == [28]
     for ours, theirs in zip(quick["ranks"][0]["phases"], full["ranks"][0]["phases"], strict=True):
-        assert ours["total"] == pytest.approx(theirs["total"], rel=0.02), ours["name"]
+        name = ours["name"]
+        if name == "checkpoint":  # what lies on a border between ranks is another weight at another depth
+            assert theirs["total"] <= ours["total"] * 1.01 <= theirs["total"] * 1.1
+            continue
+        assert ours["total"] == pytest.approx(theirs["total"], rel=0.002), name
         sent, all_sent = ({tuple(row[:3]): row[4] for row in phase["collectives"]} for phase in (ours, theirs))
-        assert sent == pytest.approx(all_sent, rel=0.02), ours["name"]
+        assert sent == pytest.approx(all_sent, rel=0.002), name
