@@ -207,6 +207,7 @@ def start(config: Path, *arguments: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_resumes_to_the_same_numbers(home: Path, tmp_path: Path) -> None:
     """Batches of 6; the first attempt dies of SIGKILL once some samples are there, in the middle of writing another."""
     write_set(tmp_path / "sets" / "amc.jsonl", 5)
