@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -30,6 +29,8 @@ from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from megatron_rl.rehearse.frames import frames, place
 
 ROOT = f"{Path(__file__).resolve().parent.parent}/"
 DEVICE = torch.device("cpu", 0)  # the GPU's name here
@@ -56,31 +57,12 @@ class Book:
 
     def fault(self, what: str) -> None:
         """Note what a GPU would refuse."""
-        self.faults[f"{what} @ {_where()}"] += 1
+        self.faults[f"{what} @ {place()}"] += 1
 
     def read(self) -> None:
         """Note that the host waits for the device, if it happens in a step."""
-        if any(frame.f_code.co_name == "run_step" for frame in _frames()):
-            self.reads[_where()] += 1
-
-
-def _where() -> str:
-    """Return "file function" of the innermost frame of the project or of Megatron: no line, which would rot."""
-    for frame in _frames():
-        name = frame.f_code.co_filename
-        for root, prefix in ((f"{ROOT}megatron_rl/", ""), ("/megatron/core/", "megatron/core/")):
-            if root in name:
-                function = frame.f_code.co_qualname.split(".<locals>.<")[0].replace(".<locals>", "")
-                return f"{prefix}{name.split(root)[1]} {function}"
-    return "elsewhere"
-
-
-def _frames() -> Iterator[FrameType]:
-    """Yield the caller's frames, innermost first."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back  # type: ignore[assignment]
+        if any(frame.f_code.co_name == "run_step" for frame in frames()):
+            self.reads[place()] += 1
 
 
 def _is_on_device(tensor: Tensor) -> bool:
@@ -232,7 +214,7 @@ class _Functions(TorchFunctionMode):
 
 def _is_saving() -> bool:
     """Tell whether torch.save pickles, which writes device tensors with their place."""
-    return any(frame.f_code.co_filename.endswith("torch/serialization.py") for frame in _frames())
+    return any(frame.f_code.co_filename.endswith("torch/serialization.py") for frame in frames())
 
 
 @contextlib.contextmanager
@@ -303,7 +285,7 @@ def install() -> None:
             return "cpu"
         for mode in torch.overrides._get_current_function_mode_stack():
             if isinstance(mode, _Functions):
-                mode.book.objects[_where()] += 1
+                mode.book.objects[place()] += 1
         return str(DEVICE)
 
     torch.distributed.new_group = c10d.new_group = noted

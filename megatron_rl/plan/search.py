@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import Config, dump_config, parse_config
+from megatron_rl.config.engine_checks import divisors
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.models.facts import is_moe, num_experts, read_hf_config
 from megatron_rl.models.hardware import Hardware
@@ -73,11 +74,11 @@ _CHUNKS = (1, 2, 4)  # model chunks of a stage: more save little of the bubble, 
 
 def _candidates(config: Config, hardware: Hardware) -> Iterator[Changes]:
     hf, world = read_hf_config(config.model), config.parallel.processes
-    tps = _divisors(min(world, hardware.gpus_per_node))
-    pps = _divisors(world)
-    eps = _divisors(num_experts(hf) or 1) if is_moe(hf) else [1]
+    tps = divisors(min(world, hardware.gpus_per_node))
+    pps = divisors(world)
+    eps = divisors(num_experts(hf) or 1) if is_moe(hf) else [1]
     servers = not config.rollout.is_embedded and not config.rollout.server.urls
-    engines = _divisors(config.rollout.server.tp * config.rollout.server.count) if servers else [None]
+    engines = divisors(config.rollout.server.tp * config.rollout.server.count) if servers else [None]
     # not selective: flash attention keeps no scores, so that it saves next to nothing
     for tp, pp, cp, ep, recompute, engine_tp in itertools.product(tps, pps, tps, eps, ("none", "full"), engines):
         if world % (tp * pp * cp):
@@ -140,7 +141,3 @@ def remedies(config: Config, hardware: Hardware, load: Load) -> list[Proposal]:
             *({"rollout.server.memory_fraction": round(share / 10, 1)} for share in range(1, 10)),
         ]
     return _fitting(config, singles, hardware, load)
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

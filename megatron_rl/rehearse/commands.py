@@ -45,6 +45,10 @@ def rehearse(
     resolved = load_config(config, overrides or [])
     if not 0 <= rank < resolved.parallel.processes:
         raise UserError(f"--rank {rank}: the run has the ranks 0 to {resolved.parallel.processes - 1}")
+    if ranks and rank:
+        raise UserError(f"--rank {rank} is one rank, and --ranks {ranks} are several: leave one of them out")
+    if host and (full or ranks):
+        raise UserError("--host looks at the host of one rank, at the true batch: leave out --full and --ranks")
     if host:
         _host(resolved, rank, output)
         return

@@ -51,7 +51,8 @@ PROMPT_TOKENS = 256  # as the planner assumes
 SPREAD = 0.6  # standard deviation of the logarithm of a response's length
 ZIPF = 1.3  # token i is drawn with a probability ~ i^-1.3
 LEFT_OUT = (
-    "generation, weight sync, the model's passes, Adam, evaluation, checkpoints, W&B",
+    "generation, weight sync, the model's passes, Adam, evaluation, checkpoints",
+    "train.entropy_tangent, rollout.routing_replay and W&B, which are switched off",
     "grading: a verifier knows that odd samples are right; responses are decoded for it",
     "on a GPU losses, selection and metrics of tokens are its work, and the packed batch is in its memory: here both "
     "are the host's; launching kernels and waiting for them is not counted",

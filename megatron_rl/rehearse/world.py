@@ -7,16 +7,12 @@ the books. Without `fakes` it only writes: of real tensors in a real world, the 
 
 from __future__ import annotations
 
-import functools
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -36,12 +32,10 @@ from megatron_rl import device
 from megatron_rl.kernels import standins
 from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.rehearse.books import Books, Tag
+from megatron_rl.rehearse.frames import own_frames
 
 aten: Any = torch.ops.aten
-_FILE = re.compile(
-    rf"(?:{re.escape(str(Path(__file__).resolve().parents[2]))}|.*/site-packages)/(megatron(?:_rl|/core)/.*)"
-)
-_OWN = re.compile(r"megatron_rl/(rehearse/|kernels/standins)")
+_STAND_INS = re.compile(r"megatron_rl/(rehearse/|kernels/standins)")
 # files whose new tensors have the model's sizes; elsewhere they have the batch's. Megatron's integers are counts
 _OF_MODEL = re.compile(r"megatron_rl/(convert/hf|device|parallel/(pieces|weights)|rollout/servers/weight_sync)\.py")
 _FLOATS_OF_MODEL = re.compile(r"megatron/core/|megatron_rl/policy/(build|torch_layers|adam)\.py")
@@ -149,17 +143,9 @@ class Watch(TorchDispatchMode):
 
 
 def _line() -> str:
-    """Return "file:line" of the innermost frame of the project or of Megatron."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and not _name_of(frame.f_code.co_filename):
-        frame = frame.f_back
-    return "" if frame is None else f"{_name_of(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-
-@functools.cache
-def _name_of(file: str) -> str:
-    found = _FILE.fullmatch(file)
-    return found[1] if found and not _OWN.match(found[1]) else ""
+    """Return "file:line" of the innermost frame of the project or of Megatron that is no stand-in."""
+    lines = (f"{name}:{frame.f_lineno}" for name, frame in own_frames() if not _STAND_INS.match(name))
+    return next(lines, "")
 
 
 def _group_of(boxed: Any) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from gpu_cases import config_of, join
 from torch.overrides import TorchFunctionMode
 
 from megatron_rl import device, train
+from megatron_rl.rehearse.frames import frames, place
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = ROOT / "tests" / "device_reads.py"
@@ -112,22 +111,3 @@ def recorded() -> Iterator[Counter[tuple[str, str]]]:
         finally:
             if device.ON_GPU:
                 torch.cuda.set_sync_debug_mode("default")  # noqa: TID251
-
-
-def frames() -> Iterator[FrameType]:
-    """Yield the caller's frames, innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def place() -> str:
-    """Return "file function" of the innermost frame of the project or of Megatron, as the tests' list names it."""
-    for frame in frames():
-        file = frame.f_code.co_filename
-        for root, prefix in ((f"{ROOT}/megatron_rl/", ""), ("/megatron/core/", "megatron/core/")):
-            if root in file:
-                function = frame.f_code.co_qualname.split(".<locals>.<")[0].replace(".<locals>", "")
-                return f"{prefix}{file.split(root)[1]} {function}"
-    return "elsewhere"

@@ -166,6 +166,8 @@ def test_preflight_refuses_a_config_whose_rehearsal_does_not_fit(tmp_path: Path)
         (["--gpu", "v100"], "expected one of a100, h100, h200, gb200"),
         (["--rank", "8"], "--rank 8: the run has the ranks 0 to 7"),
         (["--ranks", "some"], "--ranks some: expected"),
+        (["--ranks", "all-kinds", "--rank", "1"], "--rank 1 is one rank, and --ranks all-kinds are several"),
+        (["--host", "--full"], "leave out --full and --ranks"),
         (["model.path=nowhere/model", "model.hf_config=null"], "model.path=nowhere/model: no such folder here"),
     ],
 )

@@ -121,11 +121,6 @@ class ServerEngine(RolloutEngine):
         if lost:
             raise ServersLost(f"{len(lost)} of {len(requests)} responses were lost: {lost[0]}")
 
-    @override
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        rollouts = dict(self.stream(requests))
-        return [rollouts[index] for index in range(len(requests))]
-
     async def _start(self, requests: Sequence[Request], results: queue.SimpleQueue[Any]) -> None:
         for index, request in enumerate(requests):
             task = asyncio.get_running_loop().create_task(self._answer(index, request, results))
