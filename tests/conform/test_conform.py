@@ -23,7 +23,8 @@ from megatron_rl.conform.verdicts import Verdict, compare
 from megatron_rl.convert.safetensors_io import stored_tensors
 from megatron_rl.convert.save_hf import write_shards
 from megatron_rl.errors import ConfigError, UserError
-from tests.conform.mutations import LAYOUTS, MOE, MUTATIONS, conformed, measured, raw_config
+from tests.conform.case import LAYOUTS, MOE, conformed, raw_config
+from tests.conform.mutations import MUTATIONS, measured
 from tests.tiny import HF
 from tests.worlds import Worlds, leave_layout
 

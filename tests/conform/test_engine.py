@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rl.config import parse_config
 from megatron_rl.conform.verdicts import Verdict
 from megatron_rl.rollout.probe import probe_limit
-from tests.conform.mutations import conformed
+from tests.conform.case import conformed
 from tests.rollout.servers.servers_case import python_of, raw_of
 from tests.worlds import Worlds
 

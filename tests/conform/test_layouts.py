@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import invariance_case
-from tests.conform.mutations import conformed, raw_config
+from tests.conform.case import conformed, raw_config
 from tests.worlds import Worlds
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
