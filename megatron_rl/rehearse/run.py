@@ -66,14 +66,19 @@ def rehearse(config: Config, rank: int, *, full: bool) -> Rehearsal:
     )
     layers, unit = raw["num_hidden_layers"], parallel.pp * parallel.vpp
     is_shallow = full or spread.stage_layers or layers <= SHALLOW[1] * unit
-    runs = {}
-    for depth in (layers,) if is_shallow else (d * unit for d in SHALLOW):
+
+    def at_depth(depth: int) -> Config:
         model: dict[str, Any] = {"path": None, "hf_config": raw | {"num_hidden_layers": depth}}
         model |= {"fused_linear_stats": "on" if fuses else "off"}  # as the whole model would, not the shallow one
-        runs[depth] = rehearsed(config.model_copy(update={"model": config.model.model_copy(update=model)}), rank)
+        return config.model_copy(update={"model": config.model.model_copy(update=model)})
+
+    depths = (layers,) if is_shallow else [depth * unit for depth in SHALLOW]
+    runs = {depth: rehearsed(at_depth(depth), rank) for depth in depths}
     (least, phases), (most, others) = min(runs.items()), max(runs.items())
     if most > least:
         phases = [a.at((layers - least) / (most - least), b) for a, b in zip(phases, others, strict=True)]
+        # a shallow model is built with its peak at its embedding, a deep one where the optimizer copies
+        phases[0] = rehearsed(at_depth(layers), rank, only_build=True)[0]
     return Rehearsal(rank, layers, raw["vocab_size"], tuple(runs), phases)
 
 
@@ -84,25 +89,32 @@ def kinds_of_ranks(config: Config) -> list[int]:
     return [stage * (parallel.processes // parallel.pp) for stage in sorted(stages)]
 
 
-def rehearsed(config: Config, rank: int) -> list[Phase]:
-    """Return the phases of a step of `rank`, without values."""
+def rehearsed(config: Config, rank: int, *, only_build: bool = False) -> list[Phase]:
+    """Return the phases of a step of `rank`, without values; the first alone where `only_build`."""
     watch = Watch(FakeTensorMode(allow_non_fake_inputs=True))
     with fake_world(rank, config.parallel.processes, watch):
-        policy = perform_step(config, watch)
-        perform_turn(config, policy, watch.books)
+        policy = build(config, watch.books)
+        if not only_build:
+            perform_step(config, policy, watch)
+            perform_turn(config, policy, watch.books)
     return watch.books.phases
 
 
-def perform_step(config: Config, watch: Watch) -> MegatronPolicy:
-    """Build the policy in the world that this process is in, and go through train.run_step's phases from the packed
-    batch on. Adam has its state from the beginning, as after a first update. Returns the policy."""
-    books = watch.books
+def build(config: Config, books: Books) -> MegatronPolicy:
+    """Return the policy, built in the world that this process is in."""
     with books.during("build", "other"):
         groups, raw = join(config), dict(config.model.hf_config or {})
         policy, _ = build_policy(raw, config, groups, total_updates=config.train.num_steps)
-        begin_torch_adam(policy.optimizer)
         if config.loss.ref_kl_coef > 0:
             policy.keep_reference()
+    return policy
+
+
+def perform_step(config: Config, policy: MegatronPolicy, watch: Watch) -> None:
+    """Go through train.run_step's phases from the packed batch on. Adam has its state from the beginning, as after a
+    first update."""
+    books, groups = watch.books, policy.groups
+    begin_torch_adam(policy.optimizer)
     _name_state(policy, books)
     books.part, ranks = "batch", groups.token_ranks
     batch = full_batch(config, groups).to(device.device())
@@ -116,7 +128,6 @@ def perform_step(config: Config, watch: Watch) -> MegatronPolicy:
                 mini_batch = mark_tokens(mini_batch, loss, ranks, seed=config.seed, step=0)
             with books.during(f"update {i}", "activations"):
                 policy.update(mini_batch, policy_loss(loss))
-    return policy
 
 
 def perform_turn(config: Config, policy: MegatronPolicy, books: Books) -> None:

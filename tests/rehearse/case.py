@@ -49,7 +49,7 @@ def _books(config: Config, *, fakes: bool) -> list[Any]:
 
     from megatron_rl.kernels import linear_cpu
     from megatron_rl.rehearse.books import Books
-    from megatron_rl.rehearse.run import perform_step
+    from megatron_rl.rehearse.run import build, perform_step
     from megatron_rl.rehearse.world import Watch, fake_world
 
     enter = Books.enter
@@ -60,12 +60,15 @@ def _books(config: Config, *, fakes: bool) -> list[Any]:
             enter(books, storage, tag, *options)
 
     watch = Watch(FakeTensorMode(allow_non_fake_inputs=True) if fakes else None)
+    gc.collect()
+    gc.disable()  # cycles would be freed at other moments in a process that did something before
     with (
         # oneDNN's product is a CPU's alone, and its stand-in makes other temporaries
         mock.patch.object(linear_cpu, "_HAS_ONEDNN", False),
         mock.patch.object(Books, "enter", enter_but_copies_of_gloo),
         fake_world(0, 2, watch) if fakes else watch,
     ):
-        perform_step(config, watch)
+        perform_step(config, build(config, watch.books), watch)
+    gc.enable()
     gc.collect()
     return watch.books.phases

@@ -11,7 +11,8 @@ from tests.worlds import Worlds
 
 LIMIT = 1700
 QUICK = ("dp2",)
-SMALL = 512  # bytes: gloo's threads free the numbers of a reduction a moment before or after a peak
+RUNS = 3  # gloo's threads free what they sent late at times, which lets a real peak rise: the least counts
+SMALL = 512  # bytes: the numbers of a reduction are freed a moment before or after a peak
 # the first stage gets the last one's statistics: zeros, which tie, where that is not there
 INEXACT = {("pp2", "select 1"): 0.03}
 # of context parallelism the other rank has another number of tokens to offer in a top-k
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.timeout(2 * LIMIT)
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_one_process_books_what_two_real_ranks_do(worlds: Worlds, case: str) -> None:
-    real, _ = worlds.run(2, real_books, case, timeout=LIMIT)
+    runs = [worlds.run(2, real_books, case, timeout=LIMIT)[0] for _ in range(RUNS)]
+    real = [min(phases, key=lambda phase: total(phase.device)) for phases in zip(*runs, strict=True)]
     (rehearsed,) = worlds.run(1, rehearsed_books, case, timeout=LIMIT)
     assert [phase.name for phase in rehearsed] == [phase.name for phase in real]
     assert real[-1].name == "update 2" and len(real) == 6 and real[-1].calls
