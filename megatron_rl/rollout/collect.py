@@ -11,7 +11,7 @@ too few groups are likely to be kept. The embedded engine answers in rounds. Eit
 from __future__ import annotations
 
 import itertools
-import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
@@ -27,7 +27,8 @@ from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.reward.shape import check_failures, filter_overlong, graded, response_text, shape_rewards
 from megatron_rl.rollout.answers import facts_of, from_facts
-from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, Stream, Taken
+from megatron_rl.rollout.engine import Cost, EngineError, Place, Request, RolloutEngine, SamplingParams, Stream, Taken
+from megatron_rl.rollout.measures import busy_times, cost_metrics, is_informative, rollout_metrics, staleness_metrics
 from megatron_rl.rollout.window import Group, Keeps, num_settled, num_to_draw
 from megatron_rl.types import CollectResult, Prompt, Rollout
 
@@ -77,6 +78,7 @@ class Collector:
         self._lengths: dict[int, float] = {}  # mean of a prompt's last samples, tokens
         self._stream: Stream | None = None
         self._seen: list[bool] = []  # which groups of the last step were kept
+        self._ended = time.time()  # the last step's collection
         self.resume_point = cursor.state()
 
     def collect(self, step: int) -> CollectResult:
@@ -92,13 +94,15 @@ class Collector:
             too often; EngineError. All on every rank.
         Source: dynamic sampling, arXiv 2503.14476, section 3.2.
         """
-        staleness, config = self._config.rollout.max_staleness, self._config
+        staleness, config, began = self._config.rollout.max_staleness, self._config, time.time()
         self.resume_point = self.cursor_state()
         self._asked_again.clear()
         num_stale = self._settle(self._window, step - staleness)
         count, more_stale = self._fill(step)
         taken = [self._window.popleft() for _ in range(count)]
-        discarded = 0 if staleness else self._give_back()
+        unused = 0 if staleness else self._give_back()
+        costs, ended = self._place.gather(self._stream.cost() if self._stream else Cost()), time.time()
+        began, self._ended = self._ended if staleness else began, ended
         groups = [group.rollouts for group in taken]
         check_failures([rollout for group in groups for rollout in group], config)
         self._seen = [self._keeps(group) for group in groups]
@@ -107,11 +111,16 @@ class Collector:
         metrics = rollout_metrics(groups)
         for i, term in enumerate(config.reward.terms):
             metrics[f"reward/term/{term.name}"] = fmean([rollout.terms[i] for group in groups for rollout in group])
+        discarded = unused + sum(cost.discarded_tokens for cost in costs)
         generated = sum(rollout.response_length for group in groups for rollout in group) + discarded
         metrics |= {
             "sampling/num_groups": float(len(groups)),
             "sampling/discarded_token_fraction": discarded / generated,
         }
+        metrics |= cost_metrics(costs, taken, began, ended)
+        for address, stretches in busy_times(costs).items() if self._place.rank == 0 else ():
+            for stretch in stretches:
+                self._spans.elsewhere("generating", *stretch, address)
         if staleness:
             metrics |= staleness_metrics(rollouts, step, num_stale + more_stale)
         prompts = {group.prompt.prompt_id: group.prompt for group in kept}
@@ -188,7 +197,7 @@ class Collector:
         self._grader.close()
 
     def _keeps(self, group: Sequence[Rollout]) -> bool:
-        return not self._config.algorithm.dynamic_sampling.enabled or _informative(group)
+        return not self._config.algorithm.dynamic_sampling.enabled or is_informative(group)
 
     def _draw(self, count: int, step: int) -> None:
         """Draw prompts, fewer where the data set has no others, and have them answered behind those of the window.
@@ -249,7 +258,7 @@ class Collector:
         problems = [problem for *_, problem in parts if problem]
         if problems:
             raise EngineError("\n".join(dict.fromkeys(problems)))
-        touched: dict[int, Group] = {}
+        touched, now = dict[int, Group](), time.time()
         for i, (facts, *_) in enumerate(parts):
             for rollout in own if i == self._place.rank else from_facts(facts):
                 group = self._asked.pop((rollout.prompt_id, rollout.sample_index), None)
@@ -259,6 +268,7 @@ class Collector:
                         "other prompts"
                     )
                 group.answers[rollout.sample_index] = rollout
+                group.arrived.append(now)
                 touched[rollout.prompt_id] = group
         num_old = self._settle(touched.values(), oldest)
         if any(lost for _, lost, _ in parts):
@@ -304,17 +314,17 @@ class Collector:
 
     def _give_back(self) -> int:
         """End what was drawn behind the groups of the step: its prompts are the next to be drawn. Returns the tokens
-        that all ranks threw away for it."""
+        of its responses that had come."""
         if not self._window or self._stream is None:
             return 0
-        waiting = sum(rollout.response_length for rollout, _ in self._grading)
-        ended = sum(self._place.gather(self._stream.drop() + waiting))
+        self._stream.drop()
+        waiting = sum(self._place.gather(sum(rollout.response_length for rollout, _ in self._grading)))
         self.cursor.restore(self.cursor_state())
         there = [rollout for group in self._window for rollout in group.answers.values()]
         self._window.clear()
         self._asked.clear()
         self._grading.clear()
-        return ended + sum(rollout.response_length for rollout in there)
+        return waiting + sum(rollout.response_length for rollout in there)
 
 
 def sampling_params(config: Config, tokenizer: Any, step: int) -> SamplingParams:
@@ -322,50 +332,6 @@ def sampling_params(config: Config, tokenizer: Any, step: int) -> SamplingParams
     rollout = config.rollout
     stops, seed = stop_token_ids(config, tokenizer), _seed(config, _TRAIN_STREAM, step)
     return SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, stops, seed)
-
-
-def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """Plain means over the rollouts, and fractions of the groups; lengths in tokens, fractions in [0, 1].
-
-    `all_correct` groups score at least 1 throughout, `all_wrong` at most 0; the kept fraction is of groups whose
-    rewards differ.
-    """
-    rollouts = [rollout for group in groups for rollout in group]
-    rewards, lengths = [r.reward for r in rollouts], [r.response_length for r in rollouts]
-    mean = fmean(rewards)
-    return {
-        "reward/mean": mean,
-        "reward/std": math.sqrt(fmean([(reward - mean) ** 2 for reward in rewards])),
-        "reward/accuracy": fmean([r.score for r in rollouts]),
-        "reward/failed_fraction": fmean([bool(r.error) for r in rollouts]),
-        "reward/unfinished_fraction": fmean([bool(r.unfinished) for r in rollouts]),
-        "response/length_mean": fmean(lengths),
-        "response/length_max": float(max(lengths)),
-        "response/length_min": float(min(lengths)),
-        "response/truncated_fraction": fmean([r.finish_reason == "length" for r in rollouts]),
-        "sampling/kept_group_fraction": fmean([_informative(group) for group in groups]),
-        "sampling/all_correct_fraction": fmean([all(r.score >= 1 for r in group) for group in groups]),
-        "sampling/all_wrong_fraction": fmean([all(r.score <= 0 for r in group) for group in groups]),
-    }
-
-
-def staleness_metrics(rollouts: Sequence[Rollout], step: int, num_stale: int) -> dict[str, float]:
-    """Age of the weights that sampled the step's tokens, in steps; means over tokens or rollouts.
-
-    `interrupted_fraction`: rollouts that a weight update met half-way; `discarded`: rollouts asked for again because
-    they began too long ago.
-    """
-    ages = [(step - version, count) for rollout in rollouts for version, count in rollout.spans]
-    return {
-        "staleness/mean": sum(age * count for age, count in ages) / sum(count for _, count in ages),
-        "staleness/max": float(max(age for age, _ in ages)),
-        "staleness/interrupted_fraction": fmean([len(rollout.spans) > 1 for rollout in rollouts]),
-        "staleness/discarded": float(num_stale),
-    }
-
-
-def _informative(group: Sequence[Rollout]) -> bool:
-    return any(rollout.reward != group[0].reward for rollout in group)
 
 
 def _seed(config: Config, stream: int, step: int) -> int:

@@ -67,6 +67,16 @@ class Taken:
     lost: list[Request] = field(default_factory=list)  # that no living server can answer: see `ServersLost`
 
 
+@dataclass(slots=True)
+class Cost:
+    """What servers did for a rank."""
+
+    busy: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # by address: from, to, time.time()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of those: their keys and values were at hand
+    discarded_tokens: int = 0  # generated for responses that were ended
+
+
 class Stream(Protocol):
     """One rank's responses under way: more are asked for while others are generated."""
 
@@ -81,8 +91,11 @@ class Stream(Protocol):
     def is_idle(self) -> bool:
         """Tell whether nothing is under way."""
 
-    def drop(self) -> int:
-        """End all that is under way; return the number of tokens that were generated for it, as far as it is known."""
+    def drop(self) -> None:
+        """End all that is under way."""
+
+    def cost(self) -> Cost:
+        """Return what servers did since this was last asked."""
 
 
 class Rounds(Stream):
@@ -114,10 +127,13 @@ class Rounds(Stream):
         """Tell whether nothing was asked for."""
         return not self._waiting
 
-    def drop(self) -> int:
+    def drop(self) -> None:
         """Forget what was asked for: nothing of it was begun."""
         self._waiting = []
-        return 0
+
+    def cost(self) -> Cost:
+        """Return nothing: there are no servers."""
+        return Cost()
 
 
 @runtime_checkable

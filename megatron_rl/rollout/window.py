@@ -27,6 +27,7 @@ class Group:
     requests: list[Request]  # by sample_index
     rank: int | None = None  # that asks for all samples; None: ranks share the samples of a draw
     cursor_before: dict[str, int] | None = None  # None: a held-out problem, whose rewards are not shaped
+    arrived: list[float] = field(default_factory=list)  # when answers came, time.time()
     answers: dict[int, Rollout] = field(default_factory=dict)  # by sample_index
     rollouts: list[Rollout] = field(default_factory=list)  # with shaped rewards, once all answers are there
 

@@ -13,7 +13,7 @@ import torch
 from megatron_rl.data import PromptCursor
 from megatron_rl.grading.verdict import InProcess
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.rollout.engine import Place, Request, RolloutEngine, Stream, Taken
+from megatron_rl.rollout.engine import Cost, Place, Request, RolloutEngine, Stream, Taken
 from megatron_rl.rollout.window import Group, num_settled, num_to_draw
 from megatron_rl.types import Rollout
 from tests.rollout.test_collect import Tokenizer, make_config, prompts
@@ -87,10 +87,12 @@ class AnyOrderStream(Stream):
     def is_idle(self) -> bool:
         return not self.under_way
 
-    def drop(self) -> int:
+    def drop(self) -> None:
         self.engine.dropped += len(self.under_way)
         self.under_way.clear()
-        return 0
+
+    def cost(self) -> Cost:
+        return Cost()
 
 
 def batches_in_drawn_order(cursor: PromptCursor, seed: int) -> list[int]:

@@ -24,13 +24,7 @@ from typing_extensions import override
 
 from megatron_rl import device
 from megatron_rl.rollout.clocks import HEALTH_SECONDS
-from megatron_rl.rollout.engine import (
-    EngineError,
-    Request,
-    RolloutEngine,
-    ServersLost,
-    Then,
-)
+from megatron_rl.rollout.engine import Cost, EngineError, Request, RolloutEngine, ServersLost, Then
 from megatron_rl.rollout.servers.answers import as_rollout, joined, rest, too_late
 from megatron_rl.rollout.servers.checksums import Checksums, WeightProof, digested
 from megatron_rl.rollout.servers.fleet import Fleet
@@ -92,7 +86,7 @@ class ServerEngine(RolloutEngine):
         self._proof = WeightProof(dialect.parameter_of, exact=dialect.checksums_are_digests)
         self._config = fleet.config.rollout.server
         self._turns = Turns(fleet.config, fleet.place, dialect.name)
-        self.discarded_tokens = 0  # of requests that were ended
+        self.cost = Cost()
         self._streams = weakref.WeakSet[ServerStream]()
         self._trouble = "it has no weights yet; call update_weights"
         self._serial = itertools.count()
@@ -113,6 +107,12 @@ class ServerEngine(RolloutEngine):
         """Raises: EngineError when it cannot generate."""
         if self._trouble:
             raise EngineError(f"the {self._dialect.name} engine cannot generate: {self._trouble}")
+
+    def take_cost(self) -> Cost:
+        """Return what the servers did since this was last asked."""
+        cost, self.cost = self.cost, Cost()
+        self._loop.call(lambda: cost.busy.update(self._turns.take_busy()))
+        return cost
 
     async def complete(self, request: Request) -> Rollout:
         """Return the response, from whichever server; on the loop. Raises: ServersLost when none is left, EngineError.
@@ -152,11 +152,13 @@ class ServerEngine(RolloutEngine):
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, longest)
             except asyncio.CancelledError:
-                self.discarded_tokens += len(done.token_ids)
+                self.cost.discarded_tokens += len(done.token_ids)
                 raise
             finally:
                 self._turns.release(turn)
         self._turns.saw(len(done.token_ids))
+        self.cost.prompt_tokens += len(request.token_ids)
+        self.cost.cached_tokens += done.cached_tokens
         return as_rollout(request, done, self._hf_config)
 
     async def _or_abort(self, call: Coroutine[Any, Any, Completion], server: Server, rid: str) -> Completion:
@@ -167,7 +169,7 @@ class ServerEngine(RolloutEngine):
         except asyncio.CancelledError:
             await self._quietly_abort(server, rid)
             with contextlib.suppress(EngineError, TimeoutError):
-                self.discarded_tokens += len((await asyncio.wait_for(answer, _ENDED_SECONDS)).token_ids)
+                self.cost.discarded_tokens += len((await asyncio.wait_for(answer, _ENDED_SECONDS)).token_ids)
             raise
 
     async def _look_after(self, target: Target) -> None:
@@ -207,8 +209,7 @@ class ServerEngine(RolloutEngine):
     def _update(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         self._fleet.heal()
         if [target.server.url for target in self._turns.targets] != self._fleet.urls:
-            servers = [Server(url, self._loop.session) for url in self._fleet.urls]
-            self._loop.call(lambda: self._turns.meet(servers))
+            self._agree(self._meet)
         servers = [target.server for target in self._turns.targets]
         digests: dict[str, int] = {}
         if self._place.rank == 0 and self._fleet.config.rollout.weight_sync.checksums:
@@ -224,6 +225,16 @@ class ServerEngine(RolloutEngine):
             raise
         finally:
             device.collect_shared(give_back=True)  # all ranks have left `send`, and the servers have read
+
+    def _meet(self) -> None:
+        servers = [Server(url, self._loop.session) for url in self._fleet.urls]
+        capacities: dict[Server, int] = {}
+
+        async def ask(server: Server) -> None:
+            capacities[server] = await self._dialect.capacity(server)
+
+        self._loop.submit(self._on_each(servers, ask)).result()
+        self._loop.call(lambda: self._turns.meet({server: capacities[server] for server in servers}))
 
     def _agree(self, action: Any) -> None:
         """Run `action` on every rank, and fail on all ranks when it fails on one."""

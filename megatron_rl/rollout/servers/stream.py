@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from megatron_rl.rollout.engine import EngineAborted, Request, ServersLost, Stream, Taken, Then
+from megatron_rl.rollout.engine import Cost, EngineAborted, Request, ServersLost, Stream, Taken, Then
 
 if TYPE_CHECKING:
     from megatron_rl.rollout.servers.engine import Loop, ServerEngine
@@ -75,15 +75,16 @@ class ServerStream(Stream):
         return not self._under_way
 
     @override
-    def drop(self) -> int:
-        before = self._engine.discarded_tokens
+    def drop(self) -> None:
         self._loop.submit(self._cancel()).result()
-        finished = 0
         with contextlib.suppress(queue.Empty):
             while True:
-                finished += self._results.get_nowait()[1]
+                self._engine.cost.discarded_tokens += self._results.get_nowait()[1]
                 self._under_way -= 1
-        return finished + self._engine.discarded_tokens - before
+
+    @override
+    def cost(self) -> Cost:
+        return self._engine.take_cost()
 
     async def _cancel(self) -> None:
         for task in (tasks := list(self._tasks)):

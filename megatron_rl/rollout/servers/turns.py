@@ -6,8 +6,8 @@ import asyncio
 import dataclasses
 import heapq
 import itertools
-import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
 from megatron_rl.config import Config
 from megatron_rl.rollout.engine import Place, Request, ServersLost
@@ -22,10 +22,12 @@ class Target:
 
     server: Server
     limit: int  # requests that this rank keeps there
-    room: float = math.inf  # tokens of its cache that this rank may fill, more or less
+    room: float  # tokens of its cache that this rank may fill, and one request more
     in_flight: int = 0
     tokens: float = 0.0  # that the requests in flight hold, or are expected to
     is_lost: bool = False
+    since: float = 0.0  # when it got the first of those in flight, time.time()
+    busy: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # stretches of time, since last asked
     waiting: list[Turn] = dataclasses.field(default_factory=list)  # for this server, as a heap
 
     @property
@@ -55,16 +57,17 @@ class Turns:
         most = rollout.server.max_concurrency
         self._limit = max(min(rollout.samples_per_prompt, most), most // place.world_size)
         self.targets: list[Target] = []
-        self._rank, self._name = place.rank, name
+        self._rank, self._world_size, self._name = place.rank, place.world_size, name
         self._waiting: list[Turn] = []  # for any server, as a heap
         self._homes: dict[int, Target] = {}  # by prompt: the server that has its prefix
         self._mean_tokens = rollout.max_response_tokens / 2  # of a response, as far as was seen
         self._is_open = False
         self._serial = itertools.count()
 
-    def meet(self, servers: Sequence[Server]) -> None:
-        """Take these servers for the ones before."""
-        before, self.targets = self.targets, [Target(server, self._limit) for server in servers]
+    def meet(self, capacities: Mapping[Server, int]) -> None:
+        """Take these servers for the ones before. `capacities`: tokens that the cache of each holds."""
+        before, share = self.targets, 1 / self._world_size
+        self.targets = [Target(server, self._limit, tokens * share) for server, tokens in capacities.items()]
         self._leave(before)
 
     def close(self) -> None:
@@ -87,6 +90,14 @@ class Turns:
     def saw(self, tokens: int) -> None:
         """Take the length of a response into the mean."""
         self._mean_tokens += _MEMORY * (tokens - self._mean_tokens)
+
+    def take_busy(self) -> dict[str, list[tuple[float, float]]]:
+        """Return, by the server's address, when it had requests of this rank since this was last asked."""
+        busy, now = {}, time.time()
+        for target in self.targets:
+            busy[target.server.url] = target.busy + ([(target.since, now)] if target.in_flight else [])
+            target.busy, target.since = [], now
+        return busy
 
     async def acquire(self, request: Request) -> Turn:
         """Wait for the end of an update and for room at a server; return the turn, whose `target` is that server.
@@ -116,6 +127,8 @@ class Turns:
         target = turn.target.result()
         target.in_flight -= 1
         target.tokens -= turn.tokens
+        if not target.in_flight:
+            target.busy.append((target.since, time.time()))
         self._hand_out()
 
     def _hand_out(self) -> None:
@@ -144,6 +157,7 @@ class Turns:
 
     def _grant(self, turn: Turn, target: Target) -> None:
         if not turn.target.done():  # else its request was cancelled
+            target.since = target.since if target.in_flight else time.time()
             target.in_flight += 1
             target.tokens += turn.tokens
             turn.target.set_result(target)
