@@ -65,6 +65,7 @@ class Taken:
 
     finished: list[Any] = field(default_factory=list)  # what `then` made of each response
     lost: list[Request] = field(default_factory=list)  # that no living server can answer: see `ServersLost`
+    why_lost: str = ""
 
 
 @dataclass(slots=True)
@@ -119,7 +120,8 @@ class Rounds(Stream):
             for index, rollout in self._engine.stream(requests) if requests else ():
                 answered.add(index)
                 taken.finished.append(self._then(requests[index], rollout))
-        except ServersLost:
+        except ServersLost as error:
+            taken.why_lost = str(error)
             taken.lost = [request for index, request in enumerate(requests) if index not in answered]
         return taken
 
@@ -154,13 +156,13 @@ class RolloutEngine(Protocol):
         positions = {(request.prompt_id, request.sample_index): i for i, request in enumerate(requests)}
         stream = self.open(lambda request, rollout: (positions[request.prompt_id, request.sample_index], rollout))
         stream.add(requests)
-        lost: list[Request] = []
+        num_lost, why = 0, ""
         while not stream.is_idle():
             taken = stream.take(_TAKE_SECONDS)
             yield from taken.finished
-            lost += taken.lost
-        if lost:
-            raise ServersLost(f"{len(lost)} of {len(requests)} responses were lost: no server is left")
+            num_lost, why = num_lost + len(taken.lost), why or taken.why_lost
+        if num_lost:
+            raise ServersLost(f"{num_lost} of {len(requests)} responses were lost: {why}")
 
     def open(self, then: Then) -> Stream:
         """Return a stream of responses. `then`: called with each as soon as it is there, on whatever thread."""

@@ -63,6 +63,7 @@ class ServerStream(Stream):
             self._under_way -= 1
             if isinstance(outcome, ServersLost):
                 taken.lost.append(request)
+                taken.why_lost = str(outcome)
             elif isinstance(outcome, Exception):
                 self.drop()
                 raise outcome

@@ -25,7 +25,7 @@ class Target:
     room: float  # tokens of its cache that this rank may fill, and one request more
     in_flight: int = 0
     tokens: float = 0.0  # that the requests in flight hold, or are expected to
-    is_lost: bool = False
+    why_lost: str = ""  # empty: it is not
     since: float = 0.0  # when it got the first of those in flight, time.time()
     busy: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # stretches of time, since last asked
     waiting: list[Turn] = dataclasses.field(default_factory=list)  # for this server, as a heap
@@ -77,14 +77,14 @@ class Turns:
     def open(self) -> None:
         """Let requests go, to servers that are all alive and whose caches are empty."""
         for target in self.targets:
-            target.is_lost = False
+            target.why_lost = ""
         self._homes.clear()
         self._is_open = True
         self._hand_out()
 
-    def lose(self, target: Target) -> None:
-        """Send nothing more to a server until `open`."""
-        target.is_lost = True
+    def lose(self, target: Target, why: str) -> None:
+        """Send nothing more to a server until `open`. `why`: for messages."""
+        target.why_lost = why
         self._leave([target])
 
     def saw(self, tokens: int) -> None:
@@ -133,11 +133,12 @@ class Turns:
 
     def _hand_out(self) -> None:
         """Give servers that have room to those that wait."""
-        alive = [target for target in self.targets if not target.is_lost]
+        alive = [target for target in self.targets if not target.why_lost]
         if not alive:
+            reasons = "\n".join(target.why_lost for target in self.targets)
             for turn in self._waiting:
                 if not turn.target.done():
-                    turn.target.set_exception(ServersLost(f"no {self._name} server is left"))
+                    turn.target.set_exception(ServersLost(f"no {self._name} server is left:\n{reasons}"))
             self._waiting.clear()
         if not self._is_open:
             return

@@ -136,13 +136,13 @@ def test_what_waits_for_a_lost_server_goes_to_another_and_fails_without_one() ->
         group = [request(0, i) for i in range(4)]
         await queue.ask(*group)
         assert len(queue.order) == 2  # b is free, and has not the prompt
-        turns.lose(turns.targets[0])
+        turns.lose(turns.targets[0], "a fell silent")
         await settle()
         assert [queue.server(each) for each in group] == ["a", "a", "b", "b"]
         await queue.ask(request(1))
-        turns.lose(turns.targets[1])
+        turns.lose(turns.targets[1], "b fell silent")
         await settle()
-        with pytest.raises(ServersLost, match="no fake server is left"):
+        with pytest.raises(ServersLost, match="no fake server is left:\na fell silent\nb fell silent"):
             queue.tasks[request(1)].result()
 
     on_loop(scenario)
