@@ -54,6 +54,7 @@ class Request:
     sampling: SamplingParams
     with_routes: bool = False  # of a mixture of experts: the rollout tells the experts that each token was routed to
     expected_tokens: int = 0  # of the response, from earlier samples of the prompt; 0: unknown
+    at_once: bool = False  # it does not wait for room at a server
 
 
 Then = Callable[[Request, Rollout], Any]

@@ -38,8 +38,9 @@ class Target:
 
 @dataclasses.dataclass(slots=True, order=True)
 class Turn:
-    """A request that waits for a server: the longest first, then the earliest."""
+    """A request that waits for a server: what cannot wait, then the longest, then the earliest."""
 
+    can_wait: bool
     minus_expected: int
     serial: int
     prompt_id: int = dataclasses.field(compare=False)
@@ -106,6 +107,7 @@ class Turns:
         with the fewest tokens of this rank.
         """
         turn = Turn(
+            not request.at_once,
             -request.expected_tokens,
             next(self._serial),
             request.prompt_id,
@@ -145,13 +147,16 @@ class Turns:
         for target in alive:
             while target.is_open and target.waiting:
                 self._grant(heapq.heappop(target.waiting), target)
-        while self._waiting and (with_room := [target for target in alive if target.is_open]):
+        while self._waiting:
+            with_room = [target for target in alive if target.is_open or not self._waiting[0].can_wait]
+            if not with_room:
+                break
             turn = heapq.heappop(self._waiting)
             # ranks begin at different servers
             first = self._rank % len(with_room)
             lightest = min(with_room[first:] + with_room[:first], key=lambda target: target.tokens)
             home = self._homes.setdefault(turn.prompt_id, lightest)
-            if home.is_open:
+            if home.is_open or not turn.can_wait:
                 self._grant(turn, home)
             else:
                 heapq.heappush(home.waiting, turn)

@@ -148,6 +148,20 @@ def test_what_waits_for_a_lost_server_goes_to_another_and_fails_without_one() ->
     on_loop(scenario)
 
 
+def test_the_probe_of_an_update_does_not_wait_for_what_runs_ahead() -> None:
+    async def scenario() -> None:
+        turns, _ = turns_of("ab", concurrency=1, samples=2)
+        turns.open()
+        queue = Queue(turns)
+        await queue.ask(*(request(i, expected=50) for i in range(6)))
+        assert len(queue.order) == 2
+        probe = Request(0, 9, (1, 2), SAMPLING, at_once=True)
+        await queue.ask(probe)
+        assert queue.order[2:] == [(0, 9)]
+
+    on_loop(scenario)
+
+
 def test_a_cancelled_request_leaves_its_place_to_the_next() -> None:
     async def scenario() -> None:
         turns, _ = turns_of("a", concurrency=1, samples=2)
