@@ -54,7 +54,7 @@ def rollout_weights(
 
     With `max_kl`, a sequence whose mean k3 estimate of KL(rollout || old) over its counted tokens is larger gets 0
     throughout. So does, with `max_negative_kl`, one of negative advantage whose mean of rollout - current over its
-    counted tokens is larger: off-policy sequence masking, arXiv 2512.02556, section 3.1, where the old policy is the
+    counted tokens is larger: off-policy sequence masking, arXiv 2512.02556 (DeepSeek-V3.2), where the old policy is the
     engine's too. It follows the current policy, so that the mask changes from update to update.
 
     What gets 0 stays in the denominators, as Clip-Cov's tokens do: the loss does not grow as more is dropped. A
