@@ -304,11 +304,6 @@ class TrainBatch:
         old = [[each.logprobs for each in row] for row in stats]
         return self._with_each("stats", stats)._with_each("old_logprobs", old)
 
-    def with_rollout_as_old(self) -> TrainBatch:
-        """Return a copy whose old_logprobs are what the engine reported; statistics stay."""
-        rows = [[each.rollout_logprobs for each in mini_batch.micro_batches] for mini_batch in self.mini_batches]
-        return self._with_each("old_logprobs", rows)
-
     def with_ref_logprobs(self, logprobs: Sequence[Sequence[Tensor]]) -> TrainBatch:
         """Return a copy with the reference policy's logprobs, listed per mini-batch and micro-batch."""
         return self._with_each("ref_logprobs", logprobs)

@@ -48,8 +48,9 @@ def rollout_weights(
     - `truncate`: min(w, cap). Source: truncated importance sampling, fengyao.notion.site/off-policy-rl.
     - `mask`: w where floor <= w <= cap, else 0. Source: IcePop, ringtech.notion.site/icepop; at the level of sequences,
       masked importance sampling, richardli.xyz/rl-collapse.
-    - `reject`: 1 where floor <= w <= cap, else 0. Source: rejection sampling in verl's docs/algo/rollout_corr_math.md,
-      sections 3.3.3 and 3.4, which takes the geometric mean for this alone, with caps of 1.0001 to 1.001.
+    - `reject`: 1 where floor <= w <= cap, else 0. Source: rejection sampling in verl's documentation (Mathematical
+      Formulations of Rollout Correction Methods, sections 3.3.3 and 3.4), which takes the geometric mean for this
+      alone, with caps of 1.0001 to 1.001.
     - `none`: 1.
 
     With `max_kl`, a sequence whose mean k3 estimate of KL(rollout || old) over its counted tokens is larger gets 0

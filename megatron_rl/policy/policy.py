@@ -121,7 +121,10 @@ class MegatronPolicy:
             later = [self.stats(mini_batch, with_sum_p2=True) for mini_batch in others]
             # last, so that nothing comes between this pass and the update that may begin with it
             batch = batch.with_old_stats([self.stats(first, with_sum_p2=True, keep=True), *later])
-        return batch.with_rollout_as_old() if algorithm.old_logprobs == "rollout" else batch
+        if algorithm.old_logprobs == "recompute":
+            return batch
+        parts = [(each, [m.rollout_logprobs for m in each.micro_batches]) for each in batch.mini_batches]
+        return TrainBatch(batch.step, tuple(each.replace_each("old_logprobs", rollout) for each, rollout in parts))
 
     def with_selection_stats(self, mini_batch: MiniBatch, loss: LossBase) -> MiniBatch:
         """Return the mini-batch with the statistics by which `loss` marks tokens: those of the current weights where it
