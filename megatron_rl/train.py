@@ -31,6 +31,7 @@ from megatron_rl.parallel.groups import Groups, destroy_groups
 from megatron_rl.resume import Checkpoints
 from megatron_rl.rollout.collect import CollectStopped
 from megatron_rl.rollout.engine import EngineError
+from megatron_rl.rollout.probe import check_mismatch
 from megatron_rl.rollout.world import join
 from megatron_rl.run import Run, set_up
 from megatron_rl.types import CollectResult, Rollout, TrainBatch
@@ -46,6 +47,7 @@ def run_step(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
         collected, batch = packed(run, collected, step)
     with timers("old_logprobs"):
         batch = policy.with_old_logprobs(batch)
+        check_mismatch(batch, config, run.ranks)
     loss = run.controller.next_loss(batch)
     report = StepReport(run, step, collected, batch, loss)
     for mini_batch in batch.mini_batches:

@@ -99,6 +99,23 @@ LOSSES: dict[str, dict[str, Any]] = {
         "rollout_correction": {"weights": "mask", "level": "sequence", "cap": 1.4, "floor": 0.7, "max_kl": 0.05},
     },
     "gspo": {"type": "gspo", "aggregation": "seq_mean_token_mean", "eps_low": 0.2, "eps_high": 0.3},
+    "geometric": {
+        "type": "ppo_clip",
+        "rollout_correction": {
+            "level": "geometric",
+            "weights": "mask",
+            "cap": 1.1,
+            "floor": 0.9,
+            "max_negative_kl": 0.1,
+        },
+    },
+    # with the engine's log-probabilities as the old ones, in a step that does not recompute them
+    "kl_cov_rollout": {
+        "type": "kl_cov",
+        "select_fraction": 0.06,
+        "rollout_correction": {"weights": "none", "max_negative_kl": 0.02},
+    },
+    "ppo_clip_rollout": {"type": "ppo_clip", "ref_kl_coef": 0.1},
 }
 SELECTING = ("clip_cov", "kl_cov")
 
@@ -116,6 +133,10 @@ class Case:
     scope: str = "minibatch"
     share_prompts: bool | Literal["auto"] = "auto"
     filtered: int = 0  # rollouts at the end of the step that overlong filtering has masked
+
+    @property
+    def takes_rollout(self) -> bool:
+        return self.loss.endswith("_rollout")
 
 
 @dataclass
@@ -189,7 +210,10 @@ def make_config(case: Case, layout: str) -> Config:
                 "temperature": TEMPERATURE,
                 "stop_token_ids": [0],
             },
-            "algorithm": {"overlong": {"filter": case.filtered > 0}},
+            "algorithm": {
+                "overlong": {"filter": case.filtered > 0},
+                "old_logprobs": "rollout" if case.takes_rollout else "recompute",
+            },
             "loss": loss,
             "optimizer": {"lr": 0.02, "eps": 0.1, "clip_grad": 2.0},
             "train": {
@@ -297,7 +321,7 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         log_samples=lambda *_: None, log_ledger=lambda _, entry, __: outcome.ledger.update(entry)
     )
     with _observed(run, case, outcome):
-        outcome.metrics = train.run_step(run, 0, logger)
+        outcome.metrics = train.run_step(run, int(case.takes_rollout), logger)
     outcome.weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
     return outcome
 
@@ -319,7 +343,9 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
 
     def mark(mini_batch: MiniBatch, loss: Any, reducer: Any, **options: int) -> Any:
         chosen = real_mark(mini_batch, loss, reducer, **options)
-        logprobs = mini_batch.cat_stats("logprobs")
+        has_stats = mini_batch.micro_batches[0].stats is not None
+        assert has_stats or case.loss == "ppo_clip_rollout"
+        logprobs = mini_batch.cat_stats("logprobs") if has_stats else mini_batch.cat("rollout_logprobs")
         cov, _ = covariance(logprobs, chosen.cat("advantages"), reducer)
         if getattr(loss, "cov_estimator", "batch") == "vocab":
             spent = [entropy_spent(m.stats, m.advantages)[m.loss_mask] for m in mini_batch.micro_batches]

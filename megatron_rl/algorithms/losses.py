@@ -232,6 +232,7 @@ def _total(
     """Add what all losses share to the surrogate [T], weight and sum. `inputs` are free of masked values."""
     mask = inputs.loss_mask
     metrics["loss/ratio"] = masked_sum_count(ratio, mask)
+    metrics["loss/entropy"] = masked_sum_count(inputs.entropy, mask)
     metrics["loss/approx_kl"] = masked_sum_count(k3((inputs.logprobs - inputs.old_logprobs).detach()), mask)
     if config.rollout_correction is not None:
         weights, weight_metrics = rollout_weights(inputs, config.rollout_correction)

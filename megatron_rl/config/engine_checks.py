@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from megatron_rl.config.rollout import RolloutConfig
     from megatron_rl.config.sections import Config
 
+SEQUENCE_MASK = "{weights: none, max_negative_kl: 0.1}"
+# options of SGLang and vLLM by which a server computes in another precision than model.dtype
+_PRECISION = {"--dtype", "--quantization", "-q", "--kv-cache-dtype", "--torchao-config"}
+
 
 def engine_faults(config: Config) -> Iterator[str]:
     """Yield one line per fault in `rollout`, with its remedy."""
     rollout = config.rollout
-    yield from _replay_faults(config)
+    yield from [*_replay_faults(config), *_old_policy_faults(config)]
     if rollout.is_embedded:
         if rollout.max_staleness:
             yield (
@@ -27,10 +31,41 @@ def engine_faults(config: Config) -> Iterator[str]:
         return
     yield from [*_url_faults(rollout), *_memory_faults(rollout, config.max_sequence_tokens)]
     if rollout.max_staleness and config.loss.rollout_correction is None:
+        correction = "{cap: 2}" if config.algorithm.old_logprobs == "recompute" else SEQUENCE_MASK
         yield (
             f"rollout.max_staleness={rollout.max_staleness} trains on responses of older weights, which needs the "
-            "correction; set loss.rollout_correction={cap: 2}, or max_staleness=0"
+            f"correction; set loss.rollout_correction={correction}, or max_staleness=0"
         )
+
+
+def _old_policy_faults(config: Config) -> Iterator[str]:
+    """Yield what cannot be right, or does nothing, with this origin of the old log-probabilities."""
+    algorithm, rollout, loss = config.algorithm, config.rollout, config.loss
+    if algorithm.old_logprobs == "recompute":
+        if algorithm.max_mismatch is not None:
+            yield "algorithm.max_mismatch does nothing with old_logprobs=recompute; remove it, or set rollout"
+        return
+    refused = []
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        refused += [
+            f"rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: after a cut, what an engine reports is either not "
+            "the probability of the sampling or not that of the policy; set top_p=1 and top_k=0"
+        ]
+    if loss.adaptive_entropy is not None or loss.band is not None:
+        refused += ["loss.adaptive_entropy or entropy_band: no pass gives the old policy's entropy; remove them"]
+    if "old" in (getattr(loss, "stats", None), getattr(loss, "cov_logprobs", None)):
+        refused += ["loss.stats or cov_logprobs=old: no pass gives the old policy's statistics; set them to current"]
+    if (correction := loss.rollout_correction) and (correction.weights != "none" or correction.max_kl is not None):
+        refused += [
+            "loss.rollout_correction: its weights and max_kl compare the engine's log-probabilities with the old ones, "
+            f"which are now the same; set it to {SEQUENCE_MASK} or null"
+        ]
+    if algorithm.max_mismatch is None:
+        options = sorted({argument.split("=")[0] for argument in rollout.server.extra_args} & _PRECISION)
+        reasons = [f"rollout.max_staleness={rollout.max_staleness}"] * (rollout.max_staleness > 0)
+        reasons += [f"rollout.server.extra_args={option}" for option in options]
+        refused += [f"{reason}: say with algorithm.max_mismatch how far apart both may be" for reason in reasons]
+    yield from (f"algorithm.old_logprobs=rollout with {text}, or set old_logprobs=recompute" for text in refused)
 
 
 def _replay_faults(config: Config) -> Iterator[str]:

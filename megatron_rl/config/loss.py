@@ -15,23 +15,29 @@ class RolloutCorrection(Section):
     """Weights w = exp(old_logprobs - rollout_logprobs) on the surrogate, where the engine sampled from other
     probabilities than the trainer computes."""
 
-    weights: Literal["truncate", "mask", "none"] = "truncate"
-    """truncate: min(w, cap); mask: 0 outside [floor, cap]; none: 1 (with max_kl)."""
-    level: Literal["token", "sequence"] = "token"
-    """token: one w per token; sequence: their product over the response."""
+    weights: Literal["truncate", "mask", "reject", "none"] = "truncate"
+    """truncate: min(w, cap); mask: w, and 0 outside [floor, cap]; reject: 1, and 0 outside; none: 1 (with max_kl or
+    max_negative_kl)."""
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """token: one w per token; sequence: their product over the response; geometric: its root, the geometric mean."""
     cap: PositiveFloat = 2.0
-    """Largest weight; for mask at level token 5 is usual."""
+    """Largest weight; for mask at level token 5 is usual, at level geometric 1.001 to 1.05."""
     floor: NonNegativeFloat = 0.5
-    """Smallest weight, for mask."""
+    """Smallest weight, for mask and reject."""
     max_kl: PositiveFloat | None = None
     """Drop a sequence whose mean KL(rollout || old), nats per token, exceeds this; null: keep all."""
+    max_negative_kl: PositiveFloat | None = None
+    """Drop a sequence of negative advantage whose mean log(rollout / current), nats, exceeds this; null: keep all."""
 
     @model_validator(mode="after")
     def _bounds(self) -> RolloutCorrection:
-        if self.weights == "mask" and self.floor >= self.cap:
+        if self.weights in ("mask", "reject") and self.floor >= self.cap:
             raise ValueError(f"floor={self.floor} must be below cap={self.cap}")
-        if self.weights == "none" and self.max_kl is None:
-            raise ValueError("weights=none without max_kl corrects nothing; set max_kl, or rollout_correction to null")
+        if self.weights == "none" and self.max_kl is None and self.max_negative_kl is None:
+            raise ValueError(
+                "weights=none without max_kl and max_negative_kl corrects nothing; set one of them, or "
+                "rollout_correction to null"
+            )
         return self
 
 

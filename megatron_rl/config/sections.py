@@ -204,6 +204,18 @@ class AlgorithmConfig(Section):
     """Which groups of a step are drawn again."""
     overlong: OverlongConfig = OverlongConfig()
     """What becomes of responses at the length limit."""
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    """Log-probabilities of the old policy: recompute: a forward pass with the weights at the start of the step;
+    rollout: those that the engine reported, without a pass; what it changes: docs/algorithms.md."""
+    old_logprobs_check_every: PositiveInt = 10
+    """rollout: of so many steps the first recomputes them too, to measure how far the engine's are from them."""
+    max_mismatch: PositiveFloat | None = None
+    """rollout: the mean difference of the two, nats per token, at which the run ends before it updates; null: 1e-3 in
+    float32, 0.05 in bfloat16."""
+
+    def recomputes(self, step: int) -> bool:
+        """Return whether this step pays the forward pass of the old log-probabilities."""
+        return self.old_logprobs == "recompute" or step % self.old_logprobs_check_every == 0
 
 
 DataConfig = Annotated[CountdownData | JsonlData, Field(discriminator="type", description="The problems.")]
@@ -356,8 +368,9 @@ class Config(Section):
     def float32_logits(self) -> bool:
         """Return whether the output layer of a bfloat16 model gives float32, in the trainer and in its engines."""
         loss, chosen = self.loss, self.model.logits_dtype
-        # with one update a step, old and current log-probabilities are the same bits: every ratio is 1
+        # with one update a step, recomputed and current log-probabilities are the same bits: every ratio is 1
         compares = self.minibatches_per_step > 1 or loss.rollout_correction is not None or loss.ref_kl_coef > 0
+        compares |= self.algorithm.old_logprobs == "rollout"
         return self.model.dtype == "bfloat16" and (chosen == "float32" or (chosen == "auto" and compares))
 
     @property

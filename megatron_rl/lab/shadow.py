@@ -54,6 +54,8 @@ def replay(
     and the later ones are not. Options that the methods share (aggregation) are theirs, not the run's.
     Raises: ConfigError for an unusable loss; UserError for a checkpoint that cannot be read.
     """
+    exact = config.algorithm.model_copy(update={"old_logprobs": "recompute"})  # every method needs the statistics
+    config = config.model_copy(update={"algorithm": exact})
     methods = {name: _loss(name, raw) for name, raw in losses.items()}
     run = set_up(config, groups)
     step, state = CheckpointStore(checkpoint.parent, run.policy, groups, run.tokenizer).load(checkpoint)

@@ -66,10 +66,12 @@ def token_values(
     picked it. Collective.
 
     batch: the mini-batches that hold `wanted`, the same on every rank, with the statistics at the step's start, so that
-    a later one chosen with `cov_logprobs: current` was chosen by newer values than these. updates: the same as they
-    were trained on, with `selected`. ranks: over the ranks that hold different tokens.
+    a later one chosen with `cov_logprobs: current` was chosen by newer values than these; none where it has none.
+    updates: the same as they were trained on, with `selected`. ranks: over the ranks that hold different tokens.
     """
     rows: dict[Key, list[list[float]]] = {}
+    if not batch:
+        return rows
     logprobs_of = [mini_batch.cat_stats("logprobs") for mini_batch in batch]
     advantages_of = [mini_batch.cat("advantages") for mini_batch in batch]
     centred = covariances(list(zip(logprobs_of, advantages_of, strict=True)), ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -62,7 +63,9 @@ class Reported(Protocol):
 class StepReport:
     """The metrics, the ledger and the logged samples of one step: begun before its updates, finished after them.
 
-    Every method is a collective.
+    Every method is a collective. A step whose old log-probabilities were not recomputed has no entry in the ledger, no
+    values of tokens, and neither `mismatch/*` nor entropies of the old policy; where its loss marks no tokens, no
+    covariances and changes of the entropy either.
     """
 
     def __init__(self, run: Reported, step: int, collected: CollectResult, batch: TrainBatch, loss: LossBase) -> None:
@@ -90,29 +93,38 @@ class StepReport:
         run, batch, metrics, options = self._run, self._batch, self._metrics, self._run.config.logging
         after = self._probe()
         with run.timers("metrics"):
-            add_batch_metrics(metrics, batch, run.ranks)
-            metrics.set(update_metrics(self._updates, self._loss, run.ranks, run.policy.context))
-            if options.ledger_every and self._step % options.ledger_every == 0:
+            recomputed = has_stats(batch.mini_batches)
+            if recomputed:
+                add_batch_metrics(metrics, batch, run.ranks)
+            if has_stats(self._updates):
+                metrics.set(update_metrics(self._updates, self._loss, run.ranks, run.policy.context))
+            if recomputed and options.ledger_every and self._step % options.ledger_every == 0:
                 with run.timers.spans("ledger"):
                     logger.log_ledger(self._step, ledger(batch, after, run.ranks), run.tokenizer)
             metrics.set(batch_totals(batch, self._collected, run.ranks))
             logged = self._collected.rollouts[: options.samples_per_step]
-            holding = slice(-(-len(logged) // run.layout.samples_per_minibatch))
+            holding = slice(-(-len(logged) // run.layout.samples_per_minibatch) if recomputed else 0)
             parts = batch.mini_batches[holding], self._updates[holding]
             samples = samples_for_log(logged, self._collected.prompts_by_id, *parts, run.tokenizer, run.ranks)
             logger.log_samples(self._step, samples)
             return metrics.reduce(run.ranks.sum, run.ranks.max)
 
     def _probe(self) -> list[TokenStats] | None:
-        """Return the first mini-batch's statistics after the updates, where the config asks for them."""
-        run, first = self._run, self._batch.mini_batches[0]
+        """Return the first mini-batch's statistics after the updates, where the config asks for them and those of
+        before are known."""
+        run, first = self._run, self._updates[0]
         with run.timers("probe"):
-            after = run.policy.stats(first) if run.config.train.entropy_probe else None
+            after = run.policy.stats(first) if run.config.train.entropy_probe and has_stats([first]) else None
             if self._tangent is not None:
                 self._metrics.set({"entropy/first_order_change": self._tangent.change()})
         if after is not None:
             self._metrics.add(entropy_change(first, after))
         return after
+
+
+def has_stats(mini_batches: Sequence[MiniBatch]) -> bool:
+    """Tell whether these have the statistics of a forward pass, alike on every rank."""
+    return all(micro_batch.stats is not None for each in mini_batches for micro_batch in each.micro_batches)
 
 
 def add_batch_metrics(metrics: Metrics, batch: TrainBatch, ranks: Reducer) -> None:

@@ -97,19 +97,21 @@ def plan_step(config: Config, hardware: Hardware, load: Load) -> StepPlan:
     forward, backward = (
         pass_seconds(shape, layout, hardware, constants, **sizes, backward=back) for back in (False, True)
     )
-    chosen = updates - 1 if config.loss.needs_current_statistics else 0
-    references = 2 if config.loss.ref_kl_coef > 0 else 1
+    algorithm, marks = config.algorithm, config.loss.needs_current_statistics
+    # of the steps: those that compute the old log-probabilities, which are the first mini-batch's statistics too
+    recomputed = 1.0 if algorithm.old_logprobs == "recompute" else 1 / algorithm.old_logprobs_check_every
+    chosen = updates - recomputed if marks else 0
     seconds = {
         "weight sync": sync_seconds(config, shape, layout, hardware),
         "rollout": load.batches * rollout_seconds(config, shape, layout, hardware, load),
         "reward": load.batches * sequences * REWARD_SECONDS / layout.gpus,
-        "old logprobs": updates * references * forward,
+        "old logprobs": updates * (recomputed + (config.loss.ref_kl_coef > 0)) * forward,
         "selection": chosen * forward,
         "forward and backward": updates * backward,
         "optimizer": updates * optimizer_seconds(shape, layout, hardware, width),
     }
     if config.train.entropy_probe:
-        seconds["entropy probe"] = forward
+        seconds["entropy probe"] = forward * (1.0 if marks else recomputed)
     flops = 3 * sum(forward_flops(shape, load.length / 2)) * tokens
     mfu = flops / (layout.gpus * hardware.flops * (seconds["forward and backward"] + seconds["optimizer"]))
     return whole(seconds, micro_batches, bubble(layout, micro_batches), mfu)

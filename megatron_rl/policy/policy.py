@@ -106,26 +106,41 @@ class MegatronPolicy:
         return weight_stream(self.parameters, self.hf_config, self.groups)
 
     def with_old_logprobs(self, batch: TrainBatch) -> TrainBatch:
-        """Return the batch with the statistics and log-probabilities of the current weights, and with those of the
-        reference policy where one is kept.
+        """Return the batch with the log-probabilities of the old policy, with those of the reference policy where one
+        is kept, and with the statistics of the current weights if this step recomputes them.
 
-        Each mini-batch is computed as its update will compute it: before the weights move, old and current
+        Each mini-batch is computed as its update will compute it: before the weights move, recomputed and current
         log-probabilities are the same bits, and KL-Cov's |difference| has no gradient then instead of the sign of a
         rounding error.
         """
+        algorithm = self.config.algorithm
         if self._reference is not None:
             batch = batch.with_ref_logprobs(self.ref_logprobs(batch.mini_batches))
-        first, *others = batch.mini_batches
-        later = [self.stats(mini_batch, with_sum_p2=True) for mini_batch in others]
-        # last, so that nothing comes between this pass and the update that may begin with it
-        return batch.with_old_stats([self.stats(first, with_sum_p2=True, keep=True), *later])
+        if algorithm.recomputes(batch.step):
+            first, *others = batch.mini_batches
+            later = [self.stats(mini_batch, with_sum_p2=True) for mini_batch in others]
+            # last, so that nothing comes between this pass and the update that may begin with it
+            batch = batch.with_old_stats([self.stats(first, with_sum_p2=True, keep=True), *later])
+        if algorithm.old_logprobs == "recompute":
+            return batch
+        parts = [(each, [m.rollout_logprobs for m in each.micro_batches]) for each in batch.mini_batches]
+        return TrainBatch(batch.step, tuple(each.replace_each("old_logprobs", rollout) for each, rollout in parts))
 
     def with_selection_stats(self, mini_batch: MiniBatch, loss: LossBase) -> MiniBatch:
         """Return the mini-batch with the statistics by which `loss` marks tokens: those of the current weights where it
-        asks for them and they have moved, at the price of a forward pass, else those that it has."""
-        if not needs_current_stats(loss, mini_batch.index):
+        asks for them and they have moved, at the price of a forward pass, else those that it has.
+
+        With algorithm.old_logprobs=rollout the first mini-batch may have none, and pays a pass too. In every step it is
+        trained against that pass, which is the old policy's, lest KL-Cov's penalty push against the engine's error.
+        """
+        if needs_current_stats(loss, mini_batch.index):
+            return mini_batch.with_stats(self.stats(mini_batch, with_sum_p2=True))
+        if self.config.algorithm.old_logprobs == "recompute" or not loss.needs_current_statistics:
             return mini_batch
-        return mini_batch.with_stats(self.stats(mini_batch, with_sum_p2=True))
+        if mini_batch.micro_batches[0].stats is None:
+            mini_batch = mini_batch.with_stats(self.stats(mini_batch, with_sum_p2=True, keep=True))
+        exact = [micro_batch.computed_stats.logprobs for micro_batch in mini_batch.micro_batches]
+        return mini_batch.replace_each("old_logprobs", exact)
 
     def stats(self, mini_batch: MiniBatch, *, with_sum_p2: bool = False, keep: bool = False) -> list[TokenStats]:
         """Return statistics of each micro-batch's tokens under the current weights, on every pipeline stage; forward

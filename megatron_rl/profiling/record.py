@@ -148,15 +148,15 @@ def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics
     def mfu(flops: float, seconds: float | None) -> float | None:
         return flops / (seconds * peak) if seconds and peak else None
 
-    generation = seconds.get("rollout")
+    generation, passes = seconds.get("rollout"), 4 if config.algorithm.old_logprobs == "recompute" else 3
     summary.rates = {
         "tokens_per_second": sequences / summary.step_seconds,
         "tokens_per_second_per_process": sequences / summary.step_seconds / len(ranks),
         "generated_tokens_per_second": responses / generation if generation else None,
-        "model_flops_per_step": 4 * forward,
-        "mfu_old_logprobs": mfu(forward, seconds.get("old_logprobs")),
+        "model_flops_per_step": passes * forward,
+        "mfu_old_logprobs": mfu(forward, seconds.get("old_logprobs")) if passes == 4 else None,
         "mfu_forward_backward": mfu(3 * forward, seconds.get("forward_backward")),
-        "mfu_step": mfu(4 * forward, summary.step_seconds),
+        "mfu_step": mfu(passes * forward, summary.step_seconds),
     }
 
 

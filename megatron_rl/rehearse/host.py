@@ -210,6 +210,7 @@ def rehearse_host(config: Config, rank: int = 0, *, mean_response: float | None 
 def _alone(config: Config, run_dir: str) -> Config:
     """Return the config of one step without what needs a model or a network, packed as on a GPU."""
     changes: dict[str, dict[str, Any]] = {
+        "algorithm": {"max_mismatch": float("inf")},  # statistics are drawn
         "rollout": {"routing_replay": False},
         "train": {"share_prompts": False, "entropy_tangent": False, "num_steps": 1},
         "logging": {"run_dir": run_dir, "wandb_project": None},

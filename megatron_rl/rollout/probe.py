@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import torch
 
 from megatron_rl import device
+from megatron_rl.algorithms.kl import mismatch_metrics
 from megatron_rl.config import Config
 from megatron_rl.packing import Layout, pack_supervised
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.rollout.engine import EngineError, Request, RolloutEngine, SamplingParams
-from megatron_rl.types import Prompt, Rollout
+from megatron_rl.types import Prompt, Ranks, Rollout, TrainBatch
 
 _TOKENS = 8  # of a continuation
 _MAX_ERROR = {"float32": 1e-3, "bfloat16": 0.1}  # nats, mean over tokens
+_MAX_MISMATCH = {"float32": 1e-3, "bfloat16": 0.05}  # the same of a step's tokens, where they stand for the trainer's
 
 
 def probe_engine(engine: RolloutEngine, policy: MegatronPolicy, layout: Layout, prompts: Sequence[Prompt]) -> None:
@@ -38,6 +40,30 @@ def probe_engine(engine: RolloutEngine, policy: MegatronPolicy, layout: Layout, 
 def probe_limit(config: Config) -> float:
     """Return the largest mean difference that passes, in nats."""
     return config.rollout.weight_sync.max_probe_error or _MAX_ERROR[config.model.dtype]
+
+
+def check_mismatch(batch: TrainBatch, config: Config, ranks: Ranks) -> None:
+    """Check, where the engine's log-probabilities are the old policy's and this step has recomputed them, that the two
+    agree. A collective.
+
+    Raises: EngineError, on every rank, when their mean difference exceeds `algorithm.max_mismatch`.
+    """
+    algorithm = config.algorithm
+    if algorithm.old_logprobs == "recompute" or not algorithm.recomputes(batch.step):
+        return
+    total = torch.zeros(2, dtype=torch.float64, device=device.device())
+    for micro_batch in batch.micro_batches:
+        pair = micro_batch.computed_stats.logprobs, micro_batch.rollout_logprobs
+        total += mismatch_metrics(*pair, micro_batch.loss_mask)["mismatch/abs_mean"]
+    distance, count = ranks.sum(total).tolist()
+    limit = algorithm.max_mismatch or _MAX_MISMATCH[config.model.dtype]
+    if not distance <= limit * count:
+        raise EngineError(
+            f"step {batch.step + 1}, before its updates: engine and trainer differ in the log-probabilities of "
+            f"{round(count)} tokens by {distance / count:.3g} nats on average, allowed {limit:g}. With algorithm."
+            "old_logprobs=rollout one stands for the other: set recompute, find what the engine computes otherwise "
+            "(precision, kernels, model.logits_dtype), or raise algorithm.max_mismatch"
+        )
 
 
 def probe_distance(

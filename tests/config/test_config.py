@@ -188,6 +188,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 HF = "model__hf_config__"
+ROLLOUT = {"algorithm__old_logprobs": "rollout"}
+AHEAD = {"rollout__engine": "sglang", "rollout__max_staleness": 1}
+QUANTIZED = {"rollout__engine": "sglang", "rollout__server": {"extra_args": ["--quantization=fp8"]}}
+CORRECTED = {"type": "ppo_clip"}
+SEQUENCE_MASK = {"weights": "none", "max_negative_kl": 0.1}
 INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ({"parallel": {"tp": 2, "world_size": 5}}, "world_size=5 is not a multiple of tp*pp*cp=2; set it to 4 or 6"),
     ({"parallel": {"tp": 2, "world_size": 1}}, "world_size=1 is not a multiple of tp*pp*cp=2; set it to 2"),
@@ -252,6 +257,21 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
         "initial_coef=2.0 must not exceed max_coef=1.0",
     ),
     ({"rollout__top_p": 0.9}, "set top_p=1 and top_k=0, or turn on the correction with loss.rollout_correction"),
+    ({"algorithm__max_mismatch": 0.1}, "max_mismatch does nothing with old_logprobs=recompute; remove it, or"),
+    (ROLLOUT | {"rollout__top_p": 0.9}, "with rollout.top_p=0.9, top_k=0: after a cut"),
+    (ROLLOUT | {"rollout__top_k": 5}, "set top_p=1 and top_k=0, or set old_logprobs=recompute"),
+    (ROLLOUT | {"loss": {"type": "kl_cov", "adaptive_entropy": {}}}, "no pass gives the old policy's entropy"),
+    (ROLLOUT | {"loss": {"type": "kl_cov", "entropy_band": BAND}}, "no pass gives the old policy's entropy"),
+    (ROLLOUT | {"loss": {"type": "steer", "stats": "old"}}, "set them to current, or set old_logprobs=recompute"),
+    (ROLLOUT | {"loss": {"type": "clip_cov", "cov_logprobs": "old"}}, "set them to current, or set"),
+    (ROLLOUT | {"loss": CORRECTED | {"rollout_correction": {"cap": 2}}}, "set it to {weights: none, max_negative_kl"),
+    (
+        ROLLOUT | {"loss": CORRECTED | {"rollout_correction": {"weights": "none", "max_kl": 1}}},
+        "which are now the same",
+    ),
+    (ROLLOUT | AHEAD, "set loss.rollout_correction={weights: none, max_negative_kl: 0.1}, or max_staleness=0"),
+    (ROLLOUT | AHEAD, "rollout.max_staleness=1: say with algorithm.max_mismatch how far apart both may be"),
+    (ROLLOUT | QUANTIZED, "rollout.server.extra_args=--quantization: say with algorithm.max_mismatch"),
     ({"rollout__max_staleness": 1}, "the embedded engine shares its process with the trainer"),
     ({"rollout": {"engine": "sglang", "max_staleness": 1}}, "set loss.rollout_correction={cap: 2}, or max_staleness=0"),
     (
@@ -306,6 +326,14 @@ def test_key_value_heads_may_be_fewer_than_the_ranks_if_their_rows_can_be_cut() 
 @pytest.mark.parametrize(("changes", "message"), INCONSISTENT, ids=[text[:40] for _, text in INCONSISTENT])
 def test_what_cannot_work_is_refused_with_the_remedy(changes: dict[str, Any], message: str) -> None:
     assert message in refusal(raw(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"loss": CORRECTED | {"rollout_correction": SEQUENCE_MASK}} | AHEAD, QUANTIZED], ids=str
+)
+def test_the_engines_logprobs_may_be_the_old_ones_where_a_limit_is_stated(changes: dict[str, Any]) -> None:
+    algorithm = parse_config(raw(**ROLLOUT | changes | {"algorithm__max_mismatch": 0.2})).algorithm
+    assert [algorithm.recomputes(step) for step in (0, 1, 9, 10, 11)] == [True, False, False, True, False]
 
 
 def test_several_inconsistencies_are_listed_together() -> None:

@@ -144,6 +144,23 @@ def test_micro_batches_are_those_that_packing_would_form() -> None:
     assert all(0.98 * few <= count < few + 2 for few, count in zip(least, counts, strict=True))
 
 
+@pytest.mark.parametrize(("loss", "marks"), [("ppo_clip", False), ("kl_cov", True), ("steer", True)])
+def test_the_engines_logprobs_save_all_passes_but_the_checks(loss: str, marks: bool) -> None:
+    """In passes over a mini-batch, of which a step has 8. Where the loss marks tokens, the first pays one for that in
+    steps that are not checked."""
+
+    def passes(**algorithm: Any) -> list[float]:
+        raw = {**RAW_32B, "loss": {"type": loss, "ref_kl_coef": 0.1}, "algorithm": algorithm}
+        seconds = plan_step(parse_config(raw), *ARGUMENTS).seconds
+        return [seconds[phase] / one for phase in ("old logprobs", "selection", "entropy probe")]
+
+    one = plan_step(parse_config(RAW_32B), *ARGUMENTS).seconds["entropy probe"]
+    assert passes() == pytest.approx([16, 7 * marks, 1])  # the reference's are in it
+    checked = 1 / 4
+    expected = [8 + 8 * checked, (8 - checked) * marks, 1 if marks else checked]
+    assert passes(old_logprobs="rollout", old_logprobs_check_every=4) == pytest.approx(expected)
+
+
 def test_search_proposes_layouts_that_load_and_fit(tmp_path: Path) -> None:
     config = parse_config(copy.deepcopy(RAW_32B))
     found = search(config, *ARGUMENTS)

@@ -85,6 +85,7 @@ def test_nothing_but_the_hidden_states_is_rounded(worlds: Worlds, folders: list[
         ({"train": {"prompts_per_minibatch": 8}}, False),  # one update: every ratio is 1
         ({"train": {"prompts_per_minibatch": 8}, "loss": {"type": "ppo_clip", "ref_kl_coef": 0.1}}, True),
         ({"train": {"prompts_per_minibatch": 8}, "loss": {"type": "ppo_clip", "rollout_correction": {}}}, True),
+        ({"train": {"prompts_per_minibatch": 8}, "algorithm": {"old_logprobs": "rollout"}}, True),
         ({"train": {"prompts_per_minibatch": 8}, "model": {"logits_dtype": "float32"}}, True),
     ],
 )

@@ -112,6 +112,7 @@ def test_the_books_grow_with_the_batch(tmp_path: Path) -> None:
             "rollout": {"engine": "sglang", "max_staleness": 1},
             "loss": {"type": "ppo_clip", "rollout_correction": {"cap": 2}},
         },
+        {"loss": {"type": "kl_cov", "select_fraction": 0.1}, "algorithm": {"old_logprobs": "rollout"}},
         {"reward": {"terms": [{"name": "format", "function": "tests.tiny:mostly_digits", "weight": 0.5}]}},
         {"train": {"entropy_probe": False, "entropy_tangent": True}, "logging": {"samples_per_step": 99}},
     ],
