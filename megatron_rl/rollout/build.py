@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
@@ -19,7 +20,7 @@ from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutE
 from megatron_rl.rollout.servers import weight_sync
 from megatron_rl.rollout.servers.engine import Loop, ServerEngine
 from megatron_rl.rollout.servers.fleet import Fleet, address_for
-from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server
+from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server, why_lost
 from megatron_rl.rollout.servers.processes import free_port
 from megatron_rl.rollout.servers.protocol import Dialect
 from megatron_rl.rollout.servers.sglang import SGLang
@@ -60,10 +61,13 @@ def start_fleet(config: Config, model_dir: Path, place: Place, dialect: Dialect,
     Raises: EngineError, on every rank, when those of some node cannot be started; the loop is then closed.
     """
 
-    def ask(question: Callable[[Server], Coroutine[Any, Any, None]]) -> Callable[[str], None]:
+    def ask(question: Callable[[Server], Coroutine[Any, Any, Any]]) -> Callable[[str], Any]:
         return lambda url: loop.submit(question(Server(url, loop.session))).result()
 
-    fleet = Fleet(dialect, config, model_dir, place, ask(dialect.health), ask(dialect.settle_in), loop.key)
+    def look(server: Server) -> Coroutine[Any, Any, str]:
+        return why_lost(functools.partial(dialect.health, server))
+
+    fleet = Fleet(dialect, config, model_dir, place, ask(dialect.health), ask(look), ask(dialect.settle_in), loop.key)
     problem = ""
     try:
         fleet.start()

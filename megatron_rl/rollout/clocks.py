@@ -16,7 +16,8 @@ from megatron_rl.config.evaluation import set_path
 from megatron_rl.data.records import read_records
 from megatron_rl.errors import DataError
 
-HEALTH_SECONDS = 10.0  # of a server that says whether it lives
+HEALTH_SECONDS = 10.0  # of a server that is asked once whether it lives
+LOST_SECONDS = 120.0  # of a server that does not answer, until it counts as lost
 CONTROL_SECONDS = 60.0  # of a server that does what should be done at once
 LOAD_SECONDS = 600.0  # of a server that moves weights
 GROUP_SECONDS = 300.0  # for the servers' workers to join the trainer's group, and for one broadcast
@@ -43,11 +44,11 @@ def server_waits(config: Config) -> dict[str, float]:
     turns = {work: math.ceil(count / at_once) for work, count in responses.items()}
     return {
         # restart of the dead, then one look a second; each is told once how to settle
-        "start of servers": server.start_seconds + server.count * (HEALTH_SECONDS + STOP_SECONDS + CONTROL_SECONDS),
+        "start of servers": server.start_seconds + server.count * (LOST_SECONDS + STOP_SECONDS + CONTROL_SECONDS),
         # begin: config, pause, flush, begin_update, workers join; end: end_update in two calls, checksums, flush,
-        # resume, version
-        "weight update": 3 * LOAD_SECONDS + max(GROUP_SECONDS, 5 * CONTROL_SECONDS),
-        **{work: n * (server.request_seconds + 3 * HEALTH_SECONDS) for work, n in turns.items()},
+        # resume, version; after a failure: end_update, resume, a last look
+        "weight update": 3 * LOAD_SECONDS + max(GROUP_SECONDS, 5 * CONTROL_SECONDS) + 2 * HEALTH_SECONDS + LOST_SECONDS,
+        **{work: n * (server.request_seconds + LOST_SECONDS + HEALTH_SECONDS) for work, n in turns.items()},
     }
 
 

@@ -50,7 +50,7 @@ def test_the_wait_for_responses_counts_the_turns_that_they_take_on_the_servers_l
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # two nodes
-    turn = 7.0 + 3 * clocks.HEALTH_SECONDS
+    turn = 7.0 + clocks.LOST_SECONDS + clocks.HEALTH_SECONDS
     # 64 responses; each of 8 ranks keeps 2 at a server; of 2 * 2 servers 1 may be dead
     config = config_of(count=2, max_concurrency=16, max_failures=1, request_seconds=7.0)
     assert server_waits(config)["rollouts"] == 2 * turn
@@ -64,7 +64,7 @@ def test_evaluation_counts_the_problems_of_its_files(tmp_path: Path) -> None:
     raw = config_of(count=1, max_concurrency=8, request_seconds=10.0).model_dump(mode="json")
     sets = {"sets": ["mine"], "options": {"mine": {"path": str(tmp_path / "mine.jsonl"), "samples": 2}}}
     config = parse_config(raw | {"data": {"type": "jsonl", "train_path": "x", "tokenizer": "y"}, "eval": sets})
-    assert server_waits(config)["evaluation, mine"] == 1400 / 8 * (10 + 3 * clocks.HEALTH_SECONDS)
+    assert server_waits(config)["evaluation, mine"] == 1400 / 8 * (10 + clocks.LOST_SECONDS + clocks.HEALTH_SECONDS)
 
 
 def test_no_bound_of_a_servers_answer_stands_elsewhere() -> None:

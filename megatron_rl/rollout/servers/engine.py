@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import itertools
 import queue
 import random
@@ -24,12 +25,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from megatron_rl import device
+from megatron_rl.launch import say
 from megatron_rl.rollout.clocks import HEALTH_SECONDS
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, ServersLost
 from megatron_rl.rollout.servers.answers import as_rollout, joined, rest, too_late
 from megatron_rl.rollout.servers.checksums import Checksums, WeightProof, digested
 from megatron_rl.rollout.servers.fleet import Fleet
-from megatron_rl.rollout.servers.http import Server, ServerBusy, ServerFailed, ServerLost
+from megatron_rl.rollout.servers.http import Server, ServerBusy, ServerFailed, ServerLost, open_session, why_lost
 from megatron_rl.rollout.servers.protocol import Completion, Dialect
 from megatron_rl.rollout.servers.weight_sync import Channel, check_same_model
 from megatron_rl.types import Rollout
@@ -45,6 +47,7 @@ class _Target:
     server: Server
     in_flight: int = 0
     is_lost: bool = False
+    why_lost: str = ""
 
 
 class Loop:
@@ -59,8 +62,7 @@ class Loop:
         self.session: aiohttp.ClientSession = self.submit(self._open()).result()
 
     async def _open(self) -> aiohttp.ClientSession:
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else None
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers)
+        return open_session(self.key)
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         """Run the coroutine on the loop; return a future of its result."""
@@ -164,7 +166,7 @@ class ServerEngine(RolloutEngine):
                 if loop.time() > deadline or tries > _MAX_TRIES:
                     await self._quietly_abort(target.server, rid)
                     raise EngineError(too_late(request, self._config.request_seconds, error)) from error
-                await self._look_after(target)
+                await self._look_after(target, error)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, longest)
             except asyncio.CancelledError:
@@ -182,7 +184,7 @@ class ServerEngine(RolloutEngine):
             while True:
                 alive = [target for target in self._targets if not target.is_lost]
                 if not alive:
-                    raise ServersLost(f"no {self._dialect.name} server is left")
+                    raise self._none_left()
                 best = min(alive, key=lambda target: target.in_flight)
                 if self._gate_open and best.in_flight < self._limit:
                     best.in_flight += 1
@@ -193,12 +195,16 @@ class ServerEngine(RolloutEngine):
         async with self._room:
             self._room.notify_all()
 
-    async def _look_after(self, target: _Target) -> None:
+    async def _look_after(self, target: _Target, error: EngineError) -> None:
         """Ask a server whose connection broke whether it lives; mark it as lost when it does not answer."""
-        try:
-            await asyncio.wait_for(self._dialect.health(target.server), HEALTH_SECONDS)
-        except (TimeoutError, EngineError):
-            target.is_lost = True
+        why = await why_lost(functools.partial(self._dialect.health, target.server))
+        if why and not target.is_lost:
+            target.is_lost, target.why_lost = True, f"{target.server.url} is lost: {error}; then {why}"
+            say(target.why_lost, every_rank=True)
+
+    def _none_left(self) -> ServersLost:
+        reasons = "\n".join(target.why_lost for target in self._targets)
+        return ServersLost(f"no {self._dialect.name} server is left:\n{reasons}")
 
     async def _quietly_abort(self, server: Server, rid: str) -> None:
         with contextlib.suppress(EngineError, TimeoutError):  # it is gone, or will finish for nobody
@@ -244,8 +250,8 @@ class ServerEngine(RolloutEngine):
             self._agree(lambda: self._finish(servers, weight_version, digests))
         except EngineError as error:
             self._settle(servers)
-            if not isinstance(error, ServersLost) and not self._all_alive(servers):
-                raise ServersLost(str(error)) from error  # it could still say that it is dying
+            if not isinstance(error, ServersLost) and (losses := self._losses(servers)):
+                raise ServersLost(f"{error}\n{losses}") from error  # it could still say that it is dying
             raise
         finally:
             device.collect_shared(give_back=True)  # all ranks have left `send`, and the servers have read
@@ -286,15 +292,17 @@ class ServerEngine(RolloutEngine):
             self._loop.submit(self._on_each(servers, finish)).result()
             self._proof.check(digests, held)
 
-    def _all_alive(self, servers: list[Server]) -> bool:
-        """Return, on every rank, whether every server answers."""
-        alive = True
+    def _losses(self, servers: list[Server]) -> str:
+        """Return, on every rank, which servers are lost and why; empty: every one answers."""
+        losses: list[str] = []
+
+        async def look(server: Server) -> None:
+            if why := await why_lost(functools.partial(self._dialect.health, server)):
+                losses.append(f"{server.url} is lost: {why}")
+
         if self._place.rank == 0:
-            try:
-                self._loop.submit(self._on_each(servers, self._dialect.health)).result()
-            except EngineError:
-                alive = False
-        return self._place.gather(alive)[0]
+            self._loop.submit(self._on_each(servers, look)).result()
+        return "\n".join(self._place.gather(losses)[0])
 
     def _settle(self, servers: list[Server]) -> None:
         """Close, after a failure, the update that living servers have open, so that another can begin."""

@@ -41,6 +41,7 @@ class Fleet:
     model_dir: Path  # what the run's own servers start from
     place: Place
     check: Callable[[str], None]  # one look at the server of that address; raises EngineError when it is not ready
+    why_lost: Callable[[str], str]  # several looks; why the server of that address counts as lost, empty: it answers
     settle_in: Callable[[str], None]  # what a server of the run wants to be told once
     key: str = ""  # that the run's own servers ask of every request
     urls: list[str] = field(default_factory=list)  # of all nodes, in the order of ranks
@@ -107,21 +108,18 @@ class Fleet:
     def _restart_dead(self) -> int:
         died = 0
         for index, owned in enumerate(self._owned):
-            if not owned.healthy or (owned.process.alive() and self._answers(owned.url)):
+            if not owned.healthy:
+                continue
+            why = self.why_lost(owned.url) if owned.process.alive() else ""
+            if not why and owned.process.alive():
                 continue
             died += 1
-            say(f"{self.dialect.name} server {owned.url} died: {owned.process.obituary()}", every_rank=True)
+            why = f"{why}; {owned.process.obituary()}" if why else owned.process.obituary()
+            say(f"{self.dialect.name} server {owned.url} died: {why}", every_rank=True)
             owned.process.stop()
             if self.failures + died <= self.config.rollout.server.max_failures:
                 self._owned[index] = self._launch(index)
         return died
-
-    def _answers(self, url: str) -> bool:
-        try:
-            self.check(url)
-        except EngineError:
-            return False
-        return True
 
     def _wait(self, url: str, began: float) -> None:
         owned = next((owned for owned in self._owned if owned.url == url), None)

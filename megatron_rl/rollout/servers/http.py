@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 
+from megatron_rl.rollout.clocks import LOST_SECONDS
 from megatron_rl.rollout.engine import EngineError
 
+_RETRY_SECONDS = 1.0  # from a broken connection to the next look
 # of the environment: the key that servers ask for, as --api-key told them; rank 0's counts for all
 KEY_VARIABLE = "MEGATRON_RL_ENGINE_KEY"
 
@@ -34,6 +37,40 @@ class ServerLost(EngineError):
     """No answer: the connection failed, broke or timed out."""
 
 
+class ServerGone(ServerLost):
+    """Nothing listens at the server's address."""
+
+
+def open_session(key: str = "") -> aiohttp.ClientSession:
+    """Return a session whose requests bring `key`, if there is one; call it on the event loop.
+
+    Each request has a connection of its own: servers close idle ones after a few seconds, and a request that is sent at
+    that moment would fail as if its server had died. A connection costs 0.1 ms.
+    """
+    headers = {"Authorization": f"Bearer {key}"} if key else None
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), headers=headers)
+
+
+async def why_lost(look: Callable[[float], Awaitable[None]]) -> str:
+    """Return why a server counts as lost, empty when it answers. `look`: asks it once, for that many seconds.
+
+    It is lost when nothing listens at its address, when it answers that it cannot work, and when it says nothing for
+    LOST_SECONDS: a healthy server on a busy machine may be slow, and one connection may break.
+    """
+    clock = asyncio.get_running_loop().time
+    began, looks = clock(), 0
+    while True:
+        looks += 1
+        try:
+            await look(max(began + LOST_SECONDS - clock(), 0.001))
+            return ""
+        except EngineError as error:
+            waited = clock() - began
+            if not isinstance(error, ServerLost) or isinstance(error, ServerGone) or waited >= LOST_SECONDS:
+                return f"its health check failed {looks} times in {waited:.1f} s, last with {error}"
+        await asyncio.sleep(_RETRY_SECONDS)
+
+
 class Server:
     """One server's address. All methods run on the event loop that owns `session`."""
 
@@ -45,7 +82,8 @@ class Server:
     async def post(self, path: str, body: dict[str, Any] | None = None, *, seconds: float, **params: str) -> Any:
         """Post a JSON body and return the decoded answer (text when it is not JSON). `params` go into the query.
 
-        Raises: ServerRefused, ServerBusy; ServerLost after `seconds` without an answer, or without a connection.
+        Raises: ServerRefused, ServerBusy; ServerLost after `seconds` without an answer, or when the connection breaks;
+        ServerGone.
         """
         return await self._request("POST", path, seconds, json=body, params=params)
 
@@ -54,7 +92,7 @@ class Server:
         return await self._request("GET", path, seconds, params=params)
 
     async def _request(self, method: str, path: str, seconds: float, **options: Any) -> Any:
-        timeout = aiohttp.ClientTimeout(total=seconds)
+        timeout, began = aiohttp.ClientTimeout(total=seconds), asyncio.get_running_loop().time()
         try:
             async with self._session.request(method, self.url + path, timeout=timeout, **options) as response:
                 text = await response.text()
@@ -66,5 +104,7 @@ class Server:
                 is_json = "json" in response.headers.get("content-type", "")
                 return await response.json() if is_json else text
         except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
-            what = f"no answer within {seconds:g} s" if isinstance(error, asyncio.TimeoutError) else str(error)
-            raise ServerLost(f"{self.url}{path}: {what or type(error).__name__}") from error
+            waited = asyncio.get_running_loop().time() - began
+            refused = isinstance(getattr(error, "os_error", None), ConnectionRefusedError)
+            what = f"after {waited:.1f} of {seconds:.0f} s: {type(error).__name__} {error}".rstrip()
+            raise (ServerGone if refused else ServerLost)(f"{method} {self.url}{path}: no answer {what}") from error

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from megatron_rl.rollout.clocks import HEALTH_SECONDS
 from megatron_rl.rollout.engine import Request
 from megatron_rl.rollout.servers.checksums import Checksums
 from megatron_rl.rollout.servers.http import Server
@@ -71,8 +72,8 @@ class Dialect(Protocol):
         """Return the argument vector and the environment variables to add. Raises: EngineError for what cannot be
         served."""
 
-    async def health(self, server: Server) -> None:
-        """Return when the server is ready for requests."""
+    async def health(self, server: Server, seconds: float = HEALTH_SECONDS) -> None:
+        """Ask once, for so many seconds, whether it is ready for requests."""
 
     async def settle_in(self, server: Server) -> None:
         """Prepare a server that the run started; called once, when it is ready."""

@@ -17,7 +17,7 @@ from typing_extensions import override
 from megatron_rl import device, launch
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_config_json
-from megatron_rl.rollout.clocks import CONTROL_SECONDS, LOAD_SECONDS
+from megatron_rl.rollout.clocks import CONTROL_SECONDS, HEALTH_SECONDS, LOAD_SECONDS
 from megatron_rl.rollout.engine import EngineError, Request
 from megatron_rl.rollout.servers.checksums import Checksums
 from megatron_rl.rollout.servers.http import Server
@@ -83,12 +83,12 @@ class SGLang(Dialect):
         return [*argv, *spec.extra_args], env
 
     @override
-    async def health(self, server: Server) -> None:
+    async def health(self, server: Server, seconds: float = HEALTH_SECONDS) -> None:
         """Ask /model_info: the server answers once its model is loaded, and ends itself when one of its workers dies.
 
         Not /health, which makes a server that someone else started sample a token, and so fails during a pause.
         """
-        await server.get("/model_info", seconds=10)
+        await server.get("/model_info", seconds=seconds)
 
     @override
     async def settle_in(self, server: Server) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from megatron_rl import device, launch
 from megatron_rl.models.facts import head_width, read_config_json
-from megatron_rl.rollout.clocks import CONTROL_SECONDS, LOAD_SECONDS
+from megatron_rl.rollout.clocks import CONTROL_SECONDS, HEALTH_SECONDS, LOAD_SECONDS
 from megatron_rl.rollout.engine import EngineError, Request
 from megatron_rl.rollout.servers.checksums import Checksums
 from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server
@@ -69,8 +69,8 @@ class VLLM(Dialect):
         return [*argv, *spec.extra_args], env
 
     @override
-    async def health(self, server: Server) -> None:
-        await server.get("/health", seconds=10)
+    async def health(self, server: Server, seconds: float = HEALTH_SECONDS) -> None:
+        await server.get("/health", seconds=seconds)
 
     @override
     async def settle_in(self, server: Server) -> None:

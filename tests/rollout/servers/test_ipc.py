@@ -75,7 +75,7 @@ def opened(
     devices = []
     raw = tiny_raw(Path("unused"), rollout={"engine": dialect.name, "server": {"tp": tp, "count": GPUS // tp}})
     place: Any = lone_place()
-    fleet = Fleet(dialect, parse_config(raw), Path(), place, lambda url: None, lambda url: None)
+    fleet = Fleet(dialect, parse_config(raw), Path(), place, lambda url: None, lambda url: "", lambda url: None)
     facts = [("node", local_rank, [], "", 0) for local_rank in range(GPUS)]
     for server, workers in enumerate(fleet._readers_of("node", GPUS // tp, facts)):
         for worker, rank in enumerate(workers):

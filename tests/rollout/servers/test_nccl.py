@@ -63,7 +63,7 @@ def test_versions_are_compared_before_a_server_starts(tmp_path: Path, monkeypatc
     monkeypatch.setattr(device, "ON_GPU", True)
     monkeypatch.setattr(device, "gpu_versions", lambda: {"NCCL": "2.30.7"})
     python = str(interpreter(tmp_path, "echo 2.27.3"))
-    place, checks = lone_place(), (lambda url: None, lambda url: None)
+    place, checks = lone_place(), (lambda url: None, lambda url: "", lambda url: None)
     started: list[int] = []
     monkeypatch.setattr(fleet.Fleet, "_launch", lambda self, index: started.append(index))
     with pytest.raises(EngineError, match="2.27.3"):

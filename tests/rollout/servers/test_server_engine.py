@@ -15,7 +15,7 @@ import torch
 from megatron_rl.config import parse_config
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, SamplingParams, ServersLost
 from megatron_rl.rollout.servers.engine import Loop, ServerEngine
-from megatron_rl.rollout.servers.http import ServerBusy, ServerFailed, ServerLost
+from megatron_rl.rollout.servers.http import ServerBusy, ServerFailed, ServerGone, ServerLost
 from megatron_rl.rollout.servers.protocol import Completion
 from tests.rollout.servers.servers_case import HF, lone_place
 from tests.tiny import tiny_raw
@@ -41,9 +41,9 @@ class Fake:
     def __init__(self, script: dict[str, Callable[[Request, int], Any]]) -> None:
         self.script, self.seen, self.healthy, self.version = script, [], set(script), -1
 
-    async def health(self, server: Any) -> None:
+    async def health(self, server: Any, seconds: float = 0.0) -> None:
         if server.url not in self.healthy:
-            raise ServerLost("gone")
+            raise ServerGone("gone")
 
     async def generate(self, server: Any, request: Request, rid: str, *, seconds: float) -> Completion:
         self.seen.append((server.url, request, rid))
