@@ -252,6 +252,10 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
         "initial_coef=2.0 must not exceed max_coef=1.0",
     ),
     ({"rollout__top_p": 0.9}, "set top_p=1 and top_k=0, or turn on the correction with loss.rollout_correction"),
+    (
+        {"rollout": {"engine": "vllm", "max_staleness": 1, "server": {"deterministic": True}}},
+        "rollout.server.deterministic=true with rollout.max_staleness=1",
+    ),
     ({"rollout__max_staleness": 1}, "the embedded engine shares its process with the trainer"),
     ({"rollout": {"engine": "sglang", "max_staleness": 1}}, "set loss.rollout_correction={cap: 2}, or max_staleness=0"),
     (
