@@ -42,11 +42,15 @@ def test_tokens_depend_on_the_seed_and_not_on_company_order_or_interruption(tmp_
         await asyncio.gather(*map(one, order))
         return [answers[index].token_ids for index in range(COUNT)]
 
-    async def interrupt(server: Server) -> None:
-        await asyncio.sleep(1.0)
-        await seeded.pause(server)
-        await seeded.flush(server)
-        await seeded.resume(server)
+    async def ask_and_interrupt(server: Server, order: list[int]) -> list[list[int]]:
+        asking, times = asyncio.create_task(ask(server, seeded, order, COUNT, "stopped")), 0
+        while not (await asyncio.wait([asking], timeout=0.1))[0]:
+            await seeded.pause(server)
+            await seeded.flush(server)
+            await seeded.resume(server)
+            times += 1
+        assert times > 1, "nothing was interrupted"
+        return asking.result()
 
     async def main(url: str) -> list[list[list[int]]]:
         async with aiohttp.ClientSession() as session:
@@ -54,7 +58,7 @@ def test_tokens_depend_on_the_seed_and_not_on_company_order_or_interruption(tmp_
             together = await ask(server, seeded, order, COUNT, "together")
             await seeded.flush(server)
             apart = await ask(server, seeded, order[::-1], 3, "apart")
-            stopped, _ = await asyncio.gather(ask(server, seeded, order, COUNT, "stopped"), interrupt(server))
+            stopped = await ask_and_interrupt(server, order)
             return [together, apart, stopped, await ask(server, free, order, COUNT, "free")]
 
     with serving("vllm", tmp_path, deterministic=True) as (process, url):
