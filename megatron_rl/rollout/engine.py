@@ -54,6 +54,7 @@ class Request:
     sampling: SamplingParams
     with_routes: bool = False  # of a mixture of experts: the rollout tells the experts that each token was routed to
     expected_tokens: int = 0  # of the response, from earlier samples of the prompt; 0: unknown
+    at_once: bool = False  # it does not wait for room at a server
 
 
 Then = Callable[[Request, Rollout], Any]
@@ -156,13 +157,13 @@ class RolloutEngine(Protocol):
         positions = {(request.prompt_id, request.sample_index): i for i, request in enumerate(requests)}
         stream = self.open(lambda request, rollout: (positions[request.prompt_id, request.sample_index], rollout))
         stream.add(requests)
-        lost, why = list[Request](), ""
+        num_lost, why = 0, ""
         while not stream.is_idle():
             taken = stream.take(_TAKE_SECONDS)
             yield from taken.finished
-            lost, why = lost + taken.lost, taken.why_lost or why
-        if lost:
-            raise ServersLost(f"{len(lost)} of {len(requests)} responses were lost: {why}")
+            num_lost, why = num_lost + len(taken.lost), why or taken.why_lost
+        if num_lost:
+            raise ServersLost(f"{num_lost} of {len(requests)} responses were lost: {why}")
 
     def open(self, then: Then) -> Stream:
         """Return a stream of responses. `then`: called with each as soon as it is there, on whatever thread."""

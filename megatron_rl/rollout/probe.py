@@ -55,7 +55,7 @@ def probe_distance(
     prompt = prompts[groups.rank % len(prompts)]
     mine: Rollout | EngineError
     try:
-        (mine,) = engine.generate([Request(prompt.prompt_id, groups.rank, prompt.token_ids, sampling)])
+        (mine,) = engine.generate([Request(prompt.prompt_id, groups.rank, prompt.token_ids, sampling, at_once=True)])
     except EngineError as error:
         mine = type(error)(f"the probe after a weight update failed: {error}")
     answers: list[Rollout | EngineError] = groups.all_ranks.gather_objects(mine)

@@ -59,7 +59,7 @@ def _train_ahead(raw: dict[str, Any]) -> dict[str, Any]:
         leave_layout()
     worst, stale, spans = 0.0, 0.0, []
     for step, of_step in enumerate(rollouts):
-        for rollout in of_step[::4]:
+        for rollout in (r for r in of_step[::4] if r.has_tokens):
             response = int(rollout.sampled.sum())
             assert sum(count for _, count in rollout.spans) == response
             spans.append((step, rollout.spans))

@@ -176,7 +176,7 @@ class ServerEngine(RolloutEngine):
     async def _look_after(self, target: Target, error: EngineError) -> None:
         """Ask a server whose connection broke whether it lives; mark it as lost when it does not answer."""
         why = await why_lost(functools.partial(self._dialect.health, target.server))
-        if why and not target.is_lost:
+        if why and not target.why_lost:
             self._turns.lose(target, f"{target.server.url} is lost: {error}; then {why}")
             say(target.why_lost, every_rank=True)
 

@@ -25,8 +25,7 @@ class Target:
     room: float  # tokens of its cache that this rank may fill, and one request more
     in_flight: int = 0
     tokens: float = 0.0  # that the requests in flight hold, or are expected to
-    is_lost: bool = False
-    why_lost: str = ""
+    why_lost: str = ""  # empty: it is not
     since: float = 0.0  # when it got the first of those in flight, time.time()
     busy: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # stretches of time, since last asked
     waiting: list[Turn] = dataclasses.field(default_factory=list)  # for this server, as a heap
@@ -39,8 +38,9 @@ class Target:
 
 @dataclasses.dataclass(slots=True, order=True)
 class Turn:
-    """A request that waits for a server: the longest first, then the earliest."""
+    """A request that waits for a server: what cannot wait, then the longest, then the earliest."""
 
+    can_wait: bool
     minus_expected: int
     serial: int
     prompt_id: int = dataclasses.field(compare=False)
@@ -78,14 +78,14 @@ class Turns:
     def open(self) -> None:
         """Let requests go, to servers that are all alive and whose caches are empty."""
         for target in self.targets:
-            target.is_lost = False
+            target.why_lost = ""
         self._homes.clear()
         self._is_open = True
         self._hand_out()
 
     def lose(self, target: Target, why: str) -> None:
-        """Send nothing more to a server until `open`."""
-        target.is_lost, target.why_lost = True, why
+        """Send nothing more to a server until `open`. `why`: for messages."""
+        target.why_lost = why
         self._leave([target])
 
     def saw(self, tokens: int) -> None:
@@ -107,6 +107,7 @@ class Turns:
         with the fewest tokens of this rank.
         """
         turn = Turn(
+            not request.at_once,
             -request.expected_tokens,
             next(self._serial),
             request.prompt_id,
@@ -134,7 +135,7 @@ class Turns:
 
     def _hand_out(self) -> None:
         """Give servers that have room to those that wait."""
-        alive = [target for target in self.targets if not target.is_lost]
+        alive = [target for target in self.targets if not target.why_lost]
         if not alive:
             reasons = "\n".join(target.why_lost for target in self.targets)
             for turn in self._waiting:
@@ -146,13 +147,16 @@ class Turns:
         for target in alive:
             while target.is_open and target.waiting:
                 self._grant(heapq.heappop(target.waiting), target)
-        while self._waiting and (with_room := [target for target in alive if target.is_open]):
+        while self._waiting:
+            with_room = [target for target in alive if target.is_open or not self._waiting[0].can_wait]
+            if not with_room:
+                break
             turn = heapq.heappop(self._waiting)
             # ranks begin at different servers
             first = self._rank % len(with_room)
             lightest = min(with_room[first:] + with_room[:first], key=lambda target: target.tokens)
             home = self._homes.setdefault(turn.prompt_id, lightest)
-            if home.is_open:
+            if home.is_open or not turn.can_wait:
                 self._grant(turn, home)
             else:
                 heapq.heappush(home.waiting, turn)

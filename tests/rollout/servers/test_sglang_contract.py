@@ -47,7 +47,8 @@ class Recorder:
 
     async def get(self, path: str, *, seconds: float, **params: str) -> Any:
         self.calls.append(("GET", path, params, None))
-        return {"model_path": "none", "weight_version": "3", "tp_size": 2}
+        told = {"model_path": "none", "weight_version": "3", "tp_size": 2, "max_total_num_tokens": 64, "dp_size": 2}
+        return self.answers.get(path.strip("/"), told)
 
 
 def say(recorder: Recorder, *calls: Any) -> list[Any]:

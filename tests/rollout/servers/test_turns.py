@@ -136,14 +136,28 @@ def test_what_waits_for_a_lost_server_goes_to_another_and_fails_without_one() ->
         group = [request(0, i) for i in range(4)]
         await queue.ask(*group)
         assert len(queue.order) == 2  # b is free, and has not the prompt
-        turns.lose(turns.targets[0], "a is gone")
+        turns.lose(turns.targets[0], "a fell silent")
         await settle()
         assert [queue.server(each) for each in group] == ["a", "a", "b", "b"]
         await queue.ask(request(1))
-        turns.lose(turns.targets[1], "b is gone")
+        turns.lose(turns.targets[1], "b fell silent")
         await settle()
-        with pytest.raises(ServersLost, match="no fake server is left:\na is gone\nb is gone"):
+        with pytest.raises(ServersLost, match="no fake server is left:\na fell silent\nb fell silent"):
             queue.tasks[request(1)].result()
+
+    on_loop(scenario)
+
+
+def test_the_probe_of_an_update_does_not_wait_for_what_runs_ahead() -> None:
+    async def scenario() -> None:
+        turns, _ = turns_of("ab", concurrency=1, samples=2)
+        turns.open()
+        queue = Queue(turns)
+        await queue.ask(*(request(i, expected=50) for i in range(6)))
+        assert len(queue.order) == 2
+        probe = Request(0, 9, (1, 2), SAMPLING, at_once=True)
+        await queue.ask(probe)
+        assert queue.order[2:] == [(0, 9)]
 
     on_loop(scenario)
 
