@@ -275,7 +275,7 @@ def conversation(dialect: Dialect, folder: Path) -> list[tuple[str, str, dict[st
     for name in ("health", "settle_in", "pause", "resume", "flush", "sleep", "wake", "weight_version", "num_workers"):
         calls[name] = getattr(dialect, name)
     calls |= {name: getattr(dialect, name) for name in ("hf_config", "begin_update", "checksums", "capacity")}
-    silent = {"command", "shared_object", "name", "checksums_are_digests", "parameter_of"}
+    silent = {"command", "shared_object", "name", "seeded", "checksums_are_digests", "parameter_of"}
     asked = {name for name in vars(Dialect) if not name.startswith("_")} - silent
     assert asked <= calls.keys(), f"no request of {asked - calls.keys()} is looked at"
     recorder.model_path = str(folder)  # type: ignore[attr-defined]
@@ -349,7 +349,8 @@ def test_sglang_has_our_routes_fields_and_flags(
     reads = [srt / "managers" / "tokenizer_manager.py", *(srt / "utils").glob("*.py"), *options]
     declared = annotated_or_assigned(srt / "environ.py") | strings(reads)
     for devices in ((), (0, 1)):
-        flags, env = launched(SGLang(), tmp_path, devices=devices, colocated=bool(devices))
+        on = bool(devices)
+        flags, env = launched(SGLang(), tmp_path, devices=devices, colocated=on, deterministic=on)
         assert not flags - known
         assert not {name for name in env if name.startswith(("SGLANG", "SGL_"))} - declared
 
@@ -392,7 +393,7 @@ def test_vllm_has_our_routes_fields_and_flags(
     (tmp_path / "config.json").write_text(hf)
     environment = strings([vllm / "envs.py"])
     for devices in ((), (0, 1)):
-        flags, env = launched(VLLM(), tmp_path, devices=devices, colocated=bool(devices))
+        flags, env = launched(VLLM(), tmp_path, devices=devices, colocated=bool(devices), deterministic=True)
         assert not flags - known
         assert not {name for name in env if name.startswith("VLLM")} - environment
 

@@ -29,6 +29,11 @@ def engine_faults(config: Config) -> Iterator[str]:
                 "trainer and cannot generate ahead; set it to 0, or rollout.engine to sglang or vllm"
             )
         return
+    if rollout.server.deterministic and rollout.max_staleness:
+        yield (
+            f"rollout.server.deterministic=true with rollout.max_staleness={rollout.max_staleness}: which tokens an "
+            "update's weights make depends on the clock; set one of the two to its default"
+        )
     yield from [*_url_faults(rollout), *_memory_faults(rollout, config.max_sequence_tokens)]
     if rollout.max_staleness and config.loss.rollout_correction is None:
         correction = "{cap: 2}" if config.algorithm.old_logprobs == "recompute" else SEQUENCE_MASK

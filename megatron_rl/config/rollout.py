@@ -41,6 +41,9 @@ class ServerConfig(Section):
     """Time that a server may take from its start until it is healthy."""
     request_seconds: PositiveFloat = 1800.0
     """Deadline of one response, retries included."""
+    deterministic: bool = False
+    """Each response is drawn from a seed of its own and computed alike in every batch, slower, so that two runs sample
+    the same tokens where the engine can do so (docs/engines.md); train --check says where it cannot."""
     max_failures: NonNegativeInt = 3
     """Restarts of dead servers in a run before it ends."""
     extra_args: tuple[str, ...] = ()

@@ -38,6 +38,7 @@ def fact_checks(config: Config, facts: list[Facts], vocabulary: int, existing_ch
         _gpus(facts),
         _hosts(config.rollout, facts),
         _engine_version(config.rollout, facts),
+        _repeats(config.rollout, facts),
         Check("Megatron", "\n".join(megatron_notes(config)) or "options as this project sets them", None),
         _on_nodes("model", facts, lambda fact: fact.model_fault, config.model.path or "random weights"),
         _data(facts),
@@ -160,6 +161,24 @@ def _engine_version(rollout: RolloutConfig, facts: list[Facts]) -> Check:
     versions = sorted({fact.engine_version for fact in _nodes(facts)})
     offer = ", ".join(versions) if any(versions) else f"at {', '.join(rollout.server.urls)}"
     return _on_nodes("engine", facts, lambda fact: fact.engine_fault, f"{rollout.engine} {offer}")
+
+
+def _repeats(rollout: RolloutConfig, facts: list[Facts]) -> Check:
+    """Say whether two runs sample the same tokens."""
+    engine, name = {"sglang": "SGLang", "vllm": "vLLM"}.get(rollout.engine, ""), "same rollouts"
+    if rollout.is_embedded:
+        return Check(name, "in every run: the embedded engine hashes its draws")
+    if not rollout.server.deterministic:
+        return Check(name, "no: servers draw anew in each run; rollout.server.deterministic=true", None)
+    if rollout.server.urls:
+        start = {"sglang": "--enable-deterministic-inference", "vllm": "VLLM_BATCH_INVARIANT=1"}[rollout.engine]
+        return Check(name, f"if the servers were started with {start}, which is not checked", None)
+    if facts[0].gpu is not None:
+        return Check(name, f"as far as {engine}'s batch-invariant mode goes: docs/engines.md")
+    if rollout.engine == "sglang":
+        remedy = "set rollout.server.deterministic=false, or rollout.engine to vllm or transformers"
+        return Check(name, "no: SGLang draws from seeds in its batch-invariant mode, which needs a GPU", False, remedy)
+    return Check(name, "unless rounding decides a token: vLLM on a CPU has seeds, but no batch-invariant mode", None)
 
 
 def _data(facts: list[Facts]) -> Check:

@@ -43,6 +43,7 @@ def write_model_dir(folder: Path, policy: Described, tokenizer: Any) -> None:
 def build_server_engine(config: Config, setup: EngineSetup) -> ServerEngine:
     """The engine, with the node's servers starting up. Raises: EngineError when they cannot be started."""
     dialect, loop = DIALECTS[config.rollout.engine](), Loop(engine_key(config, setup.place))
+    dialect.seeded = config.rollout.server.deterministic
     fleet = start_fleet(config, setup.model_dir, setup.place, dialect, loop)
     return ServerEngine(dialect, loop, fleet, _channel(config, setup, dialect, loop, fleet), setup.hf)
 

@@ -272,6 +272,10 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     (ROLLOUT | AHEAD, "set loss.rollout_correction={weights: none, max_negative_kl: 0.1}, or max_staleness=0"),
     (ROLLOUT | AHEAD, "rollout.max_staleness=1: say with algorithm.max_mismatch how far apart both may be"),
     (ROLLOUT | QUANTIZED, "rollout.server.extra_args=--quantization: say with algorithm.max_mismatch"),
+    (
+        {"rollout": {"engine": "vllm", "max_staleness": 1, "server": {"deterministic": True}}},
+        "rollout.server.deterministic=true with rollout.max_staleness=1",
+    ),
     ({"rollout__max_staleness": 1}, "the embedded engine shares its process with the trainer"),
     ({"rollout": {"engine": "sglang", "max_staleness": 1}}, "set loss.rollout_correction={cap: 2}, or max_staleness=0"),
     (

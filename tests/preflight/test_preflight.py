@@ -58,9 +58,29 @@ def lines(found: list[Facts], **sections: Any) -> dict[str, Check]:
 
 def test_a_sound_cluster_passes() -> None:
     found = lines(facts(), rollout=SGLANG)
-    assert {name for name, line in found.items() if line.is_ok is not True} == {"Megatron"}  # what it tells is no check
+    # what these tell is no check
+    assert {name for name, line in found.items() if line.is_ok is not True} == {"Megatron", "same rollouts"}
     assert found["ranks"].finding == "4 of 4 on 2 nodes"
     assert found["GPUs"].finding == "4 x NVIDIA H100, at least 78.0 GiB free on each"
+
+
+@pytest.mark.parametrize(
+    ("engine", "server", "on_gpus", "is_ok", "finding"),
+    [
+        ("transformers", {}, False, True, "in every run"),
+        ("sglang", {}, True, None, "rollout.server.deterministic=true"),
+        ("sglang", {"deterministic": True}, True, True, "SGLang's batch-invariant mode"),
+        ("sglang", {"deterministic": True}, False, False, "needs a GPU"),
+        ("vllm", {"deterministic": True}, False, None, "no batch-invariant mode"),
+        ("vllm", {"deterministic": True, "urls": ["http://localhost:3"]}, True, None, "VLLM_BATCH_INVARIANT=1"),
+    ],
+)
+def test_it_is_told_whether_rollouts_repeat(
+    engine: str, server: dict[str, Any], on_gpus: bool, is_ok: bool | None, finding: str
+) -> None:
+    found = facts() if on_gpus else [dataclasses.replace(fact, gpu=None) for fact in facts()]
+    line = lines(found, rollout=SGLANG | {"engine": engine, "server": server})["same rollouts"]
+    assert line.is_ok is is_ok and finding in line.finding and bool(line.remedy) == (is_ok is False)
 
 
 @pytest.mark.parametrize(

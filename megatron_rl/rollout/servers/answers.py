@@ -27,6 +27,11 @@ def rest(request: Request, done: Completion) -> Request:
     return dataclasses.replace(request, token_ids=(*request.token_ids, *done.token_ids), sampling=sampling)
 
 
+def seed_of(request: Request) -> int:
+    """Return the seed of a response's draws, below 2^63: the same in every run."""
+    return int(hash64(request.sampling.seed, request.prompt_id, request.sample_index)) & (2**63 - 1)
+
+
 def joined(done: Completion, part: Completion, weight_version: int) -> Completion:
     """Return `done` followed by `part`.
 

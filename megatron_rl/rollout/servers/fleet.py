@@ -171,6 +171,7 @@ class Fleet:
             extra_args=server.extra_args,
             float32_logits=config.float32_logits,
             with_routes=config.rollout.routing_replay,
+            deterministic=server.deterministic,
             key=self.key,
             host="0.0.0.0" if spans_nodes else "127.0.0.1",
         )

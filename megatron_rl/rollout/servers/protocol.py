@@ -45,6 +45,7 @@ class LaunchSpec:
     extra_args: tuple[str, ...]  # appended to the server's command line
     float32_logits: bool = False  # its output layer gives float32 from the bfloat16 of `dtype`, as the trainer's does
     with_routes: bool = False  # it must be able to tell the experts of each token
+    deterministic: bool = False  # its sums must not depend on what else is in a batch
     key: str = ""  # that every request must bring; empty: none
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 when the trainer spans several machines
 
@@ -59,13 +60,14 @@ class Manifest:
 
 
 class Dialect(Protocol):
-    """One kind of server. Stateless: everything is said to the `Server` that comes with the call.
+    """One kind of server. Stateless but for `seeded`: everything is said to the `Server` that comes with the call.
 
     All coroutines raise ServerRefused, ServerBusy and ServerLost. An update is: `pause`, `flush`, `begin_update`, one
     `receive_*` per bucket (or `load_folder`, without begin and end), `end_update`, `flush`, `resume`.
     """
 
     name: str
+    seeded: bool = False  # each request shall be drawn from its own seed
     checksums_are_digests: bool = False  # of `megatron_rl_digest`, and not of the server's own kind
 
     def command(self, spec: LaunchSpec) -> tuple[list[str], dict[str, str]]:

@@ -19,6 +19,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_config_json
 from megatron_rl.rollout.clocks import CONTROL_SECONDS, HEALTH_SECONDS, LOAD_SECONDS
 from megatron_rl.rollout.engine import EngineError, Request
+from megatron_rl.rollout.servers.answers import seed_of
 from megatron_rl.rollout.servers.checksums import Checksums
 from megatron_rl.rollout.servers.http import Server
 from megatron_rl.rollout.servers.protocol import Completion, Dialect, LaunchSpec, Manifest
@@ -55,6 +56,7 @@ class SGLang(Dialect):
         argv += ["--skip-server-warmup", "--log-level", "warning"]
         argv += ["--enable-return-routed-experts"] if spec.with_routes else []
         argv += ["--max-total-tokens", str(max(spec.kv_tokens, longest))] if spec.kv_tokens else []
+        argv += ["--enable-deterministic-inference"] if spec.deterministic else []
         argv += ["--enable-fp32-lm-head"] if spec.float32_logits else []
         argv += ["--api-key", spec.key] if spec.key else []
         env = {
@@ -68,6 +70,11 @@ class SGLang(Dialect):
             argv += ["--enable-memory-saver"] if spec.colocated else []
             env |= device.visible_devices(spec.devices)
         else:
+            if spec.deterministic:
+                raise EngineError(
+                    "rollout.server.deterministic=true: SGLang draws from seeds in its batch-invariant mode alone, "
+                    "which needs a GPU; set it to false, or rollout.engine to vllm or transformers"
+                )
             argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
             argv += ["--mem-fraction-static", "0.8"]
             cores = launch.cpu_cores()
@@ -263,6 +270,7 @@ def generate_body(request: Request, rid: str) -> dict[str, Any]:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
             "max_new_tokens": sampling.max_response_tokens,
+            "sampling_seed": seed_of(request),  # heeded under --enable-deterministic-inference alone
             "stop_token_ids": list(sampling.stop_token_ids) or None,
             # it overrules stop_token_ids too, so that an end-of-sequence token in the server's config.json also ends
             # a response: servers that the run starts have none there

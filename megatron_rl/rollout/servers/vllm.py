@@ -17,6 +17,7 @@ from megatron_rl import device, launch
 from megatron_rl.models.facts import head_width, read_config_json
 from megatron_rl.rollout.clocks import CONTROL_SECONDS, HEALTH_SECONDS, LOAD_SECONDS
 from megatron_rl.rollout.engine import EngineError, Request
+from megatron_rl.rollout.servers.answers import seed_of
 from megatron_rl.rollout.servers.checksums import Checksums
 from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server
 from megatron_rl.rollout.servers.protocol import Completion, Dialect, LaunchSpec, Manifest
@@ -24,6 +25,7 @@ from megatron_rl.rollout.servers.protocol import Completion, Dialect, LaunchSpec
 _SHIMS = Path(__file__).parent / "shims" / "vllm"
 # of vLLM's attention on a CPU: vllm.v1.attention.backends.cpu_attn, get_supported_head_sizes
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_LEAST_BATCH_TOKENS = 2048  # of one forward pass, as vLLM sets it
 _INITIAL_VERSION = "default"  # what a server that never got weights reports
 
 
@@ -55,6 +57,7 @@ class VLLM(Dialect):
             argv += ["--enable-sleep-mode"] if spec.colocated else []
             argv += ["--kv-cache-memory-bytes", str(_cache_bytes(hf, spec))] if spec.kv_tokens else []
             env |= device.visible_devices(spec.devices)
+            env |= {"VLLM_BATCH_INVARIANT": "1"} if spec.deterministic else {}
         else:
             if spec.colocated:
                 raise EngineError("rollout.server.share_memory=true: vLLM cannot sleep on a CPU; set it to false")
@@ -64,6 +67,11 @@ class VLLM(Dialect):
                     f"rollout.engine=vllm on a CPU cannot serve heads of width {head_width(hf)}; it has "
                     f"{', '.join(map(str, _CPU_HEAD_SIZES))}. Change the model, or set rollout.engine=sglang"
                 )
+            if spec.deterministic:
+                # on a CPU vLLM 0.32 dies when it computes a part of a seeded request's prompt: it rewinds the
+                # generator, as a GPU's alone can be (`_bookkeeping_sync` of v1.worker.gpu_model_runner)
+                longest = max(_LEAST_BATCH_TOKENS, spec.context_tokens)
+                argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(longest)]
             argv += ["--enforce-eager", "--kv-cache-memory-bytes", str(_cache_bytes(hf, spec))]
             env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[i % len(cores)]) for i in range(spec.tp))
         return [*argv, *spec.extra_args], env
@@ -78,7 +86,7 @@ class VLLM(Dialect):
 
     @override
     async def generate(self, server: Server, request: Request, rid: str, *, seconds: float) -> Completion:
-        answer = await server.post("/inference/v1/generate", generate_body(request, rid), seconds=seconds)
+        answer = await server.post("/inference/v1/generate", generate_body(request, rid, self.seeded), seconds=seconds)
         choice = answer["choices"][0]
         tokens = choice["token_ids"] or []
         rows = (choice["logprobs"] or {"content": []})["content"]
@@ -188,12 +196,8 @@ class VLLM(Dialect):
         await server.post("/finish_weight_update", body, seconds=LOAD_SECONDS)
 
 
-def generate_body(request: Request, rid: str) -> dict[str, Any]:
-    """Return the body of POST /inference/v1/generate.
-
-    No seed goes along: on a CPU vLLM 0.32 dies when it computes a seeded request anew, after a pause or when its cache
-    runs full.
-    """
+def generate_body(request: Request, rid: str, seeded: bool = False) -> dict[str, Any]:
+    """Return the body of POST /inference/v1/generate. `seeded`: the seed goes along, which makes sampling slower."""
     sampling = request.sampling
     return {
         "request_id": rid,
@@ -203,6 +207,7 @@ def generate_body(request: Request, rid: str) -> dict[str, Any]:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_response_tokens,
+            "seed": seed_of(request) if seeded else None,
             "stop_token_ids": list(sampling.stop_token_ids),
             "ignore_eos": True,  # of the server's config.json; stop_token_ids count all the same
             "logprobs": 0,  # of the sampled token alone

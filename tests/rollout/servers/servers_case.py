@@ -50,7 +50,14 @@ def python_of(engine: str) -> Path:
 
 @contextlib.contextmanager
 def serving(
-    engine: str, folder: Path, *, tp: int = 1, tied: bool = True, with_routes: bool = False, **hf: Any
+    engine: str,
+    folder: Path,
+    *,
+    tp: int = 1,
+    tied: bool = True,
+    with_routes: bool = False,
+    deterministic: bool = False,
+    **hf: Any,
 ) -> Iterator[Any]:
     """A server of the tiny model's architecture, started as a run starts it: (process, url)."""
     from transformers import AutoConfig
@@ -64,7 +71,8 @@ def serving(
     config.architectures, config.dtype = [names[config.model_type]], "float32"
     config.save_pretrained(folder / "served")
     tokenizer.save_pretrained(folder / "served")
-    with started(engine, folder / "served", folder, tp=tp, with_routes=with_routes) as server:
+    options = {"with_routes": with_routes, "deterministic": deterministic}
+    with started(engine, folder / "served", folder, tp=tp, **options) as server:
         yield server
 
 
@@ -76,6 +84,7 @@ def started(
     *,
     tp: int = 1,
     with_routes: bool = False,
+    deterministic: bool = False,
     own_weights: bool = False,
     dtype: str = "float32",
 ) -> Iterator[Any]:
@@ -99,6 +108,7 @@ def started(
         colocated=False,
         extra_args=(),
         with_routes=with_routes,
+        deterministic=deterministic,
     )
     argv, env = DIALECTS[engine]().command(spec)
     assert "dummy" in argv

@@ -26,7 +26,7 @@ from tests.rollout.servers.test_server_engine import engine_of, requests, whole
 from tests.tiny import tiny_raw
 
 __all__ = ["engine_of"]
-PATIENCE = 2.0
+PATIENCE = 4.0
 # what a path's n-th request, n from 1, on a connection's k-th: seconds until the answer, or None: the connection closes
 Behaviour = Callable[[str, int, int], float | None]
 
@@ -130,8 +130,8 @@ def test_a_silent_server_is_lost_and_the_message_says_why(engine_at: Any, capfd:
             engine_at(url).generate(requests(1))
         assert PATIENCE <= time.monotonic() - began < PATIENCE + 5
     why = f"POST {url}/generate: no answer after 0.\\d of \\d+ s: ServerDisconnectedError .*; then its "
-    why += f"health check failed 1 times in 2.\\d s, last with GET {url}/health: "
-    why += "no answer after 2.\\d of 2 s: TimeoutError"
+    why += f"health check failed 1 times in 4.\\d s, last with GET {url}/health: "
+    why += "no answer after 4.\\d of 4 s: TimeoutError"
     assert re.search(why, str(lost.value)) and re.search(why, capfd.readouterr().out)
 
 
@@ -212,6 +212,6 @@ def test_a_server_of_the_run_that_died_or_fell_silent_is_restarted(fleet: Fleet,
     with pytest.raises(EngineError, match="2 servers died in this run, rollout.server.max_failures=1"):
         fleet.heal()
     silent = (
-        r"died: its health check failed 1 times in 2.\d s, last with GET .*TimeoutError; it runs, but does not answer"
+        r"died: its health check failed 1 times in 4.\d s, last with GET .*TimeoutError; it runs, but does not answer"
     )
     assert re.search(silent, capfd.readouterr().out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import os
@@ -174,6 +175,36 @@ def test_the_command_leaves_room_for_what_the_server_reserves(tmp_path: Path) ->
         "--enable-fp32-lm-head": "float32_logits",
     }.items():
         assert flag not in argv and flag in DIALECT.command(spec(tmp_path, **{asked: True}))[0]
+
+
+def test_servers_that_repeat_are_told_so_where_they_can(tmp_path: Path) -> None:
+    hf = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    said: dict[str, Any] = {}
+    for engine, dialect in DIALECTS.items():
+        with mock.patch.object(device, "visible_devices", lambda _: {}):
+            said[engine] = [dialect().command(spec(tmp_path, devices=(0, 1), deterministic=on)) for on in (False, True)]
+    (plain, _), (argv, _) = said["sglang"]
+    assert [flag for flag in argv if flag not in plain] == ["--enable-deterministic-inference"]
+    (_, plain), (_, env) = said["vllm"]
+    assert dict(env.items() - plain.items()) == {"VLLM_BATCH_INVARIANT": "1"}
+    with pytest.raises(EngineError, match="needs a GPU"):
+        DIALECT.command(spec(tmp_path, deterministic=True))
+
+
+def test_each_response_has_its_seed_in_every_run() -> None:
+    from megatron_rl.rollout.servers import vllm
+
+    def seed(prompt_id: int, sample_index: int, **sampling: int) -> int:
+        wanted = Request(prompt_id, sample_index, (1, 2), dataclasses.replace(SAMPLED, **sampling))
+        seeds = [generate_body(wanted, rid)["sampling_params"]["sampling_seed"] for rid in ("a", "b")]
+        seeds += [vllm.generate_body(wanted, rid, seeded=True)["sampling_params"]["seed"] for rid in ("a", "b")]
+        assert len(set(seeds)) == 1 and 0 <= seeds[0] < 2**63
+        assert vllm.generate_body(wanted, "a")["sampling_params"]["seed"] is None
+        return seeds[0]
+
+    assert len({seed(0, 0), seed(1, 0), seed(0, 1), seed(0, 0, seed=1)}) == 4
+    assert seed(3, 2) == 6500988549979002746  # as an earlier run had it
 
 
 def test_vllm_is_told_of_a_float32_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
