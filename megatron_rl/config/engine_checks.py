@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.models.facts import has_dense_layers, head_width, is_moe
 
 if TYPE_CHECKING:
-    from megatron_rl.config.rollout import RolloutConfig
+    from megatron_rl.config.rollout import ServerConfig
     from megatron_rl.config.sections import Config
 
 
@@ -25,12 +25,52 @@ def engine_faults(config: Config) -> Iterator[str]:
                 "trainer and cannot generate ahead; set it to 0, or rollout.engine to sglang or vllm"
             )
         return
-    yield from [*_url_faults(rollout), *_memory_faults(rollout, config.max_sequence_tokens)]
+    for name, server in _servers(config).items():
+        colocated = server is rollout.server and rollout.weight_sync.mode == "colocated"
+        yield from [*_url_faults(name, server, colocated), *_memory_faults(name, server, config.max_sequence_tokens)]
+    if rollout.server.share_memory and rollout.max_staleness:
+        yield (
+            "rollout.server.share_memory=true lets trainer and servers take turns, rollout.max_staleness > 0 lets them "
+            "work at the same time; choose one"
+        )
     if rollout.max_staleness and config.loss.rollout_correction is None:
         yield (
             f"rollout.max_staleness={rollout.max_staleness} trains on responses of older weights, which needs the "
             "correction; set loss.rollout_correction={cap: 2}, or max_staleness=0"
         )
+
+
+def beside_faults(config: Config) -> Iterator[str]:
+    """Yield why the sets cannot be evaluated beside training."""
+    server, held_out = config.eval.server, getattr(config.data, "eval_path", None)
+    if not config.eval.sets:
+        yield "eval.beside=true is for eval.sets, and there are none; name some, or set beside=false"
+    if config.rollout.is_embedded:
+        yield (
+            "eval.beside=true: the embedded engine shares its process with the trainer, and cannot evaluate meanwhile; "
+            "set rollout.engine to sglang or vllm, or beside=false"
+        )
+    if server.share_memory:
+        yield (
+            "eval.server.share_memory=true with eval.beside=true: servers that work while the trainer does cannot take "
+            "turns with it; set share_memory=false, or beside=false"
+        )
+    if shared := set(server.urls) & set(config.rollout.server.urls):
+        yield (
+            f"eval.server.urls and rollout.server.urls both have {', '.join(sorted(shared))}, which cannot hold the "
+            "weights of two steps; give the evaluation other servers, or set eval.beside=false"
+        )
+    if config.train.keep_best and not held_out:
+        yield (
+            "train.keep_best=true with eval.beside=true: eval/average comes when its step's weights are gone; give "
+            "held-out problems, whose eval/accuracy is known within the step (data.eval_path), or set one to false"
+        )
+
+
+def _servers(config: Config) -> dict[str, ServerConfig]:
+    """Return the run's kinds of servers by the name of their options."""
+    beside = config.eval.beside and config.train.eval_every
+    return {"rollout.server": config.rollout.server} | ({"eval.server": config.eval.server} if beside else {})
 
 
 def _replay_faults(config: Config) -> Iterator[str]:
@@ -54,32 +94,27 @@ def _replay_faults(config: Config) -> Iterator[str]:
         )
 
 
-def _url_faults(rollout: RolloutConfig) -> Iterator[str]:
+def _url_faults(name: str, server: ServerConfig, colocated: bool) -> Iterator[str]:
     here = ("127.0.0.1", "localhost", "::1", socket.gethostname())
-    for url in rollout.server.urls:
+    for url in server.urls:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
-            yield f"rollout.server.urls: {url!r} is no address such as http://node1:30000"
-        elif rollout.weight_sync.mode == "colocated" and parts.hostname not in here:
+            yield f"{name}.urls: {url!r} is no address such as http://node1:30000"
+        elif colocated and parts.hostname not in here:
             yield (
                 f"rollout.weight_sync.mode=colocated shares memory within one machine, and {url} is another; set it to "
                 "disaggregated or disk"
             )
-    if len(set(rollout.server.urls)) < len(rollout.server.urls):
-        yield "rollout.server.urls: the same server is listed twice"
+    if len(set(server.urls)) < len(server.urls):
+        yield f"{name}.urls: the same server is listed twice"
 
 
-def _memory_faults(rollout: RolloutConfig, longest: int) -> Iterator[str]:
+def _memory_faults(name: str, server: ServerConfig, longest: int) -> Iterator[str]:
     """Yield what is wrong with the servers' memory. longest: tokens of a sequence."""
-    if rollout.server.share_memory and rollout.max_staleness:
+    if (server.kv_tokens or longest) < longest:
         yield (
-            "rollout.server.share_memory=true lets trainer and servers take turns, rollout.max_staleness > 0 lets them "
-            "work at the same time; choose one"
-        )
-    if (rollout.server.kv_tokens or longest) < longest:
-        yield (
-            f"rollout.server.kv_tokens={rollout.server.kv_tokens} is below the longest sequence (max_prompt_tokens + "
-            f"max_response_tokens = {longest}); raise it, best to {longest} times rollout.server.max_concurrency"
+            f"{name}.kv_tokens={server.kv_tokens} is below the longest sequence (max_prompt_tokens + "
+            f"max_response_tokens = {longest}); raise it, best to {longest} times {name}.max_concurrency"
         )
 
 
@@ -90,12 +125,13 @@ def model_engine_faults(config: Config, hf: dict[str, Any]) -> Iterator[str]:
         yield f"rollout.routing_replay=true: {hf['model_type']} has no experts to route to; set it to false"
     if rollout.is_embedded:
         return
-    heads, tp = hf["num_attention_heads"], rollout.server.tp
-    if heads % tp:
-        yield (
-            f"model num_attention_heads={heads} is not divisible by rollout.server.tp={tp}; choose from "
-            f"{divisors(heads)}"
-        )
+    heads = hf["num_attention_heads"]
+    for name, server in _servers(config).items():
+        if heads % server.tp:
+            yield (
+                f"model num_attention_heads={heads} is not divisible by {name}.tp={server.tp}; choose from "
+                f"{divisors(heads)}"
+            )
     if rollout.engine == "sglang" and is_moe(hf) and has_dense_layers(hf):
         yield (
             "model mlp_only_layers or decoder_sparse_step makes some layers dense, and SGLang gives every layer of "

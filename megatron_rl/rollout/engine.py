@@ -105,6 +105,7 @@ class Place:
     world_size: int
     local_rank: int
     gather: Callable[[Any], Sequence[Any]]  # all ranks' objects, in the order of ranks
+    devices_taken: int = 0  # of this node, beyond the trainer's, by servers of others
 
     @property
     def owns_servers(self) -> bool:
@@ -120,3 +121,4 @@ class EngineSetup:
     model_dir: Path  # holds the policy's config.json and tokenizer, once `build_engine` is called on server engines
     device: torch.device
     place: Place
+    has_weights: bool = False  # the folder of weight_sync.mode=disk holds them: nothing is to be written there

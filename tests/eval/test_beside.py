@@ -1,0 +1,167 @@
+"""Benchmarks beside training, with embedded engines in the servers' place: whose weights, in which row, and what becomes
+of it when something goes wrong. Real servers: test_beside_servers.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megatron_rl.config import parse_config
+from megatron_rl.errors import ConfigError
+from tests.eval.case import write_model, write_set
+from tests.eval.test_during_training import raw_of
+from tests.tiny import rows_of, trained
+from tests.worlds import Worlds
+
+SETS = ("mine", "gsm8k")
+LIMIT = 300.0
+
+
+def beside(folder: Path, name: str = "t", **sections: Any) -> dict[str, Any]:
+    """Four steps, evaluated after each second one, greedily."""
+    if not (folder / "model").exists():
+        write_model(folder / "model")
+        for bench in SETS:
+            write_set(folder / "sets" / f"{bench}.jsonl", 3)
+    raw = raw_of(folder, train={"num_steps": 4, "eval_every": 2, "keep_best": False, "save_final": True})
+    raw |= {"name": name, "optimizer": {"lr": 1e-2}}
+    raw["rollout"] |= {"engine": "sglang"}
+    raw["eval"] |= {"beside": True}
+    raw["eval"]["options"]["mine"] |= {"samples": 2, "temperature": 0.0}
+    for section, changes in sections.items():
+        raw[section] |= changes
+    return raw
+
+
+class Noted:
+    """What a run did on this rank, in order."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, bool]] = []  # step, whether late
+        self.said: list[str] = []
+        self.sampled: list[tuple[int, int]] = []  # by the evaluation's engine: version of its weights, steps logged
+        self.started: list[Any] = []  # its config and setup
+        self.in_step: dict[int, dict[str, float]] = {}
+
+    @property
+    def steps(self) -> int:
+        return sum(not late for _, late in self.logged)
+
+
+@contextlib.contextmanager
+def noting(before_sample: Callable[[Noted, Any], None] = lambda noted, engine: None) -> Iterator[Noted]:
+    """Embedded engines in the servers' place; `before_sample` runs on the evaluation's thread before each sample."""
+    from megatron_rl import train
+    from megatron_rl.eval.beside import Beside
+    from megatron_rl.eval.during_training import evaluate_sets
+    from megatron_rl.metrics.write import RunLogger
+    from megatron_rl.rollout import served
+    from megatron_rl.rollout.build import ENGINES
+
+    noted, runs = Noted(), []
+    set_up, begin, log, message = train.set_up, Beside.begin, RunLogger.log, RunLogger.message
+
+    def build(config: Any, setup: Any) -> Any:
+        engine = ENGINES["transformers"](config, setup)
+        if setup.has_weights:
+            noted.started.append((config, setup))
+            stream = engine.stream
+
+            def slow(requests: Any) -> Any:
+                for item in stream(requests):
+                    before_sample(noted, engine)
+                    noted.sampled.append((item[1].weight_version, noted.steps))
+                    yield item
+
+            engine.stream = slow
+        return engine
+
+    def remember(*arguments: Any) -> Any:
+        runs.append(set_up(*arguments))
+        return runs[-1]
+
+    def begin_after_one_in_the_step(self: Any, num_steps: int, logger: Any) -> None:
+        run = runs[-1]
+        elsewhere = run.config.logging.model_copy(update={"run_dir": f"{run.config.run_dir}_in_step"})
+        config = run.config.model_copy(update={"logging": elsewhere})
+        noted.in_step[num_steps] = evaluate_sets(run.evaluator, run.benchmarks, config, num_steps, lambda: False)
+        begin(self, num_steps, logger)
+
+    def note_log(self: Any, step: int, metrics: Any, *, late: bool = False) -> None:
+        log(self, step, metrics, late=late)
+        noted.logged.append((step, late))
+
+    def note_message(self: Any, text: str) -> None:
+        noted.said.append(text)
+        message(self, text)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, new in (
+            (served, "build_engine", build),
+            (train, "set_up", remember),
+            (Beside, "begin", begin_after_one_in_the_step),
+            (RunLogger, "log", note_log),
+            (RunLogger, "message", note_message),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, new))
+        yield noted
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    tick = threading.Event()
+    for _ in range(6000):
+        if condition():
+            return
+        tick.wait(0.02)
+    raise AssertionError("what to wait for did not come")
+
+
+def evaluated(row: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name.startswith("eval/")}
+
+
+def answers(run_dir: Path, step: int, name: str = "mine") -> list[str]:
+    lines = (run_dir / "eval" / f"step_{step:06d}" / "sets" / name / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line)["response"] for line in lines]
+
+
+# --- on a rank of `worlds` --------------------------------------------------------------------------------------------
+
+
+def _goes_on(raw: dict[str, Any]) -> Noted:
+    """The evaluation after step 2 gets no answer before step 3 is logged."""
+
+    def hold(noted: Noted, engine: Any) -> None:
+        wait_for(lambda: noted.steps >= min(engine.weight_version + 1, 4))
+
+    with noting(hold) as noted, trained(raw):
+        pass
+    noted.started = [(config.run_dir, config.rollout.server.count, setup.place) for config, setup in noted.started]
+    noted.started = [(folder, count, place.rank, place.devices_taken) for folder, count, place in noted.started]
+    return noted
+
+
+def test_training_goes_on_and_the_result_is_that_of_the_step(worlds: Worlds, tmp_path: Path) -> None:
+    raw = beside(tmp_path)
+    first, second = worlds.run(2, _goes_on, raw, timeout=LIMIT)
+    run_dir = parse_config(raw).run_dir
+    rows = rows_of(raw)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [bool(evaluated(row)) for row in rows] == [False, True, False, True]
+    for steps in (2, 4):
+        assert evaluated(rows[steps - 1]) == first.in_step[steps]
+        for name in SETS:
+            assert answers(run_dir, steps, name) == answers(Path(f"{run_dir}_in_step"), steps, name)
+    assert answers(run_dir, 2) != answers(run_dir, 4), "the weights hardly moved: stale ones would pass"
+    assert {version for version, _ in first.sampled} == {2, 4} and not second.sampled
+    assert all(logged >= 3 for version, logged in first.sampled if version == 2)
+    assert first.logged.index((1, True)) > first.logged.index((2, False))
+    assert first.started == [(run_dir / "eval" / "servers", 1, 0, 0)] and not second.started
+    assert not (run_dir / "eval" / "servers" / "num_steps").exists()
