@@ -56,7 +56,7 @@ class Run:
     eval_prompts: list[Prompt]
     evaluator: Evaluator
     benchmarks: list[Benchmark]
-    beside: Beside | None  # who evaluates the benchmarks in the evaluator's place
+    beside: Beside  # who evaluates the benchmarks in the evaluator's place, with eval.beside
     best_accuracy: float = -math.inf  # of the evaluations so far
     law: LawMonitor = field(default_factory=LawMonitor)
 
@@ -64,10 +64,13 @@ class Run:
         """Return the tangent of the mini-batch's entropy at the current weights. A collective."""
         return EntropyTangent(self.policy, mini_batch)
 
+    def stopped(self) -> bool:
+        """Return whether some rank was asked to stop. A collective."""
+        return self.world.any(launch.stop_requested(self.config.run_dir))
+
     def close(self) -> None:
         """End the evaluation, the rollouts ahead, the grading and the engines."""
-        if self.beside is not None:
-            self.beside.close()
+        self.beside.close()
         self.collector.close()
         self.served.close()
 
@@ -98,7 +101,7 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
     served = Served(with_cache, place, policy, tokenizer, prove=prove, shares_memory=policy)
     served.start_early()
-    beside = Beside(config, policy, tokenizer, grader, benchmarks) if benchmarks and config.eval.beside else None
+    beside = Beside(config, policy, tokenizer, grader, benchmarks)
     if config.warm_start is not None:
         warm_start(policy, problems.train, layout, tokenizer)
     if config.loss.ref_kl_coef > 0:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_rl import device, launch
+from megatron_rl import device
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.algorithms.weighting import mark_tokens
@@ -94,7 +94,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
         notes.insert(0, f"train.share_prompts=auto: {'on' if run.layout.share_prompts else 'off'}")
     if config.model.layers == "auto" and device.ON_GPU:
         notes.insert(0, f"model.layers=auto: {device.layers('auto')}")
-    notes += run_notes(config) + (run.beside.restore(start_step) if run.beside is not None else [])
+    notes += run_notes(config) + run.beside.restore(start_step)
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
         for note in notes:
             logger.message(note)
@@ -122,7 +122,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
             # too many, which the next process drops, rather than one too few
             with spans("log"):
                 logger.log(step, metrics | run.timers.collect(metrics["batch/sequence_tokens"]))
-                stopping = run.world.any(launch.stop_requested(config.run_dir))
+                stopping = run.stopped()
             with run.timers("checkpoint"):
                 accuracy = metrics.get("eval/accuracy", metrics.get("eval/average"))
                 checkpoints.save_when_due(step, accuracy, stopping=stopping)
@@ -134,27 +134,21 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
                 save_hf(run.policy, run.tokenizer, config.run_dir / "hf")
                 logger.message(f"the final model is in {config.run_dir / 'hf'}")
         checkpoints.finish()
-        if run.beside is not None:
-            run.beside.wait(logger)
+        run.beside.wait(logger)
     run.close()
 
 
 def evaluate(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
     """Return held-out accuracy, and that on benchmarks, after this step's updates, when due (and after the last step).
     With eval.beside the benchmarks are only begun, and logged once they are done."""
-    if run.beside is not None:
-        run.beside.look(logger)
+    run.beside.look(logger)
     every, last = run.config.train.eval_every, run.config.train.num_steps - 1
     if not every or ((step + 1) % every and step != last):
         return {}
     with run.served.session(run.timers), run.timers("eval"):
         # without either, the collector says what to set
         held_out = run.collector.evaluate(run.eval_prompts) if run.eval_prompts or not run.benchmarks else {}
-        if run.beside is not None:
+        if run.config.eval.beside:
             run.beside.begin(step + 1, logger)
             return held_out
-
-        def stopped() -> bool:
-            return run.world.any(launch.stop_requested(run.config.run_dir))
-
-        return held_out | evaluate_sets(run.evaluator, run.benchmarks, run.config, step + 1, stopped)
+        return held_out | evaluate_sets(run.evaluator, run.benchmarks, run.config, step + 1, run.stopped)

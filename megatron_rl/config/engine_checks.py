@@ -5,12 +5,13 @@ from __future__ import annotations
 import socket
 import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.models.facts import has_dense_layers, head_width, is_moe
 
 if TYPE_CHECKING:
-    from megatron_rl.config.rollout import ServerConfig
+    from megatron_rl.config.rollout import RolloutConfig
     from megatron_rl.config.sections import Config
 
 
@@ -25,14 +26,7 @@ def engine_faults(config: Config) -> Iterator[str]:
                 "trainer and cannot generate ahead; set it to 0, or rollout.engine to sglang or vllm"
             )
         return
-    for name, server in _servers(config).items():
-        colocated = server is rollout.server and rollout.weight_sync.mode == "colocated"
-        yield from [*_url_faults(name, server, colocated), *_memory_faults(name, server, config.max_sequence_tokens)]
-    if rollout.server.share_memory and rollout.max_staleness:
-        yield (
-            "rollout.server.share_memory=true lets trainer and servers take turns, rollout.max_staleness > 0 lets them "
-            "work at the same time; choose one"
-        )
+    yield from [*_url_faults(rollout), *_memory_faults(rollout, config.max_sequence_tokens)]
     if rollout.max_staleness and config.loss.rollout_correction is None:
         yield (
             f"rollout.max_staleness={rollout.max_staleness} trains on responses of older weights, which needs the "
@@ -40,37 +34,36 @@ def engine_faults(config: Config) -> Iterator[str]:
         )
 
 
+def beside_config(config: Config, folder: Path) -> Config:
+    """Return the config of the servers that evaluate beside training: they are the run's, in `folder`, where they
+    find the weights."""
+    sync = config.rollout.weight_sync.model_copy(update={"mode": "disk", "folder": str(folder / "weights")})
+    rollout = config.rollout.model_copy(update={"server": config.eval.server, "weight_sync": sync})
+    logging = config.logging.model_copy(update={"run_dir": str(folder)})
+    return config.model_copy(update={"rollout": rollout, "logging": logging})
+
+
 def beside_faults(config: Config) -> Iterator[str]:
-    """Yield why the sets cannot be evaluated beside training."""
-    server, held_out = config.eval.server, getattr(config.data, "eval_path", None)
+    """Yield why the sets of `eval` cannot be evaluated beside training."""
+    server, theirs, known = config.eval.server, config.rollout.server, list(engine_faults(config))
+    faults = [fault for fault in engine_faults(beside_config(config, Path())) if fault not in known]
+    yield from (fault.replace("rollout.server.", "eval.server.") for fault in faults)
     if not config.eval.sets:
-        yield "eval.beside=true is for eval.sets, and there are none; name some, or set beside=false"
+        yield "eval.beside=true has no eval.sets to evaluate; name some, or set it to false"
     if config.rollout.is_embedded:
-        yield (
-            "eval.beside=true: the embedded engine shares its process with the trainer, and cannot evaluate meanwhile; "
-            "set rollout.engine to sglang or vllm, or beside=false"
-        )
+        yield "eval.beside=true needs servers; set rollout.engine to sglang or vllm, or beside=false"
     if server.share_memory:
+        yield "eval.server.share_memory=true: with eval.beside=true servers and trainer work at once; set it to false"
+    if shared := set(server.urls) & set(theirs.urls):
         yield (
-            "eval.server.share_memory=true with eval.beside=true: servers that work while the trainer does cannot take "
-            "turns with it; set share_memory=false, or beside=false"
+            f"eval.server.urls and rollout.server.urls both have {', '.join(sorted(shared))}, which cannot hold two "
+            "steps' weights; give the evaluation other servers, or set eval.beside=false"
         )
-    if shared := set(server.urls) & set(config.rollout.server.urls):
+    if config.train.keep_best and getattr(config.data, "eval_path", None) is None:
         yield (
-            f"eval.server.urls and rollout.server.urls both have {', '.join(sorted(shared))}, which cannot hold the "
-            "weights of two steps; give the evaluation other servers, or set eval.beside=false"
+            "train.keep_best=true with eval.beside=true: eval/average comes when its weights are gone; give held-out "
+            "problems, which are evaluated within the step (data.eval_path), or set one of the two to false"
         )
-    if config.train.keep_best and not held_out:
-        yield (
-            "train.keep_best=true with eval.beside=true: eval/average comes when its step's weights are gone; give "
-            "held-out problems, whose eval/accuracy is known within the step (data.eval_path), or set one to false"
-        )
-
-
-def _servers(config: Config) -> dict[str, ServerConfig]:
-    """Return the run's kinds of servers by the name of their options."""
-    beside = config.eval.beside and config.train.eval_every
-    return {"rollout.server": config.rollout.server} | ({"eval.server": config.eval.server} if beside else {})
 
 
 def _replay_faults(config: Config) -> Iterator[str]:
@@ -94,27 +87,32 @@ def _replay_faults(config: Config) -> Iterator[str]:
         )
 
 
-def _url_faults(name: str, server: ServerConfig, colocated: bool) -> Iterator[str]:
+def _url_faults(rollout: RolloutConfig) -> Iterator[str]:
     here = ("127.0.0.1", "localhost", "::1", socket.gethostname())
-    for url in server.urls:
+    for url in rollout.server.urls:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
-            yield f"{name}.urls: {url!r} is no address such as http://node1:30000"
-        elif colocated and parts.hostname not in here:
+            yield f"rollout.server.urls: {url!r} is no address such as http://node1:30000"
+        elif rollout.weight_sync.mode == "colocated" and parts.hostname not in here:
             yield (
                 f"rollout.weight_sync.mode=colocated shares memory within one machine, and {url} is another; set it to "
                 "disaggregated or disk"
             )
-    if len(set(server.urls)) < len(server.urls):
-        yield f"{name}.urls: the same server is listed twice"
+    if len(set(rollout.server.urls)) < len(rollout.server.urls):
+        yield "rollout.server.urls: the same server is listed twice"
 
 
-def _memory_faults(name: str, server: ServerConfig, longest: int) -> Iterator[str]:
+def _memory_faults(rollout: RolloutConfig, longest: int) -> Iterator[str]:
     """Yield what is wrong with the servers' memory. longest: tokens of a sequence."""
-    if (server.kv_tokens or longest) < longest:
+    if rollout.server.share_memory and rollout.max_staleness:
         yield (
-            f"{name}.kv_tokens={server.kv_tokens} is below the longest sequence (max_prompt_tokens + "
-            f"max_response_tokens = {longest}); raise it, best to {longest} times {name}.max_concurrency"
+            "rollout.server.share_memory=true lets trainer and servers take turns, rollout.max_staleness > 0 lets them "
+            "work at the same time; choose one"
+        )
+    if (rollout.server.kv_tokens or longest) < longest:
+        yield (
+            f"rollout.server.kv_tokens={rollout.server.kv_tokens} is below the longest sequence (max_prompt_tokens + "
+            f"max_response_tokens = {longest}); raise it, best to {longest} times rollout.server.max_concurrency"
         )
 
 
@@ -126,12 +124,10 @@ def model_engine_faults(config: Config, hf: dict[str, Any]) -> Iterator[str]:
     if rollout.is_embedded:
         return
     heads = hf["num_attention_heads"]
-    for name, server in _servers(config).items():
-        if heads % server.tp:
-            yield (
-                f"model num_attention_heads={heads} is not divisible by {name}.tp={server.tp}; choose from "
-                f"{divisors(heads)}"
-            )
+    for name, tp in {"rollout": rollout.server.tp, "eval": config.eval.server.tp}.items():
+        if heads % tp:
+            choice = divisors(heads)
+            yield f"model num_attention_heads={heads} is not divisible by {name}.server.tp={tp}; choose from {choice}"
     if rollout.engine == "sglang" and is_moe(hf) and has_dense_layers(hf):
         yield (
             "model mlp_only_layers or decoder_sparse_step makes some layers dense, and SGLang gives every layer of "

@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
 from megatron_rl import device, launch
 from megatron_rl.config import Config
+from megatron_rl.config.engine_checks import beside_config
 from megatron_rl.convert.save_hf import Exported, save_hf
 from megatron_rl.convert.weights import open_weights
 from megatron_rl.errors import UserError
@@ -38,7 +39,8 @@ class Beside:
     def __init__(
         self, config: Config, policy: Exported, tokenizer: Any, grader: Grader, benchmarks: Sequence[Benchmark]
     ) -> None:
-        """Start the servers, without waiting for them. Raises: EngineError, on rank 0, when they cannot be started."""
+        """Start the servers on rank 0, without waiting for them, with eval.beside and benchmarks. Raises: EngineError
+        when they cannot be started."""
         self._config, self._policy, self._tokenizer, self._benchmarks = config, policy, tokenizer, benchmarks
         self._world, self._is_first = policy.groups.all_ranks, policy.groups.rank == 0
         folder, rollout = config.run_dir / "eval" / "servers", config.rollout
@@ -46,24 +48,20 @@ class Beside:
         self._running: int | None = None  # steps that the weights have had
         self._outcome: dict[str, float] | BaseException | None = None
         self._closing, self._thread = False, threading.Thread()
-        sync = rollout.weight_sync.model_copy(update={"mode": "disk", "folder": str(self._weights)})
-        changed = {"rollout": rollout.model_copy(update={"server": config.eval.server, "weight_sync": sync})}
-        own = config.model_copy(
-            update={**changed, "logging": config.logging.model_copy(update={"run_dir": str(folder)})}
-        )
+        own = beside_config(config, folder)
         taken = 0 if rollout.shares_devices or rollout.server.urls else rollout.server.count * rollout.server.tp
         place = Place(0, 1, launch.local_rank(), lambda value: [value], taken)
-        self._served = served = Served(own, place, _Saved(policy, self._weights), tokenizer, has_weights=True)
+        saved: Any = SimpleNamespace(config=own, hf_config=policy.hf_config, hf_weights=self._saved)
+        self._served = served = Served(own, place, saved, tokenizer, has_weights=True)
         self._evaluator = Evaluator(lambda: served.engine, grader, tokenizer, config, place, served.revive)
-        if self._is_first:
+        if self._is_first and config.eval.beside and benchmarks:
             served.start_early()
 
     def restore(self, start_step: int) -> list[str]:
         """Begin anew what an earlier process had not ended, unless the run goes on from before that step; return what
         the user should know."""
-        text = self._mark.read_text() if self._is_first and self._mark.is_file() else "0"
-        steps = int(self._world.gather_objects(text)[0])
-        if not 0 < steps <= start_step:
+        steps = int(self._world.gather_objects(self._mark.read_text() if self._mark.is_file() else "0")[0])
+        if not self._config.eval.beside or not 0 < steps <= start_step:
             self._mark.unlink(missing_ok=True)  # that step is made again
             return []
         self._start(steps)
@@ -131,13 +129,6 @@ class Beside:
         except BaseException as error:
             self._outcome = error
 
-
-class _Saved:
-    """The policy as it lies in a folder."""
-
-    def __init__(self, policy: Exported, folder: Path) -> None:
-        self.config, self.hf_config, self._folder = policy.config, policy.hf_config, folder
-
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        weights = open_weights(self._folder)
+    def _saved(self) -> Iterator[tuple[str, Tensor]]:
+        weights = open_weights(self._weights)
         return ((name, weights.read(name)) for name in weights.tensors)

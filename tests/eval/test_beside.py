@@ -1,5 +1,5 @@
-"""Benchmarks beside training, with embedded engines in the servers' place: whose weights, in which row, and what becomes
-of it when something goes wrong. Real servers: test_beside_servers.py."""
+"""Benchmarks beside training, with embedded engines in the servers' place: whose weights, in which row, and what
+becomes of it when something goes wrong. Real servers: test_beside_servers.py."""
 
 from __future__ import annotations
 
@@ -56,8 +56,11 @@ class Noted:
 
 
 @contextlib.contextmanager
-def noting(before_sample: Callable[[Noted, Any], None] = lambda noted, engine: None) -> Iterator[Noted]:
-    """Embedded engines in the servers' place; `before_sample` runs on the evaluation's thread before each sample."""
+def noting(
+    before_sample: Callable[[Noted, Any], None] = lambda noted, engine: None, *, real: bool = False
+) -> Iterator[Noted]:
+    """Embedded engines in the servers' place, but for `real`; `before_sample` runs on the evaluation's thread before
+    each sample."""
     from megatron_rl import train
     from megatron_rl.eval.beside import Beside
     from megatron_rl.eval.during_training import evaluate_sets
@@ -69,7 +72,7 @@ def noting(before_sample: Callable[[Noted, Any], None] = lambda noted, engine: N
     set_up, begin, log, message = train.set_up, Beside.begin, RunLogger.log, RunLogger.message
 
     def build(config: Any, setup: Any) -> Any:
-        engine = ENGINES["transformers"](config, setup)
+        engine = ENGINES[config.rollout.engine if real else "transformers"](config, setup)
         if setup.has_weights:
             noted.started.append((config, setup))
             stream = engine.stream
