@@ -115,7 +115,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
                     logger.message(f"{error}, which is begun anew; the same command continues")
                     break
                 if saved:
-                    logger.message(f"the rollout engine failed in step {step + 1}; saved after {saved} steps")
+                    logger.message(f"an engine failed in step {step + 1}; saved after {saved} steps")
                     run.world.barrier()  # a rank that leaves ends the others: not before rank 0 has said it
                 raise
             # before the checkpoint (whose time the next row tells): a process killed between the two then leaves a row

@@ -39,9 +39,10 @@ class Beside:
     def __init__(
         self, config: Config, policy: Exported, tokenizer: Any, grader: Grader, benchmarks: Sequence[Benchmark]
     ) -> None:
-        """Start the servers on rank 0, without waiting for them, with eval.beside and benchmarks. Raises: EngineError
+        """With eval.beside and benchmarks, have rank 0 start the servers, without waiting for them. Raises: EngineError
         when they cannot be started."""
-        self._config, self._policy, self._tokenizer, self._benchmarks = config, policy, tokenizer, benchmarks
+        self._config, self._policy, self._tokenizer = config, policy, tokenizer
+        self._benchmarks = benchmarks if config.eval.beside else []
         self._world, self._is_first = policy.groups.all_ranks, policy.groups.rank == 0
         folder, rollout = config.run_dir / "eval" / "servers", config.rollout
         self._weights, self._mark = folder / "weights", folder / "num_steps"
@@ -54,16 +55,18 @@ class Beside:
         saved: Any = SimpleNamespace(config=own, hf_config=policy.hf_config, hf_weights=self._saved)
         self._served = served = Served(own, place, saved, tokenizer, has_weights=True)
         self._evaluator = Evaluator(lambda: served.engine, grader, tokenizer, config, place, served.revive)
-        if self._is_first and config.eval.beside and benchmarks:
+        if self._is_first and self._benchmarks:
             served.start_early()
 
     def restore(self, start_step: int) -> list[str]:
         """Begin anew what an earlier process had not ended, unless the run goes on from before that step; return what
         the user should know."""
         steps = int(self._world.gather_objects(self._mark.read_text() if self._mark.is_file() else "0")[0])
-        if not self._config.eval.beside or not 0 < steps <= start_step:
-            self._mark.unlink(missing_ok=True)  # that step is made again
-            return []
+        if not self._benchmarks or not 0 < steps <= start_step:  # it is off, or that step is made again
+            self._mark.unlink(missing_ok=True)
+            return (
+                [f"the evaluation after step {steps} had not ended, and is given up"] if 0 < steps <= start_step else []
+            )
         self._start(steps)
         return [f"the evaluation after step {steps} had not ended, and begins anew"]
 

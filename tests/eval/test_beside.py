@@ -24,10 +24,10 @@ SETS = ("mine", "gsm8k")
 LIMIT = 300.0
 
 
-def beside(folder: Path, name: str = "t", **sections: Any) -> dict[str, Any]:
+def beside(folder: Path, name: str = "t", *, hf: Any = None, **sections: Any) -> dict[str, Any]:
     """Four steps, evaluated after each second one, greedily."""
     if not (folder / "model").exists():
-        write_model(folder / "model")
+        write_model(folder / "model", **(hf or {}))
         for bench in SETS:
             write_set(folder / "sets" / f"{bench}.jsonl", 3)
     raw = raw_of(folder, train={"num_steps": 4, "eval_every": 2, "keep_best": False, "save_final": True})
@@ -168,3 +168,137 @@ def test_training_goes_on_and_the_result_is_that_of_the_step(worlds: Worlds, tmp
     assert first.logged.index((1, True)) > first.logged.index((2, False))
     assert first.started == [(run_dir / "eval" / "servers", 1, 0, 0)] and not second.started
     assert not (run_dir / "eval" / "servers" / "num_steps").exists()
+
+
+def _scenarios(waiting: dict[str, Any], stopped: dict[str, Any], failing: dict[str, Any]) -> dict[str, Any]:
+    from megatron_rl import launch
+    from megatron_rl.errors import UserError
+    from megatron_rl.rollout.engine import EngineError
+
+    found: dict[str, Any] = {}
+
+    def until_the_next_is_due(noted: Noted, engine: Any) -> None:
+        wait_for(lambda: engine.weight_version + 1 in noted.in_step or engine.weight_version == 2)
+
+    with noting(until_the_next_is_due) as noted, trained(waiting):
+        found["waiting"] = noted.said, noted.in_step, noted.logged
+
+    def until_the_end(noted: Noted, engine: Any) -> None:
+        wait_for(engine._abort.is_set)
+
+    with noting(until_the_end) as noted:
+
+        def stop_requested(run_dir: Any = None) -> bool:
+            return noted.steps >= 3
+
+        with mock.patch.object(launch, "stop_requested", stop_requested), trained(stopped) as run:
+            found["stopped"] = noted.said, noted.in_step, rows_of(stopped), run.beside._thread.is_alive()
+    with noting() as noted, trained(stopped):
+        found["continued"] = noted.said, noted.in_step
+
+    def fail(noted: Noted, engine: Any) -> None:
+        raise EngineError("no answer within rollout.server.request_seconds=1")
+
+    with noting(fail) as noted:
+        try:
+            with trained(failing):
+                pass
+        except UserError as error:
+            found["failing"] = str(error), noted.said
+    with noting() as noted, trained(failing | {"eval": failing["eval"] | {"beside": False}}):
+        found["given up"] = noted.said
+    return found
+
+
+def test_it_is_waited_for_stopped_and_may_fail(worlds: Worlds, tmp_path: Path) -> None:
+    """A run that is due to evaluate while it does; one that is stopped and goes on; one whose servers fail, and which
+    goes on without."""
+    waiting = beside(tmp_path, "waiting", train={"num_steps": 2, "eval_every": 1})
+    mark = parse_config(waiting).run_dir / "eval" / "servers" / "num_steps"
+    mark.parent.mkdir(parents=True)
+    mark.write_text("1")  # of a run that was killed, and that goes on from before its first step
+    stopped = beside(tmp_path, "stopped", train={"num_steps": 4})
+    failing = beside(tmp_path, "failing", train={"num_steps": 3})
+    first, second = worlds.run(2, _scenarios, waiting, stopped, failing, timeout=LIMIT)
+
+    said, in_step, logged = first["waiting"]
+    assert [evaluated(row) for row in rows_of(waiting)] == [in_step[1], in_step[2]]
+    assert logged == [(0, False), (0, True), (1, False), (1, True)]
+    assert any(text.startswith("training waited ") and text.endswith("after step 1") for text in said)
+    assert not any("anew" in text for text in said)
+
+    said, in_step, rows, alive = first["stopped"]
+    assert len(rows) == 3 and not any(map(evaluated, rows)) and not alive
+    assert "stopping: the evaluation after step 2 begins anew when the run goes on" in said
+    again, later = first["continued"]
+    assert "the evaluation after step 2 had not ended, and begins anew" in again
+    assert [evaluated(row) for row in rows_of(stopped)] == [{}, in_step[2], {}, later[4]]
+
+    for rank in (first, second):
+        assert rank["failing"][0].endswith("failed: no answer within eval.server.request_seconds=1")
+    assert any(text.startswith("an engine failed in step ") for text in first["failing"][1])
+    assert "the evaluation after step 2 had not ended, and is given up" in first["given up"]
+    assert [bool(evaluated(row)) for row in rows_of(failing)] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rollout": {"engine": "transformers"}},
+            "eval.beside=true needs servers; set rollout.engine to sglang or vllm",
+        ),
+        ({"eval": {"server": {"share_memory": True}}}, "eval.server.share_memory=true: with eval.beside=true servers"),
+        ({"eval": {"server": {"kv_tokens": 8}}}, "eval.server.kv_tokens=8 is below the longest sequence"),
+        ({"eval": {"server": {"tp": 3}}}, "num_attention_heads=4 is not divisible by eval.server.tp=3"),
+        ({"eval": {"server": {"urls": ["node2"]}}}, "eval.server.urls: 'node2' is no address"),
+        ({"train": {"keep_best": True}}, "eval/average comes when its weights are gone"),
+        ({"eval": {"sets": []}, "data": {"eval_path": "x"}}, "eval.beside=true has no eval.sets"),
+        (
+            {
+                "eval": {"server": {"urls": ["http://localhost:1"]}},
+                "rollout": {"server": {"urls": ["http://localhost:1"]}},
+            },
+            "eval.server.urls and rollout.server.urls both have http://localhost:1",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_at_load(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    parse_config(beside(tmp_path))
+    parse_config(beside(tmp_path, eval={"server": {"urls": ["http://node2:1"]}}))  # a folder reaches other machines
+    parse_config(beside(tmp_path, train={"keep_best": True}, data={"eval_path": "x"}))
+    with pytest.raises(ConfigError) as error:
+        parse_config(beside(tmp_path, **changes))
+    assert message in str(error.value) and str(error.value).count("\n  - ") == 1
+    parse_config(beside(tmp_path, **(changes | {"train": {"eval_every": 0}})))  # nothing is evaluated
+
+
+def test_its_servers_are_on_devices_that_nobody_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer of two GPUs, with rollouts on its own, on two others, and on servers that were given."""
+    from megatron_rl import device
+    from megatron_rl.eval.beside import Beside
+    from megatron_rl.rollout.servers import fleet
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(device, "ON_GPU", True)
+    monkeypatch.setattr(fleet, "EngineProcess", lambda argv, env, log: None)
+    devices: list[tuple[int, ...]] = []
+    dialect = mock.Mock(command=lambda spec: (devices.append(spec.devices), {}))
+    policy = mock.Mock(groups=mock.Mock(rank=0))
+
+    def start(config: Any, setup: Any) -> None:
+        fleet.Fleet(dialect, config, tmp_path, setup.place, print, print).start()
+
+    monkeypatch.setattr("megatron_rl.rollout.served.build_engine", start)
+    monkeypatch.setattr("megatron_rl.rollout.served.write_model_dir", lambda *_: None)
+    for server, sync in (
+        ({"count": 2}, "colocated"),
+        ({"count": 2}, "disaggregated"),
+        ({"urls": ["http://a:1"]}, "disaggregated"),
+    ):
+        changes: dict[str, Any] = {"rollout": {"server": server, "weight_sync": {"mode": sync}}}
+        config = parse_config(
+            beside(tmp_path, eval={"server": {"tp": 2, "python": str(tmp_path / "model" / "config.json")}}, **changes)
+        )
+        Beside(config, policy, None, mock.Mock(), [mock.Mock()])
+    assert devices == [(2, 3), (4, 5), (2, 3)]

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from megatron_rl.config import parse_config
-from tests.eval.case import write_model
 from tests.eval.test_beside import SETS, Noted, answers, beside, evaluated, noting
 from tests.rollout.servers.servers_case import HF, python_of
 from tests.tiny import rows_of, trained
@@ -27,8 +26,7 @@ LIMIT = 1500.0
 
 def _served(folder: Path, samples: int, **train: Any) -> dict[str, Any]:
     server = {"python": str(python_of("sglang"))}
-    write_model(folder / "model", **HF)
-    raw = beside(folder, parallel={"tp": 1, "world_size": 1}, rollout={"server": server})
+    raw = beside(folder, hf=HF, parallel={"tp": 1, "world_size": 1}, rollout={"server": server})
     raw["eval"] |= {"server": server | {"max_concurrency": 1}}
     raw["eval"]["options"]["mine"]["samples"] = samples
     raw["train"] |= train
