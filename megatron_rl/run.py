@@ -14,7 +14,7 @@ from megatron_rl.algorithms.control import LossController
 from megatron_rl.config import Config
 from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
 from megatron_rl.eval.benchmarks import Benchmark, load_benchmarks
-from megatron_rl.eval.beside import Beside
+from megatron_rl.eval.during_training import Beside
 from megatron_rl.eval.evaluator import Evaluator
 from megatron_rl.metrics import Timers
 from megatron_rl.metrics.entropy_law import LawMonitor

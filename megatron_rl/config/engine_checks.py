@@ -35,8 +35,7 @@ def engine_faults(config: Config) -> Iterator[str]:
 
 
 def beside_config(config: Config, folder: Path) -> Config:
-    """Return the config of the servers that evaluate beside training: they are the run's, in `folder`, where they
-    find the weights."""
+    """Return the config of the servers that evaluate beside training, with the run folder and the weights there."""
     sync = config.rollout.weight_sync.model_copy(update={"mode": "disk", "folder": str(folder / "weights")})
     rollout = config.rollout.model_copy(update={"server": config.eval.server, "weight_sync": sync})
     logging = config.logging.model_copy(update={"run_dir": str(folder)})
@@ -45,7 +44,7 @@ def beside_config(config: Config, folder: Path) -> Config:
 
 def beside_faults(config: Config) -> Iterator[str]:
     """Yield why the sets of `eval` cannot be evaluated beside training."""
-    server, theirs, known = config.eval.server, config.rollout.server, list(engine_faults(config))
+    server, known = config.eval.server, list(engine_faults(config))
     faults = [fault for fault in engine_faults(beside_config(config, Path())) if fault not in known]
     yield from (fault.replace("rollout.server.", "eval.server.") for fault in faults)
     if not config.eval.sets:
@@ -54,11 +53,8 @@ def beside_faults(config: Config) -> Iterator[str]:
         yield "eval.beside=true needs servers; set rollout.engine to sglang or vllm, or beside=false"
     if server.share_memory:
         yield "eval.server.share_memory=true: with eval.beside=true servers and trainer work at once; set it to false"
-    if shared := set(server.urls) & set(theirs.urls):
-        yield (
-            f"eval.server.urls and rollout.server.urls both have {', '.join(sorted(shared))}, which cannot hold two "
-            "steps' weights; give the evaluation other servers, or set eval.beside=false"
-        )
+    if set(server.urls) & set(config.rollout.server.urls):
+        yield "eval.server.urls has a server of rollout.server.urls, which cannot hold two steps' weights; name others"
     if config.train.keep_best and getattr(config.data, "eval_path", None) is None:
         yield (
             "train.keep_best=true with eval.beside=true: eval/average comes when its weights are gone; give held-out "

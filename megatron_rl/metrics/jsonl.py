@@ -87,18 +87,18 @@ def cut_from_step(path: Path, start_step: int) -> int:
         if dropped or notes:
             os.truncate(path, kept)
         return dropped
-    _replace(path, (line for line, row in iter_rows(path, notes) if row["step"] < start_step))
+    replace_lines(path, (line for line, row in iter_rows(path, notes) if row["step"] < start_step))
     return dropped
 
 
 def amend_row(path: Path, step: int, more: dict[str, Any]) -> None:
     """Add `more` to the row of `step`, atomically. Raises: as `iter_rows`."""
     rows = iter_rows(path, [], with_step=True)
-    _replace(path, (to_line(row | more).encode() if row["step"] == step else line for line, row in rows))
+    replace_lines(path, (to_line(row | more).encode() if row["step"] == step else line for line, row in rows))
 
 
-def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    # A crash in mid-write must leave the old file or the new one, never half of it.
+def replace_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Write a file anew; a crash in mid-write leaves the old one or the new one, never half of it."""
     draft = path.with_suffix(path.suffix + ".tmp")
     with naming(path), draft.open("wb") as file:
         file.writelines(lines)

@@ -105,7 +105,8 @@ class Place:
     world_size: int
     local_rank: int
     gather: Callable[[Any], Sequence[Any]]  # all ranks' objects, in the order of ranks
-    devices_taken: int = 0  # of this node, beyond the trainer's, by servers of others
+    devices_taken: int = 0  # of this node, beyond the trainer's, by other servers
+    has_weights: bool = False  # they lie in the folder of weight_sync.mode=disk already
 
     @property
     def owns_servers(self) -> bool:
@@ -121,4 +122,3 @@ class EngineSetup:
     model_dir: Path  # holds the policy's config.json and tokenizer, once `build_engine` is called on server engines
     device: torch.device
     place: Place
-    has_weights: bool = False  # the folder of weight_sync.mode=disk holds them: nothing is to be written there

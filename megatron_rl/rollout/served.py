@@ -42,14 +42,12 @@ class Served:
         *,
         prove: Callable[[RolloutEngine], None] | None = None,
         shares_memory: MegatronPolicy | None = None,
-        has_weights: bool = False,
     ) -> None:
         """`prove`: called after each update of a server's weights, raises when they are not served. `shares_memory`:
-        who makes room while the engine is awake (rollout.server.share_memory). `has_weights`: as in `EngineSetup`."""
+        who makes room while the engine is awake (rollout.server.share_memory)."""
         self._config, self._place, self._weights, self._tokenizer = config, place, weights, tokenizer
         self._prove = None if config.rollout.is_embedded else prove
         self._shares_memory = shares_memory if config.rollout.server.share_memory else None
-        self._has_weights = has_weights
         self._engine: RolloutEngine | None = None
         self._engine_version: int | None = None  # of the weights that the engine has
         self.weight_version = 0
@@ -72,7 +70,7 @@ class Served:
                 if self._place.rank == 0:
                     write_model_dir(model_dir, self._weights, self._tokenizer)
                 self._place.gather(None)  # no server may start before the folder is whole
-            setup = EngineSetup(self._weights.hf_config, model_dir, device.device(), self._place, self._has_weights)
+            setup = EngineSetup(self._weights.hf_config, model_dir, device.device(), self._place)
             self._engine = build_engine(self._config, setup)
         return self._engine
 

@@ -62,8 +62,7 @@ def noting(
     """Embedded engines in the servers' place, but for `real`; `before_sample` runs on the evaluation's thread before
     each sample."""
     from megatron_rl import train
-    from megatron_rl.eval.beside import Beside
-    from megatron_rl.eval.during_training import evaluate_sets
+    from megatron_rl.eval.during_training import Beside, evaluate_sets
     from megatron_rl.metrics.write import RunLogger
     from megatron_rl.rollout import served
     from megatron_rl.rollout.build import ENGINES
@@ -73,7 +72,7 @@ def noting(
 
     def build(config: Any, setup: Any) -> Any:
         engine = ENGINES[config.rollout.engine if real else "transformers"](config, setup)
-        if setup.has_weights:
+        if setup.place.has_weights:
             noted.started.append((config, setup))
             stream = engine.stream
 
@@ -259,7 +258,7 @@ def test_it_is_waited_for_stopped_and_may_fail(worlds: Worlds, tmp_path: Path) -
                 "eval": {"server": {"urls": ["http://localhost:1"]}},
                 "rollout": {"server": {"urls": ["http://localhost:1"]}},
             },
-            "eval.server.urls and rollout.server.urls both have http://localhost:1",
+            "eval.server.urls has a server of rollout.server.urls",
         ),
     ],
 )
@@ -276,7 +275,7 @@ def test_what_cannot_be_is_refused_at_load(tmp_path: Path, changes: dict[str, An
 def test_its_servers_are_on_devices_that_nobody_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer of two GPUs, with rollouts on its own, on two others, and on servers that were given."""
     from megatron_rl import device
-    from megatron_rl.eval.beside import Beside
+    from megatron_rl.eval.during_training import Beside
     from megatron_rl.rollout.servers import fleet
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
