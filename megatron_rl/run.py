@@ -64,10 +64,6 @@ class Run:
         """Return the tangent of the mini-batch's entropy at the current weights. A collective."""
         return EntropyTangent(self.policy, mini_batch)
 
-    def stopped(self) -> bool:
-        """Return whether some rank was asked to stop. A collective."""
-        return self.world.any(launch.stop_requested(self.config.run_dir))
-
     def close(self) -> None:
         """End the evaluation, the rollouts ahead, the grading and the engines."""
         self.beside.close()

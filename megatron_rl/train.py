@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_rl import device
+from megatron_rl import device, launch
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.algorithms.weighting import mark_tokens
@@ -122,7 +122,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
             # too many, which the next process drops, rather than one too few
             with spans("log"):
                 logger.log(step, metrics | run.timers.collect(metrics["batch/sequence_tokens"]))
-                stopping = run.stopped()
+                stopping = run.world.any(launch.stop_requested(config.run_dir))
             with run.timers("checkpoint"):
                 accuracy = metrics.get("eval/accuracy", metrics.get("eval/average"))
                 checkpoints.save_when_due(step, accuracy, stopping=stopping)
@@ -140,7 +140,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
 
 def evaluate(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
     """Return held-out accuracy, and that on benchmarks, after this step's updates, when due (and after the last step).
-    With eval.beside the benchmarks are only begun, and logged once they are done."""
+    With eval.beside the benchmarks are only begun, and logged when they are done."""
     run.beside.look(logger)
     every, last = run.config.train.eval_every, run.config.train.num_steps - 1
     if not every or ((step + 1) % every and step != last):
@@ -151,4 +151,4 @@ def evaluate(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
         if run.config.eval.beside:
             run.beside.begin(step + 1, logger)
             return held_out
-        return held_out | evaluate_sets(run.evaluator, run.benchmarks, run.config, step + 1, run.stopped)
+        return held_out | evaluate_sets(run.evaluator, run.benchmarks, run.config, step + 1, run.world)

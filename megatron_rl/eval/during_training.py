@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
-
-from torch import Tensor
 
 from megatron_rl import device, launch
 from megatron_rl.config import Config
@@ -28,6 +26,7 @@ from megatron_rl.eval.evaluator import Evaluator, metrics_of
 from megatron_rl.eval.table import write_tables
 from megatron_rl.grading.verdict import Grader
 from megatron_rl.metrics.write import RunLogger
+from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.rollout.engine import EngineError, Place
 from megatron_rl.rollout.served import Served
 
@@ -36,13 +35,13 @@ _END_SECONDS = 5.0  # for the thread to end once its requests are aborted
 
 
 def evaluate_sets(
-    evaluator: Evaluator, benchmarks: Sequence[Benchmark], config: Config, num_steps: int, stopped: Callable[[], bool]
+    evaluator: Evaluator, benchmarks: Sequence[Benchmark], config: Config, num_steps: int, world: Reducer | None
 ) -> dict[str, float]:
     """Evaluate all sets after `num_steps` steps; return their metrics, the same on every rank. Samples and tables go to
     run_dir/eval/step_N.
 
-    A collective of the evaluator's ranks, which get the same from `stopped`. Once that is true, the sets that are left
-    are not begun, and nothing is logged of those that are done: a mean over fewer sets would pass for a drop.
+    A collective over `world`; None: of one rank. When the world is asked to stop, the sets that are left are not begun,
+    and nothing is logged of those that are done: a mean over fewer sets would pass for a drop.
     Raises: as `Evaluator.run`.
     """
     folder = config.run_dir / "eval" / f"step_{num_steps:06d}"
@@ -50,7 +49,7 @@ def evaluate_sets(
         clear(folder)  # of an earlier process, which may have had other weights
     results = []
     for bench in benchmarks:
-        if stopped():
+        if world is not None and world.any(launch.stop_requested(config.run_dir)):
             return {}
         results.append(evaluator.run(bench, folder / "sets" / bench.name, {"run": config.name, "num_steps": num_steps}))
     if results and evaluator.is_first:
@@ -73,11 +72,12 @@ class Beside:
         self._weights, self._mark = folder / "weights", folder / "num_steps"
         self._running: int | None = None  # steps that the weights have had
         self._outcome: dict[str, float] | BaseException | None = None
-        self._closing, self._thread = False, threading.Thread()
+        self._thread = threading.Thread()
         own = beside_config(config, folder)
         taken = 0 if rollout.shares_devices or rollout.server.urls else rollout.server.count * rollout.server.tp
         place = Place(0, 1, launch.local_rank(), lambda value: [value], taken, has_weights=True)
-        saved: Any = SimpleNamespace(config=own, hf_config=policy.hf_config, hf_weights=self._saved)
+        saved: Any = SimpleNamespace(config=own, hf_config=policy.hf_config)
+        saved.hf_weights = lambda: ((name, w.read(name)) for w in [open_weights(self._weights)] for name in w.tensors)
         self._served = served = Served(own, place, saved, tokenizer)
         self._evaluator = Evaluator(lambda: served.engine, grader, tokenizer, config, place, served.revive)
         if self._is_first and self._benchmarks:
@@ -86,12 +86,12 @@ class Beside:
     def restore(self, start_step: int) -> list[str]:
         """Begin anew what an earlier process had not ended, unless the run goes on from before that step; return what
         the user should know."""
-        steps = int(self._world.gather_objects(self._mark.read_text() if self._mark.is_file() else "0")[0])
-        if not self._benchmarks or not 0 < steps <= start_step:  # it is off, or that step is made again
-            self._mark.unlink(missing_ok=True)
-            return (
-                [f"the evaluation after step {steps} had not ended, and is given up"] if 0 < steps <= start_step else []
-            )
+        steps = int(self._world.gather_objects(self._mark.read_text() if self._mark.is_file() else "")[0] or 0)
+        if not 0 < steps <= start_step:
+            self._mark.unlink(missing_ok=True)  # that step is made again
+            return []
+        if not self._benchmarks:
+            return [f"the evaluation after step {steps} had not ended; with eval.beside=true it begins anew"]
         self._start(steps)
         return [f"the evaluation after step {steps} had not ended, and begins anew"]
 
@@ -134,7 +134,6 @@ class Beside:
 
     def close(self) -> None:
         """Stop the servers, and what still runs."""
-        self._closing = True
         if self._thread.is_alive():
             self._served.engine.abort()
             self._thread.join(_END_SECONDS)
@@ -152,11 +151,6 @@ class Beside:
             device.use_local_device()
             self._served.weight_version = num_steps
             self._served.sync()
-            sets, config = self._benchmarks, self._config
-            self._outcome = evaluate_sets(self._evaluator, sets, config, num_steps, lambda: self._closing)
+            self._outcome = evaluate_sets(self._evaluator, self._benchmarks, self._config, num_steps, None)
         except BaseException as error:
             self._outcome = error
-
-    def _saved(self) -> Iterator[tuple[str, Tensor]]:
-        weights = open_weights(self._weights)
-        return ((name, weights.read(name)) for name in weights.tensors)

@@ -93,7 +93,7 @@ def noting(
         run = runs[-1]
         elsewhere = run.config.logging.model_copy(update={"run_dir": f"{run.config.run_dir}_in_step"})
         config = run.config.model_copy(update={"logging": elsewhere})
-        noted.in_step[num_steps] = evaluate_sets(run.evaluator, run.benchmarks, config, num_steps, lambda: False)
+        noted.in_step[num_steps] = evaluate_sets(run.evaluator, run.benchmarks, config, num_steps, run.world)
         begin(self, num_steps, logger)
 
     def note_log(self: Any, step: int, metrics: Any, *, late: bool = False) -> None:
@@ -172,7 +172,7 @@ def test_training_goes_on_and_the_result_is_that_of_the_step(worlds: Worlds, tmp
 def _scenarios(waiting: dict[str, Any], stopped: dict[str, Any], failing: dict[str, Any]) -> dict[str, Any]:
     from megatron_rl import launch
     from megatron_rl.errors import UserError
-    from megatron_rl.rollout.engine import EngineError
+    from megatron_rl.rollout.engine import EngineAborted, EngineError
 
     found: dict[str, Any] = {}
 
@@ -184,6 +184,7 @@ def _scenarios(waiting: dict[str, Any], stopped: dict[str, Any], failing: dict[s
 
     def until_the_end(noted: Noted, engine: Any) -> None:
         wait_for(engine._abort.is_set)
+        raise EngineAborted("generate: aborted")
 
     with noting(until_the_end) as noted:
 
@@ -236,7 +237,7 @@ def test_it_is_waited_for_stopped_and_may_fail(worlds: Worlds, tmp_path: Path) -
     for rank in (first, second):
         assert rank["failing"][0].endswith("failed: no answer within eval.server.request_seconds=1")
     assert any(text.startswith("an engine failed in step ") for text in first["failing"][1])
-    assert "the evaluation after step 2 had not ended, and is given up" in first["given up"]
+    assert "the evaluation after step 2 had not ended; with eval.beside=true it begins anew" in first["given up"]
     assert [bool(evaluated(row)) for row in rows_of(failing)] == [False, False, True]
 
 
