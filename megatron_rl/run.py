@@ -14,6 +14,7 @@ from megatron_rl.algorithms.control import LossController
 from megatron_rl.config import Config
 from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
 from megatron_rl.eval.benchmarks import Benchmark, load_benchmarks
+from megatron_rl.eval.during_training import Beside
 from megatron_rl.eval.evaluator import Evaluator
 from megatron_rl.metrics import Timers
 from megatron_rl.metrics.entropy_law import LawMonitor
@@ -55,6 +56,7 @@ class Run:
     eval_prompts: list[Prompt]
     evaluator: Evaluator
     benchmarks: list[Benchmark]
+    beside: Beside  # who evaluates the benchmarks in the evaluator's place, with eval.beside
     best_accuracy: float = -math.inf  # of the evaluations so far
     law: LawMonitor = field(default_factory=LawMonitor)
 
@@ -63,7 +65,8 @@ class Run:
         return EntropyTangent(self.policy, mini_batch)
 
     def close(self) -> None:
-        """End the rollouts ahead, the grading and the engine."""
+        """End the evaluation, the rollouts ahead, the grading and the engines."""
+        self.beside.close()
         self.collector.close()
         self.served.close()
 
@@ -94,6 +97,7 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
     place = Place(groups.rank, groups.world_size, launch.local_rank(), world.gather_objects)
     served = Served(with_cache, place, policy, tokenizer, prove=prove, shares_memory=policy)
     served.start_early()
+    beside = Beside(config, policy, tokenizer, grader, benchmarks)
     if config.warm_start is not None:
         warm_start(policy, problems.train, layout, tokenizer)
     if config.loss.ref_kl_coef > 0:
@@ -114,6 +118,7 @@ def set_up(config: Config, groups: Groups, spans: Spans = OFF) -> Run:
         eval_prompts=problems.eval,
         evaluator=Evaluator(lambda: served.engine, grader, tokenizer, config, place, revive=served.revive),
         benchmarks=benchmarks,
+        beside=beside,
     )
 
 

@@ -96,7 +96,7 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
         notes.insert(0, f"train.share_prompts=auto: {'on' if run.layout.share_prompts else 'off'}")
     if config.model.layers == "auto" and device.ON_GPU:
         notes.insert(0, f"model.layers=auto: {device.layers('auto')}")
-    notes += run_notes(config)
+    notes += run_notes(config) + run.beside.restore(start_step)
     with RunLogger(config.run_dir, config, rank=groups.rank, start_step=start_step) as logger:
         for note in notes:
             logger.message(note)
@@ -110,14 +110,14 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
             try:
                 metrics = run_step(run, step, logger)
                 metrics |= run.law.observe(metrics.get("entropy/mean", math.nan), metrics["reward/accuracy"])
-                metrics |= evaluate(run, step)
+                metrics |= evaluate(run, step, logger)
             except EngineError as error:
                 saved = checkpoints.rescue(step)
                 if isinstance(error, CollectStopped):
                     logger.message(f"{error}, which is begun anew; the same command continues")
                     break
                 if saved:
-                    logger.message(f"the rollout engine failed in step {step + 1}; saved after {saved} steps")
+                    logger.message(f"an engine failed in step {step + 1}; saved after {saved} steps")
                     run.world.barrier()  # a rank that leaves ends the others: not before rank 0 has said it
                 raise
             # before the checkpoint (whose time the next row tells): a process killed between the two then leaves a row
@@ -136,16 +136,21 @@ def train(config: Config, groups: Groups, spans: Spans = OFF) -> None:
                 save_hf(run.policy, run.tokenizer, config.run_dir / "hf")
                 logger.message(f"the final model is in {config.run_dir / 'hf'}")
         checkpoints.finish()
+        run.beside.wait(logger)
     run.close()
 
 
-def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Return held-out accuracy, and that on benchmarks, after this step's updates, when due (and after the last
-    step)."""
+def evaluate(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
+    """Return held-out accuracy, and that on benchmarks, after this step's updates, when due (and after the last step).
+    With eval.beside the benchmarks are only begun, and logged when they are done."""
+    run.beside.look(logger)
     every, last = run.config.train.eval_every, run.config.train.num_steps - 1
     if not every or ((step + 1) % every and step != last):
         return {}
     with run.served.session(run.timers), run.timers("eval"):
         # without either, the collector says what to set
         held_out = run.collector.evaluate(run.eval_prompts) if run.eval_prompts or not run.benchmarks else {}
+        if run.config.eval.beside:
+            run.beside.begin(step + 1, logger)
+            return held_out
         return held_out | evaluate_sets(run.evaluator, run.benchmarks, run.config, step + 1, run.world)

@@ -315,6 +315,7 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         eval_prompts=[],
         evaluator=None,  # type: ignore[arg-type]
         benchmarks=[],
+        beside=None,  # type: ignore[arg-type]
     )
     outcome = Outcome()
     logger: Any = SimpleNamespace(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_rl.config.engine_checks import divisors, engine_faults, model_engine_faults
+from megatron_rl.config.engine_checks import beside_faults, divisors, engine_faults, model_engine_faults
 from megatron_rl.config.evaluation import set_path
 from megatron_rl.config.loss import CovarianceLoss
 from megatron_rl.config.megatron_options import STAGE_FIELDS, chunk_layers, megatron_faults, option_faults
@@ -284,6 +284,7 @@ def _eval_faults(config: Config) -> Iterator[str]:
     if not config.train.eval_every:
         return
     yield from (fault for name in config.eval.sets if isinstance(fault := set_path(config.eval, name), str))
+    yield from beside_faults(config) if config.eval.beside else ()
     if config.eval.sets and config.data.type == "countdown":
         yield (
             "eval.sets need a tokenizer for text, and data.type=countdown brings one for its own characters; empty it"

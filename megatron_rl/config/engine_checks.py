@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.models.facts import has_dense_layers, head_width, is_moe
@@ -73,6 +74,34 @@ def _old_policy_faults(config: Config) -> Iterator[str]:
     yield from (f"algorithm.old_logprobs=rollout with {text}, or set old_logprobs=recompute" for text in refused)
 
 
+def beside_config(config: Config, folder: Path) -> Config:
+    """Return the config of the servers that evaluate beside training, with the run folder and the weights there."""
+    sync = config.rollout.weight_sync.model_copy(update={"mode": "disk", "folder": str(folder / "weights")})
+    rollout = config.rollout.model_copy(update={"server": config.eval.server, "weight_sync": sync})
+    logging = config.logging.model_copy(update={"run_dir": str(folder)})
+    return config.model_copy(update={"rollout": rollout, "logging": logging})
+
+
+def beside_faults(config: Config) -> Iterator[str]:
+    """Yield why the sets of `eval` cannot be evaluated beside training."""
+    server, known = config.eval.server, list(engine_faults(config))
+    faults = [fault for fault in engine_faults(beside_config(config, Path())) if fault not in known]
+    yield from (fault.replace("rollout.server.", "eval.server.") for fault in faults)
+    if not config.eval.sets:
+        yield "eval.beside=true has no eval.sets to evaluate; name some, or set it to false"
+    if config.rollout.is_embedded:
+        yield "eval.beside=true needs servers; set rollout.engine to sglang or vllm, or beside=false"
+    if server.share_memory:
+        yield "eval.server.share_memory=true: with eval.beside=true servers and trainer work at once; set it to false"
+    if set(server.urls) & set(config.rollout.server.urls):
+        yield "eval.server.urls has a server of rollout.server.urls, which cannot hold two steps' weights; name others"
+    if config.train.keep_best and getattr(config.data, "eval_path", None) is None:
+        yield (
+            "train.keep_best=true with eval.beside=true: eval/average comes when its weights are gone; give held-out "
+            "problems, which are evaluated within the step (data.eval_path), or set one of the two to false"
+        )
+
+
 def _replay_faults(config: Config) -> Iterator[str]:
     if not config.rollout.routing_replay:
         return
@@ -130,12 +159,11 @@ def model_engine_faults(config: Config, hf: dict[str, Any]) -> Iterator[str]:
         yield f"rollout.routing_replay=true: {hf['model_type']} has no experts to route to; set it to false"
     if rollout.is_embedded:
         return
-    heads, tp = hf["num_attention_heads"], rollout.server.tp
-    if heads % tp:
-        yield (
-            f"model num_attention_heads={heads} is not divisible by rollout.server.tp={tp}; choose from "
-            f"{divisors(heads)}"
-        )
+    heads = hf["num_attention_heads"]
+    for name, tp in {"rollout": rollout.server.tp, "eval": config.eval.server.tp}.items():
+        if heads % tp:
+            choice = divisors(heads)
+            yield f"model num_attention_heads={heads} is not divisible by {name}.server.tp={tp}; choose from {choice}"
     if rollout.engine == "sglang" and is_moe(hf) and has_dense_layers(hf):
         yield (
             "model mlp_only_layers or decoder_sparse_step makes some layers dense, and SGLang gives every layer of "

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from megatron_rl.config.benchmarks import HELD_OUT, PRESETS
+from megatron_rl.config.rollout import ServerConfig
 from megatron_rl.config.section import Float, NonNegativeFloat, NonNegativeInt, PathText, PositiveInt, Section
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -49,6 +50,11 @@ class EvalConfig(Section):
     """Bootstrap replicates per interval."""
     seed: NonNegativeInt | None = None
     """Seed of the responses and the bootstrap; null: the run's."""
+    beside: bool = False
+    """In training, the sets are evaluated by servers of their own while the next steps train: docs/data.md."""
+    server: ServerConfig = ServerConfig()
+    """beside: these servers, of rollout.engine; those that the run starts are on its first node, on GPUs that neither
+    the trainer nor its rollouts have."""
 
     @model_validator(mode="after")
     def _known_sets(self) -> EvalConfig:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from megatron_rl.config import Config
 
 SampleRow = dict[str, Any]
+MEANS = ("length_mean", "truncated_fraction", "unboxed_fraction", "failed_fraction")  # of a `SetResult`
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,7 @@ class Evaluator:
         """
         self._engine, self._grader, self._tokenizer = engine, grader, tokenizer
         self._config, self._place, self._revive, self._on_progress = config, place, revive, on_progress
-
-    @property
-    def is_first(self) -> bool:
-        """Return whether this is the rank that writes the results."""
-        return self._place.rank == 0
+        self.is_first = place.rank == 0  # it writes the results
 
     def run(self, bench: Benchmark, folder: Path, model: dict[str, Any]) -> SetResult:
         """Sample and grade the set in `folder`; return its results, the same on every rank.
@@ -176,14 +173,8 @@ class Evaluator:
 
     def _share(self, bench: Benchmark, done: set[tuple[str, int]]) -> list[list[Request]]:
         config, place = self._config, self._place
-        sampling = SamplingParams(
-            bench.temperature,
-            1.0,
-            0,
-            config.rollout.max_response_tokens,
-            stop_token_ids(config, self._tokenizer),
-            bench.seed,
-        )
+        longest, stops = config.rollout.max_response_tokens, stop_token_ids(config, self._tokenizer)
+        sampling = SamplingParams(bench.temperature, 1.0, 0, longest, stops, bench.seed)
         embedded = config.rollout.is_embedded
         # like prompts together, for short padding and shared prefills
         problems = sorted(bench.problems, key=lambda problem: (len(problem.prompt.token_ids), problem.id))
@@ -267,10 +258,7 @@ def metrics_of(results: Sequence[SetResult]) -> dict[str, float]:
             "accuracy_low": accuracy.low,
             "accuracy_high": accuracy.high,
             **{name: e.value for name, e in result.estimates.items() if name.endswith(f"@{result.samples}")},
-            "length_mean": result.length_mean,
-            "truncated_fraction": result.truncated_fraction,
-            "unboxed_fraction": result.unboxed_fraction,
-            "failed_fraction": result.failed_fraction,
+            **{name: getattr(result, name) for name in MEANS},
         }
         numbers.pop(f"avg@{result.samples}")
         metrics |= {f"eval/{result.name}/{name.replace('@', '_at_')}": value for name, value in numbers.items()}

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
 
 from megatron_rl import launch
 from megatron_rl.config import Config
@@ -58,7 +57,9 @@ def evaluate_model(config: Config, place: Place) -> list[SetResult]:
         if place.rank == 0:
             for bench in benchmarks:
                 say_text_only(bench.title, [problem.prompt.answer for problem in bench.problems], config.reward)
-        source = _FolderWeights(config)
+        weights, dtype = open_weights(config.model.path or ""), getattr(torch, config.model.dtype)
+        source: Any = SimpleNamespace(config=config, hf_config=weights.hf)
+        source.hf_weights = lambda: ((name, weights.read(name).to(dtype)) for name in weights.tensors)
         served = Served(config, place, source, tokenizer)
         stack.callback(served.close)
 
@@ -67,7 +68,7 @@ def evaluate_model(config: Config, place: Place) -> list[SetResult]:
             return served.engine
 
         evaluator = Evaluator(engine, grader, tokenizer, config, place, served.revive, _Progress(place))
-        identity = {"model": str(config.model.path), "weights": _fingerprint(source.weights)}
+        identity = {"model": str(config.model.path), "weights": _fingerprint(weights)}
         return [evaluator.run(bench, set_folder(config, bench.name), identity) for bench in benchmarks]
 
 
@@ -90,20 +91,6 @@ def _fingerprint(weights: Weights) -> list[tuple[str, int, int]]:
     suffixes = (".safetensors", ".distcp")
     files = sorted(path for path in weights.path.iterdir() if path.suffix in suffixes)
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
-class _FolderWeights:
-    """The tensors of a model folder, as an engine gets them."""
-
-    def __init__(self, config: Config) -> None:
-        """Open config.model.path, Hugging Face's format or Megatron's."""
-        self.config, self.weights = config, open_weights(config.model.path or "")
-        self.hf_config: PretrainedConfig = self.weights.hf
-
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all (Hugging Face name, tensor) pairs in the config's dtype."""
-        dtype = getattr(torch, self.config.model.dtype)
-        return ((name, self.weights.read(name).to(dtype)) for name in self.weights.tensors)
 
 
 class _Progress:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from megatron_rl.errors import UserError
 from megatron_rl.eval.benchmarks import Benchmark
 from megatron_rl.files import naming, write_atomically
-from megatron_rl.metrics.jsonl import read_rows, to_line
+from megatron_rl.metrics.jsonl import read_rows, replace_lines, to_line
 
 SampleKey = tuple[str, int]  # the problem's id, the sample's number
 
@@ -72,14 +71,7 @@ class SampleStore:
 
     def replace(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write all samples anew (rank 0 alone)."""
-        path = self.folder / "samples.jsonl"
-        draft = path.with_suffix(".tmp")
-        with naming(path):
-            with draft.open("w", encoding="utf-8") as file:
-                file.writelines(map(to_line, rows))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
+        replace_lines(self.folder / "samples.jsonl", (to_line(row).encode() for row in rows))
 
     @contextlib.contextmanager
     def part(self, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:

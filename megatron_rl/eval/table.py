@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.config.benchmarks import PAPER_SETS, PRESETS, PUBLISHED
-from megatron_rl.eval.evaluator import SetResult
+from megatron_rl.eval.evaluator import MEANS, SetResult
 from megatron_rl.eval.statistics import Estimate, mean_of
 from megatron_rl.files import write_atomically
 
@@ -143,15 +143,8 @@ def as_json(model: str, results: Sequence[SetResult], *, confidence: float) -> d
     """Return everything: all pass@k and maj@k with their intervals, as fractions; the published rows in percent."""
     sets = {
         result.name: {
-            "title": result.title,
-            "problems": result.problems,
+            **{name: getattr(result, name) for name in ("title", "problems", "samples", "temperature", *MEANS)},
             "problems_in_file": result.num_in_file,
-            "samples": result.samples,
-            "temperature": result.temperature,
-            "length_mean": result.length_mean,
-            "truncated_fraction": result.truncated_fraction,
-            "unboxed_fraction": result.unboxed_fraction,
-            "failed_fraction": result.failed_fraction,
             "estimates": {name: _triple(estimate) for name, estimate in result.estimates.items()},
         }
         for result in results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,24 @@ def cut_from_step(path: Path, start_step: int) -> int:
         if dropped or notes:
             os.truncate(path, kept)
         return dropped
-    # A crash in mid-write must leave the old file or the new one, never half of it.
+    replace_lines(path, (line for line, row in iter_rows(path, notes) if row["step"] < start_step))
+    return dropped
+
+
+def amend_row(path: Path, step: int, more: dict[str, Any]) -> None:
+    """Add `more` to the row of `step`, atomically. Raises: as `iter_rows`."""
+    rows = iter_rows(path, [], with_step=True)
+    replace_lines(path, (to_line(row | more).encode() if row["step"] == step else line for line, row in rows))
+
+
+def replace_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Write a file anew; a crash in mid-write leaves the old one or the new one, never half of it."""
     draft = path.with_suffix(path.suffix + ".tmp")
     with naming(path), draft.open("wb") as file:
-        file.writelines(line for line, row in iter_rows(path, notes) if row["step"] < start_step)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
-    return dropped
 
 
 def _is_step(value: Any) -> bool:

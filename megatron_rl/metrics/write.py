@@ -19,7 +19,7 @@ from megatron_rl.config import Config, dump_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import naming, write_atomically
 from megatron_rl.launch import say
-from megatron_rl.metrics.jsonl import cut_from_step, to_line
+from megatron_rl.metrics.jsonl import amend_row, cut_from_step, to_line
 
 # what the terminal shows: label, metric, format
 SHOWN = (
@@ -64,18 +64,25 @@ class RunLogger:
 
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one step everywhere; the metrics.jsonl line is flushed, so it outlives this process from then on."""
+    def log(self, step: int, metrics: dict[str, float], *, late: bool = False) -> None:
+        """Write one step everywhere; the metrics.jsonl line is flushed, so it outlives this process from then on.
+        `late`: add to a step that was logged before; to W&B, whose steps only go on, with a metric `eval/step`."""
         if not self._active:
             return
-        self._append("metrics", {"step": step, **{name: metrics[name] for name in sorted(metrics)}})
+        if late:
+            path = self._run_dir / "metrics.jsonl"
+            self._files["metrics"].close()
+            amend_row(path, step, metrics)
+            self._files["metrics"] = path.open("a", encoding="utf-8")
+        else:
+            self._append("metrics", {"step": step, **{name: metrics[name] for name in sorted(metrics)}})
+            self._progress.advance(step, metrics)
         if self._tensorboard is not None:
             with naming(self._run_dir / "tensorboard"):
                 for name, value in metrics.items():
                     self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
-        self._progress.advance(step, metrics)
+            self._wandb.log(metrics | ({"eval/step": step} if late else {}), step=None if late else step)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append decoded rollouts to samples.jsonl, one line each, with their step."""

@@ -243,7 +243,7 @@ def _run(config: Config, rank: int, tokenizer: Any, rollouts: list[Rollout], spa
     policy = _Policy(config, Crowd(layout.cp_rank, p.cp, lambda value: [value] * p.cp) if p.cp > 1 else None, spans)
     collector = Collector(lambda: engine, cursor, grader, tokenizer, config, place, lambda: None, spans)
     controller, timers = LossController(config.loss, ranks), Timers(device.synchronize, spans)
-    data: list[Any] = [None] * 4  # a step asks for none
+    data: list[Any] = [None] * 5  # a step asks for none
     return Run(config, groups, world, ranks, layout, tokenizer, policy, served, collector, controller, timers, *data)
 
 

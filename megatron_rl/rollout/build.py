@@ -86,7 +86,8 @@ def _channel(config: Config, setup: EngineSetup, dialect: Dialect, loop: Loop, f
     shapes = weight_sync.expected_weights(setup.hf)
     if options.mode == "disk":
         folder = Path(options.folder) if options.folder else config.run_dir / "engine_weights"
-        return weight_sync.Disk(dialect, folder, loop.submit, place.rank, setup.model_dir)
+        model_dir = None if place.has_weights else setup.model_dir
+        return weight_sync.Disk(dialect, folder, loop.submit, place.rank, model_dir)
     buffers = weight_sync.Buffers(shapes, options.bucket_mib * 2**20, getattr(torch, config.model.dtype).itemsize)
     sender = weight_sync.Sender(dialect, shapes, buffers, loop.submit, place.rank)
     if options.mode == "colocated":

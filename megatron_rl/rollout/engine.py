@@ -206,6 +206,8 @@ class Place:
     world_size: int
     local_rank: int
     gather: Callable[[Any], Sequence[Any]]  # all ranks' objects, in the order of ranks
+    devices_taken: int = 0  # of this node, beyond the trainer's, by other servers
+    has_weights: bool = False  # they lie in the folder of weight_sync.mode=disk already
 
     @property
     def owns_servers(self) -> bool:

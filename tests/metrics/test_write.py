@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import sys
 import tracemalloc
@@ -95,6 +96,22 @@ def test_run_and_resume(tmp_path: Path) -> None:
     assert len(list((run_dir / "tensorboard").glob("events*"))) == 2
 
 
+def test_late_metrics_join_the_row_of_their_step(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, make_config(logging={"tensorboard": False}), console=quiet()) as logger:
+        for step in range(3):
+            logger.log(step, {"x": float(step)})
+        logger.log(1, {"eval/a": 0.5}, late=True)
+        logger.log(3, {"x": math.nan})
+    rows, notes = read_rows(tmp_path / "metrics.jsonl")
+    assert rows == [
+        {"step": 0, "x": 0.0},
+        {"step": 1, "x": 1.0, "eval/a": 0.5},
+        {"step": 2, "x": 2.0},
+        {"step": 3, "x": None, "non_finite": ["x"]},
+    ]
+    assert not notes and sorted(path.name for path in tmp_path.glob("metrics*")) == ["metrics.jsonl"]
+
+
 def test_the_ledger_names_tokens_and_is_cut_with_the_rest(tmp_path: Path) -> None:
     config, entry = make_config(), {"total": [3.0, 0.123456789], "tokens": [[7, 2.0, float("nan")]], "edges": [None]}
     tokenizer = types.SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
@@ -170,11 +187,12 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"pip install wandb"):
         RunLogger(tmp_path / "a", config, console=quiet())
     logged: list[tuple[dict[str, float], int]] = []
-    run = types.SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: None)
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((dict(values), step)), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: run))
     with RunLogger(tmp_path / "b", config, console=quiet()) as logger:
         logger.log(4, {"x": 1.0})
-    assert logged == [({"x": 1.0}, 4)]
+        logger.log(4, {"eval/y": 2.0}, late=True)
+    assert logged == [({"x": 1.0}, 4), ({"eval/y": 2.0, "eval/step": 4}, None)]
     assert not (tmp_path / "b" / "tensorboard").exists()
 
 

@@ -154,6 +154,7 @@ class Fleet:
         config, server = self.config, self.config.rollout.server
         spans_nodes = self.place.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", self.place.world_size))
         first = 0 if config.rollout.weight_sync.mode == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        first += self.place.devices_taken
         devices = range(first + index * server.tp, first + (index + 1) * server.tp) if device.ON_GPU else ()
         port = free_port()
         spec = LaunchSpec(

@@ -314,8 +314,9 @@ class Disaggregated(Channel):
 class Disk(Channel):
     """Sends through a folder, see the module's docstring."""
 
-    def __init__(self, dialect: Dialect, folder: Path, submit: Submit, rank: int, model_dir: Path) -> None:
-        """Keep the folder. `model_dir`: config.json and the tokenizer, copied beside the weights."""
+    def __init__(self, dialect: Dialect, folder: Path, submit: Submit, rank: int, model_dir: Path | None) -> None:
+        """Keep the folder. `model_dir`: config.json and the tokenizer, copied beside the weights; None: the folder has
+        all, those of the stream too."""
         self._dialect, self._folder, self._submit = dialect, folder, submit
         self._rank, self._model_dir = rank, model_dir
         self._servers: Sequence[Server] = ()
@@ -331,9 +332,10 @@ class Disk(Channel):
             return
         stream = iter(stream)
         try:
-            clear(self._folder)  # a server that still reads the former files may keep them from being removed
-            shutil.copytree(self._model_dir, self._folder)
-            write_shards(self._folder, stream, SHARD_BYTES)
+            if self._model_dir is not None:
+                clear(self._folder)  # a server that still reads the former files may keep them from being removed
+                shutil.copytree(self._model_dir, self._folder)
+                write_shards(self._folder, stream, SHARD_BYTES)
         except OSError as error:
             free = shutil.disk_usage(self._folder.parent).free
             raise EngineError(f"cannot write weights to {self._folder}: {error}; {free:,} bytes are free") from error
