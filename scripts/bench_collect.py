@@ -12,37 +12,35 @@ needed: the tokens of the groups used, and of the groups drawn before the last o
     know that before they are there.
 thrown away: all other tokens that the servers made during the steps, those of aborted responses included.
 ideal: the needed tokens at the throughput of servers with a full queue, measured at each turn's begin and end.
+in order: the same, when each slot of a server takes the next needed response in the order of the draw as soon as it is
+    free, and a step ends with its last response: what a collector that aborts nothing could reach if it knew in advance
+    which groups it needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
-import hashlib
 import itertools
 import json
-import math
 import os
-import re
 import secrets
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench_collect_task import PROBE_SEED, Book, response_tokens
+
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = Path(__file__).resolve().parent / "bench_collect_server"
-SIGMA = 0.75  # of the lengths' logarithm: of 512 responses the longest has about 8 times the median
-KEPT = 0.6  # of the groups have rewards that differ
 WARM_SECONDS = 4.0  # of a full queue, before its throughput is measured
 PROMPT_TOKENS = 32
 NUM_PROMPTS = 4096
-PROBE_SEED = 0  # of the request with which rollout/probe.py follows a weight update
 HF = {
     "model_type": "qwen2",
     "hidden_size": 32,
@@ -63,9 +61,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="train.prompts_per_step")
     parser.add_argument("--samples", type=int, default=8, help="rollout.samples_per_prompt")
     parser.add_argument("--concurrency", type=int, default=16, help="rollout.server.max_concurrency, of each server")
-    parser.add_argument("--median", type=float, default=40.0, help="of the responses' tokens")
-    parser.add_argument("--limit", type=int, default=480, help="rollout.max_response_tokens; lengths stay below")
-    parser.add_argument("--step-ms", type=float, default=30.0, help="least time of a decode step in a server")
+    parser.add_argument("--median", type=float, default=32.0, help="of the responses' tokens")
+    parser.add_argument("--limit", type=int, default=384, help="rollout.max_response_tokens; lengths stay below")
+    parser.add_argument("--step-ms", type=float, default=50.0, help="least time of a decode step in a server")
     parser.add_argument("--full-seconds", type=float, default=15.0, help="of a full queue, before and after the steps")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more of the config")
     parser.add_argument("--json", type=Path, help="write all turns into this file")
@@ -99,7 +97,7 @@ def main() -> None:
 def turn_of(root: Path, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What the checkout `root` needs for some steps, with servers of its own."""
     keys = ("steps", "prompts", "samples", "concurrency", "median", "limit", "full_seconds", "set")
-    setting = {key: getattr(options, key) for key in keys} | {"folder": str(folder)}
+    setting = {key: getattr(options, key) for key in keys} | {"root": str(root), "folder": str(folder)}
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
@@ -118,22 +116,27 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of steps, and sums of tokens, over all turns of a version."""
     steps = [step for turn in turns for step in turn["steps"]]
     tokens = {key: sum(turn["tokens"][key] for turn in turns) for key in turns[0]["tokens"]}
-    ideal = sum(turn["tokens"]["needed"] / statistics.fmean(turn["throughput"]) for turn in turns)
+
+    def at_full(key: str) -> float:
+        return sum(turn["tokens"][key] / statistics.fmean(turn["throughput"]) for turn in turns) / len(steps)
+
     return {
         "seconds": statistics.median(step["seconds"] for step in steps),
         "fastest": min(step["seconds"] for step in steps),
         "slowest": max(step["seconds"] for step in steps),
         "num_steps": len(steps),
-        "of_ideal": ideal / sum(step["seconds"] for step in steps),
-        "ideal": ideal / len(steps),
+        "ideal": at_full("needed"),
+        "in_order": at_full("in_order"),
+        "of_ideal": at_full("needed") / statistics.fmean(step["seconds"] for step in steps),
         "tokens": tokens,
         "thrown_away": 1 - tokens["needed"] / tokens["generated"],
-        "aborted": 1 - tokens["returned"] / tokens["generated"],
+        "aborted": 1 - tokens["in_whole"] / tokens["generated"],
         "throughput": [value for turn in turns for value in turn["throughput"]],
         "decode_ms": statistics.fmean(turn["decode_ms"] for turn in turns),
         "idle": statistics.fmean(turn["idle"] for turn in turns),
-        "slots": statistics.fmean(turn["slots"] for turn in turns),
-        "batches": statistics.fmean(step["batches"] for step in steps),
+        "filled": statistics.fmean(turn["filled"] for turn in turns),
+        "drawn": sum(turn["drawn"] for turn in turns) / len(steps),
+        "kept": statistics.fmean(turn["kept"] for turn in turns),
         "load": [value for turn in turns for value in turn["load"]],
     }
 
@@ -142,109 +145,15 @@ def line(name: str, row: dict[str, Any]) -> str:
     tokens, rates = row["tokens"], row["throughput"]
     return (
         f"{name}: {row['seconds']:.1f} s a step ({row['fastest']:.1f} to {row['slowest']:.1f}, {row['num_steps']} "
-        f"steps), ideal {row['ideal']:.1f} s, reached {row['of_ideal']:.2f} of it; {tokens['generated']} tokens "
-        f"generated, {tokens['needed']} needed, thrown away {row['thrown_away']:.1%} (aborted responses "
-        f"{row['aborted']:.1%}); servers idle {row['idle']:.1%} of the time, {row['slots']:.1%} of their slots filled; "
-        f"{row['batches']:.2f} batches a step; a decode step {row['decode_ms']:.1f} ms, full queue {min(rates):.0f} to "
-        f"{max(rates):.0f} tokens/s; "
-        f"load {min(row['load']):.1f} to {max(row['load']):.1f}"
+        f"steps); ideal {row['ideal']:.1f} s, {row['of_ideal']:.2f} of it reached; "
+        f"in order {row['in_order']:.1f} s\n"
+        f"    {row['drawn']:.1f} prompts drawn a step, {row['kept']:.2f} of them teach; {tokens['generated']} tokens "
+        f"generated, {tokens['needed']} needed, {row['thrown_away']:.1%} thrown away, "
+        f"{row['aborted']:.1%} of aborted responses; servers idle {row['idle']:.1%} of the time, {row['filled']:.1%} "
+        f"of their slots filled\n"
+        f"    a decode step {row['decode_ms']:.1f} ms, full queue {min(rates):.0f} to {max(rates):.0f} tokens/s, load "
+        f"{min(row['load']):.1f} to {max(row['load']):.1f}"
     )
-
-
-# ------------------------------------------------------------------------------------------- what is asked for, by hash
-
-
-def uniform(*keys: object) -> float:
-    """A number in (0, 1) that depends on the keys alone."""
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=7).digest()
-    return min((int.from_bytes(digest, "big") + 0.5) / 2.0**56, 1 - 2.0**-53)
-
-
-def response_tokens(median: float, limit: int, *keys: object) -> int:
-    """A log-normal number of tokens from 1 to limit - 1."""
-    normal = statistics.NormalDist().inv_cdf(uniform("length", *keys))
-    return max(1, min(limit - 1, round(median * math.exp(SIGMA * normal))))
-
-
-def grade(response: str, answer: str) -> float:
-    """0 or 1: in an informative group by the number of tokens, in another by the problem alone."""
-    if uniform("informative", answer) >= KEPT:
-        return float(uniform("score", answer) < 0.5)
-    tokens = len(re.sub(r"<\w+>", ".", response))
-    return float(uniform("score", answer, tokens) < 0.5)
-
-
-@dataclasses.dataclass
-class Group:
-    """The responses to one prompt that one step asked for."""
-
-    lengths: dict[int, int] = dataclasses.field(default_factory=dict)  # tokens by sample
-    returned: int = 0  # tokens that came back
-
-    def tokens(self) -> int:
-        return sum(self.lengths.values())
-
-    def is_informative(self, answer: str) -> bool:
-        return len({grade("." * tokens, answer) for tokens in self.lengths.values()}) > 1
-
-
-class Book:
-    """The groups asked for, in the order of the draw."""
-
-    def __init__(self, median: float, limit: int) -> None:
-        self._median, self._limit = median, limit
-        self.groups: dict[tuple[int, int], Group] = {}  # by seed (one of each step) and prompt
-        self.newest: dict[int, tuple[int, int]] = {}  # the key of a prompt's last group
-
-    def needed(self, used: Collection[tuple[int, int]], answers: dict[int, str]) -> int:
-        """Tokens of the groups `used`, and of the whole groups that taught nothing and were drawn before the last of
-        those of the same step."""
-        order = list(self.groups)
-        last = {key[0]: position for position, key in enumerate(order) if key in used}
-        total = 0
-        for position, (key, group) in enumerate(self.groups.items()):
-            taught_nothing = group.returned >= group.tokens() and not group.is_informative(answers[key[1]])
-            if key in used or (taught_nothing and position < last.get(key[0], -1)):
-                total += group.tokens()
-        return total
-
-    def shorten(self, request: Any) -> None:
-        """Give a new training request its length: the only requests with the config's limit are new ones."""
-        sampling = request.sampling
-        if sampling.max_response_tokens == self._limit:
-            key = (sampling.seed, request.prompt_id)
-            tokens = response_tokens(self._median, self._limit, *key, request.sample_index)
-            self.newest[request.prompt_id] = key
-            self.groups.setdefault(key, Group()).lengths[request.sample_index] = tokens
-            object.__setattr__(request, "sampling", dataclasses.replace(sampling, max_response_tokens=tokens))
-
-    def install(self) -> None:
-        """Hook into what all versions share: the making of a request, and a server's answer to it."""
-        from megatron_rl.rollout.engine import Request
-        from megatron_rl.rollout.servers.sglang import SGLang
-
-        make, generate, command = Request.__init__, SGLang.generate, SGLang.command
-
-        def shortened(request: Any, *args: Any, **kwargs: Any) -> None:
-            make(request, *args, **kwargs)
-            self.shorten(request)
-
-        async def counted(dialect: Any, server: Any, request: Any, rid: str, **kwargs: Any) -> Any:
-            done = await generate(dialect, server, request, rid, **kwargs)
-            if (key := self.newest.get(request.prompt_id)) and request.sampling.seed != PROBE_SEED:
-                self.groups[key].returned += len(done.token_ids)
-            return done
-
-        def paced(dialect: Any, spec: Any) -> tuple[list[str], dict[str, str]]:
-            argv, env = command(dialect, spec)
-            return argv, env | {"PYTHONPATH": f"{PLUGIN}{os.pathsep}{env['PYTHONPATH']}"}
-
-        for owner, name, hook in (
-            (Request, "__init__", shortened),
-            (SGLang, "generate", counted),
-            (SGLang, "command", paced),
-        ):
-            setattr(owner, name, hook)
 
 
 # ---------------------------------------------------------------------------------------------------------- one turn
@@ -253,16 +162,18 @@ class Book:
 def work(setting: dict[str, Any]) -> None:
     """Collect some steps with servers of this process's own, and write turn.json into the turn's folder."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    import megatron_rl
     from megatron_rl import launch, train
     from megatron_rl.config import parse_config
     from megatron_rl.parallel.groups import destroy_groups, init_groups
     from megatron_rl.rollout.servers.http import KEY_VARIABLE
     from megatron_rl.rollout.servers.processes import free_port
 
+    assert Path(megatron_rl.__file__).is_relative_to(setting["root"]), megatron_rl.__file__
     launch.die_with_parent(None)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), KEY_VARIABLE: secrets.token_hex(16)}
     book = Book(setting["median"], setting["limit"])
-    book.install()
+    install(book)
     config = parse_config(raw_config(setting))
     run = train.set_up(config, init_groups(config.parallel, config.seed))
     answers = {prompt.prompt_id: prompt.answer for prompt in run.train_prompts}
@@ -278,24 +189,54 @@ def work(setting: dict[str, Any]) -> None:
                 run.collector.go_ahead(step)
             run.served.weight_version = step + 1
             used |= {book.newest[prompt_id] for prompt_id in result.prompts_by_id}
-            batches = result.metrics["sampling/num_batches"]
-            steps.append({"began": began, "ended": ended, "seconds": ended - began, "batches": batches})
+            steps.append({"began": began, "ended": ended, "seconds": ended - began})
         with run.served.session(run.timers) as engine:
             throughput.append(full_queue(engine, run, setting, log))
     finally:
         run.close()
-    busy, slots = log.busy([(step["began"], step["ended"]) for step in steps], setting["concurrency"])
+    busy, filled = log.busy([(step["began"], step["ended"]) for step in steps], setting["concurrency"])
+    needed, slots = book.needed(used, answers), 2 * setting["concurrency"]
     tokens = {
         "generated": log.tokens(steps[0]["began"], steps[-1]["ended"]),
-        "returned": sum(group.returned for group in book.groups.values()),
-        "used": sum(book.groups[key].tokens() for key in used),
-        "needed": book.needed(used, answers),
+        "in_whole": book.in_whole(),
+        "used": book.tokens(used),
+        "needed": book.tokens(needed),
+        "in_order": slots * book.in_order(needed, slots),
     }
-    row = {"steps": steps, "tokens": tokens, "throughput": throughput, "idle": 1 - busy, "slots": slots}
+    row = {"steps": steps, "tokens": tokens, "throughput": throughput, "idle": 1 - busy, "filled": filled}
     row["decode_ms"] = 1000 * log.decode_seconds()
+    row["drawn"] = len(book.groups)
     row["kept"] = statistics.fmean(group.is_informative(answers[key[1]]) for key, group in book.groups.items())
     (Path(setting["folder"]) / "turn.json").write_text(json.dumps(row))
     destroy_groups()
+
+
+def install(book: Book) -> None:
+    """Hook into what all versions share: the making of a request, and a server's answer to it."""
+    from megatron_rl.rollout.engine import Request
+    from megatron_rl.rollout.servers.sglang import SGLang
+
+    make, generate, command = Request.__init__, SGLang.generate, SGLang.command
+
+    def shortened(request: Any, *args: Any, **kwargs: Any) -> None:
+        make(request, *args, **kwargs)
+        book.shorten(request)
+
+    async def counted(dialect: Any, server: Any, request: Any, rid: str, **kwargs: Any) -> Any:
+        done = await generate(dialect, server, request, rid, **kwargs)
+        book.answered(request, len(done.token_ids))
+        return done
+
+    def paced(dialect: Any, spec: Any) -> tuple[list[str], dict[str, str]]:
+        argv, env = command(dialect, spec)
+        return argv, env | {"PYTHONPATH": f"{PLUGIN}{os.pathsep}{env['PYTHONPATH']}"}
+
+    for owner, name, hook in (
+        (Request, "__init__", shortened),
+        (SGLang, "generate", counted),
+        (SGLang, "command", paced),
+    ):
+        setattr(owner, name, hook)
 
 
 def raw_config(setting: dict[str, Any]) -> dict[str, Any]:
@@ -320,7 +261,7 @@ def raw_config(setting: dict[str, Any]) -> dict[str, Any]:
             "server": server,
             "weight_sync": {"bucket_mib": 4},
         },
-        "reward": {"function": "bench_collect:grade", "workers": 0},
+        "reward": {"function": "bench_collect_task:grade", "workers": 0},
         "algorithm": {"dynamic_sampling": {"enabled": True}},
         "train": {
             "num_steps": setting["steps"],
@@ -398,7 +339,7 @@ async def flood(urls: list[str], run: Any, setting: dict[str, Any], key: str) ->
 
     def requests() -> Iterator[Request]:
         for prompt, sample in itertools.product(reversed(run.train_prompts), range(setting["samples"])):
-            length = response_tokens(setting["median"], setting["limit"], "full", prompt.prompt_id, sample)
+            length = response_tokens(setting["median"], setting["limit"], PROBE_SEED, prompt.prompt_id, sample)
             yield Request(
                 prompt.prompt_id, sample, prompt.token_ids, SamplingParams(1.0, 1.0, 0, length, (), PROBE_SEED)
             )
