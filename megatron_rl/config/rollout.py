@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_rl.config.section import Fraction, Int, NonNegativeInt, PathText, PositiveFloat, PositiveInt, Section
+from megatron_rl.config.section import (
+    Fraction,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 
 class ServerConfig(Section):
@@ -81,6 +90,9 @@ class RolloutConfig(Section):
     max_staleness: NonNegativeInt = 0
     """Steps by which the weights that began a response may be older than those it trains; above 0 the next steps'
     responses are generated during training."""
+    oversample: NonNegativeFloat | Literal["auto"] = "auto"
+    """Dynamic sampling: prompts drawn beyond those of which train.prompts_per_step are kept on average, as a fraction
+    of it; auto: by one standard deviation of the number kept. What is not needed is ended, and drawn again."""
     routing_replay: bool = False
     """Mixture of experts: the engine reports the experts that it routed each token to, and the policy's forward passes
     take the same (R3); a response that a weight update interrupted has those of its last weights."""

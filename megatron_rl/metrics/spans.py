@@ -32,6 +32,9 @@ class Spans:
         """Return the context of something frequent, on any thread: wall time alone, nothing is waited for."""
         return _NOTHING
 
+    def elsewhere(self, name: str, start: float, end: float, place: str) -> None:
+        """Record what another machine or process did, `place`, between two times of time.time()."""
+
     def steps(self, steps: Iterable[int]) -> Iterator[int]:
         """Yield the same steps; what the loop's body does between two of them is one step."""
         yield from steps
@@ -106,6 +109,12 @@ class Recorder(Spans):
         if self._record is not None:
             return self._light_span(self._record, name)
         return torch.profiler.record_function(name) if self._tracing else _NOTHING
+
+    @override
+    def elsewhere(self, name: str, start: float, end: float, place: str) -> None:
+        if self._record is not None:
+            shift = time.perf_counter() - time.time()
+            self._record.spans.append(Span(name, start + shift, end + shift, thread=place))
 
     @override
     def steps(self, steps: Iterable[int]) -> Iterator[int]:

@@ -41,7 +41,7 @@ from megatron_rl.policy.policy import MegatronPolicy, add_up
 from megatron_rl.profiling.analysis import Cost, RankRecord, summarise
 from megatron_rl.rollout.answers import facts_of
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.rollout.engine import Place
+from megatron_rl.rollout.engine import Place, Rounds
 from megatron_rl.run import Run
 from megatron_rl.train import run_step
 from megatron_rl.types import Lengths, MiniBatch, Prompt, Rollout, TokenStats, UpdateResult
@@ -108,12 +108,17 @@ class _Others:
 
     def __init__(self, config: Config, layout: Layout, rank: int, rollouts: list[Rollout]) -> None:
         self._layout, self._rank, self._rollouts, self._size = layout, rank, rollouts, len(layout.dp_ranks)
+        self._samples, self._is_embedded = config.rollout.samples_per_prompt, config.rollout.is_embedded
         self._num_logged, self._computed = config.logging.samples_per_step, set[int]()
 
     def in_world(self, value: Any) -> list[Any]:
-        if isinstance(value, tuple):  # Collector: facts of the answers that a rank sampled
-            bounds = [len(self._rollouts) * rank // self._size for rank in range(self._size + 1)]
-            return [(facts_of(self._rollouts[a:b]), "") for a, b in itertools.pairwise(bounds)]
+        if isinstance(value, tuple):  # Collector: facts of the answers that a rank sampled, none lost, no fault
+            groups = [self._rollouts[i : i + self._samples] for i in range(0, len(self._rollouts), self._samples)]
+            parts = [list(itertools.chain(*groups[rank :: self._size])) for rank in range(self._size)]
+            if self._is_embedded:
+                bounds = [len(self._rollouts) * rank // self._size for rank in range(self._size + 1)]
+                parts = [self._rollouts[a:b] for a, b in itertools.pairwise(bounds)]
+            return [(facts_of(part), 0, "") for part in parts]
         if isinstance(value, list):  # hand_out: the tokens that this rank computes; here all come from one rank
             bins = [each.bins[self._layout.dp_rank] for each in deal_step(self._rollouts, self._layout)]
             self._computed = {i for chosen in itertools.chain(*bins) for i in chosen}
@@ -230,7 +235,7 @@ def _run(config: Config, rank: int, tokenizer: Any, rollouts: list[Rollout], spa
             last[:] = [ready[request.prompt_id, request.sample_index]]
             yield i, last[0]
 
-    engine: Any = SimpleNamespace(stream=stream)
+    engine: Any = SimpleNamespace(open=lambda then: Rounds(SimpleNamespace(stream=stream), then))
     grader = InProcess([lambda response, answer: last[0].score] * (1 + len(config.reward.terms)))
     cursor, place = _cursor(config), Place(rank, p.processes, 0, world.gather_objects)
     served: Any = SimpleNamespace(session=lambda timers: contextlib.nullcontext())

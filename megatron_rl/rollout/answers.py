@@ -1,25 +1,15 @@
-"""What a rank's requests brought, and what the other ranks hear of it."""
+"""What other ranks hear of a rank's rollouts."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_rl.packing.dealing import TOKENS
 from megatron_rl.types import Rollout
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """The rollouts of one rank's requests, and why no more can come."""
-
-    rollouts: list[Rollout]  # graded; those that servers lost are missing
-    problem: str
-
 
 Facts = tuple[Any, ...]  # a rollout's fields but its tokens
 _FACTS = tuple(field.name for field in dataclasses.fields(Rollout) if field.name not in TOKENS)

@@ -1,18 +1,20 @@
-"""One step's rollouts: draw prompts, generate and grade each rank's share, gather, and drop groups that teach nothing.
+"""One step's rollouts: draw prompts, have them answered and graded, and keep the first groups that teach something.
 
 Every rank draws the same prompts and decides on the same facts of all rollouts (rewards, lengths, faults), which are
 gathered without their tokens; so all ranks return the same result and leave the cursor at the same place. The tokens
 travel when it is known which rank computes them (packing/dealing.py). The collective itself comes in with `place`.
+
+Servers answer without barriers: ranks meet every `_TICK_SECONDS`, tell each other what came, and draw more as soon as
+too few groups are likely to be kept. The embedded engine answers in rounds. Either keeps the same groups (window.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import itertools
+import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +26,10 @@ from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.reward.shape import check_failures, filter_overlong, graded, response_text, shape_rewards
-from megatron_rl.rollout.answers import Answers, facts_of, from_facts
-from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
+from megatron_rl.rollout.answers import facts_of, from_facts
+from megatron_rl.rollout.engine import Cost, EngineError, Place, Request, RolloutEngine, SamplingParams, Stream, Taken
+from megatron_rl.rollout.measures import busy_times, cost_metrics, is_informative, rollout_metrics, staleness_metrics
+from megatron_rl.rollout.window import Group, Keeps, num_settled, num_to_draw
 from megatron_rl.types import CollectResult, Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 # separate the seeds of training and evaluation
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
+_TICK_SECONDS = 0.25  # between two meetings of the ranks while servers generate
 
 
 class CollectError(RuntimeError, UserError):
@@ -40,24 +45,13 @@ class CollectError(RuntimeError, UserError):
 
 
 class CollectStopped(EngineError):
-    """The run was asked to stop between two generation batches of a step: what the step has is dropped."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    """Prompts that were drawn, and this rank's part of the work on them."""
-
-    prompts: list[Prompt]
-    requests: list[Request]  # all ranks'
-    share: list[Request]  # this rank's
-    cursor_before: dict[str, int] = dataclasses.field(default_factory=dict)
-    answers: Future[Answers] | None = None  # when begun ahead of time
+    """The run was asked to stop before more prompts of a step are drawn: what the step has is dropped."""
 
 
 class Collector:
     """Draws prompts and turns them into graded rollouts, up to `rollout.max_staleness` steps ahead of the training.
 
-    What is ahead runs on a thread of its own and makes no collective: ranks meet where a batch is taken.
+    Rollouts ahead stay with the servers while the policy trains, without a collective: ranks meet again in `collect`.
     """
 
     def __init__(
@@ -76,65 +70,99 @@ class Collector:
         self._spans = spans
         self._engine, self.cursor, self._grader, self._tokenizer = engine, cursor, grader, tokenizer
         self._config, self._place, self._revive = config, place, revive
-        self._ahead: deque[_Pending] = deque()
-        self._threads = ThreadPoolExecutor(max(1, config.rollout.max_staleness), "rollouts-ahead")
+        self._window: deque[Group] = deque()  # drawn for training, in order
+        self._numbers = itertools.count()  # of the groups
+        self._asked: dict[tuple[int, int], Group] = {}  # by prompt and sample: what is under way on all ranks
+        self._asked_again: set[tuple[int, int]] = set()  # in this step, because the first answer was too old
+        self._grading: list[tuple[Rollout, Future[Verdict]]] = []  # this rank's
+        self._lengths: dict[int, float] = {}  # mean of a prompt's last samples, tokens
+        self._stream: Stream | None = None
+        self._seen: list[bool] = []  # which groups of the last step were kept
+        self._ended = time.time()  # the last step's collection
         self.resume_point = cursor.state()
 
     def collect(self, step: int) -> CollectResult:
         """`prompts_per_step` groups of graded rollouts with shaped rewards, for RL step `step`.
 
-        With dynamic sampling, groups whose rewards are all equal are dropped and another generation batch of
-        `prompts_per_step` prompts is drawn until enough are kept, at most `max_batches` times. Groups kept beyond
-        `prompts_per_step` are discarded, the last drawn first, and counted in `sampling/surplus_groups`: their prompts
-        come again in the next epoch.
+        With dynamic sampling, groups whose rewards are all equal are dropped and more prompts are drawn until enough
+        are kept, at most `max_batches` times `prompts_per_step`. The first informative groups in drawn order are kept.
+        What was drawn behind them is ended, and its prompts are drawn again; with `max_staleness` above 0 it goes on as
+        rollouts ahead.
 
         Raises: CollectError when `max_batches` did not suffice; CollectStopped when some rank was asked to stop and
-            another batch would be needed; DataError when the data set is too small; RewardError when gradings failed
+            more prompts would be needed; DataError when the data set is too small; RewardError when gradings failed
             too often; EngineError. All on every rank.
         Source: dynamic sampling, arXiv 2503.14476, section 3.2.
         """
-        config = self._config
-        wanted, dynamic = config.train.prompts_per_step, config.algorithm.dynamic_sampling
+        staleness, config, began = self._config.rollout.max_staleness, self._config, time.time()
         self.resume_point = self.cursor_state()
-        drawn: dict[int, Prompt] = {}
-        groups: list[list[Rollout]] = []
-        kept: list[list[Rollout]] = []
-        num_batches = num_stale = 0
-        while len(kept) < wanted:
-            if num_batches == (dynamic.max_batches if dynamic.enabled else 1):
-                raise CollectError(_shortage(groups, len(kept), num_batches, config))
-            if num_batches and any(self._place.gather(launch.stop_requested(config.run_dir))):
-                raise CollectStopped(f"stopped after {num_batches} generation batches of step {step + 1}")
-            # a prompt that came twice in one step would form one group of equal samples: an epoch's end skips it
-            pending = self._ahead.popleft() if self._ahead else self._draw(step, exclude=drawn)
-            drawn.update((prompt.prompt_id, prompt) for prompt in pending.prompts)
-            batch, stale = self._take(pending, oldest=step - config.rollout.max_staleness)
-            num_stale += stale
-            groups += [shape_rewards(group, config) for group in batch]
-            num_batches += 1
-            check_failures([rollout for group in groups for rollout in group], config)
-            kept = [group for group in groups if _informative(group)] if dynamic.enabled else groups
+        self._asked_again.clear()
+        num_stale = self._settle(self._window, step - staleness)
+        count, more_stale = self._fill(step)
+        taken = [self._window.popleft() for _ in range(count)]
+        unused = 0 if staleness else self._give_back()
+        costs, ended = self._place.gather(self._stream.cost() if self._stream else Cost()), time.time()
+        began, self._ended = self._ended if staleness else began, ended
+        groups = [group.rollouts for group in taken]
+        check_failures([rollout for group in groups for rollout in group], config)
+        self._seen = [self._keeps(group) for group in groups]
+        kept = [group for group in taken if self._keeps(group.rollouts)]
+        rollouts = [rollout for group in kept for rollout in group.rollouts]
         metrics = rollout_metrics(groups)
         for i, term in enumerate(config.reward.terms):
             metrics[f"reward/term/{term.name}"] = fmean([rollout.terms[i] for group in groups for rollout in group])
-        metrics |= {"sampling/num_batches": float(num_batches), "sampling/surplus_groups": float(len(kept) - wanted)}
-        if config.rollout.max_staleness:
-            metrics |= staleness_metrics([r for group in kept[:wanted] for r in group], step, num_stale)
-        rollouts = filter_overlong([rollout for group in kept[:wanted] for rollout in group], config)
-        return CollectResult(rollouts, {r.prompt_id: drawn[r.prompt_id] for r in rollouts}, metrics)
+        discarded = unused + sum(cost.discarded_tokens for cost in costs)
+        generated = sum(rollout.response_length for group in groups for rollout in group) + discarded
+        metrics |= {
+            "sampling/num_groups": float(len(groups)),
+            "sampling/discarded_token_fraction": discarded / generated,
+        }
+        metrics |= cost_metrics(costs, taken, began, ended)
+        for address, stretches in busy_times(costs).items() if self._place.rank == 0 else ():
+            for stretch in stretches:
+                self._spans.elsewhere("generating", *stretch, address)
+        if staleness:
+            metrics |= staleness_metrics(rollouts, step, num_stale + more_stale)
+        prompts = {group.prompt.prompt_id: group.prompt for group in kept}
+        return CollectResult(filter_overlong(rollouts, config), prompts, metrics)
+
+    def _fill(self, step: int) -> tuple[int, int]:
+        """Draw and meet until the window has the groups of the step; returns how many of its first are settled then,
+        and how many responses were too old."""
+        config, window, oldest = self._config, self._window, step - self._config.rollout.max_staleness
+        wanted, dynamic, num_stale = config.train.prompts_per_step, config.algorithm.dynamic_sampling, 0
+        most = wanted * (dynamic.max_batches if dynamic.enabled else 1)
+        while (count := num_settled(window, wanted, self._keeps)) is None:
+            settled = list(itertools.takewhile(bool, (group.rollouts for group in window)))
+            if len(settled) >= most:
+                raise CollectError(_shortage(settled, self._keeps, config))
+            more = min(num_to_draw(window, wanted, self._keeps, config.rollout.oversample), most - len(window))
+            if more > 0:
+                if window and any(self._place.gather(launch.stop_requested(config.run_dir))):
+                    kept = sum(map(self._keeps, settled))
+                    raise CollectStopped(f"stopped in step {step + 1}, which had kept {kept} of {len(window)} prompts")
+                self._draw(more, step)
+            num_stale += self._meet(oldest)
+            judged = [rollout for group in window for rollout in group.rollouts]
+            if len(judged) >= wanted * config.rollout.samples_per_prompt:
+                check_failures(judged, config)
+        return count, num_stale
 
     def go_ahead(self, step: int) -> None:
         """Start generating for the steps after `step`, as far as `max_staleness` and the run's length allow; with the
         weights of `step`. Call it once the step's own rollouts are there."""
-        last = min(step + self._config.rollout.max_staleness, self._config.train.num_steps - 1)
-        for later in range(step + 1 + len(self._ahead), last + 1):
-            pending = self._draw(later)
-            pending.answers = self._threads.submit(self._generate, pending.share, pending.prompts)
-            self._ahead.append(pending)
+        config = self._config
+        steps = min(config.rollout.max_staleness, config.train.num_steps - 1 - step)
+        if steps > 0:
+            # no margin: what would be left over may be too old for the step after
+            wanted = steps * config.train.prompts_per_step
+            more = num_to_draw(self._window, wanted, self._keeps, seen=self._seen)
+            if more and len(self._window) < len(self.cursor.prompts):
+                self._draw(more, step + 1)
 
     def cursor_state(self) -> dict[str, int]:
         """The cursor for a checkpoint between steps: rollouts ahead are not saved, their prompts are drawn again."""
-        return self._ahead[0].cursor_before if self._ahead else self.cursor.state()
+        return (self._window[0].cursor_before if self._window else None) or self.cursor.state()
 
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Held-out accuracy with the weights that the engine has: the same on every rank, the same draws at every call.
@@ -148,12 +176,15 @@ class Collector:
         config, train = self._config, self._config.train
         stops, seed = stop_token_ids(config, self._tokenizer), _seed(config, _EVAL_STREAM, 0)
         sampling = SamplingParams(train.eval_temperature, 1.0, 0, config.rollout.max_response_tokens, stops, seed)
-        groups, _ = self._take(self._request(prompts, train.eval_samples, sampling))
-        rollouts = [rollout for group in groups for rollout in group]
+        groups = [self._group(prompt, train.eval_samples, sampling) for prompt in prompts]
+        self._ask(request for group in groups for request in group.requests)
+        while not all(group.rollouts for group in groups):
+            self._meet(oldest=0)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
         check_failures(rollouts, config)
         return {
             "eval/accuracy": fmean([rollout.score for rollout in rollouts]),
-            "eval/pass_at_n": fmean([max(rollout.score for rollout in group) for group in groups]),
+            "eval/pass_at_n": fmean([max(rollout.score for rollout in group.rollouts) for group in groups]),
             "eval/length_mean": fmean([rollout.response_length for rollout in rollouts]),
             "eval/truncated_fraction": fmean([rollout.finish_reason == "length" for rollout in rollouts]),
             "eval/failed_fraction": fmean([bool(rollout.error or rollout.unfinished) for rollout in rollouts]),
@@ -161,84 +192,139 @@ class Collector:
 
     def close(self) -> None:
         """End what is ahead, and the grading."""
-        if self._ahead:
-            self._engine().abort()
-        self._threads.shutdown(wait=True)
+        if self._stream is not None:
+            self._stream.drop()
         self._grader.close()
 
-    def _draw(self, step: int, exclude: Collection[int] = ()) -> _Pending:
-        before = self.cursor.state()
-        prompts = self.cursor.take(self._config.train.prompts_per_step, exclude=exclude)
-        sampling = sampling_params(self._config, self._tokenizer, step)
-        rollout = self._config.rollout
-        pending = self._request(prompts, rollout.samples_per_prompt, sampling, with_routes=rollout.routing_replay)
-        return dataclasses.replace(pending, cursor_before=before)
+    def _keeps(self, group: Sequence[Rollout]) -> bool:
+        return not self._config.algorithm.dynamic_sampling.enabled or is_informative(group)
 
-    def _request(
-        self, prompts: Sequence[Prompt], samples: int, sampling: SamplingParams, *, with_routes: bool = False
-    ) -> _Pending:
-        """This rank asks for an equal, contiguous part of the (prompt, sample) pairs, so most groups stay whole and
-        share one prefill."""
-        pairs = [(prompt, i) for prompt in prompts for i in range(samples)]
-        requests = [Request(p.prompt_id, i, p.token_ids, sampling, with_routes) for p, i in pairs]
-        return _Pending(list(prompts), requests, self._part(requests))
+    def _draw(self, count: int, step: int) -> None:
+        """Draw prompts, fewer where the data set has no others, and have them answered behind those of the window.
 
-    def _part(self, requests: list[Request]) -> list[Request]:
-        rank, size = self._place.rank, self._place.world_size
-        return requests[len(requests) * rank // size : len(requests) * (rank + 1) // size]
+        Raises: DataError when the window has all of them.
+        """
+        config, sampling = self._config, sampling_params(self._config, self._tokenizer, step)
+        drawn: list[Group] = []
+        left = len(self.cursor.prompts) - len(self._window)
+        for _ in range(min(count, max(1, left)) if self._window else count):
+            before = self.cursor.state()
+            # a prompt that came twice in one step would form one group of equal samples: an epoch's end skips it
+            exclude = {group.prompt.prompt_id for group in (*self._window, *drawn)}
+            (prompt,) = self.cursor.take(1, exclude=exclude)
+            drawn.append(self._group(prompt, config.rollout.samples_per_prompt, sampling, before))
+        self._window += drawn
+        self._ask(request for group in drawn for request in group.requests)
 
-    def _generate(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> Answers:
-        """Generate, and grade each response beside the generation of the rest. Faults are returned: all ranks must hear
-        of them before one raises."""
-        answers, problem = {prompt.prompt_id: prompt.answer for prompt in prompts}, ""
-        begun: list[tuple[Rollout, Future[Verdict]]] = []
+    def _group(
+        self, prompt: Prompt, samples: int, sampling: SamplingParams, cursor_before: dict[str, int] | None = None
+    ) -> Group:
+        """Return a group, of which every sample counts as asked for. With servers one rank asks for all of it."""
+        is_training, replays = cursor_before is not None, self._config.rollout.routing_replay
+        expected = round(self._lengths.get(prompt.prompt_id, 0))
+        wanted = (prompt.prompt_id, prompt.token_ids, sampling, replays and is_training, expected)
+        requests = [Request(wanted[0], i, *wanted[1:]) for i in range(samples)]
+        rank = None if self._config.rollout.is_embedded else next(self._numbers) % self._place.world_size
+        group = Group(prompt, requests, rank, cursor_before)
+        self._asked |= {(prompt.prompt_id, i): group for i in range(samples)}
+        return group
+
+    def _ask(self, requests: Iterable[Request]) -> None:
+        """Have this rank's part of the requests answered: those of its own groups, and of the others an equal,
+        contiguous part, so that most groups stay whole and share one prefill."""
+        owners = [(request, self._asked[request.prompt_id, request.sample_index].rank) for request in requests]
+        shared, rank, size = [r for r, owner in owners if owner is None], self._place.rank, self._place.world_size
+        mine = shared[len(shared) * rank // size : len(shared) * (rank + 1) // size]
+        if self._stream is None:
+            self._stream = self._engine().open(self._begin_grading)
+        self._stream.add(mine + [request for request, owner in owners if owner == rank])
+
+    def _begin_grading(self, request: Request, rollout: Rollout) -> tuple[Rollout, Future[Verdict]]:
+        answer = self._asked[request.prompt_id, request.sample_index].prompt.answer
+        return rollout, self._grader.submit(response_text(rollout, self._tokenizer), answer)
+
+    def _meet(self, oldest: int) -> int:
+        """Wait a moment for this rank's answers, and tell all ranks what came. What weights before version `oldest`
+        began, or dead servers lost, is asked for again; returns the number of the former."""
+        assert self._stream is not None
+        taken, own, problem = Taken(), list[Rollout](), ""
         try:
-            for _, rollout in self._engine().stream(requests):
-                text = response_text(rollout, self._tokenizer)
-                begun.append((rollout, self._grader.submit(text, answers[rollout.prompt_id])))
-        except ServersLost:
-            pass  # what is missing is asked for again
-        except EngineError as error:
+            taken = self._stream.take(_TICK_SECONDS)
+            self._grading += taken.finished
+            own = self._graded(self._stream)
+        except (EngineError, RewardError) as error:
             problem = str(error)
-        try:
-            with self._spans.light("reward"):  # what grading takes beyond the generation that it ran beside
-                return Answers([graded(rollout, verdict.result()) for rollout, verdict in begun], problem)
-        except RewardError as error:
-            return Answers([], problem or str(error))
-
-    def _take(self, pending: _Pending, oldest: int = 0) -> tuple[list[list[Rollout]], int]:
-        """One group of scored rollouts per prompt, in the prompts' order, the same on every rank but for the tokens;
-        and how many were thrown away because weights before version `oldest` began them. Lost and stale ones are asked
-        for again."""
-        answers = pending.answers.result() if pending.answers else self._generate(pending.share, pending.prompts)
-        found: dict[tuple[int, int], Rollout] = {}
-        num_stale = 0
-        while True:
-            own = [rollout.replace(known_lengths=rollout.lengths) for rollout in answers.rollouts]
-            parts = self._place.gather((facts_of(own), answers.problem))
-            problems = [problem for _, problem in parts if problem]
-            if problems:
-                raise EngineError("\n".join(dict.fromkeys(problems)))
-            by_rank = [own if i == self._place.rank else from_facts(facts) for i, (facts, _) in enumerate(parts)]
-            fresh = [r for part in by_rank for r in part if r.weight_version >= oldest]
-            stale = sum(map(len, by_rank)) - len(fresh)
-            if stale and num_stale:
-                raise EngineError(f"responses that were asked for again still come from weights before {oldest}")
-            num_stale += stale
-            for rollout in fresh:
-                if found.setdefault((rollout.prompt_id, rollout.sample_index), rollout) is not rollout:
+        parts = self._place.gather((facts_of(own), len(taken.lost), problem))
+        problems = [problem for *_, problem in parts if problem]
+        if problems:
+            raise EngineError("\n".join(dict.fromkeys(problems)))
+        touched, now = dict[int, Group](), time.time()
+        for i, (facts, *_) in enumerate(parts):
+            for rollout in own if i == self._place.rank else from_facts(facts):
+                group = self._asked.pop((rollout.prompt_id, rollout.sample_index), None)
+                if group is None:
                     raise CollectError(
                         f"prompt {rollout.prompt_id}, sample {rollout.sample_index} was answered twice: ranks drew "
                         "other prompts"
                     )
-            missing = [r for r in pending.requests if (r.prompt_id, r.sample_index) not in found]
-            if not missing:
-                break
-            if len(missing) > stale:
-                self._revive()
-            answers = self._generate(self._part(missing), pending.prompts)
-        samples = len(pending.requests) // len(pending.prompts)
-        return [[found[p.prompt_id, i] for i in range(samples)] for p in pending.prompts], num_stale
+                group.answers[rollout.sample_index] = rollout
+                group.arrived.append(now)
+                touched[rollout.prompt_id] = group
+        num_old = self._settle(touched.values(), oldest)
+        if any(lost for _, lost, _ in parts):
+            self._revive()
+            self._stream.add(taken.lost)
+        return num_old
+
+    def _graded(self, stream: Stream) -> list[Rollout]:
+        """Return this rank's answers whose verdicts are there: of an engine in rounds all of them."""
+        with self._spans.light("reward"):  # what grading takes beyond the generation that it ran beside
+            verdicts = [verdict for _, verdict in self._grading]
+            wait(verdicts, None if stream.in_rounds else _TICK_SECONDS if stream.is_idle() else 0)
+            there = [(rollout, verdict) for rollout, verdict in self._grading if verdict.done()]
+            self._grading = [(rollout, verdict) for rollout, verdict in self._grading if not verdict.done()]
+            return [
+                graded(rollout, verdict.result()).replace(known_lengths=rollout.lengths) for rollout, verdict in there
+            ]
+
+    def _settle(self, groups: Iterable[Group], oldest: int) -> int:
+        """Judge the groups that are whole, and ask again for answers that weights before version `oldest` began;
+        returns their number.
+
+        Raises: EngineError when one is too old for the second time.
+        """
+        again: list[Request] = []
+        for group in groups:
+            old = [i for i, rollout in group.answers.items() if rollout.weight_version < oldest]
+            for i in old:
+                key = group.prompt.prompt_id, i
+                if key in self._asked_again:
+                    raise EngineError(f"responses that were asked for again still come from weights before {oldest}")
+                self._asked_again.add(key)
+                self._asked[key], group.rollouts = group, []
+                del group.answers[i]
+            again += [group.requests[i] for i in old]
+            if len(group.answers) == len(group.requests) and not group.rollouts:
+                answers = [group.answers[i] for i in range(len(group.requests))]
+                group.rollouts = shape_rewards(answers, self._config) if group.cursor_before is not None else answers
+                self._lengths[group.prompt.prompt_id] = fmean([rollout.response_length for rollout in answers])
+        if again:
+            self._ask(again)
+        return len(again)
+
+    def _give_back(self) -> int:
+        """End what was drawn behind the groups of the step: its prompts are the next to be drawn. Returns the tokens
+        of its responses that had come."""
+        if not self._window or self._stream is None:
+            return 0
+        self._stream.drop()
+        waiting = sum(self._place.gather(sum(rollout.response_length for rollout, _ in self._grading)))
+        self.cursor.restore(self.cursor_state())
+        there = [rollout for group in self._window for rollout in group.answers.values()]
+        self._window.clear()
+        self._asked.clear()
+        self._grading.clear()
+        return waiting + sum(rollout.response_length for rollout in there)
 
 
 def sampling_params(config: Config, tokenizer: Any, step: int) -> SamplingParams:
@@ -248,59 +334,15 @@ def sampling_params(config: Config, tokenizer: Any, step: int) -> SamplingParams
     return SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, stops, seed)
 
 
-def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """Plain means over the rollouts, and fractions of the groups; lengths in tokens, fractions in [0, 1].
-
-    `all_correct` groups score at least 1 throughout, `all_wrong` at most 0; the kept fraction is of groups whose
-    rewards differ.
-    """
-    rollouts = [rollout for group in groups for rollout in group]
-    rewards, lengths = [r.reward for r in rollouts], [r.response_length for r in rollouts]
-    mean = fmean(rewards)
-    return {
-        "reward/mean": mean,
-        "reward/std": math.sqrt(fmean([(reward - mean) ** 2 for reward in rewards])),
-        "reward/accuracy": fmean([r.score for r in rollouts]),
-        "reward/failed_fraction": fmean([bool(r.error) for r in rollouts]),
-        "reward/unfinished_fraction": fmean([bool(r.unfinished) for r in rollouts]),
-        "response/length_mean": fmean(lengths),
-        "response/length_max": float(max(lengths)),
-        "response/length_min": float(min(lengths)),
-        "response/truncated_fraction": fmean([r.finish_reason == "length" for r in rollouts]),
-        "sampling/kept_group_fraction": fmean([_informative(group) for group in groups]),
-        "sampling/all_correct_fraction": fmean([all(r.score >= 1 for r in group) for group in groups]),
-        "sampling/all_wrong_fraction": fmean([all(r.score <= 0 for r in group) for group in groups]),
-    }
-
-
-def staleness_metrics(rollouts: Sequence[Rollout], step: int, num_stale: int) -> dict[str, float]:
-    """Age of the weights that sampled the step's tokens, in steps; means over tokens or rollouts.
-
-    `interrupted_fraction`: rollouts that a weight update met half-way; `discarded`: rollouts asked for again because
-    they began too long ago.
-    """
-    ages = [(step - version, count) for rollout in rollouts for version, count in rollout.spans]
-    return {
-        "staleness/mean": sum(age * count for age, count in ages) / sum(count for _, count in ages),
-        "staleness/max": float(max(age for age, _ in ages)),
-        "staleness/interrupted_fraction": fmean([len(rollout.spans) > 1 for rollout in rollouts]),
-        "staleness/discarded": float(num_stale),
-    }
-
-
-def _informative(group: Sequence[Rollout]) -> bool:
-    return any(rollout.reward != group[0].reward for rollout in group)
-
-
 def _seed(config: Config, stream: int, step: int) -> int:
     # 63 bits, because engines behind HTTP take no negative seed
     return int(hash64(config.seed, stream, step)) & (2**63 - 1)
 
 
-def _shortage(groups: Sequence[Sequence[Rollout]], kept: int, num_batches: int, config: Config) -> str:
+def _shortage(groups: Sequence[Sequence[Rollout]], keeps: Keeps, config: Config) -> str:
     metrics = rollout_metrics(groups)
     return (
-        f"dynamic sampling kept {kept} of {len(groups)} groups after {num_batches} generation batches, "
+        f"dynamic sampling kept {sum(map(keeps, groups))} of {len(groups)} groups, "
         f"train.prompts_per_step={config.train.prompts_per_step} are needed: all correct "
         f"{metrics['sampling/all_correct_fraction']:.3f}, all wrong {metrics['sampling/all_wrong_fraction']:.3f} of "
         f"the groups. Raise algorithm.dynamic_sampling.max_batches ({config.algorithm.dynamic_sampling.max_batches}) "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,6 +15,9 @@ from megatron_rl.types import Rollout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+_TAKE_SECONDS = 0.25  # for which finished responses are gathered
 
 
 class EngineError(RuntimeError, UserError):
@@ -50,6 +53,87 @@ class Request:
     token_ids: tuple[int, ...]  # the prompt
     sampling: SamplingParams
     with_routes: bool = False  # of a mixture of experts: the rollout tells the experts that each token was routed to
+    expected_tokens: int = 0  # of the response, from earlier samples of the prompt; 0: unknown
+
+
+Then = Callable[[Request, Rollout], Any]
+
+
+@dataclass(slots=True)
+class Taken:
+    """What a `Stream` has brought since it was last asked."""
+
+    finished: list[Any] = field(default_factory=list)  # what `then` made of each response
+    lost: list[Request] = field(default_factory=list)  # that no living server can answer: see `ServersLost`
+
+
+@dataclass(slots=True)
+class Cost:
+    """What servers did for a rank."""
+
+    busy: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # by address: from, to, time.time()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of those: their keys and values were at hand
+    discarded_tokens: int = 0  # generated for responses that were ended
+
+
+class Stream(Protocol):
+    """One rank's responses under way: more are asked for while others are generated."""
+
+    in_rounds: bool  # `take` generates, and returns when everything is answered
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Ask for more. Raises: EngineError as `RolloutEngine.stream`."""
+
+    def take(self, seconds: float) -> Taken:
+        """Return what has come, after `seconds` or when everything has. Raises: EngineError."""
+
+    def is_idle(self) -> bool:
+        """Tell whether nothing is under way."""
+
+    def drop(self) -> None:
+        """End all that is under way."""
+
+    def cost(self) -> Cost:
+        """Return what servers did since this was last asked."""
+
+
+class Rounds(Stream):
+    """The stream of an engine that generates in the caller's thread."""
+
+    in_rounds = True
+
+    def __init__(self, engine: RolloutEngine, then: Then) -> None:
+        """Ask for nothing yet."""
+        self._engine, self._then, self._waiting = engine, then, list[Request]()
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Keep the requests for the next `take`."""
+        self._waiting += requests
+
+    def take(self, seconds: float) -> Taken:
+        """Generate everything that was asked for."""
+        requests, taken, answered = self._waiting, Taken(), set[int]()
+        self._waiting = []
+        try:
+            for index, rollout in self._engine.stream(requests) if requests else ():
+                answered.add(index)
+                taken.finished.append(self._then(requests[index], rollout))
+        except ServersLost:
+            taken.lost = [request for index, request in enumerate(requests) if index not in answered]
+        return taken
+
+    def is_idle(self) -> bool:
+        """Tell whether nothing was asked for."""
+        return not self._waiting
+
+    def drop(self) -> None:
+        """Forget what was asked for: nothing of it was begun."""
+        self._waiting = []
+
+    def cost(self) -> Cost:
+        """Return nothing: there are no servers."""
+        return Cost()
 
 
 @runtime_checkable
@@ -62,11 +146,25 @@ class RolloutEngine(Protocol):
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Rollout]]:
         """(position of the request, its rollout) as responses finish; `score`, `reward` and `error` are unset, tensors
-        on the CPU.
+        on the CPU. An engine has this or `open` of its own.
 
         Raises: EngineError when there are no weights, the engine sleeps, or a log-probability is not finite;
         EngineAborted; ServersLost after everything else has been yielded.
         """
+        positions = {(request.prompt_id, request.sample_index): i for i, request in enumerate(requests)}
+        stream = self.open(lambda request, rollout: (positions[request.prompt_id, request.sample_index], rollout))
+        stream.add(requests)
+        lost: list[Request] = []
+        while not stream.is_idle():
+            taken = stream.take(_TAKE_SECONDS)
+            yield from taken.finished
+            lost += taken.lost
+        if lost:
+            raise ServersLost(f"{len(lost)} of {len(requests)} responses were lost: no server is left")
+
+    def open(self, then: Then) -> Stream:
+        """Return a stream of responses. `then`: called with each as soon as it is there, on whatever thread."""
+        return Rounds(self, then)
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request, in the requests' order. Raises: as `stream`."""

@@ -14,7 +14,7 @@ from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import InProcess
 from megatron_rl.rollout.answers import facts_of, from_facts
 from megatron_rl.rollout.collect import CollectError, Collector, CollectStopped, rollout_metrics, sampling_params
-from megatron_rl.rollout.engine import EngineError, Place, ServersLost
+from megatron_rl.rollout.engine import EngineError, Place, RolloutEngine, ServersLost
 from megatron_rl.types import Lengths, Prompt, Rollout
 
 HF = {
@@ -50,7 +50,7 @@ class Tokenizer:
 
 
 @dataclass
-class FakeEngine:
+class FakeEngine(RolloutEngine):
     """The response to sample s of prompt p is the two tokens (p, s), then the stop token."""
 
     calls: list = field(default_factory=list)
@@ -189,26 +189,27 @@ def test_dynamic_sampling_refills_in_draw_order():
     ((result,), (engine,)) = run(config, cursor)
     odd = [p for p in order if p % 2]
     assert ids(result) == [(p, s) for p in odd[:4] for s in range(3)]
-    batches = -(-(order.index(odd[3]) + 1) // 4)
-    drawn = order[: 4 * batches]
-    assert result.metrics["sampling/num_batches"] == batches == len(engine.calls) > 1
-    num_odd = sum(p % 2 for p in drawn)
-    assert result.metrics["sampling/kept_group_fraction"] == num_odd / len(drawn)
-    assert result.metrics["sampling/surplus_groups"] == num_odd - 4
-    assert result.metrics["sampling/all_correct_fraction"] == sum(p % 4 == 0 for p in drawn) / len(drawn)
-    assert result.metrics["sampling/all_wrong_fraction"] == sum(p % 4 == 2 for p in drawn) / len(drawn)
-    assert cursor.state()["position"] == len(drawn)
+    needed = order[: order.index(odd[3]) + 1]
+    assert len(engine.calls) > 1 and len(engine.calls[0]) == 12
+    # over what it had to know, whatever else was drawn
+    assert result.metrics["sampling/kept_group_fraction"] == 4 / len(needed)
+    assert result.metrics["sampling/all_correct_fraction"] == sum(p % 4 == 0 for p in needed) / len(needed)
+    assert result.metrics["sampling/all_wrong_fraction"] == sum(p % 4 == 2 for p in needed) / len(needed)
+    assert cursor.state()["position"] == len(needed)
+    drawn = sum(map(len, engine.calls)) / 3
+    discarded = 3 * 3 * (drawn - len(needed)) / (3 * 3 * drawn)  # tokens of 3 samples
+    assert result.metrics["sampling/discarded_token_fraction"] == pytest.approx(discarded)
 
 
 def test_dynamic_sampling_gives_up_on_every_rank_with_the_numbers():
     results, _ = run(make_config(dynamic=True), PromptCursor(prompts(40), 3), lambda r, a: 1.0, world_size=2)
     for error in results:
         assert isinstance(error, CollectError)
-        assert "kept 0 of 12 groups after 3 generation batches" in str(error) and "all correct 1.000" in str(error)
+        assert "kept 0 of 12 groups" in str(error) and "all correct 1.000" in str(error)
         assert "max_batches (3)" in str(error)
 
 
-def test_a_rank_that_is_asked_to_stop_stops_all_before_another_batch_is_drawn(monkeypatch):
+def test_a_rank_that_is_asked_to_stop_stops_all_before_more_is_drawn(monkeypatch):
     asked = []
 
     def stop_requested(run_dir):
@@ -220,7 +221,7 @@ def test_a_rank_that_is_asked_to_stop_stops_all_before_another_batch_is_drawn(mo
     results, engines = run(make_config(dynamic=True, max_batches=10), cursor, world_size=3)
     assert [len(engine.calls) for engine in engines] == [1, 1, 1] and sorted(asked) == ["rank 0", "rank 1", "rank 2"]
     for error in results:
-        assert isinstance(error, CollectStopped) and "after 1 generation batches of step 1" in str(error)
+        assert isinstance(error, CollectStopped) and "stopped in step 1, which had kept" in str(error)
     asked.clear()
     ((result,), _) = run(make_config(), cursor, world_size=1)  # a step that is whole is not stopped
     assert len(result.rollouts) == 12 and not asked
@@ -239,7 +240,9 @@ def test_a_prompt_never_comes_twice_in_a_step():
         ((result,), _) = run(make_config(), cursor)
         assert len({r.prompt_id for r in result.rollouts}) == 4
     ((error,), _) = run(make_config(dynamic=True), cursor, lambda r, a: 0.0)
-    assert isinstance(error, DataError) and "only 2 have not been drawn" in str(error)
+    assert isinstance(error, DataError) and "only 0 have not been drawn" in str(error)
+    ((error,), (engine,)) = run(make_config(prompts=7), cursor)
+    assert isinstance(error, DataError) and not engine.calls  # too small a data set costs nothing
 
 
 def test_failing_rewards_end_the_step_on_every_rank():
@@ -390,14 +393,13 @@ def test_rollouts_ahead_are_those_of_the_next_steps_and_the_cursor_waits(max_sta
         result = collector.collect(step)
         assert [p for p, s in ids(result) if s == 0] == order[4 * step : 4 * step + 4]
         collector.go_ahead(step)
-        for pending in collector._ahead:
-            pending.answers.result()
+        collector._meet(0)
         # a checkpoint here draws the prompts again that are only ahead
         assert collector.cursor_state()["position"] == 4 * (step + 1)
-        assert len(collector._ahead) == min(max_staleness, 5 - step)
+        assert len(collector._window) == 4 * min(max_staleness, 5 - step)
         age = 0 if step == 0 else min(step, max_staleness)
         assert result.metrics["staleness/max"] == result.metrics["staleness/mean"] == age
-    assert len(engine.calls) == 6
+    assert sum(map(len, engine.calls)) == 6 * 12
     collector.close()
 
 
@@ -406,7 +408,7 @@ def test_rollouts_that_began_too_long_ago_are_asked_for_again():
     collector = collector_of(engine, max_staleness=1)
     collector.collect(0)
     collector.go_ahead(0)
-    collector._ahead[0].answers.result()
+    collector._meet(0)
     engine.weight_version = 3
     result = collector.collect(3)  # as after steps without generation: what was ahead is of version 0
     assert {r.weight_version for r in result.rollouts} == {3} and result.metrics["staleness/discarded"] == 12

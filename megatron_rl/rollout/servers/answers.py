@@ -48,6 +48,7 @@ def joined(done: Completion, part: Completion, weight_version: int) -> Completio
         part.finish_reason,
         tuple(merged),
         part.routes,
+        done.cached_tokens + part.cached_tokens,
     )
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
-import queue
 import random
 import threading
 import uuid
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -25,26 +24,20 @@ from typing_extensions import override
 
 from megatron_rl import device
 from megatron_rl.rollout.clocks import HEALTH_SECONDS
-from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, RolloutEngine, ServersLost
+from megatron_rl.rollout.engine import Cost, EngineError, Request, RolloutEngine, ServersLost, Then
 from megatron_rl.rollout.servers.answers import as_rollout, joined, rest, too_late
 from megatron_rl.rollout.servers.checksums import Checksums, WeightProof, digested
 from megatron_rl.rollout.servers.fleet import Fleet
 from megatron_rl.rollout.servers.http import Server, ServerBusy, ServerFailed, ServerLost
 from megatron_rl.rollout.servers.protocol import Completion, Dialect
+from megatron_rl.rollout.servers.stream import ServerStream
+from megatron_rl.rollout.servers.turns import Target, Turns
 from megatron_rl.rollout.servers.weight_sync import Channel, check_same_model
 from megatron_rl.types import Rollout
 
 _MAX_TRIES = 10  # of one response on servers that break or fail and yet are healthy
 _BACKOFF_SECONDS = (0.1, 10.0)  # first and longest pause before a request is sent again
-
-
-@dataclasses.dataclass(slots=True)
-class _Target:
-    """A server as this rank sees it."""
-
-    server: Server
-    in_flight: int = 0
-    is_lost: bool = False
+_ENDED_SECONDS = 2.0  # for a server to tell what it had of a request that it was told to end
 
 
 class Loop:
@@ -66,6 +59,14 @@ class Loop:
         """Run the coroutine on the loop; return a future of its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
+    def call(self, action: Callable[[], None]) -> None:
+        """Do something on the loop's thread, and return when it is done."""
+
+        async def act() -> None:
+            action()
+
+        self.submit(act()).result()
+
     def close(self) -> None:
         """End the session and the thread."""
         self.submit(self.session.close()).result()
@@ -84,12 +85,9 @@ class ServerEngine(RolloutEngine):
         self._hf_config, self._place = hf_config, fleet.place
         self._proof = WeightProof(dialect.parameter_of, exact=dialect.checksums_are_digests)
         self._config = fleet.config.rollout.server
-        # requests that this rank keeps at one server: its share of the server's
-        self._limit = max(1, self._config.max_concurrency // self._place.world_size)
-        self._targets: list[_Target] = []
-        self._room = asyncio.Condition()  # a request ended, or the gate opened
-        self._gate_open = False  # closed while weights change: what is sent then would have no known version
-        self._running: set[asyncio.Task[None]] = set()
+        self._turns = Turns(fleet.config, fleet.place, dialect.name)
+        self.cost = Cost()
+        self._streams = weakref.WeakSet[ServerStream]()
         self._trouble = "it has no weights yet; call update_weights"
         self._serial = itertools.count()
         self._name = uuid.uuid4().hex[:12]  # servers refuse a request id twice, and several trainers may share one
@@ -99,56 +97,42 @@ class ServerEngine(RolloutEngine):
     # ------------------------------------------------------------------------------------------------- generation
 
     @override
-    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Rollout]]:
-        """Yield responses as they finish; may run on several threads at once.
+    def open(self, then: Then) -> ServerStream:
+        """Return a stream; `then` is called on the thread that speaks to the servers."""
+        stream = ServerStream(self, self._loop, then)
+        self._streams.add(stream)
+        return stream
 
-        Raises: ServersLost at the end, when requests are left that no living server can answer.
-        """
+    def check(self) -> None:
+        """Raises: EngineError when it cannot generate."""
         if self._trouble:
             raise EngineError(f"the {self._dialect.name} engine cannot generate: {self._trouble}")
-        results: queue.SimpleQueue[tuple[int, Rollout | Exception]] = queue.SimpleQueue()
-        self._loop.submit(self._start(requests, results)).result()
-        lost: list[Exception] = []
-        for _ in requests:
-            index, result = results.get()
-            if isinstance(result, ServersLost):
-                lost.append(result)
-            elif isinstance(result, Exception):
-                self.abort()
-                raise result
-            else:
-                yield index, result
-        if lost:
-            raise ServersLost(f"{len(lost)} of {len(requests)} responses were lost: {lost[0]}")
 
-    async def _start(self, requests: Sequence[Request], results: queue.SimpleQueue[Any]) -> None:
-        for index, request in enumerate(requests):
-            task = asyncio.get_running_loop().create_task(self._answer(index, request, results))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+    def take_cost(self) -> Cost:
+        """Return what the servers did since this was last asked."""
+        cost, self.cost = self.cost, Cost()
+        self._loop.call(lambda: cost.busy.update(self._turns.take_busy()))
+        return cost
 
-    async def _answer(self, index: int, request: Request, results: queue.SimpleQueue[Any]) -> None:
-        try:
-            results.put((index, await self._complete(request)))
-        except asyncio.CancelledError:
-            results.put((index, EngineAborted("generate: aborted")))
-        except Exception as error:
-            results.put((index, error))
-
-    async def _complete(self, request: Request) -> Rollout:
+    async def complete(self, request: Request) -> Rollout:
+        """Return the response, from whichever server; on the loop. Raises: ServersLost when none is left, EngineError.
+        When this is cancelled the server ends it too."""
         loop = asyncio.get_running_loop()
         deadline = float("inf")
         done, tries = Completion([], [], "abort", ()), 0
         pause, longest = _BACKOFF_SECONDS
         while done.finish_reason == "abort":
-            target = await self._acquire()
+            turn = await self._turns.acquire(request)
+            target = turn.target.result()
             # from the first time it is sent: how long it waits for its turn depends on the others
             deadline = min(deadline, loop.time() + self._config.request_seconds)
             sent_under = self.weight_version
             rid = f"{self._name}-{request.prompt_id}-{request.sample_index}-{next(self._serial)}"
             try:
                 seconds = max(deadline - loop.time(), 0.001)
-                part = await self._dialect.generate(target.server, rest(request, done), rid, seconds=seconds)
+                part = await self._or_abort(
+                    self._dialect.generate(target.server, rest(request, done), rid, seconds=seconds), target.server, rid
+                )
                 # a request that reached the server during a pause waited, and was answered by the new weights; a pause
                 # ends with "abort" what the old ones were answering
                 done = joined(done, part, sent_under if part.finish_reason == "abort" else self.weight_version)
@@ -168,37 +152,32 @@ class ServerEngine(RolloutEngine):
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, longest)
             except asyncio.CancelledError:
-                await self._quietly_abort(target.server, rid)
+                self.cost.discarded_tokens += len(done.token_ids)
                 raise
             finally:
-                target.in_flight -= 1
-                await self._announce()
+                self._turns.release(turn)
+        self._turns.saw(len(done.token_ids))
+        self.cost.prompt_tokens += len(request.token_ids)
+        self.cost.cached_tokens += done.cached_tokens
         return as_rollout(request, done, self._hf_config)
 
-    async def _acquire(self) -> _Target:
-        """Wait for room and for the end of an update; return the living server with the fewest requests of this
-        rank."""
-        async with self._room:
-            while True:
-                alive = [target for target in self._targets if not target.is_lost]
-                if not alive:
-                    raise ServersLost(f"no {self._dialect.name} server is left")
-                best = min(alive, key=lambda target: target.in_flight)
-                if self._gate_open and best.in_flight < self._limit:
-                    best.in_flight += 1
-                    return best
-                await self._room.wait()
+    async def _or_abort(self, call: Coroutine[Any, Any, Completion], server: Server, rid: str) -> Completion:
+        """Return the server's answer; when this is cancelled, have the server end the request, and count its tokens."""
+        answer = asyncio.ensure_future(call)
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            await self._quietly_abort(server, rid)
+            with contextlib.suppress(EngineError, TimeoutError):
+                self.cost.discarded_tokens += len((await asyncio.wait_for(answer, _ENDED_SECONDS)).token_ids)
+            raise
 
-    async def _announce(self) -> None:
-        async with self._room:
-            self._room.notify_all()
-
-    async def _look_after(self, target: _Target) -> None:
+    async def _look_after(self, target: Target) -> None:
         """Ask a server whose connection broke whether it lives; mark it as lost when it does not answer."""
         try:
             await asyncio.wait_for(self._dialect.health(target.server), HEALTH_SECONDS)
         except (TimeoutError, EngineError):
-            target.is_lost = True
+            self._turns.lose(target)
 
     async def _quietly_abort(self, server: Server, rid: str) -> None:
         with contextlib.suppress(EngineError, TimeoutError):  # it is gone, or will finish for nobody
@@ -207,11 +186,8 @@ class ServerEngine(RolloutEngine):
     @override
     def abort(self) -> None:
         """End the running requests of this rank."""
-        self._loop.submit(self._cancel_all()).result()
-
-    async def _cancel_all(self) -> None:
-        for task in list(self._running):
-            task.cancel()
+        for stream in list(self._streams):
+            stream.drop()
 
     # --------------------------------------------------------------------------------------------------- weights
 
@@ -221,20 +197,20 @@ class ServerEngine(RolloutEngine):
 
         Raises: ServersLost, on every rank, when a server died on the way: call it again, and it is restarted first.
         """
-        self._loop.submit(self._close_gate()).result()
+        self._loop.call(self._turns.close)
         try:
             self._update(stream, weight_version)
         except EngineError:
             self._trouble = "its last update_weights failed; update again"
             raise
         self.weight_version, self._trouble = weight_version, ""
-        self._loop.submit(self._open_gate()).result()
+        self._loop.call(self._turns.open)
 
     def _update(self, stream: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         self._fleet.heal()
-        if [target.server.url for target in self._targets] != self._fleet.urls:
-            self._targets = [_Target(Server(url, self._loop.session)) for url in self._fleet.urls]
-        servers = [target.server for target in self._targets]
+        if [target.server.url for target in self._turns.targets] != self._fleet.urls:
+            self._agree(self._meet)
+        servers = [target.server for target in self._turns.targets]
         digests: dict[str, int] = {}
         if self._place.rank == 0 and self._fleet.config.rollout.weight_sync.checksums:
             stream = digested(stream, digests)
@@ -249,6 +225,16 @@ class ServerEngine(RolloutEngine):
             raise
         finally:
             device.collect_shared(give_back=True)  # all ranks have left `send`, and the servers have read
+
+    def _meet(self) -> None:
+        servers = [Server(url, self._loop.session) for url in self._fleet.urls]
+        capacities: dict[Server, int] = {}
+
+        async def ask(server: Server) -> None:
+            capacities[server] = await self._dialect.capacity(server)
+
+        self._loop.submit(self._on_each(servers, ask)).result()
+        self._loop.call(lambda: self._turns.meet({server: capacities[server] for server in servers}))
 
     def _agree(self, action: Any) -> None:
         """Run `action` on every rank, and fail on all ranks when it fails on one."""
@@ -318,17 +304,6 @@ class ServerEngine(RolloutEngine):
     async def _on_each(self, servers: list[Server], action: Any) -> None:
         await asyncio.gather(*(action(server) for server in servers))
 
-    async def _close_gate(self) -> None:
-        async with self._room:
-            self._gate_open = False
-
-    async def _open_gate(self) -> None:
-        async with self._room:
-            for target in self._targets:
-                target.is_lost = False
-            self._gate_open = True
-            self._room.notify_all()
-
     # ------------------------------------------------------------------------------------------------------ life
 
     @override
@@ -347,7 +322,7 @@ class ServerEngine(RolloutEngine):
 
     def _tell(self, action: Any) -> None:
         if self._place.rank == 0:
-            servers = [target.server for target in self._targets]
+            servers = [target.server for target in self._turns.targets]
             self._loop.submit(self._on_each(servers, action)).result()
 
     @override

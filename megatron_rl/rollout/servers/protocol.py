@@ -23,6 +23,7 @@ class Completion:
     spans: tuple[tuple[int, int], ...] | None  # (weight_version, tokens), in order; None: the server does not tell
     # experts of every token but the last, prompt included: [tokens - 1, layers, top_k], flattened; None: not told
     routes: Tensor | None = None
+    cached_tokens: int = 0  # of the prompt, as the server says: their keys and values were at hand; 0: not told
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,10 @@ class Dialect(Protocol):
 
     async def num_workers(self, server: Server) -> int:
         """Return the number of processes that receive weights: its tensor-parallel size."""
+
+    async def capacity(self, server: Server) -> int:
+        """Return how many tokens its key-value cache holds, all its replicas together. Raises: EngineError when it does
+        not say."""
 
     async def open_group(
         self, server: Server, *, host: str, port: int, rank_offset: int, world_size: int, name: str, backend: str

@@ -117,7 +117,8 @@ class SGLang(Dialect):
         logprobs = [math.nan if row[0] is None else row[0] for row in rows]
         routes = meta.get("routed_experts")  # int32; SGLang keeps them with the key-value entries
         routes = torch.frombuffer(bytearray(base64.b64decode(routes)), dtype=torch.int32) if routes else None
-        return Completion([row[1] for row in rows], logprobs, reason["type"], tuple(spans), routes)
+        cached = meta.get("cached_tokens") or 0
+        return Completion([row[1] for row in rows], logprobs, reason["type"], tuple(spans), routes, cached)
 
     @override
     async def abort(self, server: Server, rid: str) -> None:
@@ -174,6 +175,11 @@ class SGLang(Dialect):
     @override
     async def num_workers(self, server: Server) -> int:
         return int((await server.get("/server_info", seconds=CONTROL_SECONDS))["tp_size"])
+
+    @override
+    async def capacity(self, server: Server) -> int:
+        info = await server.get("/server_info", seconds=CONTROL_SECONDS)
+        return int(info["max_total_num_tokens"]) * int(info["dp_size"])
 
     @override
     async def open_group(

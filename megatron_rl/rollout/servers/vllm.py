@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class VLLM(Dialect):
         argv += ["--host", spec.host, "--port", str(spec.port), "--tensor-parallel-size", str(spec.tp)]
         argv += ["--max-model-len", str(spec.context_tokens), "--max-num-seqs", str(spec.max_concurrency)]
         argv += ["--enable-scale-out", "--skip-tokenizer-init", "--logprobs-mode", "processed_logprobs"]
+        argv += ["--enable-prompt-tokens-details"]
         argv += ["--hf-overrides", '{"head_dtype": "float32"}'] if spec.float32_logits else []
         argv += ["--worker-extension-cls", "megatron_rl_vllm.Extension"]
         argv += ["--weight-transfer-config", '{"backend": "megatron_rl"}', "--disable-uvicorn-access-log"]
@@ -81,7 +83,9 @@ class VLLM(Dialect):
         tokens = choice["token_ids"] or []
         rows = (choice["logprobs"] or {"content": []})["content"]
         spans = [(_version(span["version"]), span["end"] - span["start"]) for span in choice["weight_versions"] or ()]
-        return Completion(tokens, [row["logprob"] for row in rows], choice["finish_reason"], tuple(spans) or None)
+        cached = ((answer.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        logprobs = [row["logprob"] for row in rows]
+        return Completion(tokens, logprobs, choice["finish_reason"], tuple(spans) or None, cached_tokens=cached)
 
     @override
     async def abort(self, server: Server, rid: str) -> None:
@@ -122,6 +126,17 @@ class VLLM(Dialect):
     @override
     async def num_workers(self, server: Server) -> int:
         return len(await _rpc(server, "megatron_rl_hf_config"))
+
+    @override
+    async def capacity(self, server: Server) -> int:
+        """Return the tokens of as many requests of the greatest length as fit at once: vLLM counts in whole blocks."""
+        metrics = str(await server.get("/metrics", seconds=CONTROL_SECONDS))
+        tokens = re.findall(r'^vllm:cache_config_info{.*\bkv_cache_size_tokens="(\d+)"', metrics, re.MULTILINE)
+        if not tokens:
+            raise EngineError(
+                f"{server.url}/metrics has no kv_cache_size_tokens; start the server without --disable-log-stats"
+            )
+        return sum(map(int, tokens))
 
     @override
     async def open_group(

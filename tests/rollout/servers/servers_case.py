@@ -19,6 +19,7 @@ from megatron_rl.rollout.servers.protocol import LaunchSpec
 from tests.tiny import tiny_raw
 
 ENGINES = ("sglang", "vllm")
+KV_TOKENS = 8192  # of a server of `started`
 # heads of width 32, the narrowest that vLLM's CPU attention takes; vocabulary of the countdown tokenizer
 HF: dict[str, Any] = {
     "model_type": "qwen2",
@@ -93,7 +94,7 @@ def started(
         devices=(),
         context_tokens=400,
         max_concurrency=16,
-        kv_tokens=8192,
+        kv_tokens=KV_TOKENS,
         memory_fraction=0.5,
         colocated=False,
         extra_args=(),

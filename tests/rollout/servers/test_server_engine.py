@@ -40,6 +40,7 @@ class Fake:
 
     def __init__(self, script: dict[str, Callable[[Request, int], Any]]) -> None:
         self.script, self.seen, self.healthy, self.version = script, [], set(script), -1
+        self.tokens = 10**6
 
     async def health(self, server: Any) -> None:
         if server.url not in self.healthy:
@@ -61,6 +62,9 @@ class Fake:
 
     async def weight_version(self, server: Any) -> int:
         return self.version
+
+    async def capacity(self, server: Any) -> int:
+        return self.tokens
 
     async def end_update(self, server: Any, weight_version: int) -> None:
         self.version = weight_version

@@ -1,0 +1,92 @@
+"""One rank's responses under way on the servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from megatron_rl.rollout.engine import Cost, EngineAborted, Request, ServersLost, Stream, Taken, Then
+
+if TYPE_CHECKING:
+    from megatron_rl.rollout.servers.engine import Loop, ServerEngine
+
+
+class ServerStream(Stream):
+    """Responses under way on the servers. One thread adds and takes."""
+
+    in_rounds = False
+
+    def __init__(self, engine: ServerEngine, loop: Loop, then: Then) -> None:
+        """Ask for nothing yet."""
+        self._engine, self._loop, self._then = engine, loop, then
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._results: queue.SimpleQueue[tuple[Request, int, Any]] = queue.SimpleQueue()  # with a response's tokens
+        self._under_way = 0
+
+    @override
+    def add(self, requests: Sequence[Request]) -> None:
+        self._engine.check()
+        self._under_way += len(requests)
+        self._loop.submit(self._start(requests)).result()
+
+    async def _start(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            task = asyncio.get_running_loop().create_task(self._answer(request))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, request: Request) -> None:
+        tokens = 0
+        try:
+            rollout = await self._engine.complete(request)
+            tokens, outcome = rollout.response_length, self._then(request, rollout)
+        except asyncio.CancelledError:
+            outcome = EngineAborted("generate: aborted")
+        except Exception as error:
+            outcome = error
+        self._results.put((request, tokens, outcome))
+
+    @override
+    def take(self, seconds: float) -> Taken:
+        taken, until = Taken(), time.monotonic() + seconds
+        while self._under_way:
+            try:
+                request, _, outcome = self._results.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            self._under_way -= 1
+            if isinstance(outcome, ServersLost):
+                taken.lost.append(request)
+            elif isinstance(outcome, Exception):
+                self.drop()
+                raise outcome
+            else:
+                taken.finished.append(outcome)
+        return taken
+
+    @override
+    def is_idle(self) -> bool:
+        return not self._under_way
+
+    @override
+    def drop(self) -> None:
+        self._loop.submit(self._cancel()).result()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._engine.cost.discarded_tokens += self._results.get_nowait()[1]
+                self._under_way -= 1
+
+    @override
+    def cost(self) -> Cost:
+        return self._engine.take_cost()
+
+    async def _cancel(self) -> None:
+        for task in (tasks := list(self._tasks)):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,196 @@
+"""Groups in drawn order, whatever comes first: against a collector that waits for whole batches, on an engine that
+answers in any order."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rl.data import PromptCursor
+from megatron_rl.grading.verdict import InProcess
+from megatron_rl.rollout.collect import Collector
+from megatron_rl.rollout.engine import Cost, Place, Request, RolloutEngine, Stream, Taken
+from megatron_rl.rollout.window import Group, num_settled, num_to_draw
+from megatron_rl.types import Rollout
+from tests.rollout.test_collect import Tokenizer, make_config, prompts
+
+WANTED, SAMPLES, SEEDS = 6, 3, 20
+
+
+def length_of(prompt: int, sample: int, seed: int) -> int:
+    """Log-normal; informative prompts have the longer answers."""
+    shift = 1.0 if is_informative(prompt, seed) else 0.0
+    return 1 + round(random.Random(f"{prompt} {sample} {seed}").lognormvariate(shift, 0.75))
+
+
+def is_informative(prompt: int, seed: int) -> bool:
+    return random.Random(f"{prompt} {seed}").random() < 0.6
+
+
+class AnyOrder(RolloutEngine):
+    """Takes a time that grows with a response's length, of which some at a time are under way; a few are lost."""
+
+    def __init__(self, seed: int, losses: float = 0.0) -> None:
+        self.seed, self.losses, self.asked, self.answered = seed, losses, Counter[Any](), Counter[Any]()
+        self.weight_version, self.dropped = 0, 0
+
+    def open(self, then: Any) -> Stream:
+        return AnyOrderStream(self, then)
+
+
+class AnyOrderStream(Stream):
+    in_rounds = False
+
+    def __init__(self, engine: AnyOrder, then: Any) -> None:
+        self.engine, self.then, self.under_way = engine, then, dict[tuple[int, int], list[Any]]()
+        self.random = random.Random(engine.seed)
+
+    def add(self, requests: Any) -> None:
+        for request in requests:
+            key = request.prompt_id, request.sample_index
+            assert key not in self.under_way, "asked for twice"
+            self.engine.asked[key] += 1
+            self.under_way[key] = [request, length_of(*key, self.engine.seed)]
+
+    def take(self, seconds: float) -> Taken:
+        taken = Taken()
+        for key, entry in list(self.under_way.items())[:7]:  # seven at a time
+            entry[1] -= self.random.randrange(3)
+            if entry[1] <= 0:
+                del self.under_way[key]
+                if self.random.random() < self.engine.losses:
+                    taken.lost.append(entry[0])
+                else:
+                    self.engine.answered[key] += 1
+                    taken.finished.append(self.then(entry[0], self.answer(entry[0])))
+        return taken
+
+    def answer(self, request: Request) -> Rollout:
+        count = length_of(request.prompt_id, request.sample_index, self.engine.seed)
+        response = [request.prompt_id, request.sample_index, *[5] * count, 1]
+        total = len(request.token_ids) + len(response)
+        return Rollout(
+            prompt_id=request.prompt_id,
+            sample_index=request.sample_index,
+            token_ids=torch.tensor([*request.token_ids, *response]),
+            rollout_logprobs=torch.zeros(total),
+            sampled=torch.arange(total) >= len(request.token_ids),
+            finish_reason="stop",
+            weight_version=self.engine.weight_version,
+            spans=((self.engine.weight_version, len(response)),),
+        )
+
+    def is_idle(self) -> bool:
+        return not self.under_way
+
+    def drop(self) -> None:
+        self.engine.dropped += len(self.under_way)
+        self.under_way.clear()
+
+    def cost(self) -> Cost:
+        return Cost()
+
+
+def batches_in_drawn_order(cursor: PromptCursor, seed: int) -> list[int]:
+    """The rule in its plain form: whole batches, until their first informative groups suffice."""
+    drawn: list[int] = []
+    while sum(is_informative(prompt, seed) for prompt in drawn) < WANTED:
+        drawn += [prompt.prompt_id for prompt in cursor.take(WANTED, exclude=drawn)]
+    return [prompt for prompt in drawn if is_informative(prompt, seed)][:WANTED]
+
+
+def collector_of(engine: RolloutEngine, seed: int, revived: list[int], **rollout: Any) -> Collector:
+    def score(response: str, answer: str) -> float:
+        prompt, sample = map(int, response.split()[:2])
+        return float(is_informative(prompt, seed) and sample == 0)
+
+    raw = {"engine": "sglang", "samples_per_prompt": SAMPLES, "max_response_tokens": 8, **rollout}
+    loss = {"type": "ppo_clip", "rollout_correction": {"cap": 2.0}}
+    train = {"prompts_per_step": WANTED, "prompts_per_minibatch": WANTED, "num_steps": 9}
+    config = make_config(True, 10, rollout=raw, train=train, loss=loss)
+    place = Place(0, 1, 0, lambda local: [local])
+    cursor = PromptCursor(prompts(90), seed)
+    return Collector(lambda: engine, cursor, InProcess([score]), Tokenizer(), config, place, lambda: revived.append(1))
+
+
+@pytest.mark.parametrize("losses", [0.0, 0.1])
+def test_the_same_groups_as_by_whole_batches_over_twenty_seeds(losses: float) -> None:
+    revivals, longer_kept = list[int](), 0.0
+    for seed in range(SEEDS):
+        engine = AnyOrder(seed, losses)
+        collector = collector_of(engine, seed, revivals)
+        for step in range(3):
+            plain = PromptCursor(prompts(90), seed)
+            plain.restore(collector.cursor.state())
+            expected = batches_in_drawn_order(plain, seed)
+            engine.weight_version = step
+            result = collector.collect(step)
+            ids = [(r.prompt_id, r.sample_index) for r in result.rollouts]
+            assert ids == [(prompt, sample) for prompt in expected for sample in range(SAMPLES)]
+            assert set(result.prompts_by_id) == set(expected)
+            # what is not needed is drawn again: the next prompt is the one behind the last that was kept
+            after = PromptCursor(prompts(90), seed)
+            after.restore(collector.resume_point)
+            while after.take(1)[0].prompt_id != expected[-1]:
+                pass
+            assert collector.cursor.state() == after.state()
+            # all of the informative prompts up to there, however long: no length is preferred
+            lengths = [r.response_length for r in result.rollouts]
+            assert lengths == [3 + length_of(p, s, seed) for p in expected for s in range(SAMPLES)]
+            longer_kept += sum(lengths)
+        if not losses:
+            assert all(count == engine.asked[key] or engine.dropped for key, count in engine.answered.items())
+        collector.close()
+    assert bool(revivals) == bool(losses) and longer_kept
+
+
+def test_ahead_of_the_training_no_sample_is_lost_or_doubled() -> None:
+    for seed in range(5):
+        engine = AnyOrder(seed)
+        collector = collector_of(engine, seed, [], max_staleness=2)
+        plain, seen = PromptCursor(prompts(90), seed), list[tuple[int, int]]()
+        for step in range(4):
+            engine.weight_version = step
+            result = collector.collect(step)
+            seen += [(r.prompt_id, r.sample_index) for r in result.rollouts]
+            assert max(step - r.weight_version for r in result.rollouts) <= 2
+            collector.go_ahead(step)
+            assert collector._window  # the servers have work while the policy trains
+        order = [prompt.prompt_id for prompt in plain.take(90)]
+        expected = [prompt for prompt in order if is_informative(prompt, seed)][: 4 * WANTED]
+        assert seen == [(prompt, sample) for prompt in expected for sample in range(SAMPLES)]
+        assert engine.dropped == 0
+        collector.close()
+
+
+def group_of(kept: bool | None) -> Group:
+    rollouts = [] if kept is None else [Rollout(int(kept), 0, *[torch.zeros(1)] * 3, "stop", 0)]
+    return Group(prompts(1)[0], [], rollouts=rollouts)
+
+
+def keeps(rollouts: Any) -> bool:
+    return bool(rollouts[0].prompt_id)
+
+
+def test_nothing_is_settled_before_all_that_was_drawn_earlier() -> None:
+    groups = [group_of(kept) for kept in (True, None, True, False, True)]
+    assert num_settled(groups, 2, keeps) is None and num_settled(groups, 1, keeps) == 1
+    groups[1] = group_of(False)
+    assert num_settled(groups, 2, keeps) == 3 and num_settled(groups, 3, keeps) == 5
+    assert num_settled(groups, 4, keeps) is None
+
+
+def test_how_many_are_drawn_by_hand() -> None:
+    assert num_to_draw([], 32, keeps, "auto") == 32  # nothing is known: all may be kept
+    judged = [group_of(True)] * 10 + [group_of(False)] * 8  # with the prior 12 of 20: p = 0.6
+    assert num_to_draw(judged, 22, keeps) == 20  # 12 missing / 0.6
+    # 24 * 0.6 - sqrt(24 * 0.6 * 0.4) = 14.4 - 2.4 = 12
+    assert num_to_draw(judged, 22, keeps, "auto") == 24
+    assert num_to_draw([*judged, *[group_of(None)] * 20], 22, keeps, "auto") == 4
+    assert num_to_draw(judged, 22, keeps, 0.5) == 31  # 20 + 0.5 * 22
+    assert num_to_draw(judged, 10, keeps, "auto") == num_to_draw(judged, 9, keeps, 1.0) == 0
+    assert num_to_draw([], 6, keeps, seen=[True, False, False, False, False, False, False]) == 18  # p = 3 / 9
