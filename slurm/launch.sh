@@ -5,7 +5,7 @@
 #    all requeues, this job runs the frozen copy, this script included.
 # 2. Preflight on all ranks, then training: one torchrun agent a node. The first rank of a node starts its engines.
 # 3. Slurm's warning (USR1 before the time limit, TERM before a pre-emption) becomes the file `stop`, which every rank
-#    looks for at a step's end and between generation batches: the run saves and ends, and the job goes back into the
+#    looks for at a step's end and before more prompts are drawn: the run saves and ends, and the job goes back into the
 #    queue. So does a job of which a node died. A requeued job goes on from the newest checkpoint.
 set -euo pipefail
 
@@ -62,7 +62,7 @@ warn() { # SIGNAL
     signalled=1
     [[ -z $warned ]] || return 0
     warned=$1
-    echo "got $1: saving after this step, or before its next generation batch"
+    echo "got $1: saving after this step, or before it draws more prompts"
     echo "$part $1" > "$run_dir/stop"
 }
 
