@@ -83,11 +83,18 @@ def main() -> None:
                 turn = turn_of(root, options, Path(folder)) | {"load": [load, os.getloadavg()[0]]}
             turns[root.name].append(turn)
             print(f"round {number + 1}, {line(root.name, summary([turn]))}", flush=True)
+        show(turns, options)  # after every round: an interrupted run has shown the rounds it finished
+
+
+def show(turns: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    """Print what all turns of each version say together, and write --json."""
     found = {name: summary(rows) for name, rows in turns.items()}
     for name, row in found.items():
-        print(line(name, row))
+        print(f"all turns, {line(name, row)}")
         if name != ROOT.name:
-            print(f"{ROOT.name} is {row['seconds'] / found[ROOT.name]['seconds']:.2f} times as fast as {name}")
+            print(
+                f"{ROOT.name} is {row['seconds'] / found[ROOT.name]['seconds']:.2f} times as fast as {name}", flush=True
+            )
     if options.json:
         setting = {key: value for key, value in vars(options).items() if isinstance(value, (int, float, list))}
         setting["before"] = [str(path) for path in options.before]
@@ -128,6 +135,7 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
         "ideal": at_full("needed"),
         "in_order": at_full("in_order"),
         "of_ideal": at_full("needed") / statistics.fmean(step["seconds"] for step in steps),
+        "of_in_order": at_full("in_order") / statistics.fmean(step["seconds"] for step in steps),
         "tokens": tokens,
         "thrown_away": 1 - tokens["needed"] / tokens["generated"],
         "aborted": 1 - tokens["in_whole"] / tokens["generated"],
@@ -146,7 +154,7 @@ def line(name: str, row: dict[str, Any]) -> str:
     return (
         f"{name}: {row['seconds']:.1f} s a step ({row['fastest']:.1f} to {row['slowest']:.1f}, {row['num_steps']} "
         f"steps); ideal {row['ideal']:.1f} s, {row['of_ideal']:.2f} of it reached; "
-        f"in order {row['in_order']:.1f} s\n"
+        f"in order {row['in_order']:.1f} s, {row['of_in_order']:.2f} of it\n"
         f"    {row['drawn']:.1f} prompts drawn a step, {row['kept']:.2f} of them teach; {tokens['generated']} tokens "
         f"generated, {tokens['needed']} needed, {row['thrown_away']:.1%} thrown away, "
         f"{row['aborted']:.1%} of aborted responses; servers idle {row['idle']:.1%} of the time, {row['filled']:.1%} "
