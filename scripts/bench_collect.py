@@ -170,14 +170,14 @@ def line(name: str, row: dict[str, Any]) -> str:
 def work(setting: dict[str, Any]) -> None:
     """Collect some steps with servers of this process's own, and write turn.json into the turn's folder."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    import megatron_rl
+    from megatron_rl import __file__ as package
     from megatron_rl import launch, train
     from megatron_rl.config import parse_config
     from megatron_rl.parallel.groups import destroy_groups, init_groups
     from megatron_rl.rollout.servers.http import KEY_VARIABLE
     from megatron_rl.rollout.servers.processes import free_port
 
-    assert Path(megatron_rl.__file__).is_relative_to(setting["root"]), megatron_rl.__file__
+    assert Path(package).is_relative_to(setting["root"]), package
     launch.die_with_parent(None)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), KEY_VARIABLE: secrets.token_hex(16)}
     book = Book(setting["median"], setting["limit"])
