@@ -87,7 +87,7 @@ def _provoke(fault: str, run: Any) -> None:
     if fault == "killed in generation":
 
         def kill() -> None:
-            while sum(target.in_flight for target in engine._targets) < 4 or run.served.weight_version < 1:
+            while sum(target.in_flight for target in engine._turns.targets) < 4 or run.served.weight_version < 1:
                 time.sleep(0.005)
             time.sleep(0.3)
             os.kill(_server_pid(run), signal.SIGKILL)
@@ -126,11 +126,15 @@ def test_a_killed_server_is_replaced_and_nothing_is_lost_or_counted_twice(
     assert max(row["mismatch/abs_max"] for row in rows(tmp_path / "killed")) < 1e-4
 
 
-def test_one_of_two_servers_dies_and_the_other_serves_on(worlds: Worlds, tmp_path: Path) -> None:
+@pytest.mark.parametrize("draws_more", [False, True])
+def test_one_of_two_servers_dies_and_the_other_serves_on(worlds: Worlds, tmp_path: Path, draws_more: bool) -> None:
     """Its requests go to the other at once; the next update brings it back."""
     python_of("sglang")
     raw = _long(tmp_path, "pair", "sglang", count=2, max_concurrency=8)
     raw["train"]["num_steps"] = 3
+    if draws_more:  # dynamic sampling, with other prompts under way
+        raw["algorithm"] = {"dynamic_sampling": {"enabled": True, "max_batches": 16}}
+        raw["reward"] = {"function": "tests.test_train:seldom"}
     for rank in worlds.run(2, _train, raw, "killed in generation", timeout=400):
         assert rank["error"] == "" and rank["failures"] == 1 and len(rank["steps"]) == 3
         _complete(rank)
