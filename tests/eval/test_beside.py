@@ -304,3 +304,24 @@ def test_its_servers_are_on_devices_that_nobody_has(tmp_path: Path, monkeypatch:
         )
         Beside(config, policy, None, mock.Mock(), [mock.Mock()])
     assert devices == [(2, 3), (4, 5), (2, 3)]
+
+
+def test_a_folder_that_has_the_weights_is_loaded_as_it_is(tmp_path: Path) -> None:
+    from megatron_rl.rollout.servers.engine import Loop
+    from megatron_rl.rollout.servers.weight_sync import Disk
+
+    loaded: list[Any] = []
+
+    class Loading:
+        async def load_folder(self, server: str, path: Path, weight_version: int) -> None:
+            loaded.append((server, path, weight_version))
+
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_text("all")
+    loop, stream, dialect = Loop(), iter([("a", None), ("b", None)]), Loading()
+    channel = Disk(dialect, tmp_path / "weights", loop.submit, 0, None)  # type: ignore[arg-type]
+    channel.open(["one", "two"])  # type: ignore[list-item]
+    channel.send(stream, 7)  # type: ignore[arg-type]
+    loop.close()
+    assert loaded == [(server, tmp_path / "weights", 7) for server in ("one", "two")]
+    assert next(stream, None) is None and (tmp_path / "weights" / "model.safetensors").read_text() == "all"
