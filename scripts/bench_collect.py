@@ -174,11 +174,11 @@ def line(name: str, row: dict[str, Any]) -> str:
 def work(setting: dict[str, Any]) -> None:
     """Collect some steps with servers of this process's own, and write turn.json into the turn's folder."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    import megatron_rl
+    from megatron_rl import __file__ as package
     from megatron_rl import launch
 
     launch.die_with_parent(setting["parent"])
-    assert Path(megatron_rl.__file__).is_relative_to(setting["root"]), megatron_rl.__file__
+    assert Path(package).is_relative_to(setting["root"]), package
     from megatron_rl import train
     from megatron_rl.config import parse_config
     from megatron_rl.parallel.groups import destroy_groups, init_groups

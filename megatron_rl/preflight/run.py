@@ -152,7 +152,7 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
     from megatron_rl.plan.shapes import shape_of
     from megatron_rl.preflight.facts import architecture
     from megatron_rl.rollout.build import DIALECTS, engine_key, start_fleet, write_model_dir
-    from megatron_rl.rollout.servers.engine import Loop
+    from megatron_rl.rollout.servers.http import Loop
     from megatron_rl.run import hardware_of
 
     elsewhere = config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(folder)})})

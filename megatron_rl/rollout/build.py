@@ -18,9 +18,9 @@ from megatron_rl.convert.model_files import Described, policy_files, write_files
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine
 from megatron_rl.rollout.servers import weight_sync
-from megatron_rl.rollout.servers.engine import Loop, ServerEngine
+from megatron_rl.rollout.servers.engine import ServerEngine
 from megatron_rl.rollout.servers.fleet import Fleet, address_for
-from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server, why_lost
+from megatron_rl.rollout.servers.http import KEY_VARIABLE, Loop, Server, why_lost
 from megatron_rl.rollout.servers.processes import free_port
 from megatron_rl.rollout.servers.protocol import Dialect
 from megatron_rl.rollout.servers.sglang import SGLang

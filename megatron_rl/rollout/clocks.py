@@ -31,7 +31,10 @@ def waiting_seconds(config: Config) -> float:
 
 
 def server_waits(config: Config) -> dict[str, float]:
-    """Return what a rank may wait for its servers between two meetings with the other ranks: work -> most seconds."""
+    """Return what a rank may wait for its servers between two meetings with the other ranks: work -> most seconds.
+
+    For rollouts and held-out problems ranks meet all the time (rollout/collect.py): however long they take, none waits.
+    """
     rollout, server = config.rollout, config.rollout.server
     if rollout.is_embedded:
         return {}
@@ -40,8 +43,7 @@ def server_waits(config: Config) -> dict[str, float]:
     # as many servers may be dead as may die in a run
     alive = max(1, (len(server.urls) or server.count * nodes) - server.max_failures)
     at_once = alive * max(1, server.max_concurrency // ranks) * ranks
-    responses = {"rollouts": config.train.prompts_per_step * rollout.samples_per_prompt} | _evaluated(config)
-    turns = {work: math.ceil(count / at_once) for work, count in responses.items()}
+    turns = {work: math.ceil(count / at_once) for work, count in _evaluated(config).items()}
     return {
         # restart of the dead, then one look a second; each is told once how to settle
         "start of servers": server.start_seconds + server.count * (LOST_SECONDS + STOP_SECONDS + CONTROL_SECONDS),
@@ -53,16 +55,14 @@ def server_waits(config: Config) -> dict[str, float]:
 
 
 def _evaluated(config: Config) -> dict[str, int]:
-    """Return the responses of each evaluation; none of a file that cannot be read, which those who load it
-    say."""
-    files = [("held-out", Path(getattr(config.data, "eval_path", None) or ""), config.train.eval_samples)]
+    """Return the responses of each benchmark; none of a file that cannot be read, which those who load it say."""
+    counts = {}
     for name in config.eval.sets:
         path, options, preset = set_path(config.eval, name), config.eval.options.get(name), PRESETS.get(name)
         samples = (options and options.samples) or (preset.samples if preset else 1)
-        files += [(name, path, samples)] if isinstance(path, Path) else []
-    counts = {name: samples * _records(path) for name, path, samples in files if path.is_file()}
-    counts["held-out"] = counts.get("held-out", config.train.eval_samples * getattr(config.data, "num_eval", 0))
-    return {f"evaluation, {name}": count for name, count in counts.items()}
+        if isinstance(path, Path) and path.is_file():
+            counts[f"evaluation, {name}"] = samples * _records(path)
+    return counts
 
 
 def _records(path: Path) -> int:

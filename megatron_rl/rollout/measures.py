@@ -55,8 +55,8 @@ def staleness_metrics(rollouts: Sequence[Rollout], step: int, num_stale: int) ->
 
 
 def cost_metrics(costs: Sequence[Cost], groups: Sequence[Group], began: float, ended: float) -> dict[str, float]:
-    """What the servers did for all ranks between two times (time.time(), which the nodes' clocks agree on); nothing
-    without servers.
+    """Return what the servers did for all ranks between two times, time.time(), on which the nodes' clocks must agree;
+    nothing without servers.
 
     `idle_seconds`: in which a server had no request of this run, mean over servers; `tail_seconds`: after 90% of the
     step's responses had come; `prefix_hit_fraction`: of the prompts' tokens, with keys and values at hand.

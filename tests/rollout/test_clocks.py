@@ -42,29 +42,27 @@ def test_every_wait_ends_before_the_timeout_of_the_group_that_waits(path: Path) 
         assert seconds + alone <= limit
     if waits:
         assert waits["start of servers"] > server.start_seconds
-        assert waits["rollouts"] > server.request_seconds
         assert waits["weight update"] > 3 * clocks.LOAD_SECONDS > clocks.GROUP_SECONDS
 
 
-def test_the_wait_for_responses_counts_the_turns_that_they_take_on_the_servers_left(
-    monkeypatch: pytest.MonkeyPatch,
+def test_evaluation_counts_the_turns_that_its_problems_take_on_the_servers_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # two nodes
+    (tmp_path / "mine.jsonl").write_text('{"problem": "1", "answer": "1"}\n' * 32)
+    sets = {"sets": ["mine"], "options": {"mine": {"path": str(tmp_path / "mine.jsonl"), "samples": 2}}}
+    data = {"type": "jsonl", "train_path": "x", "tokenizer": "y"}
+
+    def waited(**server: Any) -> float:
+        raw = config_of(request_seconds=7.0, **server).model_dump(mode="json")
+        return server_waits(parse_config(raw | {"data": data, "eval": sets}))["evaluation, mine"]
+
     turn = 7.0 + clocks.LOST_SECONDS + clocks.HEALTH_SECONDS
     # 64 responses; each of 8 ranks keeps 2 at a server; of 2 * 2 servers 1 may be dead
-    config = config_of(count=2, max_concurrency=16, max_failures=1, request_seconds=7.0)
-    assert server_waits(config)["rollouts"] == 2 * turn
-    assert server_waits(config_of(count=2, max_concurrency=16, request_seconds=7.0))["rollouts"] == 4 * turn
-    assert server_waits(config_of(count=2, max_failures=1, request_seconds=7.0))["rollouts"] == turn
+    assert waited(count=2, max_concurrency=16, max_failures=1) == 2 * turn
+    assert waited(count=2, max_concurrency=16) == 4 * turn
+    assert waited(count=2, max_failures=1) == turn
     assert waiting_seconds(config_of(start_seconds=5000.0)) > 5100.0
-
-
-def test_evaluation_counts_the_problems_of_its_files(tmp_path: Path) -> None:
-    (tmp_path / "mine.jsonl").write_text('{"problem": "1", "answer": "1"}\n' * 700)
-    raw = config_of(count=1, max_concurrency=8, request_seconds=10.0).model_dump(mode="json")
-    sets = {"sets": ["mine"], "options": {"mine": {"path": str(tmp_path / "mine.jsonl"), "samples": 2}}}
-    config = parse_config(raw | {"data": {"type": "jsonl", "train_path": "x", "tokenizer": "y"}, "eval": sets})
-    assert server_waits(config)["evaluation, mine"] == 1400 / 8 * (10 + clocks.LOST_SECONDS + clocks.HEALTH_SECONDS)
 
 
 def test_no_bound_of_a_servers_answer_stands_elsewhere() -> None:

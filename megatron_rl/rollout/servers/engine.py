@@ -12,14 +12,11 @@ import contextlib
 import functools
 import itertools
 import random
-import threading
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import Future
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
-import aiohttp
 from torch import Tensor
 from typing_extensions import override
 
@@ -30,7 +27,7 @@ from megatron_rl.rollout.engine import Cost, EngineError, Request, RolloutEngine
 from megatron_rl.rollout.servers.answers import as_rollout, joined, rest, too_late
 from megatron_rl.rollout.servers.checksums import Checksums, WeightProof, digested
 from megatron_rl.rollout.servers.fleet import Fleet
-from megatron_rl.rollout.servers.http import Server, ServerBusy, ServerFailed, ServerLost, open_session, why_lost
+from megatron_rl.rollout.servers.http import Loop, Server, ServerBusy, ServerFailed, ServerLost, why_lost
 from megatron_rl.rollout.servers.protocol import Completion, Dialect
 from megatron_rl.rollout.servers.stream import ServerStream
 from megatron_rl.rollout.servers.turns import Target, Turns
@@ -40,39 +37,6 @@ from megatron_rl.types import Rollout
 _MAX_TRIES = 10  # of one response on servers that break or fail and yet are healthy
 _BACKOFF_SECONDS = (0.1, 10.0)  # first and longest pause before a request is sent again
 _ENDED_SECONDS = 2.0  # for a server to tell what it had of a request that it was told to end
-
-
-class Loop:
-    """An event loop in a thread, and the HTTP session that lives on it."""
-
-    def __init__(self, key: str = "") -> None:
-        """Start the thread. `key`: goes along with every request; empty: none."""
-        self.key = key
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-servers", daemon=True)
-        self._thread.start()
-        self.session: aiohttp.ClientSession = self.submit(self._open()).result()
-
-    async def _open(self) -> aiohttp.ClientSession:
-        return open_session(self.key)
-
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Run the coroutine on the loop; return a future of its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def call(self, action: Callable[[], None]) -> None:
-        """Do something on the loop's thread, and return when it is done."""
-
-        async def act() -> None:
-            action()
-
-        self.submit(act()).result()
-
-    def close(self) -> None:
-        """End the session and the thread."""
-        self.submit(self.session.close()).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
 
 
 class ServerEngine(RolloutEngine):
@@ -99,7 +63,7 @@ class ServerEngine(RolloutEngine):
 
     @override
     def open(self, then: Then) -> ServerStream:
-        """Return a stream; `then` is called on the thread that speaks to the servers."""
+        """Return a stream; `then` is called on a thread of its own."""
         stream = ServerStream(self, self._loop, then)
         self._streams.add(stream)
         return stream

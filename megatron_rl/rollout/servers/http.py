@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any
 
 import aiohttp
@@ -69,6 +71,39 @@ async def why_lost(look: Callable[[float], Awaitable[None]]) -> str:
             if not isinstance(error, ServerLost) or isinstance(error, ServerGone) or waited >= LOST_SECONDS:
                 return f"its health check failed {looks} times in {waited:.1f} s, last with {error}"
         await asyncio.sleep(_RETRY_SECONDS)
+
+
+class Loop:
+    """An event loop in a thread, and the HTTP session that lives on it."""
+
+    def __init__(self, key: str = "") -> None:
+        """Start the thread. `key`: goes along with every request; empty: none."""
+        self.key = key
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-servers", daemon=True)
+        self._thread.start()
+        self.session: aiohttp.ClientSession = self.submit(self._open()).result()
+
+    async def _open(self) -> aiohttp.ClientSession:
+        return open_session(self.key)
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run the coroutine on the loop; return a future of its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Do something on the loop's thread, and return when it is done."""
+
+        async def act() -> None:
+            action()
+
+        self.submit(act()).result()
+
+    def close(self) -> None:
+        """End the session and the thread."""
+        self.submit(self.session.close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
 
 
 class Server:

@@ -7,14 +7,29 @@ import contextlib
 import queue
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 from typing_extensions import override
 
 from megatron_rl.rollout.engine import Cost, EngineAborted, Request, ServersLost, Stream, Taken, Then
+from megatron_rl.rollout.servers.http import Loop
+from megatron_rl.types import Rollout
 
-if TYPE_CHECKING:
-    from megatron_rl.rollout.servers.engine import Loop, ServerEngine
+
+class Answering(Protocol):
+    """What a stream asks: the engine."""
+
+    cost: Cost  # since it was last taken
+
+    def check(self) -> None:
+        """Raises: EngineError when it cannot generate."""
+
+    async def complete(self, request: Request) -> Rollout:
+        """Return the response; on the event loop. Raises: ServersLost, EngineError."""
+
+    def take_cost(self) -> Cost:
+        """Return what the servers did since this was last asked."""
 
 
 class ServerStream(Stream):
@@ -22,12 +37,13 @@ class ServerStream(Stream):
 
     in_rounds = False
 
-    def __init__(self, engine: ServerEngine, loop: Loop, then: Then) -> None:
+    def __init__(self, engine: Answering, loop: Loop, then: Then) -> None:
         """Ask for nothing yet."""
         self._engine, self._loop, self._then = engine, loop, then
         self._tasks: set[asyncio.Task[None]] = set()
         self._results: queue.SimpleQueue[tuple[Request, int, Any]] = queue.SimpleQueue()  # with a response's tokens
         self._under_way = 0
+        self._thread = ThreadPoolExecutor(1, "responses")  # a slow verifier must not hold the others' connections
 
     @override
     def add(self, requests: Sequence[Request]) -> None:
@@ -45,7 +61,8 @@ class ServerStream(Stream):
         tokens = 0
         try:
             rollout = await self._engine.complete(request)
-            tokens, outcome = rollout.response_length, self._then(request, rollout)
+            tokens, loop = rollout.response_length, asyncio.get_running_loop()
+            outcome = await loop.run_in_executor(self._thread, self._then, request, rollout)
         except asyncio.CancelledError:
             outcome = EngineAborted("generate: aborted")
         except Exception as error:

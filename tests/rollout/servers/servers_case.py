@@ -123,8 +123,7 @@ def started(
 
 def wait_ready(engine: str, process: Any, url: str, seconds: float = 240) -> None:
     from megatron_rl.rollout.build import DIALECTS
-    from megatron_rl.rollout.servers.engine import Loop
-    from megatron_rl.rollout.servers.http import Server
+    from megatron_rl.rollout.servers.http import Loop, Server
 
     loop, dialect, deadline = Loop(), DIALECTS[engine](), time.monotonic() + seconds
     try:

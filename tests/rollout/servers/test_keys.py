@@ -14,8 +14,7 @@ from aiohttp.test_utils import TestServer
 from megatron_rl.config import parse_config
 from megatron_rl.rollout.build import DIALECTS, engine_key, start_fleet
 from megatron_rl.rollout.engine import EngineError, Place
-from megatron_rl.rollout.servers.engine import Loop
-from megatron_rl.rollout.servers.http import KEY_VARIABLE, Server, ServerRefused
+from megatron_rl.rollout.servers.http import KEY_VARIABLE, Loop, Server, ServerRefused
 from tests.rollout.servers.servers_case import lone_place
 from tests.tiny import tiny_raw
 from tests.worlds import ROOT

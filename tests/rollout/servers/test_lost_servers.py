@@ -17,9 +17,8 @@ from megatron_rl.config import parse_config
 from megatron_rl.rollout.build import start_fleet
 from megatron_rl.rollout.engine import EngineError, Request, ServersLost
 from megatron_rl.rollout.servers import http
-from megatron_rl.rollout.servers.engine import Loop
 from megatron_rl.rollout.servers.fleet import Fleet
-from megatron_rl.rollout.servers.http import Server
+from megatron_rl.rollout.servers.http import Loop, Server
 from megatron_rl.rollout.servers.processes import free_port
 from tests.rollout.servers.servers_case import HF, lone_place
 from tests.rollout.servers.test_server_engine import engine_of, requests, whole

@@ -14,8 +14,8 @@ import torch
 
 from megatron_rl.config import parse_config
 from megatron_rl.rollout.engine import EngineAborted, EngineError, Request, SamplingParams, ServersLost
-from megatron_rl.rollout.servers.engine import Loop, ServerEngine
-from megatron_rl.rollout.servers.http import ServerBusy, ServerFailed, ServerGone, ServerLost
+from megatron_rl.rollout.servers.engine import ServerEngine
+from megatron_rl.rollout.servers.http import Loop, ServerBusy, ServerFailed, ServerGone, ServerLost
 from megatron_rl.rollout.servers.protocol import Completion
 from tests.rollout.servers.servers_case import HF, lone_place
 from tests.tiny import tiny_raw
