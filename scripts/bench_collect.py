@@ -104,7 +104,11 @@ def show(turns: dict[str, list[dict[str, Any]]], options: argparse.Namespace) ->
 def turn_of(root: Path, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What the checkout `root` needs for some steps, with servers of its own."""
     keys = ("steps", "prompts", "samples", "concurrency", "median", "limit", "full_seconds", "set")
-    setting = {key: getattr(options, key) for key in keys} | {"root": str(root), "folder": str(folder)}
+    setting = {key: getattr(options, key) for key in keys} | {
+        "root": str(root),
+        "folder": str(folder),
+        "parent": os.getpid(),
+    }
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
@@ -171,14 +175,16 @@ def work(setting: dict[str, Any]) -> None:
     """Collect some steps with servers of this process's own, and write turn.json into the turn's folder."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     from megatron_rl import __file__ as package
-    from megatron_rl import launch, train
+    from megatron_rl import launch
+
+    launch.die_with_parent(setting["parent"])
+    assert Path(package).is_relative_to(setting["root"]), package
+    from megatron_rl import train
     from megatron_rl.config import parse_config
     from megatron_rl.parallel.groups import destroy_groups, init_groups
     from megatron_rl.rollout.servers.http import KEY_VARIABLE
     from megatron_rl.rollout.servers.processes import free_port
 
-    assert Path(package).is_relative_to(setting["root"]), package
-    launch.die_with_parent(None)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), KEY_VARIABLE: secrets.token_hex(16)}
     book = Book(setting["median"], setting["limit"])
     install(book)
