@@ -1,8 +1,6 @@
 """Megatron-Core on a CPU: its source, which names CUDA literally, is rewritten while it is imported. Nothing in torch
 is patched, so transformers and the engines in the same process see an untouched torch."""
 
-from __future__ import annotations
-
 import importlib.abc
 import importlib.machinery
 import re

@@ -1,8 +1,6 @@
 """The gated activation of a feed-forward layer on a CPU. For silu(a) * b autograd computes both halves of the gradient
 and then copies them together; here each is written where it belongs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

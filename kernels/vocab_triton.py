@@ -5,8 +5,6 @@ holds one row's tile at a time, so a row may have any length; many rows in fligh
 16 and a base address that is one too, loads and stores are 128 bits wide.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

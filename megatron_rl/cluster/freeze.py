@@ -5,8 +5,6 @@ with the same resolved config continues the run; any other job of that name gets
 one that waited for hours in a queue should not end over a name.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

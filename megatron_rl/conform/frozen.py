@@ -1,8 +1,6 @@
 """The mini-batch that two layouts are compared on: the config's own prompts, and responses that no engine had to
 sample."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ The folder holds weights and gradients under their Hugging Face names (`start/`,
 and `numbers.json`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass

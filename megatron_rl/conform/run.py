@@ -1,7 +1,5 @@
 """Both layouts, one after the other, in the world that was started, and the answer."""
 
-from __future__ import annotations
-
 import gc
 import json
 from dataclasses import dataclass

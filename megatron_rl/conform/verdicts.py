@@ -1,8 +1,6 @@
 """Two layouts' measurements compared: a verdict a line, with the largest deviation, its place and what usually causes
 it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Compare two model folders of either format: every tensor bit for bit, and the logits on a probe prompt."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Do what every conversion does around the tensors: check the tokenizer, and leave a target complete or absent."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from collections.abc import Callable, Iterator

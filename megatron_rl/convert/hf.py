@@ -1,7 +1,5 @@
 """Read Hugging Face weights by name, without holding the model twice."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

@@ -8,8 +8,6 @@ frequencies, 128 experts), and cannot load such a tokenizer. So what stands in t
 form too, which both read.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import tempfile

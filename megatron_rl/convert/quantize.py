@@ -1,8 +1,6 @@
 """Export a quantised model in forms that SGLang and vLLM load: FP8 through nvidia-modelopt, INT8 as compressed-tensors
 stores it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Convert a Megatron checkpoint to a Hugging Face folder with sharded safetensors, one parameter at a time."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Convert a Hugging Face folder to a Megatron checkpoint, one parameter at a time, in one process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_rl.convert.folders import SLACK_BYTES, Progress, cast, check_tokenizer, converted, published

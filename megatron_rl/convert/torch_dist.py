@@ -6,8 +6,6 @@ other), `common.pt` (plain data) and `metadata.json` (the name of the format). M
 group and all tensors of a rank at once; torch's writer keeps a reference to the last tensor of every name.
 """
 
-from __future__ import annotations
-
 import collections
 import io
 import json

@@ -5,8 +5,6 @@ A Hugging Face folder holds config.json and safetensors. A Megatron checkpoint i
 depend on the layout that wrote them: layers (and experts) are stacked in leading dimensions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

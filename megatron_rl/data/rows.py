@@ -1,7 +1,5 @@
 """Problems as rows: what a record of a file asks, and what its answer is, whatever its columns are called."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -3,8 +3,6 @@
 Upper and lower case are different symbols; a subscript, a prime or an accent belongs to its symbol.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from fractions import Fraction

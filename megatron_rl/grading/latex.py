@@ -1,7 +1,5 @@
 """Mathematical answers as text: one spelling for what LaTeX writes in many ways, lists and brackets."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable, Iterator

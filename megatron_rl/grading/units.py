@@ -4,8 +4,6 @@ Nothing else is taken for a unit: what stands behind a number and is neither in 
 the answer another one ("7 or 8", "12 factorial", "5 is wrong").
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

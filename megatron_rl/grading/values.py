@@ -4,8 +4,6 @@ Rational numbers are computed as fractions; other constants are equal when their
 grading/constants.py decides. Expressions with symbols are compared at points that the symbols' names choose.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from fractions import Fraction

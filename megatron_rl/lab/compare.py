@@ -1,7 +1,5 @@
 """What each method would do with one mini-batch at the same weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

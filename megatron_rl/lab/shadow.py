@@ -4,8 +4,6 @@ The batch is the one that the run would have trained on after the checkpoint, as
 engine: prompts and draws are functions of the checkpoint's cursor and of the seed.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ widened by sqrt((1 + rho) / (1 - rho)), rho the residuals' correlation at lag 1 
 independent errors would give for n (1 - rho) / (1 + rho) points.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

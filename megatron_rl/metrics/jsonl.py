@@ -1,7 +1,5 @@
 """JSON lines: valid JSON whatever the numbers, readable after a crash, cut back on resume."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

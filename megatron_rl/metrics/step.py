@@ -1,7 +1,5 @@
 """What a step reports about its tokens and its updates: `StepReport`."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 import torch

@@ -1,7 +1,5 @@
 """Facts of a model that its config.json tells, read as plain data: nothing here needs torch or transformers."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ A YAML file states them as text now and then (`1e-6` is text in YAML 1.1): such 
 pass as they are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Annotated, Any

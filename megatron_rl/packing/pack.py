@@ -4,8 +4,6 @@ Every rank knows the lengths of all rollouts and computes the same assignment (d
 computed, never its `token_ids_global`, its mini-batch or its weight in the loss.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

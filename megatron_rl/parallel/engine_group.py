@@ -1,8 +1,6 @@
 """The process group between the trainer's source rank and the workers of engine servers, in which weights are
 broadcast."""
 
-from __future__ import annotations
-
 import datetime
 
 import torch.distributed as dist

@@ -9,8 +9,6 @@ steps of 0.125 nats. Their gradient is float32 too, and rounded to bfloat16 once
 results the weight's and the hidden states' bfloat16 would round in any case.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The process groups of one run, as plain data: nothing else in the trainer asks Megatron's global state."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

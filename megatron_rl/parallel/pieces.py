@@ -1,7 +1,5 @@
 """A flat tensor whose pieces lie on several ranks, put together on one of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

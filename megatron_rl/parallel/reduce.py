@@ -3,8 +3,6 @@
 Every function gives the same bits on every rank of the group, because all ranks reduce the same gathered data.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Watching collectives: Megatron's and ours alike, because it is the process group's methods that report."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import Counter

@@ -5,8 +5,6 @@ Every rank receives every Hugging Face tensor, one bucket at a time, so that pea
 the model.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

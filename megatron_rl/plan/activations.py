@@ -5,8 +5,6 @@ within 3% (tests/rehearse/test_recipes.py). Transformer Engine's layers are not 
 where nothing else is said.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_rl.models.hardware import CHUNK_LOGITS, PACKS_KEPT, ROUNDED_LOGITS

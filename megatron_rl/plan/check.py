@@ -3,8 +3,6 @@
 The plan imports neither torch nor Megatron, so that it answers at once; the first prompt takes a few seconds.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`megatron-rl plan`: memory, seconds and layouts of a config, on a machine without GPU and without torch."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

@@ -3,8 +3,6 @@
 Every function takes shapes and counts; only `memory_of` reads a config.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 

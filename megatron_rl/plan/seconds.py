@@ -6,8 +6,6 @@ runs. Bytes on their way (gradients and weights among trainers, weights to the e
 by data-sheet bandwidths and not fitted, as published rows do not tell these apart: lower bounds.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, fields

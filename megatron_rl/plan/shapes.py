@@ -1,7 +1,5 @@
 """A model as the planner sees it: its sizes, its parameters on a rank, its floating-point operations."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The plan of one RL step: seconds by phase, throughput, utilisation."""
 
-from __future__ import annotations
-
 import math
 import random
 import statistics

@@ -12,8 +12,6 @@ Three degrees of sameness of two problems:
 A problem is all that is said of it: earlier turns of a conversation count, system messages and suffixes do not.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

@@ -15,8 +15,6 @@ count for none.
 All of it takes time linear in the texts, but for pairs of rows that share a rare phrase, which are compared.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

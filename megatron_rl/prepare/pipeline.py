@@ -1,7 +1,5 @@
 """From sources to one clean file: duplicates, contradictions, overlap, length; the same result every time."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Source of the prompts: arXiv 2505.22617 and its evaluation files. The system pro
 a solution, OMNI-MATH's for named actions; training on DAPO-Math-17k has the suffix alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_rl.config.benchmarks import prompts

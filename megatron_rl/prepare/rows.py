@@ -1,7 +1,5 @@
 """Rows of any of the formats, with the columns of any preset, as problems; and the clean file that they become."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator

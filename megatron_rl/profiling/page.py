@@ -1,7 +1,5 @@
 """A profile as one HTML file: the timeline of a step across ranks, and the tables behind it."""
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ The folder holds what a run's folder holds, and `ranks/rank{r}.json` (spans and 
 (the summary) and `profile.html`.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """Profiles as tables: of strings for the page, of rich for the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

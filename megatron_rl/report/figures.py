@@ -1,7 +1,5 @@
 """The figures of the report, as Plotly JSON. A figure whose metrics no run has is a note instead."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

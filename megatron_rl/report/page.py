@@ -1,7 +1,5 @@
 """The report as one HTML file that needs no network."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,6 @@
 """Read run folders: config.yaml and metrics.jsonl; where present ledger.jsonl, samples.jsonl, shadow/*.json and
 eval/*/table.json."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
