@@ -10,7 +10,7 @@ import torch
 
 from megatron_rl import device
 from megatron_rl.convert.check import transformers_model
-from megatron_rl.convert.folders import DTYPES, SLACK_BYTES, cast, check_tokenizer, converted, load_tokenizer, published
+from megatron_rl.convert.folders import DTYPES, SLACK_BYTES, cast, converted, load_tokenizer, published
 from megatron_rl.convert.model_files import converted_files, write_files
 from megatron_rl.convert.safetensors_io import TensorInfo
 from megatron_rl.convert.save_hf import write_shards
@@ -19,20 +19,8 @@ from megatron_rl.convert.weights import Weights
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.models.facts import is_moe
 
-_EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
-INT8_CONFIG: dict[str, Any] = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": _EIGHT_BITS | {"strategy": "channel", "dynamic": False},
-            "input_activations": _EIGHT_BITS | {"strategy": "token", "dynamic": True},
-        }
-    },
-}
+# what compressed-tensors' config.json says of such a model
+INT8_CONFIG: dict[str, Any] = json.loads((Path(__file__).parent / "assets" / "int8.json").read_text())
 _LINEAR = "_proj.weight"  # ends the Hugging Face names of all weights of linear layers but lm_head
 _MAX_TEXTS = 128
 _CUT_TEXT: dict[str, Any] = {"return_tensors": "pt", "truncation": True, "max_length": 512}
@@ -48,9 +36,7 @@ def fp8_to_hf(source: Path, target: Path, *, calibration: Path, dtype: str = "ke
     """
     mtq, export = _modelopt()
     weights, texts = open_checkpoint(source), list(read_texts(calibration))
-    tensors = converted(weights.tensors, dtype)
-    check_tokenizer(weights)
-    total = sum(info.nbytes for info in tensors.values())
+    tensors, total = converted(weights, dtype)
     with published(target, source, total + _FREE_BYTES, force) as draft:
         stored = next(iter(tensors.values())).dtype if dtype == "keep" else DTYPES[dtype]
         model = transformers_model(weights, stored)
@@ -90,8 +76,7 @@ def int8_to_hf(
             f"{source}: --quantize int8 takes no mixture of experts: SGLang 0.5.23 loads INT8 experts on NPUs alone; "
             "take --quantize fp8"
         )
-    tensors = converted(weights.tensors, dtype)
-    check_tokenizer(weights)
+    tensors, total = converted(weights, dtype)
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for name, info in tensors.items():
@@ -102,7 +87,7 @@ def int8_to_hf(
             else:
                 yield name, cast(name, weights.read(name), info.dtype)
 
-    with published(target, source, sum(info.nbytes for info in tensors.values()) + SLACK_BYTES, force) as draft:
+    with published(target, source, total + SLACK_BYTES, force) as draft:
         write_shards(draft, stream(), limit)
         _describe(draft, weights, tensors, INT8_CONFIG)
 
