@@ -9,8 +9,7 @@ from torch.autograd.function import once_differentiable
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """Return `silu(a) * b` of x = [a, b] `[..., 2 F]` -> `[..., F]`; values and gradients are autograd's bit for
-    bit."""
+    """Return `silu(a) * b` of x = [a, b] `[..., 2 F]` -> `[..., F]`; values and gradients have autograd's bits."""
     product: Tensor = _SwiGLU.apply(x)
     return product
 

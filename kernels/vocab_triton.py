@@ -76,8 +76,7 @@ def stats_kernel(
     WITH_SUM_P2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a row's statistics, one program a row: an online softmax with its first moment, in base 2, and the moments
-    of its square."""
+    """Write a row's statistics, a program a row: an online softmax in base 2, its first moment, those of its square."""
     row = tl.program_id(0).to(tl.int64)  # rows * width passes 2^31
     acc = stats.dtype.element_ty
     base = logits + row * width

@@ -1,5 +1,4 @@
-"""The mini-batch that two layouts are compared on: the config's own prompts, and responses that no engine had to
-sample."""
+"""The mini-batch that two layouts are compared on: the config's own prompts, and responses that no engine sampled."""
 
 import math
 from collections.abc import Sequence

@@ -55,8 +55,7 @@ def measure(
     """Fill `folder` (rank 0 writes). Collective.
 
     `raw_hf_config`: the architecture, perhaps with fewer layers. `asks_engine`: whether the config's engine is started.
-    `resumes`: the folder whose checkpoint, saved after its first update where it is `folder`, the second is made from
-    once more.
+    `resumes`: the folder from whose checkpoint the second update is made anew; if `folder`, saved after the first.
     """
     ranks = groups.token_ranks
     tokenizer = build_tokenizer(config)
@@ -121,8 +120,7 @@ class _Keeper:
 
 
 def _tokens(mini_batch: MiniBatch, world: Reducer) -> tuple[dict[str, Tensor], list[str]]:
-    """Return columns of all counted tokens by rising id, and which of them are not the same bits on all ranks that hold
-    the same token."""
+    """Return columns of all counted tokens by rising id, and which differ in a bit on ranks with the same token."""
     mine = {"ids": mini_batch.cat("token_ids_global"), "advantages": mini_batch.cat("advantages")}
     mine |= {name: mini_batch.cat_stats(name) for name in ("logprobs", "entropy", "sum_p2", "sum_p2_logp")}
     for name in ("selected", "surrogate_weights", "token_weights"):

@@ -1,5 +1,4 @@
-"""Two layouts' measurements compared: a verdict a line, with the largest deviation, its place and what usually causes
-it."""
+"""Two layouts' measurements compared: a verdict a line, with the largest deviation, its place and its usual cause."""
 
 import json
 import math

@@ -1,5 +1,4 @@
-"""Export a quantised model in forms that SGLang and vLLM load: FP8 through nvidia-modelopt, INT8 as compressed-tensors
-stores it."""
+"""Export a quantised model for SGLang and vLLM: FP8 through nvidia-modelopt, INT8 as compressed-tensors stores it."""
 
 import json
 from collections.abc import Iterator
@@ -108,8 +107,7 @@ def _describe(draft: Path, weights: Weights, tensors: dict[str, TensorInfo], qua
 def read_texts(path: Path) -> Iterator[str]:
     """Yield the first texts of a file: a line each, or the field `problem`, `prompt` or `text` of JSON lines.
 
-    Raises: ConfigError without such a file, without a text in it, for a line that is no UTF-8, or a JSON line without
-    such a field.
+    Raises: ConfigError without such a file or a text, for a line that is no UTF-8, or a JSON line without such a field.
     """
     if not path.is_file():
         raise ConfigError(f"--calibration {path}: no such file; give texts typical of the model's use, one a line")

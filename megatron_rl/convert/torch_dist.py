@@ -144,8 +144,7 @@ class TorchDistWriter:
         self._nothing: _StorageInfo | None = None
 
     def add(self, keys: Iterable[str], tensor: Tensor, index: tuple[int, ...] = (), lead: tuple[int, ...] = ()) -> None:
-        """Store `tensor` as `whole[index]` of the tensor `whole` of shape `[*lead, *tensor.shape]`, once, under all
-        `keys`."""
+        """Store `tensor`, once, under all `keys` as `whole[index]` of a `whole` of shape `[*lead, *tensor.shape]`."""
         shape = torch.Size((*lead, *tensor.shape))
         ones = (1,) * len(lead)
         for start, block in _blocks(tensor.detach()):
@@ -161,8 +160,7 @@ class TorchDistWriter:
                 self._places[MetadataIndex(key, offsets)] = place
 
     def add_nothing(self, key: str, index: tuple[int, ...] = (), lead: tuple[int, ...] = ()) -> None:
-        """Store None under the name of an object that Megatron shards as `lead`: it asks for one such object a
-        module."""
+        """Store None under the name of an object that Megatron shards as `lead`: it asks for one a module."""
         if self._nothing is None:
             self._nothing = self._save([None])
         offset, shape = (".".join(map(str, part)) for part in (index or (0,), lead or (1,)))

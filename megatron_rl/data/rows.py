@@ -141,8 +141,7 @@ def _json_of(text: str) -> Any:
 
 
 def text_of(value: Any, where: str, name: str) -> str:
-    """Return a text that can be encoded. Raises: DataError for another type, bytes that are not UTF-8, and halves of
-    surrogate pairs."""
+    """Return a text that can be encoded. Raises: DataError for another type, no UTF-8, or half of a surrogate pair."""
     if isinstance(value, bytes):
         value = decode(value, f"{where}: `{name}`")
     if not isinstance(value, str):

@@ -90,8 +90,7 @@ def _end_tokens(folder: Path) -> tuple[int, ...]:
 
 
 def vocab_size(tokenizer: Any) -> int:
-    """Return the number of tokens, added ones included: the model's vocabulary where its config gives none, before the
-    policy pads it."""
+    """Return the number of tokens, added ones included: the model's vocabulary, not padded, if no config gives it."""
     return len(tokenizer)
 
 

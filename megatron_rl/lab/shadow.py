@@ -80,8 +80,7 @@ def replay(
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print one table per mini-batch; `dH, logits` and `dH, step` are compare.py's `predicted_change`,
-    `entropy_slope`."""
+    """Print one table per mini-batch; `dH, logits` and `dH, step`: compare.py's `predicted_change`, `entropy_slope`."""
     names = list(result["losses"])
     for found in result["minibatches"]:
         policy = "on-policy" if found["minibatch"] == 0 else f"after {found['minibatch']} updates"

@@ -66,8 +66,7 @@ class LawFit:
         return None if self.ceiling is None else _around(self.ceiling, self._half_width(0.0, new=False))
 
     def band(self, entropy: float) -> Interval | None:
-        """Return the interval of a new step's reward with 95% probability, if the law goes on to hold. Raises: as
-        `at`."""
+        """Return the interval of a new step's reward with 95% probability, if the law still holds. Raises: as `at`."""
         return _around(self.at([entropy])[0], self._half_width(entropy, new=True))
 
     def _half_width(self, entropy: float, *, new: bool) -> float | None:
@@ -128,8 +127,7 @@ class LawMonitor:
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> LineFit:
-    """Fit a line by least squares over the pairs in which both are finite. Never raises on data: `problem` says what is
-    missing."""
+    """Fit a line by least squares over the finite pairs. Never raises on data: `problem` says what is missing."""
     pairs = np.array([(u, v) for u, v in zip(x, y, strict=True) if math.isfinite(u) and math.isfinite(v)]).reshape(
         -1, 2
     )

@@ -61,8 +61,7 @@ class ModelSource(Protocol):
 
 
 def hf_folder(path: str | Path) -> Path:
-    """Return where a model's config.json and tokenizer are: the folder itself, or `hf/` inside a Megatron
-    checkpoint."""
+    """Return where a model's config.json and tokenizer are: the folder, or `hf/` inside a Megatron checkpoint."""
     folder = Path(path)
     return folder / "hf" if (folder / "metadata.json").is_file() else folder
 

@@ -106,8 +106,7 @@ def _occurs(row: Row, hf: PretrainedConfig, layer: int) -> bool:
 
 
 def expected_hf_names(hf: PretrainedConfig) -> set[str]:
-    """Return the names of the tensors that a checkpoint of this model holds (lm_head.weight not among them when
-    tied)."""
+    """Return the names of the tensors that a checkpoint of this model holds (no lm_head.weight when tied)."""
     return {name for row in model_rows(hf) for name in row.hf}
 
 
@@ -200,8 +199,7 @@ def to_shard(
 
 
 def from_shards(row: Row, shards: list[Tensor], hf: PretrainedConfig) -> list[Tensor]:
-    """Return the Hugging Face tensors of one parameter from all its tensor-parallel shards in rank order: the inverse
-    of `to_shard`."""
+    """Return a parameter's Hugging Face tensors from all its shards in rank order: the inverse of `to_shard`."""
     match row.kind:
         case "replicated":
             return [shards[0]]

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """A rank's samples of a mini-batch, known by their index in the step, and their tokens one behind the other:
-    `[N]`."""
+    """A rank's samples of a mini-batch by their index in the step, and their tokens one behind the other: `[N]`."""
 
     starts: dict[int, int]  # sample -> where it begins
     lengths: dict[int, int]
@@ -116,8 +115,7 @@ def _shared(chosen: list[int], samples: Samples, length: int, layout: Layout, wo
 def _predictions(
     segments: list[Segment], widths: list[int], num_samples: int, samples: Samples, layout: Layout
 ) -> MicroBatch:
-    """Return what the segments' tokens predict. `widths`: of the segments with their padding; one more is padding
-    alone."""
+    """Return what the segments' tokens predict. `widths`: of the segments with their padding, and of padding alone."""
     segment, offset, cu_seqlens = _places(widths)
     begin, tokens, position, predictions, _ = _columns(segments)
     real, predicting = offset < tokens[segment], offset < predictions[segment]

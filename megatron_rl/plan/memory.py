@@ -89,8 +89,7 @@ def trainer_phases(shape: ModelShape, layout: Spread, passes: Passes, vocab_mult
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes by phase and part on the fullest rank, the room there is, and what is wrong without any phase being
-    full."""
+    """Bytes by phase and part on the fullest rank, the room there is, and what is wrong without a full phase."""
 
     phases: dict[str, Parts]
     room: float  # bytes that may be filled; infinite where nothing bounds them
@@ -170,8 +169,7 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
 
 
 def micro_batch_tokens(config: Config, layout: Spread) -> int:
-    """Return the tokens of the fullest micro-batch: the budget, or all that a rank has of an update or of a warm-start
-    batch."""
+    """Return the tokens of the fullest micro-batch: the budget, or all that a rank has of an update or a warm start."""
     sequences = math.ceil(config.train.prompts_per_minibatch * config.rollout.samples_per_prompt / layout.dp)
     if config.warm_start is not None:
         sequences = max(sequences, math.ceil(config.warm_start.batch_size / layout.dp))

@@ -79,8 +79,7 @@ class PassSeconds:
 def pass_work(
     shape: ModelShape, layout: Spread, hardware: Hardware, tokens: float, context: float, *, backward: bool
 ) -> PassSeconds:
-    """Return the work of a pass over `tokens` tokens of one data-parallel rank that attend to `context` tokens on
-    average.
+    """Return the work of a pass over a data-parallel rank's `tokens`, which attend to `context` tokens on average.
 
     A backward pass costs twice its forward (flash attention's 2.5 times, as it computes the scores anew), and full
     recomputation one forward of the layers more. Elementwise work reads and writes what a layer keeps. Tensor
@@ -179,8 +178,7 @@ def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constan
 
 
 def _cut_exponential(mean: float, limit: float) -> float:
-    """Return the scale m of an exponential whose values, cut at `limit`, average `mean`: m (1 - e^(-limit / m)) =
-    mean."""
+    """Return the scale m of an exponential that, cut at `limit`, averages `mean`: m (1 - e^(-limit / m)) = mean."""
     low, high = mean / 2, 1e4 * limit
     for _ in range(100):
         middle = math.sqrt(low * high)

@@ -88,8 +88,7 @@ class Spread:
 
     @property
     def expert_tp(self) -> int:
-        """Return the tensor parallelism inside an expert: dealt-out experts stay whole, as parallel/groups.py builds
-        them."""
+        """Return the tensor parallelism inside an expert: dealt-out ones stay whole, see parallel/groups.py."""
         return self.tp if self.ep == 1 else 1
 
     @property
@@ -209,8 +208,7 @@ def matrix_parameters(shape: ModelShape) -> tuple[float, float]:
 
 def forward_flops(shape: ModelShape, context: float) -> tuple[float, float]:
     """Return the operations per token of a forward pass, (matrix products, attention). `context` is the mean number of
-    tokens attended to, half the length for causal attention over whole sequences; the backward pass costs twice as
-    much.
+    tokens attended to, half the length for causal attention over whole sequences; a backward pass costs twice.
 
     Source: Narayanan et al., arXiv 2104.04473, appendix, with causal attention counted as what it computes.
     """

@@ -144,8 +144,7 @@ def dealt(lengths: tuple[int, ...], capacity: int, ranks: int, multiple: int) ->
 
 
 def rollout_seconds(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, load: Load) -> float:
-    """Return the seconds of one generation batch. Servers that the run does not start count as as many as it would
-    start."""
+    """Return the seconds of one generation batch. Servers that run already count as as many as the run would start."""
     width = width_of(config.model)
     sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
     server = config.rollout.server

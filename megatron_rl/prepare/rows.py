@@ -27,8 +27,7 @@ def read(name: str, preset: Preset, path: Path | None, *, download: bool) -> lis
 
     A row whose solution has no \\boxed answer comes with an empty answer: it is no problem to train on, yet one to
     compare with.
-    Raises: DataError for a file of another format, a row without problem or answer, or a set that is neither local nor
-        to be downloaded.
+    Raises: DataError for a file of another format, a row without problem or answer, a set neither local nor fetched.
     """
     records = _from_hub(name, preset, download) if path is None else read_records(path)
     rows = [_row(record, preset, where, f"{name}-{i}") for i, (where, record) in enumerate(records)]

@@ -127,8 +127,7 @@ def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:
 
 
 def bubble_fraction(ranks: Sequence[RankRecord]) -> float:
-    """Return the share of the pipelines' time in forward and backward passes in which a stage does no work; 0 without a
-    pipeline.
+    """Return the share of the pipelines' forward and backward time in which a stage does no work; 0 without a pipeline.
 
     For each pass of each pipeline: 1 - (busy seconds of its stages, added up) / (stages * the time from the first
     stage's start to the last stage's end), where a stage is busy while it is in the pass and not blocked in a send or a

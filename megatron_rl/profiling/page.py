@@ -71,8 +71,7 @@ def median_step(ranks: Sequence[RankRecord]) -> int:
 
 
 def timeline_figure(ranks: Sequence[RankRecord], step: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return Plotly's traces and layout: one horizontal bar a stretch, one trace a name, time in seconds from the first
-    rank's start."""
+    """Return Plotly's traces and layout: a bar a stretch, a trace a name, in seconds from the first rank's start."""
     records = [next(record for record in rank.steps if record.step == step) for rank in ranks]
     origin = min(record.start + rank.clock_offset for rank, record in zip(ranks, records, strict=True))
     length = max(record.end + rank.clock_offset for rank, record in zip(ranks, records, strict=True)) - origin

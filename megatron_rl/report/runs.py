@@ -246,8 +246,7 @@ def _newest_shadow(folder: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def evaluation_tables(run: Path) -> list[Path]:
-    """Return the tables that `megatron-rl eval` wrote into a run's folder, oldest first; step_N folders are of the run
-    itself."""
+    """Return the tables that `megatron-rl eval` wrote into a run's folder, oldest first; not the run's own step_N."""
     tables = [path for path in (run / "eval").glob("*/table.json") if not path.parent.name.startswith("step_")]
     return sorted(tables, key=lambda path: (path.stat().st_mtime, path))
 
