@@ -15,18 +15,10 @@ from typing import Any
 
 from megatron_rl.config import Config
 from megatron_rl.models.hardware import Hardware
+from megatron_rl.plan import shapes
 from megatron_rl.plan.activations import Passes, layer_activations
 from megatron_rl.plan.memory import stages
-from megatron_rl.plan.shapes import (
-    ModelShape,
-    Spread,
-    bubble,
-    forward_flops,
-    kv_bytes_per_token,
-    matrix_parameters,
-    parameters,
-    width_of,
-)
+from megatron_rl.plan.shapes import ModelShape, Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +81,9 @@ def pass_work(
     """
     split, again = layout.tp * layout.cp, float(backward and layout.recompute == "full")
     passes = 3.0 if backward else 1.0
-    layer_matrix, output_matrix = matrix_parameters(shape)
+    layer_matrix, output_matrix = shapes.matrix_parameters(shape)
     matrix = 2.0 * tokens * (layer_matrix * layout.share() * (passes + again) + output_matrix * passes) / split
-    _, flops = forward_flops(shape, context)
+    _, flops = shapes.forward_flops(shape, context)
     attention_passes = 1.0 + (2.5 + (layout.recompute != "none") if backward else 0.0)
     attention = tokens * flops * layout.share() / split * attention_passes
     one = Passes(1, 1, 2)
@@ -125,7 +117,7 @@ def pass_seconds(
 ) -> float:
     """Return the seconds of one pipelined pass over a data-parallel rank's tokens, bubble included."""
     work = pass_work(shape, layout, hardware, tokens, context, backward=backward).seconds(constants)
-    return work * (1.0 + bubble(layout, micro_batches)) * (1.0 if backward else constants.forward)
+    return work * (1.0 + shapes.bubble(layout, micro_batches)) * (1.0 if backward else constants.forward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,18 +143,18 @@ def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constan
     sequences. Lengths are exponential, cut at the limit, with the given mean. Source: the roofline of Pope et al.,
     arXiv 2211.05102, section 2.
     """
-    cache = kv_bytes_per_token(shape, load.element_bytes) * max(1.0, load.tp / shape.groups)
+    cache = shapes.kv_bytes_per_token(shape, load.element_bytes) * max(1.0, load.tp / shape.groups)
     reach = load.prompt + load.response
     together = max(1.0, min(load.sequences, load.most_together, load.pool_bytes / (cache * reach)))
 
     def step(active: float, context: float) -> float:
-        dense, attention = forward_flops(shape, context)
-        read = load.element_bytes * parameters(shape) + active * context * cache
+        dense, attention = shapes.forward_flops(shape, context)
+        read = load.element_bytes * shapes.parameters(shape) + active * context * cache
         multiply = active * (dense * constants.matrix + attention * constants.attention) / hardware.flops
         split = max(read / hardware.bandwidth * constants.decode, multiply) / load.tp
         return split + constants.token_seconds + (2 * shape.layers * ALL_REDUCE_SECONDS if load.tp > 1 else 0.0)
 
-    dense, attention = forward_flops(shape, load.prompt / 2)
+    dense, attention = shapes.forward_flops(shape, load.prompt / 2)
     prompts = load.sequences / load.samples_per_prompt * load.prompt
     prefill = prompts * (dense * constants.matrix + attention * constants.attention) / hardware.flops / load.tp
     full = (load.sequences - together) / together * load.response * step(together, load.prompt + load.response / 2)
@@ -219,8 +211,8 @@ def sync_seconds(config: Config, shape: ModelShape, layout: Spread, hardware: Ha
     """Return the seconds of one weight update: every rank gathers the whole model, over tensor ranks within a node and
     pipeline stages across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state
     moves to the host and back."""
-    width = width_of(config.model)
-    model = width * parameters(shape)
+    width = shapes.width_of(config.model)
+    model = width * shapes.parameters(shape)
     spread = layout.gpus > hardware.gpus_per_node
     seconds = model * (layout.tp - 1) / layout.tp / hardware.node_link
     if layout.pp > 1:

@@ -5,14 +5,8 @@ from typing import Any
 
 from megatron_rl.config import Config, ModelConfig
 from megatron_rl.config.megatron_options import chunk_layers
-from megatron_rl.models.facts import (
-    ARCHITECTURES,
-    Architecture,
-    head_width,
-    moe_layers,
-    num_experts,
-    read_hf_config,
-)
+from megatron_rl.models import facts
+from megatron_rl.models.facts import ARCHITECTURES, Architecture
 
 # Of the countdown task's tokenizer, which the quickstart's model config leaves to the task
 COUNTDOWN_VOCAB = 21
@@ -111,7 +105,7 @@ class Spread:
 
 def layout_of(config: Config) -> Spread:
     """Return the layout that the config asks for."""
-    parallel, layers = config.parallel, read_hf_config(config.model)["num_hidden_layers"]
+    parallel, layers = config.parallel, facts.read_hf_config(config.model)["num_hidden_layers"]
     stages = [sum(stage) for stage in chunk_layers(layers, parallel, config.model.megatron)]
     alike = ("tp", "pp", "dp", "cp", "ep", "vpp", "sp", "distributed_optimizer")
     return Spread(
@@ -139,15 +133,15 @@ def shape_of(hf: dict[str, Any], vocab: int | None = None) -> ModelShape:
         hidden=hf["hidden_size"],
         heads=heads,
         groups=hf.get("num_key_value_heads") or heads,
-        head_dim=head_width(hf),
+        head_dim=facts.head_width(hf),
         ffn=hf["intermediate_size"],
         vocab=hf.get("vocab_size") or vocab or 0,
         tied=bool(hf.get("tie_word_embeddings")),
         gated=hf["model_type"] in ARCHITECTURES,
         qkv_bias=kind.qkv_bias,
         qk_norm=kind.qk_norm,
-        moe_layers=len(moe_layers(hf)),
-        experts=(num_experts(hf) or 0) if kind.is_moe else 0,
+        moe_layers=len(facts.moe_layers(hf)),
+        experts=(facts.num_experts(hf) or 0) if kind.is_moe else 0,
         experts_per_token=hf["num_experts_per_tok"] if kind.is_moe else 0,
         expert_ffn=hf["moe_intermediate_size"] if kind.is_moe else 0,
     )
