@@ -6,7 +6,6 @@ Only rank 0 writes; on other ranks every method returns at once, so the training
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,7 @@ from megatron_rl.config import Config, dump_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import naming, write_atomically
 from megatron_rl.launch import say
-from megatron_rl.metrics.jsonl import cut_from_step, to_line
+from megatron_rl.metrics.jsonl import cut_from_step, to_line, without_non_finite
 
 # what the terminal shows: label, metric, format
 SHOWN = (
@@ -89,7 +88,7 @@ class RunLogger:
         if not self._active or not entry:
             return
         named = [[tokenizer.decode([row[0]]), *row] for row in entry["tokens"]]
-        self._append("ledger", {"step": step, **_rounded(entry | {"tokens": named})})
+        self._append("ledger", {"step": step, **without_non_finite(entry | {"tokens": named}, 6)})
 
     def _append(self, name: str, *rows: dict[str, Any]) -> None:
         file = self._files[name]
@@ -166,17 +165,6 @@ class _ProgressDisplay:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
-
-
-def _rounded(value: Any) -> Any:
-    """Return the value with six significant digits a float, whole ones as integers, null where JSON has no number."""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return int(value) if value.is_integer() else float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def format_duration(seconds: float) -> str:

@@ -10,14 +10,15 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_rl.metrics.spans import Collective, StepRecord
 
-PHASES = (
-    "rollout reward sync pack old_logprobs metrics ledger select forward_backward optimizer update probe log eval "
-    "checkpoint"
-).split()
+ASSETS = Path(__file__).parent / "assets"
+PHASES: dict[str, str] = yaml.safe_load((ASSETS / "phases.yaml").read_text())  # name -> colour, in the order of a step
 POINT_TO_POINT = ("send", "recv")
 # A rank is a straggler when the others wait for it longer than for a rank on average, by more than this share of a
 # step: where everyone is late now and then nobody is one.
@@ -226,4 +227,4 @@ def _operations(ranks: Sequence[RankRecord]) -> dict[str, tuple[float, float]]:
 
 def order(name: str) -> tuple[int, str]:
     """Return a sort key: phases in the order of a step, others behind."""
-    return (PHASES.index(name) if name in PHASES else len(PHASES), name)
+    return (list(PHASES).index(name) if name in PHASES else len(PHASES), name)

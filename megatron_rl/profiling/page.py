@@ -6,23 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.profiling.analysis import PHASES, RankRecord, Summary, order, waiting
+from megatron_rl.profiling.analysis import ASSETS, PHASES, RankRecord, Summary, order, waiting
 from megatron_rl.profiling.tables import ASYNCHRONOUS, phase_rows, rate_rows
 from megatron_rl.report.figures import Figure
 from megatron_rl.report.page import document, numbered
 
-ASSETS = Path(__file__).parent / "assets"
-COLOURS = dict(
-    zip(
-        PHASES,
-        (
-            "#4269d0 #97bbf5 #8a63d2 #b08900 #efb118 #9c6b4e #d4a98c #e8780c #2f9e62 #6cc5b0 #3ca951 #c3489b #a9adb5 "
-            "#ff725c #5c6270"
-        ).split(),
-        strict=True,
-    )
-)
-COLOURS |= {"waiting": "#f4b6bd", "communication": "#d1495b"}
+COLOURS = PHASES | {"waiting": "#f4b6bd", "communication": "#d1495b"}
 OTHER_COLOUR = "#8b8f99"
 # stretches of one kind that lie closer together than this share of the step are drawn as one: they are one pixel
 _PIXEL = 1 / 4000

@@ -5,6 +5,7 @@ The folder holds what a run's folder holds, and `ranks/rank{r}.json` (spans and 
 (the summary) and `profile.html`.
 """
 
+import gzip
 import json
 import platform
 import shutil
@@ -161,8 +162,6 @@ def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics
 def trace_collectives(path: Path) -> dict[str, tuple[int, float]]:
     """Return {collective: (events, seconds in all)} from torch's trace: NCCL's kernels on a GPU, gloo's work on a CPU;
     empty without a trace."""
-    import gzip
-
     if not path.is_file():
         return {}
     with gzip.open(path, "rt", encoding="utf-8") as file:
