@@ -18,7 +18,7 @@ from megatron_rl.config import Config, WarmStartConfig
 from megatron_rl.convert.disk import remove
 from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.convert.weights import open_weights
-from megatron_rl.data import countdown_solutions
+from megatron_rl.data.countdown import countdown_solutions
 from megatron_rl.models.facts import hf_folder
 from megatron_rl.packing import Layout, pack_supervised
 from megatron_rl.policy.policy import MegatronPolicy

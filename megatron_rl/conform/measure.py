@@ -23,7 +23,9 @@ from megatron_rl.config import Config
 from megatron_rl.conform.frozen import frozen_rollouts, with_old_policies
 from megatron_rl.convert.safetensors_io import stored_tensors
 from megatron_rl.convert.save_hf import SHARD_BYTES, write_shards
-from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts
+from megatron_rl.data.cursor import PromptCursor
+from megatron_rl.data.problems import load_prompts
+from megatron_rl.data.tokenizer import build_tokenizer
 from megatron_rl.metrics import Timers
 from megatron_rl.packing import Layout, pack
 from megatron_rl.parallel.groups import Groups

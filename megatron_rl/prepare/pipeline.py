@@ -147,7 +147,7 @@ def _contradictions(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def prompt_lengths(rows: Sequence[Row], folder: Path) -> list[int]:
     """Return the tokens of each prompt under the chat template of a tokenizer folder. Raises: DataError without one."""
-    from megatron_rl.data import encode_prompt, pretrained_tokenizer
+    from megatron_rl.data.tokenizer import encode_prompt, pretrained_tokenizer
 
     tokenizer = pretrained_tokenizer(folder)
     return [len(encode_prompt(row.prompt, row.system, tokenizer, row.turns, f"row {row.id}")) for row in rows]

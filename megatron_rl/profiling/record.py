@@ -17,7 +17,7 @@ import torch
 
 from megatron_rl import device, train
 from megatron_rl.config import Config
-from megatron_rl.data import build_tokenizer, vocab_size
+from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.files import write_atomically
 from megatron_rl.metrics.jsonl import read_rows
