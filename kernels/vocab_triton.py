@@ -60,8 +60,7 @@ def write_gradient(
 
 
 def _scale(temperature: float) -> float:
-    """Return log2(e) / temperature, which is compiled in: as an argument it would be float32, and a run has one
-    temperature or two."""
+    """Return log2(e) / temperature, compiled in: an argument would be float32, and a run has one temperature or two."""
     return math.log2(math.e) / temperature
 
 

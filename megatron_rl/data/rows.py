@@ -82,8 +82,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
 def to_row(
     record: Record, answer: str, where: str, number: str, source: str, columns: Sequence[str] = PROBLEM_COLUMNS
 ) -> Row:
-    """Return the row of a record whose answer is read already. `number` and `source` stand in for an id and a source
-    that the record lacks.
+    """Return the row of a record whose answer is read already. `number`, `source`: where it lacks an id or a source.
 
     Raises: DataError, beginning with `where`, for a problem that is no text, and for what cannot be kept of it.
     """

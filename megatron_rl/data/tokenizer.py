@@ -19,8 +19,7 @@ _COUNTDOWN_CHARACTERS = "0123456789+-*/(),=:"
 
 
 def build_tokenizer(config: Config) -> Any:
-    """Return the Hugging Face fast tokenizer of the task: one token per character for countdown, else the
-    configured folder's.
+    """Return the task's Hugging Face fast tokenizer: a token per character for countdown, else the configured folder's.
 
     Raises: DataError when there is no tokenizer folder, or the model's vocabulary is smaller than the tokenizer's;
     ConfigError when the model is not on this machine.

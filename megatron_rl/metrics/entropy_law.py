@@ -194,8 +194,7 @@ def _widening(rho: float) -> float:
 
 
 def _t_factor(num_points: int, rho: float) -> float | None:
-    """Return Student's t quantile of the two-sided 95% interval, with the effective points minus two degrees of
-    freedom; None below 3 degrees.
+    """Return Student's t quantile of the two-sided 95% interval at effective points - 2 degrees; None below 3 degrees.
 
     Expansion in 1 / degrees, off by less than 0.006 from 3 on. Source: Abramowitz and Stegun, 26.7.5.
     """

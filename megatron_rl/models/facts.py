@@ -67,8 +67,7 @@ def hf_folder(path: str | Path) -> Path:
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """Read a model's config.json, its known keys typed. Raises: ConfigError when it is not there, not JSON, or a value
-    is of another type."""
+    """Read a model's config.json, its known keys typed. Raises: ConfigError when it is missing, no JSON or mistyped."""
     if fault := model_folder_fault(folder):
         raise ConfigError(fault)
     path = hf_folder(folder) / "config.json"
@@ -259,8 +258,7 @@ def is_moe(hf: dict[str, Any]) -> bool:
 
 
 def moe_layers(hf: dict[str, Any]) -> list[int]:
-    """Return the layers, counted from 0, whose MLP is a mixture of experts. Source: transformers'
-    Qwen3MoeDecoderLayer."""
+    """Return the layers, from 0, whose MLP is a mixture of experts. Source: transformers' Qwen3MoeDecoderLayer."""
     if not is_moe(hf):
         return []
     dense, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step") or 1

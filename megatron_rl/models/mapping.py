@@ -82,8 +82,7 @@ _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|mod
 
 
 def is_moe_layer(hf: PretrainedConfig, layer: int) -> bool:
-    """Return whether the MLP of the layer (counted from 0) is a mixture of experts. Source: transformers,
-    Qwen3MoeDecoderLayer."""
+    """Return whether a layer's MLP (from 0) is a mixture of experts. Source: transformers' Qwen3MoeDecoderLayer."""
     if not ARCHITECTURES[hf.model_type].is_moe:
         return False
     return layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0
@@ -134,8 +133,7 @@ def check_names(found: Iterable[str], hf: PretrainedConfig, source: str) -> None
 
 
 def global_name(local_name: str, layer_offset: int) -> str:
-    """Return Megatron's name of a parameter with its layer numbered over the whole model; `layer_offset`: layers before
-    those of its model chunk."""
+    """Return a parameter's Megatron name, its layer counted over the model; `layer_offset`: layers before its chunk."""
     match = LAYER_INDEX.match(local_name)
     return f"decoder.layers.{int(match[1]) + layer_offset}.{match[2]}" if match else local_name
 

@@ -83,8 +83,7 @@ def plan(
 
 
 def _load(assumed: list[str], prompt_limit: int, response_limit: int) -> Load:
-    """Return the load with what is assumed of it. Raises: UserError for an unknown name, no number, one below 1 or a
-    mean beyond its limit."""
+    """Return the load with what is assumed of it. Raises: UserError for an unknown name, or no number within bounds."""
     values = {"prompt": min(256.0, prompt_limit), "response": response_limit / 2, "batches": 1.0}
     limits = {"prompt": prompt_limit, "response": response_limit, "batches": float("inf")}
     for text in assumed:

@@ -49,8 +49,7 @@ def host_parts(config: Config, shape: ModelShape, layout: Spread, width: int, ra
 
 
 def stages(shape: ModelShape, layout: Spread, vocab_multiple: int) -> dict[int, RankParameters]:
-    """Return the stages that can be the fullest: the first, which keeps most activations, and the last, with the
-    logits; of unequal ones any."""
+    """Return the stages that can be the fullest: the first (activations), the last (logits); of unequal ones any."""
     numbers = range(layout.pp) if layout.stage_layers else {0, layout.pp - 1}
     return {stage: shapes.rank_parameters(shape, layout, stage, vocab_multiple=vocab_multiple) for stage in numbers}
 

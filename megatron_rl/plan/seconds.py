@@ -182,8 +182,7 @@ def _cut_exponential(mean: float, limit: float) -> float:
 
 
 def data_link(layout: Spread, hardware: Hardware) -> float:
-    """Return the bytes/s that each rank has for a data-parallel collective: the ranks of a node that are in one ring
-    share their network ports."""
+    """Return a rank's bytes/s in a data-parallel collective: a node's ranks in one ring share its network ports."""
     inner = layout.tp * layout.cp
     if inner * layout.dp <= hardware.gpus_per_node:
         return hardware.node_link
@@ -192,8 +191,7 @@ def data_link(layout: Spread, hardware: Hardware) -> float:
 
 
 def optimizer_seconds(shape: ModelShape, layout: Spread, hardware: Hardware, width: int) -> float:
-    """Return the seconds of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights. Nothing
-    overlaps them here.
+    """Return the seconds of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights; no overlap.
 
     Adam reads a gradient and reads and writes weight and two moments, all float32, and writes the model's weight.
     Source: ring collectives move (n - 1) / n of the bytes; arXiv 1910.02054, section 7.

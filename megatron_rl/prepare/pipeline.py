@@ -43,8 +43,7 @@ def read_source(source: str, *, download: bool) -> list[Row]:
 def prepare(sources: Sequence[str], out: Path, against: Sequence[str], options: Options) -> dict[str, Any]:
     """Write `out` (JSON lines), and beside it the report as .stats.json and .stats.md; return the report.
 
-    Raises: DataError when a source cannot be read, a tokenizer is missing, or nothing is left; UserError when
-    `out` cannot be written.
+    Raises: DataError for an unreadable source, a missing tokenizer, or no row left; UserError for an unwritable `out`.
     """
     if options.max_prompt_tokens is not None and options.tokenizer is None:
         raise DataError("--max-prompt-tokens needs --tokenizer, the folder of the model's tokenizer")

@@ -81,8 +81,7 @@ def _row(record: Record, preset: Preset, where: str, number: str) -> Row:
 
 
 def _answer(record: Record, columns: tuple[str, ...], where: str) -> str:
-    """Return the final answer: of a text its last box, or what GSM8K writes behind ####; of a list all parts. Empty:
-    a solution without either."""
+    """Return the final answer: of a text its last box, or GSM8K's behind ####; of a list all parts. Empty: neither."""
     name = next(name for name in columns if column(record, (name,), where) is not None)
     value: Any = column(record, (name,), where)
     if isinstance(value, list):

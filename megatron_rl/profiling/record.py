@@ -160,8 +160,7 @@ def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics
 
 
 def trace_collectives(path: Path) -> dict[str, tuple[int, float]]:
-    """Return {collective: (events, seconds in all)} from torch's trace: NCCL's kernels on a GPU, gloo's work on a CPU;
-    empty without a trace."""
+    """Return {collective: (events, seconds)} of torch's trace: NCCL's kernels or gloo's work; empty without a trace."""
     if not path.is_file():
         return {}
     with gzip.open(path, "rt", encoding="utf-8") as file:

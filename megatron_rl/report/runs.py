@@ -72,8 +72,7 @@ class LoggedRun:
         return [xs[step] for step in both], [ys[step] for step in both]
 
     def reward_metric(self) -> str:
-        """Return the name of the metric that stands for R in the law: accuracy where the run logs it, else the mean
-        reward (penalties included)."""
+        """Return the metric that is R in the law: accuracy where it is logged, else the mean reward (penalties too)."""
         return "reward/accuracy" if self.series("reward/accuracy")[0] else "reward/mean"
 
 
