@@ -59,9 +59,9 @@ def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list
         verdicts.append(_worst(name, (mine[name] - theirs[name]).abs(), mine["ids"], limit[name]))
     for name in ("surrogate_weights", "token_weights"):
         if name in theirs:
-            verdicts.append(
-                _worst("token weights", _relative(mine[name], theirs[name]), mine["ids"], limit["token weights"])
-            )
+            size = theirs[name].abs()
+            relative = (mine[name] - theirs[name]).abs() / size.clamp(min=float(size.max()) * 1e-3 + 1e-30)
+            verdicts.append(_worst("token weights", relative, mine["ids"], limit["token weights"]))
     if "selected" in theirs:
         differing = mine["selected"] != theirs["selected"]
         share = int(differing.sum()) / max(1, 2 * int(theirs["selected"].sum()))
@@ -100,10 +100,6 @@ def _worst(name: str, deviations: Tensor, ids: Tensor, tolerance: float) -> Verd
 
 def _token(ids: Tensor) -> str:
     return f"token {int(ids[0])}" if len(ids) else ""
-
-
-def _relative(mine: Tensor, theirs: Tensor) -> Tensor:
-    return (mine - theirs).abs() / theirs.abs().clamp(min=float(theirs.abs().max()) * 1e-3 + 1e-30)
 
 
 def _metrics(mine: dict[str, float], theirs: dict[str, float], tolerance: float) -> Verdict:

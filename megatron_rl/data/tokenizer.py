@@ -1,19 +1,15 @@
 """Tokenizers, and how a problem's text becomes the prompt's token ids."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_rl.config import Config
 from megatron_rl.data.rows import Message
 from megatron_rl.errors import DataError
 from megatron_rl.models.facts import folder_hint, hf_folder, read_hf_config, require_model
-
-if TYPE_CHECKING:
-    from megatron_rl.config import Config
 
 _COUNTDOWN_CHARACTERS = "0123456789+-*/(),=:"
 

@@ -3,13 +3,11 @@
 Only rank 0 writes; on other ranks every method returns at once, so the training loop needs no `if rank == 0`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -116,7 +114,7 @@ class RunLogger:
                 stack.callback(file.close)
             stack.callback(self._progress.close)
 
-    def __enter__(self) -> RunLogger:
+    def __enter__(self) -> Self:
         """Return itself."""
         return self
 

@@ -5,13 +5,11 @@ parallelism splits it. The Hugging Face names are those on disk (one tensor an e
 arithmetic: no collective, no Megatron import.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -38,10 +36,10 @@ class Row:
         """Return whether the parameter belongs to one expert, and so to one rank of the expert-parallel group."""
         return ".experts." in self.megatron
 
-    def fill(self, layer: int | str, expert: int | str = "") -> Row:
+    def fill(self, layer: int | str, expert: int | str = "") -> Self:
         """Return the row with its placeholders replaced."""
         fill = lambda name: name.replace("{layer}", str(layer)).replace("{expert}", str(expert))  # noqa: E731
-        return Row(fill(self.megatron), tuple(map(fill, self.hf)), self.kind, self.where)
+        return replace(self, megatron=fill(self.megatron), hf=tuple(map(fill, self.hf)))
 
 
 _LAYER = "model.layers.{layer}."

@@ -1,9 +1,7 @@
 """From a mini-batch's samples to the tensors of one micro-batch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,10 +9,8 @@ from torch import Tensor
 from megatron_rl.algorithms.aggregation import token_weights
 from megatron_rl.algorithms.balance import Work
 from megatron_rl.models.expert_routes import place_routes
+from megatron_rl.packing.layout import Layout
 from megatron_rl.types import Inputs, MicroBatch, Rollout
-
-if TYPE_CHECKING:
-    from megatron_rl.packing.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +30,8 @@ class Samples:
     prompt_ids: Tensor
     sample_indices: Tensor
 
-    @staticmethod
-    def of(members: list[int], rollouts: list[Rollout], advantages: Tensor) -> Samples:
+    @classmethod
+    def of(cls, members: list[int], rollouts: list[Rollout], advantages: Tensor) -> Self:
         """Return those with the indices `members`, whose tokens this rank holds; `advantages` `[B]` are the step's."""
         chosen = [rollouts[i] for i in members] or [_NOTHING]
         sizes = [len(rollout.token_ids) for rollout in chosen]
@@ -46,7 +42,7 @@ class Samples:
         counted_before = so_far[starts] - counted[starts].long()
         owners = torch.tensor([(i, rollouts[i].prompt_id, rollouts[i].sample_index) for i in members] or [(-1, -1, -1)])
         of_members = advantages[members].float() if members else torch.zeros(1)
-        return Samples(
+        return cls(
             dict(zip(members, starts.tolist(), strict=False)),
             {i: rollouts[i].lengths.total for i in members},
             {i: rollouts[i].lengths.prompt for i in members},

@@ -67,9 +67,7 @@ class Reducer:
         return best
 
     def top_ks_and_sum(
-        self,
-        sets: Sequence[tuple[Float[Tensor, "_"], Int64[Tensor, "_"], int]],
-        sums: Float64[Tensor, "*shape"],
+        self, sets: Sequence[tuple[Float[Tensor, "_"], Int64[Tensor, "_"], int]], sums: Float64[Tensor, "*shape"]
     ) -> tuple[list[tuple[Float64[Tensor, "_"], Int64[Tensor, "_"]]], Float64[Tensor, "*shape"]]:
         """Return `top_k` of each (values, ids, k), and the `sum` of `sums`.
 

@@ -14,7 +14,7 @@ from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
 from megatron_rl.plan.search import Proposal, rehearsed, remedies, search
-from megatron_rl.plan.seconds import stored_scores
+from megatron_rl.plan.seconds import SCORES
 from megatron_rl.plan.step import Load, StepPlan, plan_step
 
 _SHOWN, _REHEARSED = 10, 3  # layouts
@@ -98,7 +98,7 @@ def _load(assumed: list[str], prompt_limit: int, response_limit: int) -> Load:
 
 
 def _print_plan(console: Console, config: Config, hardware: Hardware, step: StepPlan, load: Load) -> None:
-    error = {kind: f"{score['median']:.0%}, worst {score['worst']:.0%}" for kind, score in stored_scores().items()}
+    error = {kind: f"{score['median']:.0%}, worst {score['worst']:.0%}" for kind, score in SCORES.items()}
     parts = list(dict.fromkeys(part for phase in step.memory.phases.values() for part in phase))
     console.print(f"{config.name}: memory of the fullest rank, GiB ({step.layout.text()})", style="italic")
     table = Table()
@@ -197,7 +197,7 @@ def _as_dict(
         "mfu": step.mfu,
         "bubble": step.bubble,
         "remedies": [fix.overrides for fix in fixes],
-        "errors": stored_scores(),
+        "errors": SCORES,
     }
     if step.seconds:
         answer |= {"step_seconds": step.total, "tokens_per_second_and_gpu": step.tokens_per_gpu}

@@ -9,7 +9,6 @@ by data-sheet bandwidths and not fitted, as published rows do not tell these apa
 import json
 import math
 from dataclasses import dataclass, fields
-from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -38,20 +37,11 @@ class Constants:
 ALL_REDUCE_SECONDS = 10e-6
 
 
-@cache
-def _fitted() -> dict[str, Any]:
-    """Read what scripts/fit_planner.py wrote."""
-    return json.loads(resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text())
-
-
-def fitted_constants() -> Constants:
-    """Return the constants."""
-    return Constants(**_fitted()["constants"])
-
-
-def stored_scores() -> dict[str, dict[str, Any]]:
-    """Return relative errors (median, worst, fractions) by kind: training, forward, step, memory, cpu_memory."""
-    return _fitted()["scores"]
+# what scripts/fit_planner.py wrote
+_FITTED = json.loads(resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text())
+FITTED = Constants(**_FITTED["constants"])
+# relative errors (median, worst, fractions) by kind: training, forward, step, memory, cpu_memory
+SCORES: dict[str, dict[str, Any]] = _FITTED["scores"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from megatron_rl.models.hardware import GPU_PROCESS_BYTES, Hardware
 from megatron_rl.plan import shapes
 from megatron_rl.plan.memory import Memory, cache_tokens, memory_of
 from megatron_rl.plan.seconds import (
+    FITTED,
     Generation,
-    fitted_constants,
     generation_seconds,
     optimizer_seconds,
     pass_seconds,
@@ -73,7 +73,7 @@ class StepPlan:
 def plan_step(config: Config, hardware: Hardware, load: Load) -> StepPlan:
     """Return the plan of a config."""
     shape, layout = shapes.shape_of(read_hf_config(config.model), shapes.COUNTDOWN_VOCAB), shapes.layout_of(config)
-    memory, constants = memory_of(config, shape, layout, hardware), fitted_constants()
+    memory, constants = memory_of(config, shape, layout, hardware), FITTED
     width = shapes.width_of(config.model)
     sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
     updates, tokens = config.minibatches_per_step, sequences * load.length
@@ -159,4 +159,4 @@ def rollout_seconds(config: Config, shape: ModelShape, layout: Spread, hardware:
         samples_per_prompt=config.rollout.samples_per_prompt,
         element_bytes=width,
     )
-    return generation_seconds(shape, hardware, fitted_constants(), generation)
+    return generation_seconds(shape, hardware, FITTED, generation)

@@ -4,14 +4,12 @@ A span's own seconds are its duration without its children's, so that the phases
 what no span covers (`untracked`). A step's wall time is counted without its checkpoint, which few steps have.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -47,7 +45,7 @@ class Cost:
     waiting_seconds: float = 0.0  # in collectives until then, and in sends and receives
     peak_bytes: int = 0
 
-    def add(self, other: Cost, share: float = 1.0) -> None:
+    def add(self, other: Self, share: float = 1.0) -> None:
         """Add a share of another's seconds, and take the larger peak."""
         self.seconds += share * other.seconds
         self.device_seconds += share * other.device_seconds
