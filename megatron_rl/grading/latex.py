@@ -21,16 +21,16 @@ _COMMANDS_AROUND = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mathtt|mbox|boldsymbol|bm|displaystyle|ensuremath"
     r"|underline|emph)\s*\{"
 )
-_SPELLINGS = yaml.safe_load((Path(__file__).parent / "assets" / "latex.yaml").read_text(encoding="utf-8"))
+SPELLINGS = yaml.safe_load((Path(__file__).parent / "assets" / "latex.yaml").read_text(encoding="utf-8"))
 _FRACTIONS = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _WIDE = "（）［］，；％：＝＜＞＋－．０１２３４５６７８９\u00a0\u2009\u202f\u3000"
 _UNICODE = str.maketrans(
-    _SPELLINGS["signs"]
+    SPELLINGS["signs"]
     | {sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("⁄")) for sign in _FRACTIONS}
     | {wide: unicodedata.normalize("NFKC", wide) for wide in _WIDE}
 )
 _UNITS_OF_MONEY = {"$": "dollars", "€": "euros", "£": "pounds sterling", "¥": "yen"}
-_REWRITES = [(re.compile(pattern), by) for pattern, by in _SPELLINGS["rewrites"]]
+_REWRITES = [(re.compile(pattern), by) for pattern, by in SPELLINGS["rewrites"]]
 _DEGREES = re.compile(
     r"\s*\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree))|\\text\{\s*\^\s*\\circ\s*\}|\\(?:text)?degree(?![a-z])"
     r"|(?<=[\d}])\s*(?:\\text\{\s*)?(?:degrees?|deg)(?![a-z])(?!\s+[CcFf])(?:\s*\})?"

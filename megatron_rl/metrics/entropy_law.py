@@ -168,14 +168,9 @@ def fit_law(entropy: Sequence[float], reward: Sequence[float]) -> LawFit:
     scatter = float(np.square(x - x.mean()).sum())
     factor = _t_factor(len(x), rho)
     unit = None if factor is None else factor * residual_std * _widening(rho)
+    fitted = a, b, r2, residual_std, hs, rs, line.residuals
     return LawFit(
-        a,
-        b,
-        r2,
-        residual_std,
-        hs,
-        rs,
-        line.residuals,
+        *fitted,
         autocorrelation=rho,
         a_interval=None if unit is None else _around(a, unit / math.sqrt(scatter)),
         b_interval=None if unit is None else _around(b, unit * math.sqrt(1 / len(x) + float(x.mean()) ** 2 / scatter)),

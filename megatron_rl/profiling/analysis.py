@@ -98,9 +98,7 @@ def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:
                 if name != "checkpoint":
                     phases[name].add(cost, 1 / (len(steps) * len(ranks)))
                     own[name] += cost.seconds / len(steps)
-        if saves := [
-            phases_of_step["checkpoint"] for phases_of_step in steps_of_rank if "checkpoint" in phases_of_step
-        ]:
+        if saves := [each["checkpoint"] for each in steps_of_rank if "checkpoint" in each]:
             longest = max(saves, key=lambda cost: cost.seconds)
             phases["checkpoint"].add(longest, 1 / len(ranks))
             own["checkpoint"] = longest.seconds
