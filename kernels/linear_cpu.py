@@ -7,8 +7,6 @@ what has another number of rows (a mixture's experts) stays with MKL. So do the 
 takes oneDNN.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """What stands for a GPU's kernels where tensors have no values: the same shapes, the same memory."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

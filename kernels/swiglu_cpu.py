@@ -1,8 +1,6 @@
 """The gated activation of a feed-forward layer on a CPU. For silu(a) * b autograd computes both halves of the gradient
 and then copies them together; here each is written where it belongs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -11,8 +9,7 @@ from torch.autograd.function import once_differentiable
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """Return `silu(a) * b` of x = [a, b] `[..., 2 F]` -> `[..., F]`; values and gradients are autograd's bit for
-    bit."""
+    """Return `silu(a) * b` of x = [a, b] `[..., 2 F]` -> `[..., F]`; values and gradients have autograd's bits."""
     product: Tensor = _SwiGLU.apply(x)
     return product
 

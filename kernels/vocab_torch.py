@@ -4,8 +4,6 @@ Exponents are powers of two, d = (x - m) * log2(e) / temperature, as in the kern
 times torch's 2^x on a CPU. What leaves this file is in nats.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

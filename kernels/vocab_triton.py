@@ -5,8 +5,6 @@ holds one row's tile at a time, so a row may have any length; many rows in fligh
 16 and a base address that is one too, loads and stores are 128 bits wide.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -62,8 +60,7 @@ def write_gradient(
 
 
 def _scale(temperature: float) -> float:
-    """Return log2(e) / temperature, which is compiled in: as an argument it would be float32, and a run has one
-    temperature or two."""
+    """Return log2(e) / temperature, compiled in: an argument would be float32, and a run has one temperature or two."""
     return math.log2(math.e) / temperature
 
 
@@ -78,8 +75,7 @@ def stats_kernel(
     WITH_SUM_P2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a row's statistics, one program a row: an online softmax with its first moment, in base 2, and the moments
-    of its square."""
+    """Write a row's statistics, a program a row: an online softmax in base 2, its first moment, those of its square."""
     row = tl.program_id(0).to(tl.int64)  # rows * width passes 2^31
     acc = stats.dtype.element_ty
     base = logits + row * width

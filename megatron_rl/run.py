@@ -12,7 +12,9 @@ import torch.utils.deterministic
 from megatron_rl import device, launch
 from megatron_rl.algorithms.control import LossController
 from megatron_rl.config import Config
-from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts, vocab_size
+from megatron_rl.data.cursor import PromptCursor
+from megatron_rl.data.problems import load_prompts
+from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
 from megatron_rl.eval.benchmarks import Benchmark, load_benchmarks
 from megatron_rl.eval.during_training import Beside
 from megatron_rl.eval.evaluator import Evaluator

@@ -16,9 +16,9 @@ from megatron_rl import __version__, device, launch
 from megatron_rl.algorithms.losses import sft
 from megatron_rl.config import Config, WarmStartConfig
 from megatron_rl.convert.disk import remove
-from megatron_rl.convert.hf import folder_source
 from megatron_rl.convert.save_hf import save_hf
-from megatron_rl.data import countdown_solutions
+from megatron_rl.convert.weights import open_weights
+from megatron_rl.data.countdown import countdown_solutions
 from megatron_rl.models.facts import hf_folder
 from megatron_rl.packing import Layout, pack_supervised
 from megatron_rl.policy.policy import MegatronPolicy
@@ -46,7 +46,7 @@ def warm_start(policy: MegatronPolicy, prompts: list[Prompt], layout: Layout, to
             _publish(draft, folder)
         groups.all_ranks.barrier()
     # also after training: RL then starts from the same bits whether or not the cache was warm
-    policy.load(folder_source(folder, policy.hf_config))
+    policy.load(open_weights(folder, policy.hf_config).read)
     policy.reset_optimizer()
 
 

@@ -128,7 +128,9 @@ def write_task(folder: Path, model: Path, steps: int) -> dict[str, Any]:
     """What both trainers are asked to do, as plain data, with the prompts in the order in which ours draws them."""
     sys.path.insert(0, str(ROOT))
     from megatron_rl.config import load_config
-    from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts
+    from megatron_rl.data.cursor import PromptCursor
+    from megatron_rl.data.problems import load_prompts
+    from megatron_rl.data.tokenizer import build_tokenizer
 
     config = load_config(ROOT / CONFIG)
     tokenizer = build_tokenizer(config)

@@ -301,7 +301,7 @@ def test_a_run_branches_off_from_a_checkpoint_and_then_goes_on_by_itself(worlds:
 
 def test_the_same_problems_go_on_wherever_they_lie(worlds: Worlds, tmp_path: Path) -> None:
     """A scratch folder that moved; and held-out problems that are others there."""
-    from megatron_rl.data import build_tokenizer
+    from megatron_rl.data.tokenizer import build_tokenizer
 
     build_tokenizer(parse_config(tiny_raw(tmp_path))).save_pretrained(tmp_path / "a" / "tokenizer")
     lines = [json.dumps({"problem": f"{i}+0=", "answer": str(i)}) for i in range(8)]
@@ -329,7 +329,7 @@ def test_the_same_problems_go_on_wherever_they_lie(worlds: Worlds, tmp_path: Pat
 
 def test_other_problems_behind_the_same_names_are_refused(worlds: Worlds, tmp_path: Path) -> None:
     """A file that was edited between two processes: as many rows, another answer."""
-    from megatron_rl.data import build_tokenizer
+    from megatron_rl.data.tokenizer import build_tokenizer
 
     build_tokenizer(parse_config(tiny_raw(tmp_path))).save_pretrained(tmp_path / "tokenizer")
     data = {

@@ -103,7 +103,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 @pytest.fixture(scope="module")
 def faults(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, bool, str]]]:
     """What each of FAULTS raises on ranks 0 and 1, in one world: had one rank hung, this would time out."""
-    from megatron_rl.data import build_tokenizer
+    from megatron_rl.data.tokenizer import build_tokenizer
 
     folder = tmp_path_factory.mktemp("faults")
     build_tokenizer(parse_config(tiny_raw(folder))).save_pretrained(folder / "tokenizer")

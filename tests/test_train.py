@@ -342,7 +342,7 @@ def _save_model(folder: Path) -> dict[str, torch.Tensor]:
     """A Hugging Face folder as one downloads it: config.json, safetensors, tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megatron_rl.data import build_tokenizer
+    from megatron_rl.data.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(parse_config(tiny_raw(folder)))
     torch.manual_seed(0)

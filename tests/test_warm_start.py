@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_rl.config import Config, ModelConfig
 from megatron_rl.config.loss import PpoClipLoss
 from megatron_rl.convert.to_megatron import hf_to_megatron
-from megatron_rl.data import build_tokenizer, load_prompts
+from megatron_rl.data.problems import load_prompts
+from megatron_rl.data.tokenizer import build_tokenizer
 from megatron_rl.errors import UserError
 from tests.policy.tiny import HF, hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of, worst
 from tests.worlds import Worlds, leave_layout

@@ -1,7 +1,5 @@
 """`python -m megatron_rl.cluster claim|conclude`, for slurm/launch.sh."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

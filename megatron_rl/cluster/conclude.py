@@ -1,7 +1,5 @@
 """The end of a job's part of a run: why it failed, on top of its merged log, and whether the run has steps left."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

@@ -5,8 +5,6 @@ with the same resolved config continues the run; any other job of that name gets
 one that waited for hours in a queue should not end over a name.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -35,8 +33,7 @@ class Job:
 
 
 def claim(config_path: Path, overrides: Sequence[str], job: Job, root: Path) -> tuple[Path, int]:
-    """Claim a run folder for `job` and write `config.yaml` and `code/JOB/` into it; return (folder, processes of a
-    node).
+    """Claim a run folder for `job`, write `config.yaml` and `code/JOB/` into it; return (folder, processes of a node).
 
     `root`: the project's folder.
     `parallel.world_size` follows the allocation unless it is overridden.
@@ -154,8 +151,7 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """Return the output of a git command; empty where `root` is no checkout of its own or git is missing (in a
-    container)."""
+    """Return a git command's output; empty where `root` is no checkout of its own or git is missing (a container)."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:

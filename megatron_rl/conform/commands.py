@@ -1,7 +1,5 @@
 """`megatron-rl conform`: its arguments, and starting the processes."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

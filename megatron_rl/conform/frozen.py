@@ -1,7 +1,4 @@
-"""The mini-batch that two layouts are compared on: the config's own prompts, and responses that no engine had to
-sample."""
-
-from __future__ import annotations
+"""The mini-batch that two layouts are compared on: the config's own prompts, and responses that no engine sampled."""
 
 import math
 from collections.abc import Sequence

@@ -5,11 +5,9 @@ The folder holds weights and gradients under their Hugging Face names (`start/`,
 and `numbers.json`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,9 @@ from megatron_rl.config import Config
 from megatron_rl.conform.frozen import frozen_rollouts, with_old_policies
 from megatron_rl.convert.safetensors_io import stored_tensors
 from megatron_rl.convert.save_hf import SHARD_BYTES, write_shards
-from megatron_rl.data import PromptCursor, build_tokenizer, load_prompts
+from megatron_rl.data.cursor import PromptCursor
+from megatron_rl.data.problems import load_prompts
+from megatron_rl.data.tokenizer import build_tokenizer
 from megatron_rl.metrics import Timers
 from megatron_rl.packing import Layout, pack
 from megatron_rl.parallel.groups import Groups
@@ -57,16 +57,15 @@ def measure(
     """Fill `folder` (rank 0 writes). Collective.
 
     `raw_hf_config`: the architecture, perhaps with fewer layers. `asks_engine`: whether the config's engine is started.
-    `resumes`: the folder whose checkpoint, saved after its first update where it is `folder`, the second is made from
-    once more.
+    `resumes`: the folder from whose checkpoint the second update is made anew; if `folder`, saved after the first.
     """
     ranks = groups.token_ranks
     tokenizer = build_tokenizer(config)
     prompts = load_prompts(config, tokenizer, lambda answer: True).train
     layout = Layout.of(config, groups)
     policy, served_config = build_policy(raw_hf_config, config, groups, total_updates=2)
-    keep = _Keeper(folder, policy)
-    keep.tensors("start", policy.hf_weights())
+    keep = partial(_keep, rank=groups.rank)
+    keep(folder / "start", policy.hf_weights())
     rollouts = frozen_rollouts(config, PromptCursor(prompts, config.seed).take(config.train.prompts_per_minibatch))
     batch = pack(rollouts, advantages(rollouts, config), layout, step=0).to(device.device())
     mini_batch = batch.mini_batches[0]
@@ -80,51 +79,42 @@ def measure(
     sums = policy.backward(mini_batch, policy_loss(loss))
     totals = {name: ranks.sum(pair.to(device.device())).tolist() for name, pair in sorted(sums.items())}
     numbers["loss"] = {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
-    keep.tensors("gradients", weight_stream(full_gradients(policy), policy.hf_config, groups))
+    keep(folder / "gradients", weight_stream(full_gradients(policy), policy.hf_config, groups))
     norm = policy.update(mini_batch, policy_loss(loss)).grad_norm
     numbers["clip norm"] = groups.all_ranks.gather_objects(norm)
     numbers["replicated weights"] = _differing_replicas(policy)
-    keep.tensors("after", policy.hf_weights())
+    keep(folder / "after", policy.hf_weights())
     if asks_engine:
         numbers["engine"] = _engine_distance(served_config, policy, tokenizer, layout, prompts)
     store = CheckpointStore(folder / "checkpoint", policy, groups, tokenizer)
     if resumes == folder:
         store.save(1, {})
     policy.update(mini_batch, policy_loss(loss))
-    keep.tensors("second", policy.hf_weights())
+    keep(folder / "second", policy.hf_weights())
     if resumes is not None:
         store.load(resumes / "checkpoint" / store.path(1).name)
-        numbers["checkpoint"] = keep.unlike(resumes / "after", policy.hf_weights()) + _differing_replicas(policy)
+        saved = stored_tensors(resumes / "after") if groups.rank == 0 else {}
+        loaded = policy.hf_weights()
+        unlike = [name for name, tensor in loaded if saved and not torch.equal(saved[name].read(), tensor.cpu())]
+        numbers["checkpoint"] = unlike + _differing_replicas(policy)
         policy.update(mini_batch, policy_loss(loss))
-        keep.tensors("resumed", policy.hf_weights())
+        keep(folder / "resumed", policy.hf_weights())
     if groups.rank == 0:
         torch.save(tokens, folder / "tokens.pt")
         (folder / "numbers.json").write_text(json.dumps(numbers))
 
 
-@dataclass(frozen=True, slots=True)
-class _Keeper:
-    """Writes streams, which every rank exhausts, to files of rank 0."""
-
-    folder: Path
-    policy: MegatronPolicy
-
-    def tensors(self, name: str, stream: Iterable[tuple[str, Tensor]]) -> None:
-        if self.policy.groups.rank == 0:
-            (self.folder / name).mkdir(parents=True)
-            write_shards(self.folder / name, stream, SHARD_BYTES)
-        for _ in stream:
-            pass
-
-    def unlike(self, folder: Path, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """Return the names of tensors that are not those in `folder`, bit for bit; on rank 0."""
-        stored = stored_tensors(folder) if self.policy.groups.rank == 0 else {}
-        return [name for name, tensor in stream if stored and not torch.equal(stored[name].read(), tensor.cpu())]
+def _keep(folder: Path, stream: Iterable[tuple[str, Tensor]], rank: int) -> None:
+    """Write a stream, which every rank exhausts, to files of rank 0."""
+    if rank == 0:
+        folder.mkdir(parents=True)
+        write_shards(folder, stream, SHARD_BYTES)
+    for _ in stream:
+        pass
 
 
 def _tokens(mini_batch: MiniBatch, world: Reducer) -> tuple[dict[str, Tensor], list[str]]:
-    """Return columns of all counted tokens by rising id, and which of them are not the same bits on all ranks that hold
-    the same token."""
+    """Return columns of all counted tokens by rising id, and which differ in a bit on ranks with the same token."""
     mine = {"ids": mini_batch.cat("token_ids_global"), "advantages": mini_batch.cat("advantages")}
     mine |= {name: mini_batch.cat_stats(name) for name in ("logprobs", "entropy", "sum_p2", "sum_p2_logp")}
     for name in ("selected", "surrogate_weights", "token_weights"):

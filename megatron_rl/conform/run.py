@@ -1,7 +1,5 @@
 """Both layouts, one after the other, in the world that was started, and the answer."""
 
-from __future__ import annotations
-
 import gc
 import json
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from megatron_rl.conform.frozen import frozen_config
 from megatron_rl.conform.measure import measure
 from megatron_rl.conform.verdicts import KINDS, Verdict, compare
 from megatron_rl.convert.disk import remove
-from megatron_rl.data import build_tokenizer, vocab_size
+from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.files import write_atomically
 from megatron_rl.models.facts import read_hf_config

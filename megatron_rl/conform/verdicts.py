@@ -1,7 +1,4 @@
-"""Two layouts' measurements compared: a verdict a line, with the largest deviation, its place and what usually causes
-it."""
-
-from __future__ import annotations
+"""Two layouts' measurements compared: a verdict a line, with the largest deviation, its place and its usual cause."""
 
 import json
 import math
@@ -11,32 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from megatron_rl.convert.safetensors_io import stored_tensors
 
-# What is compared: the largest deviation that rounding explains in float32 and in bfloat16, and what usually causes
-# more. Units: logits in their own, log-probabilities and entropies in nats, `selected` the share of selected tokens,
-# the rest relative to the reference; counts of tensors that differ at all must be 0.
-_VOCABULARY = "padding columns of the vocabulary counted, or a part of it merged wrongly"
-KINDS: dict[str, tuple[float, float, str]] = {
-    "weights": (0, 0, "loading or the weight stream: another rank's shard, a mapping row, a tied embedding"),
-    "logits": (2e-4, 1.0, "a layer's all-reduce, positions or attention across cp ranks, a stage's layers"),
-    "logprobs": (1e-4, 1.0, _VOCABULARY),
-    "entropy": (1e-4, 0.5, _VOCABULARY),
-    "token weights": (1e-3, 0.1, "statistics over one rank or micro-batch in place of the whole mini-batch"),
-    "selected": (0, 0.5, "a top-k, mean or quota over one rank or micro-batch, or a draw that depends on the rank"),
-    "loss": (1e-4, 5e-2, "a local denominator; tokens counted twice; prompt or padding tokens counted"),
-    "gradients": (5e-4, 0.25, "replicas not summed (norms, biases, tied embeddings, router), a local count"),
-    "clip norm": (1e-4, 2e-2, "a parameter counted twice or not at all: replicas, experts, stages"),
-    "update": (5e-3, 0.5, "the optimizer's shards, or gradients that ranks do not share"),
-    "second update": (1e-2, 0.7, "moments that an update lost"),
-    "resumed update": (5e-3, 0.4, "moments or weights that a checkpoint lost"),
-    "replicated tokens": (0, 0, "a broadcast along the pipeline or over tp: ranks with the same tokens disagree"),
-    "replicated weights": (0, 0, "the all-gather after an update: data-parallel ranks drift apart"),
-    "checkpoint": (0, 0, "a shard's place in the checkpoint"),
-    "engine": (0, 0, "the weight stream into the engine, its dtype or its sampling parameters"),
-}
+# name -> largest deviation in float32, in bfloat16, what usually causes more
+_TEXT = (Path(__file__).parent / "assets" / "kinds.yaml").read_text(encoding="utf-8")
+KINDS: dict[str, tuple[float, float, str]] = {name: tuple(row) for name, row in yaml.safe_load(_TEXT).items()}
 _FLOOR = 1e-3  # of the largest gradient of all: what is smaller is rounding
 
 
@@ -80,9 +59,9 @@ def compare(run: Path, reference: Path, dtype: str, engine_limit: float) -> list
         verdicts.append(_worst(name, (mine[name] - theirs[name]).abs(), mine["ids"], limit[name]))
     for name in ("surrogate_weights", "token_weights"):
         if name in theirs:
-            verdicts.append(
-                _worst("token weights", _relative(mine[name], theirs[name]), mine["ids"], limit["token weights"])
-            )
+            size = theirs[name].abs()
+            relative = (mine[name] - theirs[name]).abs() / size.clamp(min=float(size.max()) * 1e-3 + 1e-30)
+            verdicts.append(_worst("token weights", relative, mine["ids"], limit["token weights"]))
     if "selected" in theirs:
         differing = mine["selected"] != theirs["selected"]
         share = int(differing.sum()) / max(1, 2 * int(theirs["selected"].sum()))
@@ -121,10 +100,6 @@ def _worst(name: str, deviations: Tensor, ids: Tensor, tolerance: float) -> Verd
 
 def _token(ids: Tensor) -> str:
     return f"token {int(ids[0])}" if len(ids) else ""
-
-
-def _relative(mine: Tensor, theirs: Tensor) -> Tensor:
-    return (mine - theirs).abs() / theirs.abs().clamp(min=float(theirs.abs().max()) * 1e-3 + 1e-30)
 
 
 def _metrics(mine: dict[str, float], theirs: dict[str, float], tolerance: float) -> Verdict:

@@ -1,7 +1,5 @@
 """Compare two model folders of either format: every tensor bit for bit, and the logits on a probe prompt."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +66,7 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, int]:
 
 
 def compare_logits(a: Path, b: Path, prompt: str) -> tuple[float, bool, int]:
-    """(largest |difference| of the logits, whether every argmax agrees, tokens) on `prompt`, through transformers in
-    float32.
+    """(largest |difference| of the logits, whether every argmax agrees, tokens) on `prompt`, in transformers' float32.
 
     Each model is held in memory whole, one after the other.
     Raises: ConfigError when neither folder has a tokenizer, or the vocabularies differ.

@@ -1,7 +1,5 @@
 """Write folders whole or not at all, and clean up without standing in the way when that fails."""
 
-from __future__ import annotations
-
 import functools
 import glob
 import itertools

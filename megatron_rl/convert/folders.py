@@ -1,7 +1,5 @@
 """Do what every conversion does around the tensors: check the tokenizer, and leave a target complete or absent."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -23,13 +21,16 @@ SLACK_BYTES = 64 * 2**20  # headers, metadata, tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def converted(tensors: dict[str, TensorInfo], dtype: str) -> dict[str, TensorInfo]:
-    """Return the tensors in another dtype, or as they are ("keep"). Raises: ConfigError for an unknown name."""
-    if dtype == "keep":
-        return dict(tensors)
-    if dtype not in DTYPES:
+def converted(weights: Weights, dtype: str) -> tuple[dict[str, TensorInfo], int]:
+    """Return a model's tensors in another dtype, or as they are ("keep"), and their bytes.
+
+    Raises: ConfigError for an unknown dtype, and when the folder's tokenizer does not belong to the model.
+    """
+    if dtype != "keep" and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: expected keep, {', '.join(DTYPES)}")
-    return {name: TensorInfo(info.shape, DTYPES[dtype]) for name, info in tensors.items()}
+    tensors = {name: TensorInfo(info.shape, DTYPES.get(dtype, info.dtype)) for name, info in weights.tensors.items()}
+    _check_tokenizer(weights)
+    return tensors, sum(info.nbytes for info in tensors.values())
 
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -52,11 +53,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
 
 
-def check_tokenizer(weights: Weights) -> None:
-    """Check that the model has an embedding for each token that the folder's tokenizer knows.
-
-    A folder without a tokenizer passes. Raises: ConfigError.
-    """
+def _check_tokenizer(weights: Weights) -> None:
+    """Check that the model has an embedding for each token that the folder's tokenizer, if any, knows."""
     folder, size = weights.hf_folder, weights.hf.vocab_size
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return

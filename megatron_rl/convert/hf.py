@@ -1,16 +1,13 @@
 """Read Hugging Face weights by name, without holding the model twice."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_rl import device
-from megatron_rl.convert.weights import expected_shapes, open_weights
+from megatron_rl.convert.weights import expected_shapes
 from megatron_rl.models.mapping import model_rows
 
 Source = Callable[[str], Tensor]
@@ -45,12 +42,3 @@ def hub_views(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for projection, view in zip(part.removesuffix("_proj").split("_"), parts, strict=True):
                 views[f"{layer}{stacked}{expert}.{projection}_proj.weight"] = view
     return views
-
-
-def folder_source(path: str | Path, hf: PretrainedConfig) -> Source:
-    """Return what reads a tensor of a model folder by name: of Hugging Face safetensors, or a Megatron checkpoint.
-
-    Raises: ConfigError (no weights, a damaged file, an unknown, missing or mis-shaped tensor, or tied embeddings that
-    are not equal).
-    """
-    return open_weights(path, hf).read

@@ -8,8 +8,6 @@ frequencies, 128 experts), and cannot load such a tokenizer. So what stands in t
 form too, which both read.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import tempfile
@@ -17,7 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from megatron_rl.config import Config
@@ -31,17 +28,9 @@ Files = dict[str, bytes]  # path inside the model folder -> contents
 _CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 _OF_MODEL = ("generation_config.json", "LICENSE*", "NOTICE*")
 _OF_TOKENIZER = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*chat_template*",
-    "additional_chat_templates/*",
-)
+    "tokenizer* vocab* merges.txt *.model *.tiktoken tekken.json special_tokens_map.json added_tokens.json "
+    "*chat_template* additional_chat_templates/*"
+).split()
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 # of a config that transformers has read: what is no part of the model, or has a rule of its own below
 _NOT_COMPARED = {"architectures", "rope_parameters", "transformers_version", "_name_or_path", *_DTYPE_KEYS}
@@ -81,7 +70,7 @@ def converted_files(weights: Weights, tensors: Iterable[TensorInfo]) -> Files:
 
     Raises: OSError when the folder cannot be read.
     """
-    dtypes = {_name(info.dtype) for info in tensors}
+    dtypes = {str(info.dtype).removeprefix("torch.") for info in tensors}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     return _model_part(weights.hf_folder, weights.hf, dtype) | _tokenizer_part(weights.hf_folder)
 
@@ -132,7 +121,9 @@ def _config_json(raw: dict[str, Any], hf: PretrainedConfig, dtype: str | None, s
 
     `dtype`: of the weights; None when they have several.
     """
-    if not _is_readable(raw):
+    try:
+        _understood(raw)
+    except Exception:  # of many types: it refuses 1 for 1.0 and null for most values, which the policy reads as meant
         raw, source = _generated_config(hf), None
     told = raw | _rope_of_transformers_4(raw, hf)
     if hf.model_type == "qwen3_moe":
@@ -148,16 +139,6 @@ def _config_json(raw: dict[str, Any], hf: PretrainedConfig, dtype: str | None, s
         if name not in _NOT_COMPARED and understood.get(name) != value
     }
     return source if source is not None and told == raw else _json(told)
-
-
-def _is_readable(raw: dict[str, Any]) -> bool:
-    """Return whether transformers takes the file: it refuses 1 for 1.0 and null for most values, which the policy reads
-    as they are meant."""
-    try:
-        _understood(raw)
-    except Exception:  # of many types
-        return False
-    return True
 
 
 def _understood(raw: dict[str, Any]) -> PretrainedConfig:
@@ -193,7 +174,3 @@ def _tokenizer_config(source: bytes) -> bytes:
 
 def _json(contents: dict[str, Any]) -> bytes:
     return (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

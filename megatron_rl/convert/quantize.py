@@ -1,7 +1,4 @@
-"""Export a quantised model in forms that SGLang and vLLM load: FP8 through nvidia-modelopt, INT8 as compressed-tensors
-stores it."""
-
-from __future__ import annotations
+"""Export a quantised model for SGLang and vLLM: FP8 through nvidia-modelopt, INT8 as compressed-tensors stores it."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +9,7 @@ import torch
 
 from megatron_rl import device
 from megatron_rl.convert.check import transformers_model
-from megatron_rl.convert.folders import DTYPES, SLACK_BYTES, cast, check_tokenizer, converted, load_tokenizer, published
+from megatron_rl.convert.folders import DTYPES, SLACK_BYTES, cast, converted, load_tokenizer, published
 from megatron_rl.convert.model_files import converted_files, write_files
 from megatron_rl.convert.safetensors_io import TensorInfo
 from megatron_rl.convert.save_hf import write_shards
@@ -21,20 +18,8 @@ from megatron_rl.convert.weights import Weights
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.models.facts import is_moe
 
-_EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
-INT8_CONFIG: dict[str, Any] = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": _EIGHT_BITS | {"strategy": "channel", "dynamic": False},
-            "input_activations": _EIGHT_BITS | {"strategy": "token", "dynamic": True},
-        }
-    },
-}
+# what compressed-tensors' config.json says of such a model
+INT8_CONFIG: dict[str, Any] = json.loads((Path(__file__).parent / "assets" / "int8.json").read_text())
 _LINEAR = "_proj.weight"  # ends the Hugging Face names of all weights of linear layers but lm_head
 _MAX_TEXTS = 128
 _CUT_TEXT: dict[str, Any] = {"return_tensors": "pt", "truncation": True, "max_length": 512}
@@ -50,9 +35,7 @@ def fp8_to_hf(source: Path, target: Path, *, calibration: Path, dtype: str = "ke
     """
     mtq, export = _modelopt()
     weights, texts = open_checkpoint(source), list(read_texts(calibration))
-    tensors = converted(weights.tensors, dtype)
-    check_tokenizer(weights)
-    total = sum(info.nbytes for info in tensors.values())
+    tensors, total = converted(weights, dtype)
     with published(target, source, total + _FREE_BYTES, force) as draft:
         stored = next(iter(tensors.values())).dtype if dtype == "keep" else DTYPES[dtype]
         model = transformers_model(weights, stored)
@@ -92,8 +75,7 @@ def int8_to_hf(
             f"{source}: --quantize int8 takes no mixture of experts: SGLang 0.5.23 loads INT8 experts on NPUs alone; "
             "take --quantize fp8"
         )
-    tensors = converted(weights.tensors, dtype)
-    check_tokenizer(weights)
+    tensors, total = converted(weights, dtype)
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for name, info in tensors.items():
@@ -104,7 +86,7 @@ def int8_to_hf(
             else:
                 yield name, cast(name, weights.read(name), info.dtype)
 
-    with published(target, source, sum(info.nbytes for info in tensors.values()) + SLACK_BYTES, force) as draft:
+    with published(target, source, total + SLACK_BYTES, force) as draft:
         write_shards(draft, stream(), limit)
         _describe(draft, weights, tensors, INT8_CONFIG)
 
@@ -125,8 +107,7 @@ def _describe(draft: Path, weights: Weights, tensors: dict[str, TensorInfo], qua
 def read_texts(path: Path) -> Iterator[str]:
     """Yield the first texts of a file: a line each, or the field `problem`, `prompt` or `text` of JSON lines.
 
-    Raises: ConfigError without such a file, without a text in it, for a line that is no UTF-8, or a JSON line without
-    such a field.
+    Raises: ConfigError without such a file or a text, for a line that is no UTF-8, or a JSON line without such a field.
     """
     if not path.is_file():
         raise ConfigError(f"--calibration {path}: no such file; give texts typical of the model's use, one a line")

@@ -3,8 +3,6 @@
 The library maps whole files, and the pages of a mapping that were touched stay resident: over a model they add up.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

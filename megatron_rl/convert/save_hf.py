@@ -1,7 +1,5 @@
 """Write the policy in Hugging Face format, its weights as a bounded stream."""
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path

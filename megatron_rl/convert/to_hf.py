@@ -1,13 +1,11 @@
 """Convert a Megatron checkpoint to a Hugging Face folder with sharded safetensors, one parameter at a time."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 from torch import Tensor
 
-from megatron_rl.convert.folders import SLACK_BYTES, Progress, cast, check_tokenizer, converted, published
+from megatron_rl.convert.folders import SLACK_BYTES, Progress, cast, converted, published
 from megatron_rl.convert.model_files import converted_files, write_files
 from megatron_rl.convert.safetensors_io import shards, write_model
 from megatron_rl.convert.weights import Weights, open_weights
@@ -31,9 +29,7 @@ def megatron_to_hf(
     Raises: ConfigError when the source is refused, UserError when the target is; before anything is written.
     """
     weights, limit = open_checkpoint(source), parse_size(max_shard_size)
-    tensors = converted(weights.tensors, dtype)
-    check_tokenizer(weights)
-    total = sum(info.nbytes for info in tensors.values())
+    tensors, total = converted(weights, dtype)
 
     def read(name: str) -> Tensor:
         return cast(name, weights.read(name), tensors[name].dtype)

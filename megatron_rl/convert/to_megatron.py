@@ -1,10 +1,8 @@
 """Convert a Hugging Face folder to a Megatron checkpoint, one parameter at a time, in one process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
-from megatron_rl.convert.folders import SLACK_BYTES, Progress, cast, check_tokenizer, converted, published
+from megatron_rl.convert.folders import SLACK_BYTES, Progress, cast, converted, published
 from megatron_rl.convert.model_files import converted_files, write_files
 from megatron_rl.convert.torch_dist import TorchDistWriter
 from megatron_rl.convert.weights import open_weights, place_of
@@ -31,9 +29,7 @@ def hf_to_megatron(
             f"{source} is a Megatron checkpoint already; hf-to-megatron takes a Hugging Face model, as "
             "megatron-to-hf writes it"
         )
-    tensors = converted(weights.tensors, dtype)
-    check_tokenizer(weights)
-    total = sum(info.nbytes for info in tensors.values())
+    tensors, total = converted(weights, dtype)
     with published(target, source, total + SLACK_BYTES, force) as draft:
         writer, hf = TorchDistWriter(draft), weights.hf
         for row in model_rows(hf):

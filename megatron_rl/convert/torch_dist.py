@@ -6,8 +6,6 @@ other), `common.pt` (plain data) and `metadata.json` (the name of the format). M
 group and all tensors of a rank at once; torch's writer keeps a reference to the last tensor of every name.
 """
 
-from __future__ import annotations
-
 import collections
 import io
 import json
@@ -20,16 +18,8 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron_rl.errors import UserError
 
@@ -61,13 +51,13 @@ class TorchDistReader:
         if backend != "torch_dist":
             raise TorchDistError(f"{folder}: sharded_backend is {backend!r}, expected 'torch_dist'")
         metadata = _read_metadata(folder / ".metadata")
-        self.tensors: dict[str, TensorStorageMetadata] = {
+        self.tensors: dict[str, dcp.TensorStorageMetadata] = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata)
+            if isinstance(value, dcp.TensorStorageMetadata)
         }
-        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
-        self._by_index: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+        self._places: dict[dcp.MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._by_index: dict[tuple[str, int], dict[tuple[int, ...], list[dcp.ChunkStorageMetadata]]] = {}
         self._check_files()
 
     def read(self, key: str, index: tuple[int, ...] = (), rows: int | None = None) -> Tensor:
@@ -97,7 +87,7 @@ class TorchDistReader:
             )
         return result
 
-    def _chunks(self, key: str, lead: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+    def _chunks(self, key: str, lead: int) -> dict[tuple[int, ...], list[dcp.ChunkStorageMetadata]]:
         if (key, lead) not in self._by_index:
             found = collections.defaultdict(list)
             for chunk in self.tensors[key].chunks:
@@ -107,8 +97,8 @@ class TorchDistReader:
             self._by_index[key, lead] = dict(found)
         return self._by_index[key, lead]
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._places[MetadataIndex(key, chunk.offsets)]
+    def _load(self, key: str, chunk: dcp.ChunkStorageMetadata) -> Tensor:
+        place = self._places[dcp.MetadataIndex(key, chunk.offsets)]
         if getattr(place, "transform_descriptors", None):
             raise TorchDistError(f"{self.folder}: {key} is stored with {place.transform_descriptors}: not supported")
         with (self.folder / place.relative_path).open("rb") as file:
@@ -140,14 +130,13 @@ class TorchDistWriter:
         """file_bytes: a data file is closed once it is that long."""
         self.folder, self.file_bytes = folder, file_bytes
         self._metadata: dict[str, Any] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._places: dict[dcp.MetadataIndex, _StorageInfo] = {}
         self._files = 0
         self._file: IO[bytes] | None = None
         self._nothing: _StorageInfo | None = None
 
     def add(self, keys: Iterable[str], tensor: Tensor, index: tuple[int, ...] = (), lead: tuple[int, ...] = ()) -> None:
-        """Store `tensor` as `whole[index]` of the tensor `whole` of shape `[*lead, *tensor.shape]`, once, under all
-        `keys`."""
+        """Store `tensor`, once, under all `keys` as `whole[index]` of a `whole` of shape `[*lead, *tensor.shape]`."""
         shape = torch.Size((*lead, *tensor.shape))
         ones = (1,) * len(lead)
         for start, block in _blocks(tensor.detach()):
@@ -155,27 +144,26 @@ class TorchDistWriter:
             offsets = torch.Size((*index, *([start] + [0] * (tensor.dim() - 1))[: tensor.dim()]))
             for key in keys:
                 stored = self._metadata.setdefault(
-                    key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), shape, [])
+                    key, dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=tensor.dtype), shape, [])
                 )
                 if (stored.size, stored.properties.dtype) != (shape, tensor.dtype):
                     raise ValueError(f"{key}: {tensor.dtype} {tuple(shape)} after {stored}")
-                stored.chunks.append(ChunkStorageMetadata(offsets, torch.Size((*ones, *block.shape))))
-                self._places[MetadataIndex(key, offsets)] = place
+                stored.chunks.append(dcp.ChunkStorageMetadata(offsets, torch.Size((*ones, *block.shape))))
+                self._places[dcp.MetadataIndex(key, offsets)] = place
 
     def add_nothing(self, key: str, index: tuple[int, ...] = (), lead: tuple[int, ...] = ()) -> None:
-        """Store None under the name of an object that Megatron shards as `lead`: it asks for one such object a
-        module."""
+        """Store None under the name of an object that Megatron shards as `lead`: it asks for one a module."""
         if self._nothing is None:
             self._nothing = self._save([None])
         offset, shape = (".".join(map(str, part)) for part in (index or (0,), lead or (1,)))
         name = f"{key}/shard_{offset}_{shape}"
-        self._metadata[name] = BytesStorageMetadata()
-        self._places[MetadataIndex(name)] = self._nothing
+        self._metadata[name] = dcp.BytesStorageMetadata()
+        self._places[dcp.MetadataIndex(name)] = self._nothing
 
     def finish(self) -> None:
         """Write what makes the folder a checkpoint."""
         self._close()
-        metadata = Metadata(self._metadata, None, self._places, StorageMeta(), CURRENT_DCP_VERSION)
+        metadata = dcp.Metadata(self._metadata, None, self._places, dcp.StorageMeta(), CURRENT_DCP_VERSION)
         for name, write in {
             "common.pt": lambda file: torch.save({}, file),
             ".metadata": lambda file: pickle.dump(metadata, file),
@@ -225,16 +213,16 @@ class _MetadataUnpickler(pickle.Unpickler):
         if is_type or is_value or (module, name) in plain:
             return super().find_class(module, name)
         if module.startswith("megatron.") and name in ("MCoreMetadata", "MCoreSavePlan"):
-            return type(name, (Metadata,), {})
+            return type(name, (dcp.Metadata,), {})
         raise pickle.UnpicklingError(f"{module}.{name} is no part of the format")
 
 
-def _read_metadata(path: Path) -> Metadata:
+def _read_metadata(path: Path) -> dcp.Metadata:
     with path.open("rb") as file:
         try:
             metadata = _MetadataUnpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
             raise TorchDistError(f"{path} cannot be read: {error}") from error
-    if not isinstance(metadata, Metadata):
+    if not isinstance(metadata, dcp.Metadata):
         raise TorchDistError(f"{path} holds a {type(metadata).__name__}, expected Metadata")
     return metadata

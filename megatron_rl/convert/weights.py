@@ -5,8 +5,6 @@ A Hugging Face folder holds config.json and safetensors. A Megatron checkpoint i
 depend on the layout that wrote them: layers (and experts) are stacked in leading dimensions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from megatron_rl.convert.torch_dist import TorchDistError, TorchDistReader
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.architecture import head_dim, resolve_hf_config
 from megatron_rl.models.facts import architecture_faults, hf_folder, read_config_json
-from megatron_rl.models.mapping import Row, check_names, from_shards, has_qk_norm, is_moe_layer, model_rows
+from megatron_rl.models.mapping import LAYER_INDEX, TE_NAMES, Row, check_names, from_shards, is_moe_layer, model_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,18 +52,14 @@ class CheckpointPlace:
     lead: tuple[int, ...]
 
 
-_FUSED = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_FUSED = {norm: weight for weight, norm in TE_NAMES.items()}
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 
 def place_of(row: Row, hf: PretrainedConfig) -> CheckpointPlace:
     """Where Megatron-Core 0.16 puts the (filled) row. Source: TransformerBlock.sharded_state_dict, SequentialMLP."""
-    match = _LAYER.fullmatch(row.megatron)
+    match = LAYER_INDEX.fullmatch(row.megatron)
     if match is None:
         return CheckpointPlace((row.megatron,), (), ())
     layer, rest = int(match[1]), match[2]
@@ -101,13 +95,8 @@ def expected_shapes(row: Row, hf: PretrainedConfig) -> list[tuple[int, ...]]:
         case "replicated":
             if row.megatron.endswith("router.weight"):
                 return [(hf.num_experts, hidden)]
-            is_head_norm = has_qk_norm(hf) and row.megatron.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+            is_head_norm = row.megatron.endswith(("q_layernorm.weight", "k_layernorm.weight"))
             return [(width,) if is_head_norm else (hidden,)]
-
-
-def is_megatron_checkpoint(path: Path) -> bool:
-    """Whether the folder is a Megatron checkpoint rather than a Hugging Face model."""
-    return (path / "metadata.json").is_file() or (path / ".metadata").is_file()
 
 
 def open_weights(path: str | Path, hf: PretrainedConfig | None = None) -> Weights:
@@ -117,19 +106,16 @@ def open_weights(path: str | Path, hf: PretrainedConfig | None = None) -> Weight
     Raises: ConfigError naming what does not fit: the architecture, a file, a tensor.
     """
     folder = Path(path)
-    raw, is_megatron = read_config_json(folder), is_megatron_checkpoint(folder)
+    raw = read_config_json(folder)
+    is_megatron = any((folder / name).is_file() for name in ("metadata.json", ".metadata"))
     if faults := architecture_faults(raw):
         raise ConfigError(f"{folder}: {'; '.join(faults)}")
-    hf = hf or _resolve(raw, folder)
-    opened = _open_megatron(folder, hf) if is_megatron else _open_hf(folder, hf)
-    return Weights(folder, is_megatron, raw, hf, *opened)
-
-
-def _resolve(raw: dict[str, Any], folder: Path) -> PretrainedConfig:
     try:
-        return resolve_hf_config(raw)
+        hf = hf or resolve_hf_config(raw)
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from error
+    opened = _open_megatron(folder, hf) if is_megatron else _open_hf(folder, hf)
+    return Weights(folder, is_megatron, raw, hf, *opened)
 
 
 def _open_hf(folder: Path, hf: PretrainedConfig) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
@@ -172,7 +158,7 @@ def _open_megatron(folder: Path, hf: PretrainedConfig) -> tuple[dict[str, Tensor
             missing.append(place.keys[0])
             continue
         stored = reader.tensors[key]
-        found, expected = tuple(stored.size), (*place.lead, *_whole_shape(row, shapes))
+        found, expected = tuple(stored.size), (*place.lead, sum(shape[0] for shape in shapes), *shapes[0][1:])
         fits = found[0] >= expected[0] and found[1:] == expected[1:] if row.kind == "vocab" else found == expected
         if not fits:
             raise ConfigError(_misfit(folder, key, found, expected))
@@ -206,11 +192,6 @@ def _megatron_source(
         return last[name]
 
     return read
-
-
-def _whole_shape(row: Row, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Shape of the unsplit Megatron parameter that holds tensors of these shapes."""
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _misfit(folder: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:

@@ -1,21 +1,17 @@
 """The countdown game: its problems, and the solutions that a warm start learns from."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from itertools import combinations, count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_rl.algorithms.hashing import hash64
+from megatron_rl.config import CountdownData
 from megatron_rl.errors import DataError
 from megatron_rl.types import Problems, Prompt
-
-if TYPE_CHECKING:
-    from megatron_rl.config import CountdownData
 
 # more given numbers have too many expressions to enumerate
 _MAX_SOLVER_NUMBERS = 4

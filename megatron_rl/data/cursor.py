@@ -1,7 +1,5 @@
 """The order in which prompts are drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 import torch

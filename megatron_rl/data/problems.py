@@ -1,19 +1,15 @@
 """The training and held-out problems of a run as prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_rl.config import Config, JsonlData
 from megatron_rl.data.countdown import _countdown_problems
 from megatron_rl.data.rows import read_rows, with_suffix
 from megatron_rl.data.tokenizer import encode_prompt
 from megatron_rl.errors import DataError
 from megatron_rl.launch import say
 from megatron_rl.types import Problems, Prompt
-
-if TYPE_CHECKING:
-    from megatron_rl.config import Config, JsonlData
 
 
 def load_prompts(config: Config, tokenizer: Any, is_readable: Callable[[str], bool] = lambda answer: True) -> Problems:

@@ -1,7 +1,5 @@
 """Read files of problems as records, one by one: JSON lines, a JSON list, or Parquet."""
 
-from __future__ import annotations
-
 import codecs
 import json
 from collections.abc import Iterator

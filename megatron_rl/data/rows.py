@@ -1,7 +1,5 @@
 """Problems as rows: what a record of a file asks, and what its answer is, whatever its columns are called."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -84,8 +82,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
 def to_row(
     record: Record, answer: str, where: str, number: str, source: str, columns: Sequence[str] = PROBLEM_COLUMNS
 ) -> Row:
-    """Return the row of a record whose answer is read already. `number` and `source` stand in for an id and a source
-    that the record lacks.
+    """Return the row of a record whose answer is read already. `number`, `source`: where it lacks an id or a source.
 
     Raises: DataError, beginning with `where`, for a problem that is no text, and for what cannot be kept of it.
     """
@@ -143,8 +140,7 @@ def _json_of(text: str) -> Any:
 
 
 def text_of(value: Any, where: str, name: str) -> str:
-    """Return a text that can be encoded. Raises: DataError for another type, bytes that are not UTF-8, and halves of
-    surrogate pairs."""
+    """Return a text that can be encoded. Raises: DataError for another type, no UTF-8, or half of a surrogate pair."""
     if isinstance(value, bytes):
         value = decode(value, f"{where}: `{name}`")
     if not isinstance(value, str):

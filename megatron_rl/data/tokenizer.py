@@ -1,26 +1,21 @@
 """Tokenizers, and how a problem's text becomes the prompt's token ids."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_rl.config import Config
 from megatron_rl.data.rows import Message
 from megatron_rl.errors import DataError
 from megatron_rl.models.facts import folder_hint, hf_folder, read_hf_config, require_model
-
-if TYPE_CHECKING:
-    from megatron_rl.config import Config
 
 _COUNTDOWN_CHARACTERS = "0123456789+-*/(),=:"
 
 
 def build_tokenizer(config: Config) -> Any:
-    """Return the Hugging Face fast tokenizer of the task: one token per character for countdown, else the
-    configured folder's.
+    """Return the task's Hugging Face fast tokenizer: a token per character for countdown, else the configured folder's.
 
     Raises: DataError when there is no tokenizer folder, or the model's vocabulary is smaller than the tokenizer's;
     ConfigError when the model is not on this machine.
@@ -90,8 +85,7 @@ def _end_tokens(folder: Path) -> tuple[int, ...]:
 
 
 def vocab_size(tokenizer: Any) -> int:
-    """Return the number of tokens, added ones included: the model's vocabulary where its config gives none, before the
-    policy pads it."""
+    """Return the number of tokens, added ones included: the model's vocabulary, not padded, if no config gives it."""
     return len(tokenizer)
 
 

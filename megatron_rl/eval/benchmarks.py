@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.algorithms.hashing import hash64
 from megatron_rl.config.benchmarks import HELD_OUT, PRESETS, prompts
 from megatron_rl.config.evaluation import SetOptions, set_path
-from megatron_rl.data import DataError, encode_prompt, load_prompts
+from megatron_rl.data.problems import load_prompts
 from megatron_rl.data.rows import read_rows, with_suffix
+from megatron_rl.data.tokenizer import encode_prompt
+from megatron_rl.errors import DataError
 from megatron_rl.types import Prompt
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_rl.data import stop_token_ids
+from megatron_rl.data.tokenizer import stop_token_ids
 from megatron_rl.errors import UserError
 from megatron_rl.eval.answers import answer_of, classes
 from megatron_rl.eval.benchmarks import Benchmark, Problem

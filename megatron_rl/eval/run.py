@@ -17,7 +17,7 @@ import torch
 from megatron_rl import launch
 from megatron_rl.config import Config
 from megatron_rl.convert.weights import Weights, open_weights
-from megatron_rl.data import build_tokenizer
+from megatron_rl.data.tokenizer import build_tokenizer
 from megatron_rl.eval.benchmarks import Benchmark, load_benchmarks
 from megatron_rl.eval.browse import write_pages
 from megatron_rl.eval.evaluator import Evaluator, SetResult

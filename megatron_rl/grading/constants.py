@@ -8,8 +8,6 @@ logarithms and angles the same bound is taken with a wide margin, since none is 
 Source of the bound: Burnikel, Funke, Mehlhorn, Schirra, Schmitt, "A separation bound for real algebraic expressions".
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from typing import Any

@@ -5,8 +5,6 @@ numbers; lists, tuples and matrices, item by item; equations; expressions, compa
 reading understands is wrong unless the texts agree. docs/grading.md tells it at length.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Upper and lower case are different symbols; a subscript, a prime or an accent belongs to its symbol.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,23 +10,14 @@ from functools import lru_cache
 
 from megatron_rl.grading import grammar
 from megatron_rl.grading.grammar import OF_SEVERAL, PREFIX, Tokens, Tree, Unreadable, children, holds, negative
+from megatron_rl.grading.latex import SPELLINGS
 from megatron_rl.grading.numerals import repeating
 
 _MAX_DEPTH = 40  # of sums in brackets
 _MAX_TREE = 100
 _MAX_EXPONENT = 20_000  # of ten, as in 1e5
 _DEGREE = ("\\circ", "\\degree")
-_GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell partial "
-    "nabla odot mho triangle"
-).split()
-_ACCENTS = {"hat", "vec", "bar", "tilde", "dot", "ddot", "overline", "widehat", "overrightarrow", "mathbb", "mathcal"}
-_STOPS = {
-    "\\rfloor", "\\rceil", "\\cdot", "\\times", "\\div", "\\ast", "\\%", "\\degree", "\\circ", "\\}",
-    "\\bmod", "\\mod", "\\pmod", "\\le", "\\ge", "\\ne", "\\in", "\\cup", "\\or", "\\to", "\\approx", "\\pm", "\\mp",
-    "\\infty",
-}  # fmt: skip
+_GREEK, _ACCENTS, _STOPS = (frozenset(SPELLINGS[name].split()) for name in ("greek", "accents", "stops"))
 _FUNCTION_LETTERS = set("fghuvyFGHUPQ\\")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 

@@ -1,7 +1,5 @@
 """The tokens of an expression, the names it knows, and the trees that reading it makes."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from typing import Any

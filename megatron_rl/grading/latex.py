@@ -1,11 +1,12 @@
 """Mathematical answers as text: one spelling for what LaTeX writes in many ways, lists and brackets."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 Same = Callable[[str, str], bool]  # whether a text, as an answer, is the same as a gold one
 
@@ -20,98 +21,16 @@ _COMMANDS_AROUND = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mathtt|mbox|boldsymbol|bm|displaystyle|ensuremath"
     r"|underline|emph)\s*\{"
 )
+SPELLINGS = yaml.safe_load((Path(__file__).parent / "assets" / "latex.yaml").read_text(encoding="utf-8"))
 _FRACTIONS = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+_WIDE = "（）［］，；％：＝＜＞＋－．０１２３４５６７８９\u00a0\u2009\u202f\u3000"
 _UNICODE = str.maketrans(
-    {sign: rf"\frac{{{top}}}{{{bottom}}}" for sign in _FRACTIONS
-     for top, bottom in [unicodedata.normalize("NFKC", sign).split("⁄")]}
-    | {
-        "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
-        "⁄": "/", "∕": "/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
-        "≈": r"\approx ", "≡": r"\equiv ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-        "∖": r"\setminus ", "∨": r"\lor ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "°": r"^\circ ", "º": r"^\circ ",
-        "∅": r"\emptyset ", "′": "'", "’": "'", "″": "''", "“": '"', "”": '"', "…": r"\ldots ", "、": ",", "。": ".",
-        "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
-        "¢": r"\text{ cents}", "µ": r"\mu ", "Ω": r"\Omega ",
-        "\x0c": r"\f",  # \frac in a text whose backslash was read as an escape
-    }
-    | {wide: unicodedata.normalize("NFKC", wide) for wide in
-       "（）［］，；％：＝＜＞＋－．０１２３４５６７８９\u00a0\u2009\u202f\u3000"}
-    | {letter: rf"\{name} " for letter, name in zip(
-        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
-        "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
-        strict=True,
-    )}
-)  # fmt: skip
+    SPELLINGS["signs"]
+    | {sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("⁄")) for sign in _FRACTIONS}
+    | {wide: unicodedata.normalize("NFKC", wide) for wide in _WIDE}
+)
 _UNITS_OF_MONEY = {"$": "dollars", "€": "euros", "£": "pounds sterling", "¥": "yen"}
-_WITHOUT_MEANING = (
-    r"\\(?:tag|label|colorbox)\*?\s*\{[^{}]*\}"
-    r"|\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge|therefore|checkmark|blacksquare|square|qed|Box|nonumber"
-    r"|notag|cancel)(?![a-zA-Z])"
-)
-_REPLACEMENTS = tuple(
-    (re.compile(pattern), by)
-    for pattern, by in (
-        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|hfill|allowbreak)(?![a-zA-Z])\.?", ""),
-        (r"\\(?:(?:d|t|c|s|nice|flat)frac|sfrac)(?![a-z])", r"\\frac"),
-        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}|^([^{}]*)\\over(?![a-z])([^{}]*)$", r"\\frac{\1\3}{\2\4}"),
-        (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}|^([^{}]*)\\choose(?![a-z])([^{}]*)$", r"\\binom{\1\3}{\2\4}"),
-        (r"\\[dt]binom", r"\\binom"),
-        (r"(?:\{\}|(?<![\w}]))_\{?(\w+)\}?\s*C_\{?(\w+)\}?", r"\\binom{\1}{\2}"),
-        (r"(?<![\w\\])(?:C_\{?(?=\d)(\d+)\}?\^\{?(\d+)\}?)(?![\w])", r"\\binom{\1}{\2}"),
-        (r"(?<![\w\\])C\((\d+),\s*(\d+)\)", r"\\binom{\1}{\2}"),
-        (r"\\lbrack(?![a-zA-Z])", "["),
-        (r"\\rbrack(?![a-zA-Z])", "]"),
-        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-        (r"\\(?:[lr]?vert|mid)(?![a-zA-Z])", "|"),
-        (r"\{([:,<>=])\}", r"\1"),
-        (r"\\colon(?![a-zA-Z])", ":"),
-        (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # a thin space between groups of three digits
-        (r"(?<=\d)(?:,\\!|\\!,|\\,|')\s*(?:\\!)?(?=\d{3}(?!\d))", ","),
-        (r"\\!", ""),
-        (_WITHOUT_MEANING, ""),
-        (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\ "),
-        (r"\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}|\\[hv]?phantom\s*\{[^{}]*\}|\\[hv]?phantom", ""),
-        (r"(?<!\\)\\(?:[,;:> ]|(?:quad|qquad|enspace|thinspace)(?![a-zA-Z]))|~", " "),
-        (r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
-        (
-            r"\\(?:operatorname|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|emph|mathtt|texttt|textsf|textsc)"
-            r"\s*\*?\s*\{",
-            r"\\text{",
-        ),
-        (r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol)\s+(?=[\w\\])", ""),
-        (r"\\(?:le|leq|leqslant|leqq)(?![a-zA-Z])|<=|=<", r"\\le "),
-        (r"\\(?:ge|geq|geqslant|geqq)(?![a-zA-Z])|>=", r"\\ge "),
-        (r"\\lt(?![a-zA-Z])", "<"),
-        (r"\\gt(?![a-zA-Z])", ">"),
-        (r"\\(?:neq)(?![a-zA-Z])|!=|\\not\s*=", r"\\ne "),
-        (r"\\(?:approx|simeq|thickapprox|approxeq)(?![a-zA-Z])|\\sim(?=\s*-?[\d.])", r"\\approx "),
-        (r"\\(?:varnothing)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\(?:backslash|smallsetminus)(?![a-zA-Z])", r"\\setminus "),
-        (r"\\vee(?![a-zA-Z])|\\lor(?![a-zA-Z])|\\text\{\s*,?\s*or\s*\}", " or "),
-        (r"\\text\{\s*,?\s*and\s*\}|\\text\{\s*&\s*\}|\\(?:land|wedge)(?![a-zA-Z])", " and "),
-        (r"(?:\\[lc]?dots[cbm]?(?![a-zA-Z]))", r"\\ldots "),
-        (r"(?<![\\a-zA-Z])(?:infinity|inf)(?![a-zA-Z])", r"\\infty "),
-        (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
-        (r"\\bf(?:series)?(?![a-z])|\\rm(?![a-z])", ""),
-        (r"\\log\s*_\s*\{?\s*(?:\\text\{)?e\}?\}?(?![a-z])", r"\\ln "),
-        (r"\*\*", "^"),
-        (r"\\ast(?![a-zA-Z])", "*"),
-        (r"\bnp\.(?=[a-z])|\bmath\.(?=[a-z])", ""),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-        (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-        (r"(?<=\.)(\d{0,20})\\(?:bar|overline|widehat|dot)\s*(?:\{(\d+)\}|(\d))(?![\d\\])", r"\1\\overline{\2\3}"),
-        (r"(?<=\.)(\d{0,20})\\dot\s*\{?(\d)\}?(\d{0,20})\\dot\s*\{?(\d)\}?", r"\1\\overline{\2\3\4}"),
-        (r"(?<=\.)(\d{0,9}?)(\d{1,6}?)\2\2+\s*\\ldots", r"\1\\overline{\2}"),
-        (r"\\%|%|(?<=\d)\s*(?:\\text\{\s*)?(?:per\s?cent|percent(?:age)?|pct)(?![a-z])(?:\s*\})?", r"\\%"),
-        (r"(?<=[\d}])\s*(?:\\text\{)?\s+to\s+\}?\s*(?=[\d\\])", ":"),
-        (r"\\text\{[\s.,;]*\}|(?<![\\_^])[\^_]?\{\s*\}", ""),
-        (r"(?<=\d)(?:\s*\^?\s*\{?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?:st|nd|rd|th))$", ""),
-        (r"\s+", " "),
-    )
-)
+_REWRITES = [(re.compile(pattern), by) for pattern, by in SPELLINGS["rewrites"]]
 _DEGREES = re.compile(
     r"\s*\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree))|\\text\{\s*\^\s*\\circ\s*\}|\\(?:text)?degree(?![a-z])"
     r"|(?<=[\d}])\s*(?:\\text\{\s*)?(?:degrees?|deg)(?![a-z])(?!\s+[CcFf])(?:\s*\})?"
@@ -142,7 +61,7 @@ def clean(text: str) -> str:
     bare = re.sub(r"\\[\\{}]", "", text)
     text += "}" * max(0, bare.count("{") - bare.count("}"))  # some gold answers lack their last braces
     text = unwrap(text.replace("...", r"\ldots "))
-    for pattern, by in _REPLACEMENTS:
+    for pattern, by in _REWRITES:
         text = pattern.sub(by, text)
     if len(_DOLLAR.findall(text)) % 2 == 0:
         text = _DOLLAR.sub("", text)  # pairs of delimiters; one alone is money

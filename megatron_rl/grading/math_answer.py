@@ -1,7 +1,5 @@
 """The `math` verifier: a response's answer against the gold answer, by what both mean."""
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 

@@ -3,8 +3,6 @@
 Each function returns a verdict, or None when the gold answer is not in its notation.
 """
 
-from __future__ import annotations
-
 import re
 
 from megatron_rl.grading import latex

@@ -1,7 +1,5 @@
 """Numbers as they are written: the value, and what the spelling says about rounding."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Sets of real numbers: intervals, unions, inequalities in one letter, the reals without some points."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

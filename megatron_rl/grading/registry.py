@@ -1,7 +1,5 @@
 """The verifiers by name, and how a user's own is found."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib

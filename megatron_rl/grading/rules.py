@@ -1,7 +1,5 @@
 """Verifiers that need nothing but Python: countdown, exact, regex, format, and remote for a service behind HTTP."""
 
-from __future__ import annotations
-
 import ast
 import json
 import operator

@@ -4,13 +4,14 @@ Nothing else is taken for a unit: what stands behind a number and is neither in 
 the answer another one ("7 or 8", "12 factorial", "5 is wrong").
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
+
+import yaml
 
 Dimensions = tuple[tuple[str, int], ...]
 
@@ -29,43 +30,10 @@ class Unit:
 
 
 DEGREE = Unit((("degree", 1),))
-# by dimensions: a size in base units (metre, gram, second, ampere, dollar, byte), then the units of that size; plurals
-# by rule, and * before a symbol that takes the prefixes of the international system
-_TABLE = {
-    "length": "1 meter metre *m, 0.1 decimeter, 0.01 centimeter centimetre, 0.001 millimeter millimetre, "
-              "1e-6 micrometer micron, 1e-9 nanometer, 1e-10 angstrom, 1000 kilometer kilometre, "
-              "0.0254 inch inches in, 0.3048 foot feet ft, 0.9144 yard yd, 1609.344 mile mi, 3.0856775814913673e16 *pc",
-    "mass": "1 gram *g, 0.001 milligram, 1000 kilogram kilo, 1000000 tonne, 453.59237 pound lb, 28.349523125 ounce oz, "
-            "907184.74 ton",
-    "time": "1 second sec *s, 60 minute min, 3600 hour hr h, 86400 day, 604800 week, 2629800 month, 31557600 year yr, "
-            "0.001 millisecond, 1e-6 microsecond, 1e-9 nanosecond",
-    "dollar": "1 dollar buck usd, 0.01 cent penny pennies, 0.05 nickel, 0.1 dime, 0.25 quarter",
-    "euro": "1 euro eur", "sterling": "1 sterling gbp", "yen": "1 yen", "rupee": "1 rupee", "yuan": "1 yuan",
-    "peso": "1 peso",
-    "length^3": "0.001 liter litre *L *l, 1e-6 milliliter millilitre cc, 0.003785411784 gallon gal, "
-                "0.000946352946 quart, 0.000473176473 pint",
-    "length^2": "4046.8564224 acre, 10000 hectare",
-    "length time^-1": "0.44704 mph, 5/18 kph kmh kmph, 463/900 knot",
-    "degree": "1 degree deg", "radian": "1 radian rad",
-    "kelvin": "1 kelvin *K", "celsius": "1 celsius degC", "fahrenheit": "1 fahrenheit degF",
-    "mass length time^-2": "1000 newton *N, 0.01 dyne",
-    "mass length^2 time^-2": "1000 joule *J, 0.0001 erg, 4.184 cal, 4184 calorie kcal, 3.6e9 kWh, "
-                             "1.602176634e-16 electronvolt *eV",
-    "mass length^2 time^-3": "1000 watt *W, 1000000 kilowatt, 1e9 megawatt, 745699.87 horsepower",
-    "mass length^-1 time^-2": "1000 pascal *Pa, 1e8 bar, 101325000 atm atmosphere",
-    "time^-1": "1 hertz *Hz, 1000 kilohertz, 1e6 megahertz, 1/60 rpm",
-    "current": "1 ampere amp *A, 0.001 milliampere", "current time": "1 coulomb *C",
-    "mass length^2 time^-3 current^-1": "1000 volt *V", "mass length^2 time^-3 current^-2": "1000 *ohm",
-    "mass^-1 length^-2 time^4 current^2": "0.001 *F", "mass time^-2 current^-1": "1000 *T",
-    "mass length^2 time^-2 current^-2": "1000 *H",
-    "mole": "1 mole *mol", "byte": "1 byte *B, 1/8 bit, 1000 kilobyte, 1e6 megabyte, 1e9 gigabyte",
-    "decibel": "1 decibel dB",
-}  # fmt: skip
-_PREFIXES = {"n": "1e-9", "µ": "1e-6", "m": "0.001", "c": "0.01", "d": "0.1", "k": "1000", "K": "1000", "M": "1e6",
-             "G": "1e9", "T": "1e12", "p": "1e-12"}  # fmt: skip
+_WORDS = yaml.safe_load((Path(__file__).parent / "assets" / "units.yaml").read_text(encoding="utf-8"))
 _ROWS = [
     (name, dimensions, Fraction(size))
-    for dimensions, sizes in _TABLE.items()
+    for dimensions, sizes in _WORDS["units"].items()
     for size, *names in map(str.split, sizes.split(","))
     for name in names
 ]
@@ -73,51 +41,15 @@ _UNITS = {
     prefix + name[1:]: (dimensions, size * Fraction(factor))
     for name, dimensions, size in _ROWS
     if name.startswith("*")
-    for prefix, factor in _PREFIXES.items()
+    for prefix, factor in _WORDS["prefixes"].items()
 } | {name.lstrip("*"): (dimensions, size) for name, dimensions, size in _ROWS}  # dB is no tenth of a byte
-# of two letters, that a bare text may end in without being a product of symbols
-_KNOWN_BARE = {"cm", "km", "kg", "mm", "ft", "hr", "lb", "oz", "yd", "in", "mi"}
-_SCALES = {
-    "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15,
-    "dozen": 12, "score": 20, "gross": 144,
-}  # fmt: skip
+_SCALES, _POWERS = _WORDS["scales"], _WORDS["powers"]
 _NOTHING = ("", Fraction(1))  # the dimensions and size of what is only counted
-_POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
-_BEHIND = {"long", "tall", "wide", "high", "deep", "away", "old", "each", "total", "apart", "ago", "later", "exactly",
-           "only", "altogether", "left", "remaining", "more", "sterling"}  # fmt: skip
-_IRREGULAR = {"people", "children", "men", "women", "mice", "geese", "sheep", "fish", "dice", "teeth", "vertices",
-              "matrices", "indices", "axes", "unit", "pairs", "integer", "solution", "way"}  # fmt: skip
-# what makes another answer of the number before it
-_NO_NOUN = set(
-    "or and plus minus times is are was not no but than less more fewer if when choose factorial over of by to "
-    "from modulo mod squared cubed power root percent half halves third thirds fourths fifths sixths sevenths "
-    "eighths ninths tenths quarters hundredths thousandths hundreds thousands millions billions dozens "
-    "scores divided multiplied degrees as maybe perhaps wrong impossible possibly approximately between either "
-    "neither nor except without with which because since radians one two three four five six seven eight nine ten "
-    "eleven twelve first second zeros digits zeroes bases twice thrice double triple negative positive false true "
-    "otherwise versus vs yes".split()
+_BARE_UNITS, _BEHIND, _IRREGULAR, _NO_NOUN = (
+    frozenset(_WORDS[name].split()) for name in ("bare", "behind", "irregular", "no_noun")
 )
 _TOKEN = re.compile(r"[A-Za-zµ]+|\^\s*-?\s*\d+|/|[^\s.]")
-
-
-_PLAIN = tuple(
-    (re.compile(pattern), by)
-    for pattern, by in (
-        (r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text)?\s*\{?\s*([CF])\b\}?", r" deg\1 "),
-        (r"degrees?\s+(celsius|fahrenheit)", r"\1"),
-        (r"\\text", " "),
-        (r"\\(?:cdot|times|,)", " "),
-        (r"\\mu\s*\{?\s*", "µ"),
-        (r"(?:(?<=[kMmµ])\}?\s*)?\\Omega", "ohm "),
-        (r"\\%", " percent "),
-        (r"\\frac\s*\{((?:[^{}]|\{[^{}]*\})*)\}\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 / \2"),
-        (r"µ\s+", "µ"),
-        (r"a\.\s*m\.|p\.\s*m\.", "@"),
-        (r"[()]", " "),
-        (r"[{}]|\bper\b(?=\s)", lambda match: "/" if match[0] == "per" else " "),
-        (r"-(?=[a-zA-Z])", " "),
-    )
-)
+_PLAIN = [(re.compile(pattern), by) for pattern, by in _WORDS["rewrites"]]
 
 
 @lru_cache(maxsize=2048)
@@ -220,7 +152,7 @@ def split_unit(text: str, *, letters: bool = False) -> tuple[str, Unit | None]:
             unit = parse(match.group())
             return (text[: match.start()].strip(), unit) if unit else (text, None)
     match = _BARE.search(text) if text[-1:].isalpha() or text[-1:] in "}0123456789." else None
-    if match and (letters or len(match["first"]) > 2 or match["first"] in _KNOWN_BARE):
+    if match and (letters or len(match["first"]) > 2 or match["first"] in _BARE_UNITS):
         value = text[: match.start()].strip()
         words = re.findall(r"[a-zA-Zµ]+", match["unit"].lower())
         unit = parse(match["unit"])

@@ -4,8 +4,6 @@ Rational numbers are computed as fractions; other constants are equal when their
 grading/constants.py decides. Expressions with symbols are compared at points that the symbols' names choose.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from fractions import Fraction
@@ -25,8 +23,7 @@ def same(a: Tree, b: Tree) -> bool:
 
 
 def same_relation(a: Tree, b: Tree, *, positive: bool = False) -> bool:
-    """Return whether a = 0 and b = 0 say the same, one being a multiple of the other; `positive`: a positive one, as
-    in a < 0."""
+    """Return whether a = 0 and b = 0 say the same, being multiples of each other; `positive`: positive, as in a < 0."""
     if not symbols(a) or symbols(a) != symbols(b):
         return False
     factors: list[tuple[Any, Any]] = []

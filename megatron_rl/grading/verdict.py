@@ -1,7 +1,5 @@
 """One answer graded: by whom, what came of it, and what went wrong."""
 
-from __future__ import annotations
-
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence

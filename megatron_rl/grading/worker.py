@@ -1,7 +1,5 @@
 """A grading process: answers in, verdicts out, one at a time, until its parent is gone. Imports no torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """`megatron-rl shadow`: its arguments, and starting the processes."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +11,8 @@ from megatron_rl.config import Config, parse_config
 from megatron_rl.config.environment import for_libraries
 from megatron_rl.config.yaml_text import read_yaml
 from megatron_rl.errors import ConfigError, UserError
+
+METHODS = Path(__file__).parent / "assets" / "methods.yaml"
 
 
 def shadow(
@@ -33,7 +33,7 @@ def shadow(
     Writes RUN/shadow/step_NNNNNNNN.json and prints tables. Training is not touched; the run may go on meanwhile.
     """
     path = _checkpoint(run_dir, checkpoint)
-    losses = None if methods is None else _read_methods(methods)
+    losses = _read_methods(methods or METHODS)
     config = shadow_config(path, one_process=one_process)
     from megatron_rl import launch
 

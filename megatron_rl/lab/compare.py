@@ -1,7 +1,5 @@
 """What each method would do with one mini-batch at the same weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +16,6 @@ from megatron_rl.policy.gradients import entropy_gradient, gradient, inner
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.types import MiniBatch, Ranks
 
-# The set of methods that `shadow` compares by default. The fractions are those of the small models of configs/: a
-# mini-batch of theirs has some hundred tokens.
-METHODS: dict[str, dict[str, Any]] = {
-    "grpo": {"type": "ppo_clip"},
-    "clip_higher": {"type": "ppo_clip", "eps_high": 0.28},
-    "clip_cov": {"type": "clip_cov", "select_fraction": 0.02, "cov_low": 0.2},
-    "kl_cov": {"type": "kl_cov", "select_fraction": 0.1},
-    "forking": {"type": "forking", "eps_high": 0.2},
-    # as it is once the entropy has been below its target for a while
-    "adaptive_entropy": {"type": "ppo_clip", "adaptive_entropy": {"target_entropy": 100, "initial_coef": 0.02}},
-    "entropy_advantage": {"type": "entropy_advantage"},
-    "steer": {"type": "steer"},
-    "gaussian_cov": {"type": "gaussian_cov"},
-    "cispo": {"type": "cispo"},
-}
 RESTRAINED = 0.5  # of plain policy gradient's push: a token that gets less is restrained
 
 

@@ -4,8 +4,6 @@ The batch is the one that the run would have trained on after the checkpoint, as
 engine: prompts and draws are functions of the checkpoint's cursor and of the seed.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from megatron_rl.config import Config
 from megatron_rl.config.loss import LossBase, LossConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
-from megatron_rl.lab.compare import METHODS, StepFacts, compare
+from megatron_rl.lab.compare import StepFacts, compare
 from megatron_rl.metrics.jsonl import without_non_finite
 from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.policy.checkpoint import CheckpointStore
@@ -30,12 +28,10 @@ from megatron_rl.run import set_up
 from megatron_rl.train import packed
 
 
-def main(
-    config: Config, checkpoint: Path, losses: dict[str, dict[str, Any]] | None, updates: int, folder: Path
-) -> None:
+def main(config: Config, checkpoint: Path, losses: dict[str, dict[str, Any]], updates: int, folder: Path) -> None:
     """Compare on every rank of the world, write folder/NAME.json, print tables."""
     groups = join(config)
-    result = replay(config, groups, checkpoint, losses or METHODS, updates)
+    result = replay(config, groups, checkpoint, losses, updates)
     if groups.rank == 0:
         path = folder / f"{checkpoint.name}.json"
         write_atomically(path, json.dumps(without_non_finite(result), indent=1))
@@ -86,8 +82,7 @@ def replay(
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print one table per mini-batch; `dH, logits` and `dH, step` are compare.py's `predicted_change`,
-    `entropy_slope`."""
+    """Print one table per mini-batch; `dH, logits` and `dH, step`: compare.py's `predicted_change`, `entropy_slope`."""
     names = list(result["losses"])
     for found in result["minibatches"]:
         policy = "on-policy" if found["minibatch"] == 0 else f"after {found['minibatch']} updates"

@@ -3,8 +3,6 @@
 No collective lives here: the caller injects the reducers, so that this file is testable without a process group.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping

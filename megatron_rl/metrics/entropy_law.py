@@ -5,8 +5,6 @@ widened by sqrt((1 + rho) / (1 - rho)), rho the residuals' correlation at lag 1 
 independent errors would give for n (1 - rho) / (1 + rho) points.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -68,8 +66,7 @@ class LawFit:
         return None if self.ceiling is None else _around(self.ceiling, self._half_width(0.0, new=False))
 
     def band(self, entropy: float) -> Interval | None:
-        """Return the interval of a new step's reward with 95% probability, if the law goes on to hold. Raises: as
-        `at`."""
+        """Return the interval of a new step's reward with 95% probability, if the law still holds. Raises: as `at`."""
         return _around(self.at([entropy])[0], self._half_width(entropy, new=True))
 
     def _half_width(self, entropy: float, *, new: bool) -> float | None:
@@ -130,8 +127,7 @@ class LawMonitor:
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> LineFit:
-    """Fit a line by least squares over the pairs in which both are finite. Never raises on data: `problem` says what is
-    missing."""
+    """Fit a line by least squares over the finite pairs. Never raises on data: `problem` says what is missing."""
     pairs = np.array([(u, v) for u, v in zip(x, y, strict=True) if math.isfinite(u) and math.isfinite(v)]).reshape(
         -1, 2
     )
@@ -172,14 +168,9 @@ def fit_law(entropy: Sequence[float], reward: Sequence[float]) -> LawFit:
     scatter = float(np.square(x - x.mean()).sum())
     factor = _t_factor(len(x), rho)
     unit = None if factor is None else factor * residual_std * _widening(rho)
+    fitted = a, b, r2, residual_std, hs, rs, line.residuals
     return LawFit(
-        a,
-        b,
-        r2,
-        residual_std,
-        hs,
-        rs,
-        line.residuals,
+        *fitted,
         autocorrelation=rho,
         a_interval=None if unit is None else _around(a, unit / math.sqrt(scatter)),
         b_interval=None if unit is None else _around(b, unit * math.sqrt(1 / len(x) + float(x.mean()) ** 2 / scatter)),
@@ -198,8 +189,7 @@ def _widening(rho: float) -> float:
 
 
 def _t_factor(num_points: int, rho: float) -> float | None:
-    """Return Student's t quantile of the two-sided 95% interval, with the effective points minus two degrees of
-    freedom; None below 3 degrees.
+    """Return Student's t quantile of the two-sided 95% interval at effective points - 2 degrees; None below 3 degrees.
 
     Expansion in 1 / degrees, off by less than 0.006 from 3 on. Source: Abramowitz and Stegun, 26.7.5.
     """

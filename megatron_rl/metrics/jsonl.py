@@ -1,7 +1,5 @@
 """JSON lines: valid JSON whatever the numbers, readable after a crash, cut back on resume."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -24,13 +22,16 @@ def to_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def without_non_finite(value: Any) -> Any:
-    """Return plain data with null for what JSON has no number for."""
+def without_non_finite(value: Any, digits: int | None = None) -> Any:
+    """Return plain data with null for what JSON has no number for. `digits`: significant ones that a float keeps; whole
+    ones then become integers."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        if not math.isfinite(value) or digits is None:
+            return value if math.isfinite(value) else None
+        return int(value) if value.is_integer() else float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {key: without_non_finite(item) for key, item in value.items()}
-    return [without_non_finite(item) for item in value] if isinstance(value, list) else value
+        return {key: without_non_finite(item, digits) for key, item in value.items()}
+    return [without_non_finite(item, digits) for item in value] if isinstance(value, list) else value
 
 
 def iter_rows(path: Path, notes: list[str], *, with_step: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -1,7 +1,5 @@
 """The per-token values of the few samples that a step logs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

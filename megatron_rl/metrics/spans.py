@@ -1,8 +1,6 @@
 """Named stretches of a step's time on one rank. `OFF` records nothing and costs a call; `Recorder` records the steps it
 was told to and traces one with torch's profiler."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

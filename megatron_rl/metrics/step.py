@@ -1,7 +1,5 @@
 """What a step reports about its tokens and its updates: `StepReport`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -97,7 +95,9 @@ class StepReport:
             if recomputed:
                 add_batch_metrics(metrics, batch, run.ranks)
             if has_stats(self._updates):
-                metrics.set(update_metrics(self._updates, self._loss, run.ranks, run.policy.context))
+                metrics.set(covariance_metrics(self._updates, run.ranks))  # as the loss saw them
+                change = predicted_change(self._updates, self._loss, run.ranks, run.policy.context)
+                metrics.set({"entropy/predicted_change": change})  # nats per unit of logit step
             if recomputed and options.ledger_every and self._step % options.ledger_every == 0:
                 with run.timers.spans("ledger"):
                     logger.log_ledger(self._step, ledger(batch, after, run.ranks), run.tokenizer)
@@ -141,13 +141,6 @@ def add_batch_metrics(metrics: Metrics, batch: TrainBatch, ranks: Reducer) -> No
     metrics.max("mismatch/abs_max", torch.cat([*worst, worst[0].new_zeros(1)]).max())
     p10, p90 = ranks.quantiles(torch.cat(entropies), [0.1, 0.9])
     metrics.set({"entropy/p10": p10, "entropy/p90": p90})
-
-
-def update_metrics(updates: list[MiniBatch], loss: LossBase, ranks: Reducer, context: Ranks | None) -> dict[str, float]:
-    """Return how the covariance spreads in a step's updates as the loss saw them, and `entropy/predicted_change`, nats
-    per unit of logit step."""
-    change = predicted_change(updates, loss, ranks, context)
-    return covariance_metrics(updates, ranks) | {"entropy/predicted_change": change}
 
 
 def batch_totals(batch: TrainBatch, collected: CollectResult, ranks: Reducer) -> dict[str, float]:

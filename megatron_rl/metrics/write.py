@@ -3,14 +3,11 @@
 Only rank 0 writes; on other ranks every method returns at once, so the training loop needs no `if rank == 0`.
 """
 
-from __future__ import annotations
-
 import contextlib
-import math
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -19,7 +16,7 @@ from megatron_rl.config import Config, dump_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import naming, write_atomically
 from megatron_rl.launch import say
-from megatron_rl.metrics.jsonl import amend_row, cut_from_step, to_line
+from megatron_rl.metrics.jsonl import amend_row, cut_from_step, to_line, without_non_finite
 
 # what the terminal shows: label, metric, format
 SHOWN = (
@@ -96,7 +93,7 @@ class RunLogger:
         if not self._active or not entry:
             return
         named = [[tokenizer.decode([row[0]]), *row] for row in entry["tokens"]]
-        self._append("ledger", {"step": step, **_rounded(entry | {"tokens": named})})
+        self._append("ledger", {"step": step, **without_non_finite(entry | {"tokens": named}, 6)})
 
     def _append(self, name: str, *rows: dict[str, Any]) -> None:
         file = self._files[name]
@@ -124,7 +121,7 @@ class RunLogger:
                 stack.callback(file.close)
             stack.callback(self._progress.close)
 
-    def __enter__(self) -> RunLogger:
+    def __enter__(self) -> Self:
         """Return itself."""
         return self
 
@@ -173,17 +170,6 @@ class _ProgressDisplay:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
-
-
-def _rounded(value: Any) -> Any:
-    """Return the value with six significant digits a float, whole ones as integers, null where JSON has no number."""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return int(value) if value.is_integer() else float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def format_duration(seconds: float) -> str:

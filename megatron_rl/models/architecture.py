@@ -1,7 +1,5 @@
 """The architecture of the policy, with the defaults that transformers fills in."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

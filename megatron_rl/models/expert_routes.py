@@ -5,8 +5,6 @@ number and one more value, the mark of a token that no engine routed: the last o
 padding. Source: routing replay (R3), arXiv 2510.11370.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

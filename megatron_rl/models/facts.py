@@ -1,7 +1,5 @@
 """Facts of a model that its config.json tells, read as plain data: nothing here needs torch or transformers."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -63,15 +61,13 @@ class ModelSource(Protocol):
 
 
 def hf_folder(path: str | Path) -> Path:
-    """Return where a model's config.json and tokenizer are: the folder itself, or `hf/` inside a Megatron
-    checkpoint."""
+    """Return where a model's config.json and tokenizer are: the folder, or `hf/` inside a Megatron checkpoint."""
     folder = Path(path)
     return folder / "hf" if (folder / "metadata.json").is_file() else folder
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """Read a model's config.json, its known keys typed. Raises: ConfigError when it is not there, not JSON, or a value
-    is of another type."""
+    """Read a model's config.json, its known keys typed. Raises: ConfigError when it is missing, no JSON or mistyped."""
     if fault := model_folder_fault(folder):
         raise ConfigError(fault)
     path = hf_folder(folder) / "config.json"
@@ -262,8 +258,7 @@ def is_moe(hf: dict[str, Any]) -> bool:
 
 
 def moe_layers(hf: dict[str, Any]) -> list[int]:
-    """Return the layers, counted from 0, whose MLP is a mixture of experts. Source: transformers'
-    Qwen3MoeDecoderLayer."""
+    """Return the layers, from 0, whose MLP is a mixture of experts. Source: transformers' Qwen3MoeDecoderLayer."""
     if not is_moe(hf):
         return []
     dense, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step") or 1

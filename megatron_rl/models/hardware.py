@@ -1,7 +1,5 @@
 """What the planner knows of a machine: data-sheet numbers, and what a process needs before its first tensor."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 GIB = 2**30

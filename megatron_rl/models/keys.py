@@ -4,10 +4,9 @@ A YAML file states them as text now and then (`1e-6` is text in YAML 1.1): such 
 pass as they are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, with_config
@@ -54,18 +53,13 @@ def _text(value: Any) -> str | None:
     return value
 
 
-def _integers(value: Any) -> list[int | None] | None:
-    return _listed(value, _integer, "whole numbers")
-
-
-def _texts(value: Any) -> list[str | None] | None:
-    return _listed(value, _text, "texts")
-
-
-def _listed(value: Any, read: Callable[[Any], Any], items: str) -> Any:
+def _listed(read: Callable[[Any], Any], items: str, value: Any) -> Any:
     if not isinstance(value, list | tuple | None):
         raise ValueError(f"expected a list of {items}")
     return None if value is None else [read(item) for item in value]
+
+
+_integers, _texts = partial(_listed, _integer, "whole numbers"), partial(_listed, _text, "texts")
 
 
 def _tokens(value: Any) -> Any:

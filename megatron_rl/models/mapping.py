@@ -5,13 +5,11 @@ parallelism splits it. The Hugging Face names are those on disk (one tensor an e
 arithmetic: no collective, no Megatron import.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -38,10 +36,10 @@ class Row:
         """Return whether the parameter belongs to one expert, and so to one rank of the expert-parallel group."""
         return ".experts." in self.megatron
 
-    def fill(self, layer: int | str, expert: int | str = "") -> Row:
+    def fill(self, layer: int | str, expert: int | str = "") -> Self:
         """Return the row with its placeholders replaced."""
         fill = lambda name: name.replace("{layer}", str(layer)).replace("{expert}", str(expert))  # noqa: E731
-        return Row(fill(self.megatron), tuple(map(fill, self.hf)), self.kind, self.where)
+        return replace(self, megatron=fill(self.megatron), hf=tuple(map(fill, self.hf)))
 
 
 _LAYER = "model.layers.{layer}."
@@ -69,31 +67,20 @@ ROWS = (
 _BY_MEGATRON = {row.megatron: row for row in ROWS}
 
 # Transformer Engine fuses a norm into the linear layer that follows it and names the weight after that layer
-_TE_NAMES = {
+TE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 # its grouped GEMM numbers the weights of one module, where Megatron's own experts are modules with a weight each
 _TE_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
-_LAYER_INDEX = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+LAYER_INDEX = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT_INDEX = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
 # buffers that old checkpoints hold and that follow from config.json
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
 
 
-def has_qkv_bias(hf: PretrainedConfig) -> bool:
-    """Return whether the query, key and value projections have biases."""
-    return ARCHITECTURES[hf.model_type].qkv_bias
-
-
-def has_qk_norm(hf: PretrainedConfig) -> bool:
-    """Return whether queries and keys pass an RMSNorm per head."""
-    return ARCHITECTURES[hf.model_type].qk_norm
-
-
 def is_moe_layer(hf: PretrainedConfig, layer: int) -> bool:
-    """Return whether the MLP of the layer (counted from 0) is a mixture of experts. Source: transformers,
-    Qwen3MoeDecoderLayer."""
+    """Return whether a layer's MLP (from 0) is a mixture of experts. Source: transformers' Qwen3MoeDecoderLayer."""
     if not ARCHITECTURES[hf.model_type].is_moe:
         return False
     return layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0
@@ -110,14 +97,13 @@ def model_rows(hf: PretrainedConfig) -> Iterator[Row]:
 
 
 def _occurs(row: Row, hf: PretrainedConfig, layer: int) -> bool:
-    is_moe = is_moe_layer(hf, layer)
-    features = {"qkv_bias": has_qkv_bias(hf), "qk_norm": has_qk_norm(hf), "dense": not is_moe, "moe": is_moe}
+    kind, is_moe = ARCHITECTURES[hf.model_type], is_moe_layer(hf, layer)
+    features = {"qkv_bias": kind.qkv_bias, "qk_norm": kind.qk_norm, "dense": not is_moe, "moe": is_moe}
     return (features | {"everywhere": True, "untied": not hf.tie_word_embeddings})[row.where]
 
 
 def expected_hf_names(hf: PretrainedConfig) -> set[str]:
-    """Return the names of the tensors that a checkpoint of this model holds (lm_head.weight not among them when
-    tied)."""
+    """Return the names of the tensors that a checkpoint of this model holds (no lm_head.weight when tied)."""
     return {name for row in model_rows(hf) for name in row.hf}
 
 
@@ -145,9 +131,8 @@ def check_names(found: Iterable[str], hf: PretrainedConfig, source: str) -> None
 
 
 def global_name(local_name: str, layer_offset: int) -> str:
-    """Return Megatron's name of a parameter with its layer numbered over the whole model; `layer_offset`: layers before
-    those of its model chunk."""
-    match = _LAYER_INDEX.match(local_name)
+    """Return a parameter's Megatron name, its layer counted over the model; `layer_offset`: layers before its chunk."""
+    match = LAYER_INDEX.match(local_name)
     return f"decoder.layers.{int(match[1]) + layer_offset}.{match[2]}" if match else local_name
 
 
@@ -157,11 +142,11 @@ def find_row(name: str, tied: bool, expert_offset: int = 0) -> Row:
     name: a `global_name`. expert_offset: experts of a layer on earlier expert-parallel ranks. With tied embeddings the
     output layer of a later stage is the embedding's copy. Raises: KeyError naming the parameter.
     """
-    match = _LAYER_INDEX.match(name)
+    match = LAYER_INDEX.match(name)
     layer = expert = ""
     if match:
         layer = match[1]
-        rest = _TE_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", _TE_NAMES.get(match[2], match[2]))
+        rest = _TE_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", TE_NAMES.get(match[2], match[2]))
         if index := _EXPERT_INDEX.search(rest):
             expert = str(int(index[0]) + expert_offset)
         name = _DECODER + _EXPERT_INDEX.sub("{expert}", rest)
@@ -210,8 +195,7 @@ def to_shard(
 
 
 def from_shards(row: Row, shards: list[Tensor], hf: PretrainedConfig) -> list[Tensor]:
-    """Return the Hugging Face tensors of one parameter from all its tensor-parallel shards in rank order: the inverse
-    of `to_shard`."""
+    """Return a parameter's Hugging Face tensors from all its shards in rank order: the inverse of `to_shard`."""
     match row.kind:
         case "replicated":
             return [shards[0]]

@@ -1,18 +1,13 @@
 """Who computes which rollout, decided from lengths alone, and how the tokens come to that rank."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_rl.algorithms.balance import Work, deal
 from megatron_rl.packing.layout import Layout
+from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.types import Rollout
-
-if TYPE_CHECKING:
-    from megatron_rl.parallel.reduce import Reducer
-
 
 TOKENS = ("token_ids", "rollout_logprobs", "sampled", "routes")  # the fields of a rollout that grow with its length
 

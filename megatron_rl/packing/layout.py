@@ -96,8 +96,7 @@ class Layout:
 
     @property
     def sequence_multiple(self) -> int:
-        """Return what each sequence is padded to a multiple of, to be cut into two chunks for every context-parallel
-        rank."""
+        """Return what each sequence is padded to a multiple of, to be cut into two chunks a context-parallel rank."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
     def padded(self, length: int) -> int:

@@ -1,9 +1,7 @@
 """From a mini-batch's samples to the tensors of one micro-batch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,16 +9,13 @@ from torch import Tensor
 from megatron_rl.algorithms.aggregation import token_weights
 from megatron_rl.algorithms.balance import Work
 from megatron_rl.models.expert_routes import place_routes
+from megatron_rl.packing.layout import Layout
 from megatron_rl.types import Inputs, MicroBatch, Rollout
-
-if TYPE_CHECKING:
-    from megatron_rl.packing.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """A rank's samples of a mini-batch, known by their index in the step, and their tokens one behind the other:
-    `[N]`."""
+    """A rank's samples of a mini-batch by their index in the step, and their tokens one behind the other: `[N]`."""
 
     starts: dict[int, int]  # sample -> where it begins
     lengths: dict[int, int]
@@ -35,8 +30,8 @@ class Samples:
     prompt_ids: Tensor
     sample_indices: Tensor
 
-    @staticmethod
-    def of(members: list[int], rollouts: list[Rollout], advantages: Tensor) -> Samples:
+    @classmethod
+    def of(cls, members: list[int], rollouts: list[Rollout], advantages: Tensor) -> Self:
         """Return those with the indices `members`, whose tokens this rank holds; `advantages` `[B]` are the step's."""
         chosen = [rollouts[i] for i in members] or [_NOTHING]
         sizes = [len(rollout.token_ids) for rollout in chosen]
@@ -47,7 +42,7 @@ class Samples:
         counted_before = so_far[starts] - counted[starts].long()
         owners = torch.tensor([(i, rollouts[i].prompt_id, rollouts[i].sample_index) for i in members] or [(-1, -1, -1)])
         of_members = advantages[members].float() if members else torch.zeros(1)
-        return Samples(
+        return cls(
             dict(zip(members, starts.tolist(), strict=False)),
             {i: rollouts[i].lengths.total for i in members},
             {i: rollouts[i].lengths.prompt for i in members},
@@ -116,8 +111,7 @@ def _shared(chosen: list[int], samples: Samples, length: int, layout: Layout, wo
 def _predictions(
     segments: list[Segment], widths: list[int], num_samples: int, samples: Samples, layout: Layout
 ) -> MicroBatch:
-    """Return what the segments' tokens predict. `widths`: of the segments with their padding; one more is padding
-    alone."""
+    """Return what the segments' tokens predict. `widths`: of the segments with their padding, and of padding alone."""
     segment, offset, cu_seqlens = _places(widths)
     begin, tokens, position, predictions, _ = _columns(segments)
     real, predicting = offset < tokens[segment], offset < predictions[segment]

@@ -4,8 +4,6 @@ Every rank knows the lengths of all rollouts and computes the same assignment (d
 computed, never its `token_ids_global`, its mini-batch or its weight in the loss.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 
@@ -22,8 +20,7 @@ from megatron_rl.types import MicroBatch, MiniBatch, Rollout, TrainBatch
 def pack(
     rollouts: list[Rollout], advantages: Tensor, layout: Layout, *, step: int, deals: Sequence[Deal] | None = None
 ) -> TrainBatch:
-    """Return this rank's share of one step: the micro-batches of its data-parallel rank, and its context-parallel part
-    of each.
+    """Return this rank's share of one step: its data-parallel rank's micro-batches, its context-parallel part of each.
 
     `rollouts`: the step's full list, ordered by prompt then sample, with the tokens of this rank's at least.
     `advantages`: `[B]` float, one per rollout. `deals`: what `deal_step` says of them, where it was asked before.
@@ -78,8 +75,7 @@ def packing_metrics(batch: TrainBatch) -> dict[str, float]:
     """Return how well this rank's share is packed.
 
     `packing/padding_fraction` of all positions; `packing/micro_batches` per mini-batch (mean); `packing/tokens`,
-    without padding; `packing/imbalance`: longest micro-batch of a mini-batch over its mean, minus 1, the worst
-    mini-batch.
+    without padding; `packing/imbalance`: longest micro-batch over its mini-batch's mean, minus 1, the worst.
     """
     positions, tokens, count, imbalance = 0, 0, 0, 0.0
     for mini_batch in batch.mini_batches:

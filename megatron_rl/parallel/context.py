@@ -4,8 +4,6 @@ Each sequence is padded to a multiple of 2 * size tokens and cut into 2 * size c
 2 * size - 1 - r, so that causal attention costs every rank the same. Transformer Engine splits in the same way.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

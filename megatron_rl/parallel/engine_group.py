@@ -1,7 +1,4 @@
-"""The process group between the trainer's source rank and the workers of engine servers, in which weights are
-broadcast."""
-
-from __future__ import annotations
+"""The process group of the trainer's source rank and the engine servers' workers, in which weights are broadcast."""
 
 import datetime
 

@@ -9,8 +9,6 @@ steps of 0.125 nats. Their gradient is float32 too, and rounded to bfloat16 once
 results the weight's and the hidden states' bfloat16 would round in any case.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -18,13 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_rl import device
-from megatron_rl.parallel.vocab import (
-    VocabShard,
-    check_labels,
-    check_temperature,
-    gradient_coefficients,
-    merge_shards,
-)
+from megatron_rl.parallel.vocab import VocabShard, check_labels, check_temperature, gradient_coefficients, merge_shards
 from megatron_rl.types import Float, Int64, TokenStats
 
 _CHUNK_ELEMENTS = 2**26  # 128 MiB of bfloat16 logits; at V/TP = 38,016 that is 1,765 tokens, enough to fill a GPU

@@ -1,7 +1,5 @@
 """The process groups of one run, as plain data: nothing else in the trainer asks Megatron's global state."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -121,13 +119,10 @@ def init_groups(parallel: ParallelConfig, seed: int, waiting_seconds: float = 0.
         distributed_timeout_minutes=math.ceil(seconds / 60),
     )
     model_parallel_cuda_manual_seed(seed)
-    tp, pp, dp_cp, cp, ep = (
-        mpu.get_tensor_model_parallel_group(),
-        mpu.get_pipeline_model_parallel_group(),
-        mpu.get_data_parallel_group(with_context_parallel=True),
-        mpu.get_context_parallel_group(),
-        mpu.get_expert_model_parallel_group(),
-    )
+    tp, pp = mpu.get_tensor_model_parallel_group(), mpu.get_pipeline_model_parallel_group()
+    cp, ep = mpu.get_context_parallel_group(), mpu.get_expert_model_parallel_group()
+    dp_cp = mpu.get_data_parallel_group(with_context_parallel=True)
+    by_name = {"tp": tp, "pp": pp, "cp": cp, "ep": ep}
     return Groups(
         all_ranks=all_ranks,
         tp=tp,
@@ -139,16 +134,10 @@ def init_groups(parallel: ParallelConfig, seed: int, waiting_seconds: float = 0.
         ep=ep,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        tp_rank=dist.get_rank(tp),
-        tp_size=dist.get_world_size(tp),
-        pp_rank=dist.get_rank(pp),
-        pp_size=dist.get_world_size(pp),
         dp_rank=mpu.get_data_parallel_rank(),
         dp_size=mpu.get_data_parallel_world_size(),
-        cp_rank=dist.get_rank(cp),
-        cp_size=dist.get_world_size(cp),
-        ep_rank=dist.get_rank(ep),
-        ep_size=dist.get_world_size(ep),
+        **{f"{name}_rank": dist.get_rank(group) for name, group in by_name.items()},
+        **{f"{name}_size": dist.get_world_size(group) for name, group in by_name.items()},
     )
 
 

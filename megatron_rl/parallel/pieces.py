@@ -1,7 +1,5 @@
 """A flat tensor whose pieces lie on several ranks, put together on one of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -19,8 +17,7 @@ def assemble(
     """Return the whole float32 tensor in the host's memory of the group's rank `owner`, None on the others. A
     collective of `group`, which takes the whole tensor's bytes of each rank's device meanwhile.
 
-    `ranges`: (start, end) of what each rank of the group holds, disjoint; (0, 0) where it holds nothing and `piece` is
-    None.
+    `ranges`: (start, end) of what each rank holds, disjoint; (0, 0) where it holds nothing and `piece` is None.
     """
     rank = dist.get_rank(group)
     # the sum of the bits as whole numbers: a sum of floats would make 0.0 of -0.0

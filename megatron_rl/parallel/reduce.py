@@ -3,8 +3,6 @@
 Every function gives the same bits on every rank of the group, because all ranks reduce the same gathered data.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Sequence
@@ -69,9 +67,7 @@ class Reducer:
         return best
 
     def top_ks_and_sum(
-        self,
-        sets: Sequence[tuple[Float[Tensor, "_"], Int64[Tensor, "_"], int]],
-        sums: Float64[Tensor, "*shape"],
+        self, sets: Sequence[tuple[Float[Tensor, "_"], Int64[Tensor, "_"], int]], sums: Float64[Tensor, "*shape"]
     ) -> tuple[list[tuple[Float64[Tensor, "_"], Int64[Tensor, "_"]]], Float64[Tensor, "*shape"]]:
         """Return `top_k` of each (values, ids, k), and the `sum` of `sums`.
 

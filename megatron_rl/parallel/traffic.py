@@ -1,7 +1,5 @@
 """Watching collectives: Megatron's and ours alike, because it is the process group's methods that report."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import Counter
@@ -17,31 +15,16 @@ from megatron_rl.parallel.reduce import Reducer
 Report = Callable[[str, str, int, float, float, float], None]
 POINT_TO_POINT = ("send", "recv")
 
-# method of ProcessGroup -> operation; releases of torch differ in the names of some
-_METHODS = {
-    "allreduce": "all_reduce",
-    "allreduce_coalesced": "all_reduce",
-    "allgather": "all_gather",
-    "_allgather_base": "all_gather",
-    "all_gather_single": "all_gather",
-    "allgather_into_tensor_coalesced": "all_gather",
-    "all_gather_single_coalesced": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "_reduce_scatter_base": "reduce_scatter",
-    "reduce_scatter_single": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced": "reduce_scatter",
-    "reduce_scatter_single_coalesced": "reduce_scatter",
-    "alltoall": "all_to_all",
-    "alltoall_base": "all_to_all",
-    "all_to_all_single": "all_to_all",
-    "broadcast": "broadcast",
-    "reduce": "reduce",
-    "gather": "gather",
-    "scatter": "scatter",
-    "barrier": "barrier",
-    "send": "send",
-    "recv": "recv",
-}
+# operation -> methods of ProcessGroup; releases of torch differ in the names of some
+_OPERATIONS = {
+    "all_reduce": "allreduce allreduce_coalesced",
+    "all_gather": "allgather _allgather_base all_gather_single allgather_into_tensor_coalesced "
+    "all_gather_single_coalesced",
+    "reduce_scatter": "reduce_scatter _reduce_scatter_base reduce_scatter_single reduce_scatter_tensor_coalesced "
+    "reduce_scatter_single_coalesced",
+    "all_to_all": "alltoall alltoall_base all_to_all_single",
+} | {name: name for name in ("broadcast", "reduce", "gather", "scatter", "barrier", *POINT_TO_POINT)}
+_METHODS = {method: operation for operation, methods in _OPERATIONS.items() for method in methods.split()}
 _ADJACENT_SECONDS = 1e-4  # a wait that follows its call so closely is one stretch with it
 _CLOCK_ROUNDS = 9
 

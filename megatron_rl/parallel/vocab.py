@@ -5,8 +5,6 @@ target's logit z and, when asked, q = sum e^2d and u = sum d e^2d. One all-gathe
 every rank the exact statistics of the whole vocabulary; the backward pass needs no collective at all.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

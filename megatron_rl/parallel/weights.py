@@ -1,11 +1,8 @@
 """The weight stream: Megatron shards gathered over TP (experts that are dealt out: over EP), sent along PP, renamed by
 the mapping table, in size-bounded buckets.
 
-Every rank receives every Hugging Face tensor, one bucket at a time, so that peak extra memory is a few buckets and not
-the model.
+Every rank receives every Hugging Face tensor, a bucket at a time: peak extra memory is a few buckets, not the model.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
@@ -46,8 +43,7 @@ def weight_stream(
     *,
     bucket_bytes: int = 512 * 2**20,
 ) -> Iterator[tuple[str, Shaped[Tensor, "..."]]]:
-    """Yield (hf_name, full tensor) of the whole model on every rank, in the same order; a collective: all ranks must
-    exhaust it.
+    """Yield (hf_name, full tensor) of the whole model on every rank, in one order; a collective that all must exhaust.
 
     parameters: this rank's (Megatron name, shard) pairs, layers numbered over the whole model. bucket_bytes: bound on a
     gathered bucket (one parameter at least).
@@ -105,8 +101,7 @@ def _buckets(entries: list[_Entry], bound: int, groups: Groups) -> Iterator[list
 def _exchange(
     bucket: list[_Entry], shards: list[Tensor] | None, stage: int, groups: Groups, device: torch.device
 ) -> Iterator[tuple[_Entry, list[Tensor]]]:
-    """All-gather a bucket over its stage's tensor-parallel (or expert-parallel) ranks, then broadcast it along the
-    pipeline."""
+    """All-gather a bucket over its stage's tensor- (or expert-) parallel ranks, then broadcast it over the pipeline."""
     group, ranks = (groups.ep, groups.ep_size) if bucket[0].is_dealt else (groups.tp, groups.tp_size)
     total = sum(entry.numel for entry in bucket)
     gathered = torch.empty(ranks, total, dtype=bucket[0].dtype, device=device)

@@ -1,7 +1,5 @@
 """The world of ranks, the groups on which they wait for each other, and how fast the world reduces."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import time

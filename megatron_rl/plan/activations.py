@@ -5,8 +5,6 @@ within 3% (tests/rehearse/test_recipes.py). Transformer Engine's layers are not 
 where nothing else is said.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_rl.models.hardware import CHUNK_LOGITS, PACKS_KEPT, ROUNDED_LOGITS
@@ -90,8 +88,7 @@ def backward_peak(shape: ModelShape, layout: Spread, passes: Passes) -> float:
 
 
 def in_flight(layout: Spread, micro_batches: int, stage: int) -> float:
-    """Return the number of micro-batches whose activations a stage keeps at the peak of 1F1B, in units of all its
-    layers.
+    """Return the micro-batches whose activations a stage keeps at the peak of 1F1B, in units of all its layers.
 
     Source: arXiv 2104.04473, section 2.2; the interleaved schedule keeps (1 + (p - 1) / (p v)) times more on the first
     stage (arXiv 2205.05198, section 4.2.3).

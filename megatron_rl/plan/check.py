@@ -3,8 +3,6 @@
 The plan imports neither torch nor Megatron, so that it answers at once; the first prompt takes a few seconds.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -113,7 +111,8 @@ def preview_rows(config: Config) -> list[tuple[str, str]]:
 
     Raises: DataError when the tokenizer, its template or a problem cannot be used.
     """
-    from megatron_rl.data import build_tokenizer, load_prompts, stop_token_ids  # transformers, and torch with it
+    from megatron_rl.data.problems import load_prompts  # transformers, and torch with it
+    from megatron_rl.data.tokenizer import build_tokenizer, stop_token_ids
 
     data, path = config.data, config.model.path
     if data.type == "jsonl" and data.tokenizer is None and path is not None and (fault := model_folder_fault(path)):

@@ -1,7 +1,5 @@
 """`megatron-rl plan`: memory, seconds and layouts of a config, on a machine without GPU and without torch."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +14,7 @@ from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
 from megatron_rl.models.hardware import GIB, HARDWARE, Hardware
 from megatron_rl.plan.search import Proposal, rehearsed, remedies, search
-from megatron_rl.plan.seconds import stored_scores
+from megatron_rl.plan.seconds import SCORES
 from megatron_rl.plan.step import Load, StepPlan, plan_step
 
 _SHOWN, _REHEARSED = 10, 3  # layouts
@@ -85,8 +83,7 @@ def plan(
 
 
 def _load(assumed: list[str], prompt_limit: int, response_limit: int) -> Load:
-    """Return the load with what is assumed of it. Raises: UserError for an unknown name, no number, one below 1 or a
-    mean beyond its limit."""
+    """Return the load with what is assumed of it. Raises: UserError for an unknown name, or no number within bounds."""
     values = {"prompt": min(256.0, prompt_limit), "response": response_limit / 2, "batches": 1.0}
     limits = {"prompt": prompt_limit, "response": response_limit, "batches": float("inf")}
     for text in assumed:
@@ -101,7 +98,7 @@ def _load(assumed: list[str], prompt_limit: int, response_limit: int) -> Load:
 
 
 def _print_plan(console: Console, config: Config, hardware: Hardware, step: StepPlan, load: Load) -> None:
-    error = {kind: f"{score['median']:.0%}, worst {score['worst']:.0%}" for kind, score in stored_scores().items()}
+    error = {kind: f"{score['median']:.0%}, worst {score['worst']:.0%}" for kind, score in SCORES.items()}
     parts = list(dict.fromkeys(part for phase in step.memory.phases.values() for part in phase))
     console.print(f"{config.name}: memory of the fullest rank, GiB ({step.layout.text()})", style="italic")
     table = Table()
@@ -200,7 +197,7 @@ def _as_dict(
         "mfu": step.mfu,
         "bubble": step.bubble,
         "remedies": [fix.overrides for fix in fixes],
-        "errors": stored_scores(),
+        "errors": SCORES,
     }
     if step.seconds:
         answer |= {"step_seconds": step.total, "tokens_per_second_and_gpu": step.tokens_per_gpu}

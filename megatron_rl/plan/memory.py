@@ -3,34 +3,17 @@
 Every function takes shapes and counts; only `memory_of` reads a config.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 
 from megatron_rl.config import Config
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.errors import ConfigError
-from megatron_rl.models.hardware import (
-    CPU_HEAP,
-    CPU_PROCESS_BYTES,
-    FILL,
-    GATHER_BYTES,
-    GPU_PROCESS_BYTES,
-    HOST_PROCESS_BYTES,
-    SAMPLING_ENTRIES,
-    Hardware,
-)
+from megatron_rl.models import hardware as machine
+from megatron_rl.models.hardware import Hardware
+from megatron_rl.plan import shapes
 from megatron_rl.plan.activations import Parts, Passes, gather_buffer, pass_parts
-from megatron_rl.plan.shapes import (
-    ModelShape,
-    RankParameters,
-    Spread,
-    kv_bytes_per_token,
-    parameters,
-    rank_parameters,
-    width_of,
-)
+from megatron_rl.plan.shapes import ModelShape, RankParameters, Spread
 
 
 def state_parts(held: RankParameters, layout: Spread, element_bytes: int) -> Parts:
@@ -61,15 +44,14 @@ def host_parts(config: Config, shape: ModelShape, layout: Spread, width: int, ra
         moved = optimizer if server.share_memory and width == 2 else 0.0
     written = (14.0 if width == 2 else 16.0) * (held.dense / dealt.shards + held.experts / dealt.expert_shards)
     programs = 1 if config.rollout.is_embedded else 2
-    parts = {"processes": programs * HOST_PROCESS_BYTES, "optimizer": moved, "checkpoint": written}
+    parts = {"processes": programs * machine.HOST_PROCESS_BYTES, "optimizer": moved, "checkpoint": written}
     return {name: ranks * size for name, size in parts.items()}
 
 
 def stages(shape: ModelShape, layout: Spread, vocab_multiple: int) -> dict[int, RankParameters]:
-    """Return the stages that can be the fullest: the first, which keeps most activations, and the last, with the
-    logits; of unequal ones any."""
+    """Return the stages that can be the fullest: the first (activations), the last (logits); of unequal ones any."""
     numbers = range(layout.pp) if layout.stage_layers else {0, layout.pp - 1}
-    return {stage: rank_parameters(shape, layout, stage, vocab_multiple=vocab_multiple) for stage in numbers}
+    return {stage: shapes.rank_parameters(shape, layout, stage, vocab_multiple=vocab_multiple) for stage in numbers}
 
 
 def trainer_phases(shape: ModelShape, layout: Spread, passes: Passes, vocab_multiple: int) -> dict[str, Parts]:
@@ -91,8 +73,7 @@ def trainer_phases(shape: ModelShape, layout: Spread, passes: Passes, vocab_mult
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes by phase and part on the fullest rank, the room there is, and what is wrong without any phase being
-    full."""
+    """Bytes by phase and part on the fullest rank, the room there is, and what is wrong without a full phase."""
 
     phases: dict[str, Parts]
     room: float  # bytes that may be filled; infinite where nothing bounds them
@@ -135,7 +116,7 @@ def memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardw
 
 def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, *, chunked: bool) -> Memory:
     on_gpu = hardware.flops > 0
-    width = width_of(config.model)
+    width = shapes.width_of(config.model)
     passes = Passes(
         tokens=micro_batch_tokens(config, layout),
         micro_batches=update_micro_batches(config, layout),
@@ -162,18 +143,17 @@ def _memory_of(config: Config, shape: ModelShape, layout: Spread, hardware: Hard
     if not on_gpu:
         del phases["checkpoint"]  # a copy of a rank's share, when activations are gone
         parts = {part: max(p.get(part, 0.0) for p in phases.values()) for parts in phases.values() for part in parts}
-        parts["activations"] *= CPU_HEAP
-        room = FILL * hardware.memory if hardware.memory else math.inf
-        return Memory({"whole run": parts | {"process": CPU_PROCESS_BYTES}}, room)
+        parts["activations"] *= machine.CPU_HEAP
+        room = machine.FILL * hardware.memory if hardware.memory else math.inf
+        return Memory({"whole run": parts | {"process": machine.CPU_PROCESS_BYTES}}, room)
     for parts in phases.values():
-        parts["process"] = GPU_PROCESS_BYTES
+        parts["process"] = machine.GPU_PROCESS_BYTES
     host = host_parts(config, shape, layout, width, min(hardware.gpus_per_node, layout.gpus))
-    return Memory(phases, FILL * hardware.memory, faults, cache_tokens(config, shape, hardware), host)
+    return Memory(phases, machine.FILL * hardware.memory, faults, cache_tokens(config, shape, hardware), host)
 
 
 def micro_batch_tokens(config: Config, layout: Spread) -> int:
-    """Return the tokens of the fullest micro-batch: the budget, or all that a rank has of an update or of a warm-start
-    batch."""
+    """Return the tokens of the fullest micro-batch: the budget, or all that a rank has of an update or a warm start."""
     sequences = math.ceil(config.train.prompts_per_minibatch * config.rollout.samples_per_prompt / layout.dp)
     if config.warm_start is not None:
         sequences = max(sequences, math.ceil(config.warm_start.batch_size / layout.dp))
@@ -191,15 +171,15 @@ def _gathered(rollout: RolloutConfig, shape: ModelShape, layout: Spread, width: 
     piece, the largest weight joined from it; gloo gathers into a copy of its own. An embedding above the bound travels
     alone and needs no joining. Then the servers' buckets: one is loaded while the next is filled, and each holds a
     weight at least."""
-    stage = width * parameters(shape) * layout.share()
+    stage = width * shapes.parameters(shape) * layout.share()
     own_copy = not on_gpu and layout.tp > 1
-    bucket = min(GATHER_BYTES, stage)
+    bucket = min(machine.GATHER_BYTES, stage)
     embedding = min(stage, width * shape.vocab * shape.hidden)
-    largest = embedding if embedding <= GATHER_BYTES else min(bucket, 2 * width * shape.ffn * shape.hidden)
+    largest = embedding if embedding <= machine.GATHER_BYTES else min(bucket, 2 * width * shape.ffn * shape.hidden)
     gathered = max(bucket * (1 + 1 / layout.tp + own_copy), bucket + largest, embedding * (1 + own_copy))
     if rollout.is_embedded:
         return gathered
-    bucket = min(rollout.weight_sync.bucket_mib * 2**20, width * parameters(shape))
+    bucket = min(rollout.weight_sync.bucket_mib * 2**20, width * shapes.parameters(shape))
     # on a CPU two buffers of one size take turns
     return gathered + max(bucket, embedding) + (bucket if on_gpu else max(bucket, embedding))
 
@@ -210,10 +190,10 @@ def _add_replica(config: Config, shape: ModelShape, layout: Spread, phases: dict
     sequences = math.ceil(config.train.prompts_per_step * config.rollout.samples_per_prompt / layout.gpus)
     together = min(sequences, config.rollout.batch_size)
     for parts in phases.values():
-        parts["engine weights"] = width * parameters(shape)
+        parts["engine weights"] = width * shapes.parameters(shape)
     entries = together * shape.vocab
-    phases["generation"]["KV cache"] = together * config.max_sequence_tokens * kv_bytes_per_token(shape, width)
-    phases["generation"]["sampling"] = 4.0 * entries + 32.0 * min(entries, SAMPLING_ENTRIES)
+    phases["generation"]["KV cache"] = together * config.max_sequence_tokens * shapes.kv_bytes_per_token(shape, width)
+    phases["generation"]["sampling"] = 4.0 * entries + 32.0 * min(entries, machine.SAMPLING_ENTRIES)
 
 
 def cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> int | None:
@@ -241,8 +221,8 @@ def with_cache_tokens(config: Config, shape: ModelShape, hardware: Hardware) -> 
 
 def _server_bytes(config: Config, shape: ModelShape) -> tuple[float, float]:
     """Return the bytes on one GPU of a server: of its weights, and of a token's keys and values."""
-    width, tp = width_of(config.model), config.rollout.server.tp
-    return width * parameters(shape) / tp, kv_bytes_per_token(shape, width) / min(tp, shape.groups)
+    width, tp = shapes.width_of(config.model), config.rollout.server.tp
+    return width * shapes.parameters(shape) / tp, shapes.kv_bytes_per_token(shape, width) / min(tp, shape.groups)
 
 
 def _add_servers(config: Config, shape: ModelShape, phases: dict[str, Parts], width: int, tokens: int) -> None:
@@ -251,8 +231,8 @@ def _add_servers(config: Config, shape: ModelShape, phases: dict[str, Parts], wi
     the host, during generation (MegatronPolicy.offload)."""
     server = config.rollout.server
     weights, token = _server_bytes(config, shape)
-    awake = {"engine weights": weights, "KV cache": tokens * token, "engine process": GPU_PROCESS_BYTES}
-    asleep = {"engine process": GPU_PROCESS_BYTES} if server.share_memory else awake
+    awake = {"engine weights": weights, "KV cache": tokens * token, "engine process": machine.GPU_PROCESS_BYTES}
+    asleep = {"engine process": machine.GPU_PROCESS_BYTES} if server.share_memory else awake
     for name, parts in phases.items():
         generating = name in ("generation", "weight sync")
         parts |= awake if generating else asleep

@@ -1,7 +1,5 @@
 """Layouts of a config on a cluster: which are valid, which fit, which is fastest, and what would make one fit."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import subprocess

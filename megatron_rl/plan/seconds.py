@@ -6,29 +6,18 @@ runs. Bytes on their way (gradients and weights among trainers, weights to the e
 by data-sheet bandwidths and not fitted, as published rows do not tell these apart: lower bounds.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, fields
-from functools import cache
 from importlib import resources
 from typing import Any
 
 from megatron_rl.config import Config
 from megatron_rl.models.hardware import Hardware
+from megatron_rl.plan import shapes
 from megatron_rl.plan.activations import Passes, layer_activations
 from megatron_rl.plan.memory import stages
-from megatron_rl.plan.shapes import (
-    ModelShape,
-    Spread,
-    bubble,
-    forward_flops,
-    kv_bytes_per_token,
-    matrix_parameters,
-    parameters,
-    width_of,
-)
+from megatron_rl.plan.shapes import ModelShape, Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +37,11 @@ class Constants:
 ALL_REDUCE_SECONDS = 10e-6
 
 
-@cache
-def _fitted() -> dict[str, Any]:
-    """Read what scripts/fit_planner.py wrote."""
-    return json.loads(resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text())
-
-
-def fitted_constants() -> Constants:
-    """Return the constants."""
-    return Constants(**_fitted()["constants"])
-
-
-def stored_scores() -> dict[str, dict[str, Any]]:
-    """Return relative errors (median, worst, fractions) by kind: training, forward, step, memory, cpu_memory."""
-    return _fitted()["scores"]
+# what scripts/fit_planner.py wrote
+_FITTED = json.loads(resources.files("megatron_rl.plan").joinpath("data/constants.json").read_text())
+FITTED = Constants(**_FITTED["constants"])
+# relative errors (median, worst, fractions) by kind: training, forward, step, memory, cpu_memory
+SCORES: dict[str, dict[str, Any]] = _FITTED["scores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +61,7 @@ class PassSeconds:
 def pass_work(
     shape: ModelShape, layout: Spread, hardware: Hardware, tokens: float, context: float, *, backward: bool
 ) -> PassSeconds:
-    """Return the work of a pass over `tokens` tokens of one data-parallel rank that attend to `context` tokens on
-    average.
+    """Return the work of a pass over a data-parallel rank's `tokens`, which attend to `context` tokens on average.
 
     A backward pass costs twice its forward (flash attention's 2.5 times, as it computes the scores anew), and full
     recomputation one forward of the layers more. Elementwise work reads and writes what a layer keeps. Tensor
@@ -92,9 +71,9 @@ def pass_work(
     """
     split, again = layout.tp * layout.cp, float(backward and layout.recompute == "full")
     passes = 3.0 if backward else 1.0
-    layer_matrix, output_matrix = matrix_parameters(shape)
+    layer_matrix, output_matrix = shapes.matrix_parameters(shape)
     matrix = 2.0 * tokens * (layer_matrix * layout.share() * (passes + again) + output_matrix * passes) / split
-    _, flops = forward_flops(shape, context)
+    _, flops = shapes.forward_flops(shape, context)
     attention_passes = 1.0 + (2.5 + (layout.recompute != "none") if backward else 0.0)
     attention = tokens * flops * layout.share() / split * attention_passes
     one = Passes(1, 1, 2)
@@ -128,7 +107,7 @@ def pass_seconds(
 ) -> float:
     """Return the seconds of one pipelined pass over a data-parallel rank's tokens, bubble included."""
     work = pass_work(shape, layout, hardware, tokens, context, backward=backward).seconds(constants)
-    return work * (1.0 + bubble(layout, micro_batches)) * (1.0 if backward else constants.forward)
+    return work * (1.0 + shapes.bubble(layout, micro_batches)) * (1.0 if backward else constants.forward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,18 +133,18 @@ def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constan
     sequences. Lengths are exponential, cut at the limit, with the given mean. Source: the roofline of Pope et al.,
     arXiv 2211.05102, section 2.
     """
-    cache = kv_bytes_per_token(shape, load.element_bytes) * max(1.0, load.tp / shape.groups)
+    cache = shapes.kv_bytes_per_token(shape, load.element_bytes) * max(1.0, load.tp / shape.groups)
     reach = load.prompt + load.response
     together = max(1.0, min(load.sequences, load.most_together, load.pool_bytes / (cache * reach)))
 
     def step(active: float, context: float) -> float:
-        dense, attention = forward_flops(shape, context)
-        read = load.element_bytes * parameters(shape) + active * context * cache
+        dense, attention = shapes.forward_flops(shape, context)
+        read = load.element_bytes * shapes.parameters(shape) + active * context * cache
         multiply = active * (dense * constants.matrix + attention * constants.attention) / hardware.flops
         split = max(read / hardware.bandwidth * constants.decode, multiply) / load.tp
         return split + constants.token_seconds + (2 * shape.layers * ALL_REDUCE_SECONDS if load.tp > 1 else 0.0)
 
-    dense, attention = forward_flops(shape, load.prompt / 2)
+    dense, attention = shapes.forward_flops(shape, load.prompt / 2)
     prompts = load.sequences / load.samples_per_prompt * load.prompt
     prefill = prompts * (dense * constants.matrix + attention * constants.attention) / hardware.flops / load.tp
     full = (load.sequences - together) / together * load.response * step(together, load.prompt + load.response / 2)
@@ -181,8 +160,7 @@ def generation_seconds(shape: ModelShape, hardware: Hardware, constants: Constan
 
 
 def _cut_exponential(mean: float, limit: float) -> float:
-    """Return the scale m of an exponential whose values, cut at `limit`, average `mean`: m (1 - e^(-limit / m)) =
-    mean."""
+    """Return the scale m of an exponential that, cut at `limit`, averages `mean`: m (1 - e^(-limit / m)) = mean."""
     low, high = mean / 2, 1e4 * limit
     for _ in range(100):
         middle = math.sqrt(low * high)
@@ -194,8 +172,7 @@ def _cut_exponential(mean: float, limit: float) -> float:
 
 
 def data_link(layout: Spread, hardware: Hardware) -> float:
-    """Return the bytes/s that each rank has for a data-parallel collective: the ranks of a node that are in one ring
-    share their network ports."""
+    """Return a rank's bytes/s in a data-parallel collective: a node's ranks in one ring share its network ports."""
     inner = layout.tp * layout.cp
     if inner * layout.dp <= hardware.gpus_per_node:
         return hardware.node_link
@@ -204,8 +181,7 @@ def data_link(layout: Spread, hardware: Hardware) -> float:
 
 
 def optimizer_seconds(shape: ModelShape, layout: Spread, hardware: Hardware, width: int) -> float:
-    """Return the seconds of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights. Nothing
-    overlaps them here.
+    """Return the seconds of one update: reduce-scatter of float32 gradients, Adam, all-gather of weights; no overlap.
 
     Adam reads a gradient and reads and writes weight and two moments, all float32, and writes the model's weight.
     Source: ring collectives move (n - 1) / n of the bytes; arXiv 1910.02054, section 7.
@@ -223,8 +199,8 @@ def sync_seconds(config: Config, shape: ModelShape, layout: Spread, hardware: Ha
     """Return the seconds of one weight update: every rank gathers the whole model, over tensor ranks within a node and
     pipeline stages across nodes, bucket after bucket, then an engine copies it; with shared memory the trainer's state
     moves to the host and back."""
-    width = width_of(config.model)
-    model = width * parameters(shape)
+    width = shapes.width_of(config.model)
+    model = width * shapes.parameters(shape)
     spread = layout.gpus > hardware.gpus_per_node
     seconds = model * (layout.tp - 1) / layout.tp / hardware.node_link
     if layout.pp > 1:

@@ -1,20 +1,12 @@
 """A model as the planner sees it: its sizes, its parameters on a rank, its floating-point operations."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config import Config, ModelConfig
 from megatron_rl.config.megatron_options import chunk_layers
-from megatron_rl.models.facts import (
-    ARCHITECTURES,
-    Architecture,
-    head_width,
-    moe_layers,
-    num_experts,
-    read_hf_config,
-)
+from megatron_rl.models import facts
+from megatron_rl.models.facts import ARCHITECTURES, Architecture
 
 # Of the countdown task's tokenizer, which the quickstart's model config leaves to the task
 COUNTDOWN_VOCAB = 21
@@ -90,8 +82,7 @@ class Spread:
 
     @property
     def expert_tp(self) -> int:
-        """Return the tensor parallelism inside an expert: dealt-out experts stay whole, as parallel/groups.py builds
-        them."""
+        """Return the tensor parallelism inside an expert: dealt-out ones stay whole, see parallel/groups.py."""
         return self.tp if self.ep == 1 else 1
 
     @property
@@ -114,7 +105,7 @@ class Spread:
 
 def layout_of(config: Config) -> Spread:
     """Return the layout that the config asks for."""
-    parallel, layers = config.parallel, read_hf_config(config.model)["num_hidden_layers"]
+    parallel, layers = config.parallel, facts.read_hf_config(config.model)["num_hidden_layers"]
     stages = [sum(stage) for stage in chunk_layers(layers, parallel, config.model.megatron)]
     alike = ("tp", "pp", "dp", "cp", "ep", "vpp", "sp", "distributed_optimizer")
     return Spread(
@@ -142,15 +133,15 @@ def shape_of(hf: dict[str, Any], vocab: int | None = None) -> ModelShape:
         hidden=hf["hidden_size"],
         heads=heads,
         groups=hf.get("num_key_value_heads") or heads,
-        head_dim=head_width(hf),
+        head_dim=facts.head_width(hf),
         ffn=hf["intermediate_size"],
         vocab=hf.get("vocab_size") or vocab or 0,
         tied=bool(hf.get("tie_word_embeddings")),
         gated=hf["model_type"] in ARCHITECTURES,
         qkv_bias=kind.qkv_bias,
         qk_norm=kind.qk_norm,
-        moe_layers=len(moe_layers(hf)),
-        experts=(num_experts(hf) or 0) if kind.is_moe else 0,
+        moe_layers=len(facts.moe_layers(hf)),
+        experts=(facts.num_experts(hf) or 0) if kind.is_moe else 0,
         experts_per_token=hf["num_experts_per_tok"] if kind.is_moe else 0,
         expert_ffn=hf["moe_intermediate_size"] if kind.is_moe else 0,
     )
@@ -211,8 +202,7 @@ def matrix_parameters(shape: ModelShape) -> tuple[float, float]:
 
 def forward_flops(shape: ModelShape, context: float) -> tuple[float, float]:
     """Return the operations per token of a forward pass, (matrix products, attention). `context` is the mean number of
-    tokens attended to, half the length for causal attention over whole sequences; the backward pass costs twice as
-    much.
+    tokens attended to, half the length for causal attention over whole sequences; a backward pass costs twice.
 
     Source: Narayanan et al., arXiv 2104.04473, appendix, with causal attention counted as what it computes.
     """

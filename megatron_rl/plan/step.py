@@ -1,7 +1,5 @@
 """The plan of one RL step: seconds by phase, throughput, utilisation."""
 
-from __future__ import annotations
-
 import math
 import random
 import statistics
@@ -12,27 +10,17 @@ from megatron_rl.algorithms.balance import Work, deal
 from megatron_rl.config import Config
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.models.hardware import GPU_PROCESS_BYTES, Hardware
+from megatron_rl.plan import shapes
 from megatron_rl.plan.memory import Memory, cache_tokens, memory_of
 from megatron_rl.plan.seconds import (
+    FITTED,
     Generation,
-    fitted_constants,
     generation_seconds,
     optimizer_seconds,
     pass_seconds,
     sync_seconds,
 )
-from megatron_rl.plan.shapes import (
-    COUNTDOWN_VOCAB,
-    ModelShape,
-    Spread,
-    bubble,
-    forward_flops,
-    kv_bytes_per_token,
-    layout_of,
-    parameters,
-    shape_of,
-    width_of,
-)
+from megatron_rl.plan.shapes import ModelShape, Spread
 
 # One answer's verification on a CPU core; the verifier math takes 0.1 to 5 ms.
 REWARD_SECONDS = 0.01
@@ -84,11 +72,13 @@ class StepPlan:
 
 def plan_step(config: Config, hardware: Hardware, load: Load) -> StepPlan:
     """Return the plan of a config."""
-    shape, layout = shape_of(read_hf_config(config.model), COUNTDOWN_VOCAB), layout_of(config)
-    memory, constants, width = memory_of(config, shape, layout, hardware), fitted_constants(), width_of(config.model)
+    shape, layout = shapes.shape_of(read_hf_config(config.model), shapes.COUNTDOWN_VOCAB), shapes.layout_of(config)
+    memory, constants = memory_of(config, shape, layout, hardware), FITTED
+    width = shapes.width_of(config.model)
     sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
     updates, tokens = config.minibatches_per_step, sequences * load.length
-    whole = partial(StepPlan, layout, memory, width * parameters(shape), tokens, config.rollout.max_staleness > 0)
+    model, overlapped = width * shapes.parameters(shape), config.rollout.max_staleness > 0
+    whole = partial(StepPlan, layout, memory, model, tokens, overlapped)
     if not hardware.flops:
         return whole({})
     micro_batches = dealt_micro_batches(config, load)
@@ -112,9 +102,9 @@ def plan_step(config: Config, hardware: Hardware, load: Load) -> StepPlan:
     }
     if config.train.entropy_probe:
         seconds["entropy probe"] = forward * (1.0 if marks else recomputed)
-    flops = 3 * sum(forward_flops(shape, load.length / 2)) * tokens
+    flops = 3 * sum(shapes.forward_flops(shape, load.length / 2)) * tokens
     mfu = flops / (layout.gpus * hardware.flops * (seconds["forward and backward"] + seconds["optimizer"]))
-    return whole(seconds, micro_batches, bubble(layout, micro_batches), mfu)
+    return whole(seconds, micro_batches, shapes.bubble(layout, micro_batches), mfu)
 
 
 def dealt_micro_batches(config: Config, load: Load) -> float:
@@ -148,9 +138,8 @@ def dealt(lengths: tuple[int, ...], capacity: int, ranks: int, multiple: int) ->
 
 
 def rollout_seconds(config: Config, shape: ModelShape, layout: Spread, hardware: Hardware, load: Load) -> float:
-    """Return the seconds of one generation batch. Servers that the run does not start count as as many as it would
-    start."""
-    width = width_of(config.model)
+    """Return the seconds of one generation batch. Servers that run already count as as many as the run would start."""
+    width = shapes.width_of(config.model)
     sequences = config.train.prompts_per_step * config.rollout.samples_per_prompt
     server = config.rollout.server
     if config.rollout.is_embedded:
@@ -158,9 +147,9 @@ def rollout_seconds(config: Config, shape: ModelShape, layout: Spread, hardware:
     else:
         nodes = max(1, layout.gpus // hardware.gpus_per_node)
         engines, tp, together, share = nodes * server.count, server.tp, server.max_concurrency, server.memory_fraction
-    pool = tp * (share * hardware.memory - GPU_PROCESS_BYTES) - width * parameters(shape)
+    pool = tp * (share * hardware.memory - GPU_PROCESS_BYTES) - width * shapes.parameters(shape)
     if (tokens := cache_tokens(config, shape, hardware)) is not None:
-        pool = tokens * kv_bytes_per_token(shape, width)
+        pool = tokens * shapes.kv_bytes_per_token(shape, width)
     generation = Generation(
         sequences=sequences / engines,
         tp=tp,
@@ -172,4 +161,4 @@ def rollout_seconds(config: Config, shape: ModelShape, layout: Spread, hardware:
         samples_per_prompt=config.rollout.samples_per_prompt,
         element_bytes=width,
     )
-    return generation_seconds(shape, hardware, fitted_constants(), generation)
+    return generation_seconds(shape, hardware, FITTED, generation)

@@ -27,7 +27,8 @@ from megatron_rl.config import Config, ModelConfig, OptimizerConfig
 from megatron_rl.config.checks import context_faults
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.architecture import head_dim, resolve_hf_config
-from megatron_rl.models.mapping import has_qk_norm, has_qkv_bias, is_moe_layer
+from megatron_rl.models.facts import ARCHITECTURES
+from megatron_rl.models.mapping import is_moe_layer
 from megatron_rl.parallel.groups import Groups, expert_tp
 from megatron_rl.policy.adam import fuse_torch_adam, host_options, use_main_weights
 from megatron_rl.policy.replay import replay_routes
@@ -112,8 +113,8 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=has_qkv_bias(hf),
-        qk_layernorm=has_qk_norm(hf),
+        add_qkv_bias=ARCHITECTURES[hf.model_type].qkv_bias,
+        qk_layernorm=ARCHITECTURES[hf.model_type].qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,

@@ -14,7 +14,8 @@ from megatron_rl import device
 from megatron_rl.algorithms.control import needs_current_stats
 from megatron_rl.algorithms.losses import LossFunction
 from megatron_rl.config import Config
-from megatron_rl.convert.hf import Source, folder_source, random_source
+from megatron_rl.convert.hf import Source, random_source
+from megatron_rl.convert.weights import open_weights
 from megatron_rl.errors import UserError
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.models.mapping import global_name, load_weights
@@ -58,7 +59,7 @@ class MegatronPolicy:
         self.context = groups.context_ranks
         path = config.model.path
         hf = self.hf_config
-        self.load(folder_source(path, hf) if path is not None else random_source(hf, config.seed))
+        self.load(open_weights(path, hf).read if path is not None else random_source(hf, config.seed))
         self._total_updates = total_updates
         self.reset_optimizer()
         self._reference: list[Tensor] | None = None

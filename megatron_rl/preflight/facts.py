@@ -21,7 +21,8 @@ from packaging.requirements import Requirement
 from megatron_rl import device, launch
 from megatron_rl.config import Config
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.data import build_tokenizer, load_prompts, vocab_size
+from megatron_rl.data.problems import load_prompts
+from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import read_hf_config, require_model
 from megatron_rl.reward.shape import build_grader

@@ -86,7 +86,7 @@ def world_rank() -> int:
 
 def _check(config: Config, world: Reducer, kept: dict[str, Any] | str, all_reduce: tuple[float, bool]) -> list[Check]:
     """Check on every rank, and return the checks; rank 0 prints them."""
-    from megatron_rl.data import build_tokenizer, vocab_size
+    from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
     from megatron_rl.preflight.checks import Check, bandwidth_check, fact_checks, rehearsal_check
     from megatron_rl.preflight.facts import gather_facts
 
@@ -147,7 +147,7 @@ def _engine_start(config: Config, world: Reducer, folder: Path) -> Check:
 
     if config.rollout.is_embedded:
         return Check("engine start", "embedded: nothing to start", None)
-    from megatron_rl.data import build_tokenizer
+    from megatron_rl.data.tokenizer import build_tokenizer
     from megatron_rl.plan.memory import with_cache_tokens
     from megatron_rl.plan.shapes import shape_of
     from megatron_rl.preflight.facts import architecture

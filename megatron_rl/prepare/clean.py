@@ -6,13 +6,10 @@ Three degrees of sameness of two problems:
 - *spelling*: the same letters, digits and operators in the same order, whatever the spacing, punctuation, case and
   LaTeX around them;
 - *near*: at least `threshold` of their word triples in common (Jaccard), the same numbers as often, the same answer.
-  Problems that differ in a number are different problems, however alike they read; so no threshold on the text alone
-  would do.
+  Problems that differ in a number are different, however alike they read: no threshold on the text alone would do.
 
 A problem is all that is said of it: earlier turns of a conversation count, system messages and suffixes do not.
 """
-
-from __future__ import annotations
 
 import contextlib
 import math

@@ -1,7 +1,5 @@
 """`megatron-rl data`: the command line of this package."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

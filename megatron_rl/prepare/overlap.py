@@ -9,13 +9,10 @@ A training row contains an evaluation problem in one of three degrees, and is th
   words within the row, LaTeX's commands left out, and its numbers among the row's.
 
 Where 8-grams are shared, but less than half of them or beside other numbers, the pair is only reported: such rows share
-a figure, a story or a kind of question. 8-grams that stand in many evaluation problems are phrases of the genre, and
-count for none.
+a figure, a story or a kind of question. 8-grams of many evaluation problems are phrases of the genre: none counts.
 
 All of it takes time linear in the texts, but for pairs of rows that share a rare phrase, which are compared.
 """
-
-from __future__ import annotations
 
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """From sources to one clean file: duplicates, contradictions, overlap, length; the same result every time."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -45,8 +43,7 @@ def read_source(source: str, *, download: bool) -> list[Row]:
 def prepare(sources: Sequence[str], out: Path, against: Sequence[str], options: Options) -> dict[str, Any]:
     """Write `out` (JSON lines), and beside it the report as .stats.json and .stats.md; return the report.
 
-    Raises: DataError when a source cannot be read, a tokenizer is missing, or nothing is left; UserError when
-    `out` cannot be written.
+    Raises: DataError for an unreadable source, a missing tokenizer, or no row left; UserError for an unwritable `out`.
     """
     if options.max_prompt_tokens is not None and options.tokenizer is None:
         raise DataError("--max-prompt-tokens needs --tokenizer, the folder of the model's tokenizer")
@@ -149,7 +146,7 @@ def _contradictions(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def prompt_lengths(rows: Sequence[Row], folder: Path) -> list[int]:
     """Return the tokens of each prompt under the chat template of a tokenizer folder. Raises: DataError without one."""
-    from megatron_rl.data import encode_prompt, pretrained_tokenizer
+    from megatron_rl.data.tokenizer import encode_prompt, pretrained_tokenizer
 
     tokenizer = pretrained_tokenizer(folder)
     return [len(encode_prompt(row.prompt, row.system, tokenizer, row.turns, f"row {row.id}")) for row in rows]

@@ -1,7 +1,5 @@
 """Rows of any of the formats, with the columns of any preset, as problems; and the clean file that they become."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -29,8 +27,7 @@ def read(name: str, preset: Preset, path: Path | None, *, download: bool) -> lis
 
     A row whose solution has no \\boxed answer comes with an empty answer: it is no problem to train on, yet one to
     compare with.
-    Raises: DataError for a file of another format, a row without problem or answer, or a set that is neither local nor
-        to be downloaded.
+    Raises: DataError for a file of another format, a row without problem or answer, a set neither local nor fetched.
     """
     records = _from_hub(name, preset, download) if path is None else read_records(path)
     rows = [_row(record, preset, where, f"{name}-{i}") for i, (where, record) in enumerate(records)]
@@ -84,8 +81,7 @@ def _row(record: Record, preset: Preset, where: str, number: str) -> Row:
 
 
 def _answer(record: Record, columns: tuple[str, ...], where: str) -> str:
-    """Return the final answer: of a text its last box, or what GSM8K writes behind ####; of a list all parts. Empty:
-    a solution without either."""
+    """Return the final answer: of a text its last box, or GSM8K's behind ####; of a list all parts. Empty: neither."""
     name = next(name for name in columns if column(record, (name,), where) is not None)
     value: Any = column(record, (name,), where)
     if isinstance(value, list):

@@ -1,7 +1,5 @@
 """What a problem set is made of, and what preparing it took out: as data, and as a page in Markdown."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,20 +4,19 @@ A span's own seconds are its duration without its children's, so that the phases
 what no span covers (`untracked`). A step's wall time is counted without its checkpoint, which few steps have.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
 
 from megatron_rl.metrics.spans import Collective, StepRecord
 
-PHASES = (
-    "rollout reward sync pack old_logprobs metrics ledger select forward_backward optimizer update probe log eval "
-    "checkpoint"
-).split()
+ASSETS = Path(__file__).parent / "assets"
+PHASES: dict[str, str] = yaml.safe_load((ASSETS / "phases.yaml").read_text())  # name -> colour, in the order of a step
 POINT_TO_POINT = ("send", "recv")
 # A rank is a straggler when the others wait for it longer than for a rank on average, by more than this share of a
 # step: where everyone is late now and then nobody is one.
@@ -46,7 +45,7 @@ class Cost:
     waiting_seconds: float = 0.0  # in collectives until then, and in sends and receives
     peak_bytes: int = 0
 
-    def add(self, other: Cost, share: float = 1.0) -> None:
+    def add(self, other: Self, share: float = 1.0) -> None:
         """Add a share of another's seconds, and take the larger peak."""
         self.seconds += share * other.seconds
         self.device_seconds += share * other.device_seconds
@@ -99,9 +98,7 @@ def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:
                 if name != "checkpoint":
                     phases[name].add(cost, 1 / (len(steps) * len(ranks)))
                     own[name] += cost.seconds / len(steps)
-        if saves := [
-            phases_of_step["checkpoint"] for phases_of_step in steps_of_rank if "checkpoint" in phases_of_step
-        ]:
+        if saves := [each["checkpoint"] for each in steps_of_rank if "checkpoint" in each]:
             longest = max(saves, key=lambda cost: cost.seconds)
             phases["checkpoint"].add(longest, 1 / len(ranks))
             own["checkpoint"] = longest.seconds
@@ -127,8 +124,7 @@ def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:
 
 
 def bubble_fraction(ranks: Sequence[RankRecord]) -> float:
-    """Return the share of the pipelines' time in forward and backward passes in which a stage does no work; 0 without a
-    pipeline.
+    """Return the share of the pipelines' forward and backward time in which a stage does no work; 0 without a pipeline.
 
     For each pass of each pipeline: 1 - (busy seconds of its stages, added up) / (stages * the time from the first
     stage's start to the last stage's end), where a stage is busy while it is in the pass and not blocked in a send or a
@@ -227,4 +223,4 @@ def _operations(ranks: Sequence[RankRecord]) -> dict[str, tuple[float, float]]:
 
 def order(name: str) -> tuple[int, str]:
     """Return a sort key: phases in the order of a step, others behind."""
-    return (PHASES.index(name) if name in PHASES else len(PHASES), name)
+    return (list(PHASES).index(name) if name in PHASES else len(PHASES), name)

@@ -1,7 +1,5 @@
 """`megatron-rl profile CONFIG` and `megatron-rl profile compare A B`."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,30 +1,17 @@
 """A profile as one HTML file: the timeline of a step across ranks, and the tables behind it."""
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.profiling.analysis import PHASES, RankRecord, Summary, order, waiting
+from megatron_rl.profiling.analysis import ASSETS, PHASES, RankRecord, Summary, order, waiting
 from megatron_rl.profiling.tables import ASYNCHRONOUS, phase_rows, rate_rows
 from megatron_rl.report.figures import Figure
 from megatron_rl.report.page import document, numbered
 
-ASSETS = Path(__file__).parent / "assets"
-COLOURS = dict(
-    zip(
-        PHASES,
-        (
-            "#4269d0 #97bbf5 #8a63d2 #b08900 #efb118 #9c6b4e #d4a98c #e8780c #2f9e62 #6cc5b0 #3ca951 #c3489b #a9adb5 "
-            "#ff725c #5c6270"
-        ).split(),
-        strict=True,
-    )
-)
-COLOURS |= {"waiting": "#f4b6bd", "communication": "#d1495b"}
+COLOURS = PHASES | {"waiting": "#f4b6bd", "communication": "#d1495b"}
 OTHER_COLOUR = "#8b8f99"
 # stretches of one kind that lie closer together than this share of the step are drawn as one: they are one pixel
 _PIXEL = 1 / 4000
@@ -73,8 +60,7 @@ def median_step(ranks: Sequence[RankRecord]) -> int:
 
 
 def timeline_figure(ranks: Sequence[RankRecord], step: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return Plotly's traces and layout: one horizontal bar a stretch, one trace a name, time in seconds from the first
-    rank's start."""
+    """Return Plotly's traces and layout: a bar a stretch, a trace a name, in seconds from the first rank's start."""
     records = [next(record for record in rank.steps if record.step == step) for rank in ranks]
     origin = min(record.start + rank.clock_offset for rank, record in zip(ranks, records, strict=True))
     length = max(record.end + rank.clock_offset for rank, record in zip(ranks, records, strict=True)) - origin

@@ -5,8 +5,7 @@ The folder holds what a run's folder holds, and `ranks/rank{r}.json` (spans and 
 (the summary) and `profile.html`.
 """
 
-from __future__ import annotations
-
+import gzip
 import json
 import platform
 import shutil
@@ -18,7 +17,7 @@ import torch
 
 from megatron_rl import device, train
 from megatron_rl.config import Config
-from megatron_rl.data import build_tokenizer, vocab_size
+from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.files import write_atomically
 from megatron_rl.metrics.jsonl import read_rows
@@ -161,10 +160,7 @@ def add_rates(summary: Summary, ranks: list[RankRecord], config: Config, metrics
 
 
 def trace_collectives(path: Path) -> dict[str, tuple[int, float]]:
-    """Return {collective: (events, seconds in all)} from torch's trace: NCCL's kernels on a GPU, gloo's work on a CPU;
-    empty without a trace."""
-    import gzip
-
+    """Return {collective: (events, seconds)} of torch's trace: NCCL's kernels or gloo's work; empty without a trace."""
     if not path.is_file():
         return {}
     with gzip.open(path, "rt", encoding="utf-8") as file:

@@ -1,7 +1,5 @@
 """Profiles as tables: of strings for the page, of rich for the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,8 +25,7 @@ ASYNCHRONOUS = "not measured: the device runs asynchronously, see the trace"
 
 
 def phase_rows(profile: dict[str, Any]) -> list[list[str]]:
-    """Return a header, one row a phase, and their sum; `slowest` is the rank (its seconds), MiB the peak, "–" not
-    measured."""
+    """Return a header, a row a phase, their sum; `slowest`: a rank (its seconds), MiB: the peak, "–": unmeasured."""
     summary = profile["summary"]
     wall, on_gpu = summary["step_seconds"], profile["facts"]["on_gpu"]
     rows = [["phase", "s", "share", "device s", "comm s", "wait s", "slowest", "MiB"]]

@@ -15,7 +15,7 @@ from megatron_rl.algorithms.control import LossController
 from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
-from megatron_rl.data import build_tokenizer, vocab_size
+from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import is_moe, read_hf_config
 from megatron_rl.models.hardware import with_memory

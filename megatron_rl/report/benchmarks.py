@@ -1,7 +1,5 @@
 """Figures of accuracy by benchmark: in the course of training, and of the evaluations in the runs' folders."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The figures of the report, in order: those of assets/figures.yaml, and those that depend on what the runs logged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

@@ -1,14 +1,12 @@
 """The figures of the report, as Plotly JSON. A figure whose metrics no run has is a note instead."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_rl.metrics.entropy_law import LineFit, fit_law, fit_line
+from megatron_rl.metrics.entropy_law import fit_law, fit_line
 from megatron_rl.report.runs import LoggedRun
 
 RUN_COLOURS = ("#4269d0", "#e8780c", "#2f9e62", "#c3489b", "#8a63d2", "#0f9fb5", "#b08900", "#d1495b")
@@ -147,7 +145,8 @@ def change_against_realised(metric: str, runs: Sequence[LoggedRun]) -> Built:
             continue
         ends = [min(xs), max(xs)]
         traces.append(_curve(index, ends, [fit.slope * x + fit.intercept for x in ends]))
-        table.append([run.label, *_line_cells(fit)])
+        correlation = "–" if math.isnan(fit.correlation) else f"{fit.correlation:.3f}"
+        table.append([run.label, f"{fit.slope:.3g}", correlation, str(fit.num_points)])
     if not traces:
         return None
     titles = ("predicted change of entropy, nats", "realised change, nats")
@@ -240,8 +239,3 @@ def _axes(x: str, y: str, *, zeroline: bool = False) -> dict[str, Any]:
 
 def _with_interval(value: float, interval: tuple[float, float] | None) -> str:
     return f"{value:.3g}" if interval is None else f"{value:.3g}\n[{interval[0]:.3g}, {interval[1]:.3g}]"
-
-
-def _line_cells(fit: LineFit) -> list[str]:
-    correlation = "–" if math.isnan(fit.correlation) else f"{fit.correlation:.3f}"
-    return [f"{fit.slope:.3g}", correlation, str(fit.num_points)]

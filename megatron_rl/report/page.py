@@ -1,7 +1,5 @@
 """The report as one HTML file that needs no network."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,16 +23,9 @@ from megatron_rl.report.runs import ENDS, LoggedRun, NotYet, evaluation_tables, 
 ASSETS = Path(__file__).parent / "assets"
 # Map figures would load from these; the report has none, and nothing in it may name a CDN.
 CDN_ADDRESSES = ("https://cdn.plot.ly/un/", "https://cdn.jsdelivr.net/npm/")
-COLUMNS = (
-    ("entropy_first", "{:.3f}"),
-    ("entropy_last", "{:.3f}"),
-    ("accuracy_first", "{:.3f}"),
-    ("accuracy_last", "{:.3f}"),
-    ("eval_first", "{:.3f}"),
-    ("eval_last", "{:.3f}"),
-    ("law_r2", "{:.2f}"),
-    ("tokens_per_second", "{:,.0f}"),
-)
+COLUMNS = dict.fromkeys(
+    "entropy_first entropy_last accuracy_first accuracy_last eval_first eval_last".split(), "{:.3f}"
+) | {"law_r2": "{:.2f}", "tokens_per_second": "{:,.0f}"}
 
 
 def build_report(run_dirs: Sequence[Path], out: Path | None = None, reload_seconds: int = 0) -> Path:
@@ -157,6 +148,6 @@ def _plotly() -> Markup:
 def _summary(run: LoggedRun) -> list[str]:
     """Return the run's cells in the table at the top of the page."""
     row = summary_of(run)
-    cells = [style.format(row[key]) if row[key] is not None else "–" for key, style in COLUMNS]
+    cells = [style.format(row[key]) if row[key] is not None else "–" for key, style in COLUMNS.items()]
     wall = format_duration(row["wall_seconds"]) if row["wall_seconds"] is not None else "–"
     return [str(row["steps"]), *cells, wall]

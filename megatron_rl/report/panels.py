@@ -1,7 +1,5 @@
 """The report's parts that are text: configurations compared, shadow results, samples."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

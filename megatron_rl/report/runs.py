@@ -1,8 +1,6 @@
 """Read run folders: config.yaml and metrics.jsonl; where present ledger.jsonl, samples.jsonl, shadow/*.json and
 eval/*/table.json."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -74,8 +72,7 @@ class LoggedRun:
         return [xs[step] for step in both], [ys[step] for step in both]
 
     def reward_metric(self) -> str:
-        """Return the name of the metric that stands for R in the law: accuracy where the run logs it, else the mean
-        reward (penalties included)."""
+        """Return the metric that is R in the law: accuracy where it is logged, else the mean reward (penalties too)."""
         return "reward/accuracy" if self.series("reward/accuracy")[0] else "reward/mean"
 
 
@@ -248,8 +245,7 @@ def _newest_shadow(folder: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def evaluation_tables(run: Path) -> list[Path]:
-    """Return the tables that `megatron-rl eval` wrote into a run's folder, oldest first; step_N folders are of the run
-    itself."""
+    """Return the tables that `megatron-rl eval` wrote into a run's folder, oldest first; not the run's own step_N."""
     tables = [path for path in (run / "eval").glob("*/table.json") if not path.parent.name.startswith("step_")]
     return sorted(tables, key=lambda path: (path.stat().st_mtime, path))
 

@@ -1,7 +1,5 @@
 """Figures of the ledger: who spent the entropy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl import launch
 from megatron_rl.algorithms.hashing import hash64
-from megatron_rl.data import PromptCursor, stop_token_ids
+from megatron_rl.data.cursor import PromptCursor
+from megatron_rl.data.tokenizer import stop_token_ids
 from megatron_rl.errors import UserError
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Grader, Verdict

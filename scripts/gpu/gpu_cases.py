@@ -19,8 +19,8 @@ from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config, ParallelConfig, parse_config
 from megatron_rl.config.environment import for_libraries
 from megatron_rl.conform.frozen import frozen_rollouts
-from megatron_rl.data import build_tokenizer, load_prompts
-from megatron_rl.data.tokenizer import character_tokenizer
+from megatron_rl.data.problems import load_prompts
+from megatron_rl.data.tokenizer import build_tokenizer, character_tokenizer
 from megatron_rl.models.facts import read_hf_config
 from megatron_rl.packing import Layout, pack
 from megatron_rl.parallel.groups import Groups, init_groups

@@ -30,7 +30,7 @@ def measured(raw: dict[str, Any], folder: Path, mutation: str = "", resumes: boo
     """What it does for one layout."""
     from megatron_rl.conform.frozen import frozen_config
     from megatron_rl.conform.measure import measure
-    from megatron_rl.data import build_tokenizer, vocab_size
+    from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
     from megatron_rl.parallel.groups import init_groups
 
     config = frozen_config(parse_config(raw), 256)

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from megatron_rl.convert.hf import folder_source, hub_views, random_source
+from megatron_rl.convert.hf import hub_views, random_source
 from megatron_rl.convert.to_hf import megatron_to_hf
 from megatron_rl.convert.to_megatron import hf_to_megatron
+from megatron_rl.convert.weights import open_weights
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.mapping import (
     Row,
@@ -241,7 +242,7 @@ def test_a_folder_with_other_tensors_is_refused(tmp_path: Path) -> None:
 
     def source_with(extra: dict[str, Tensor]) -> Any:
         save_file(weights | extra, tmp_path / "model.safetensors", {"format": "pt"})
-        return folder_source(tmp_path, hf)
+        return open_weights(tmp_path, hf).read
 
     source = source_with({"lm_head.weight": embedding.clone()})  # as Qwen3-0.6B has it
     assert torch.equal(source("model.norm.weight"), weights["model.norm.weight"])

@@ -12,15 +12,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_rl.config import parse_config
-from megatron_rl.data import (
-    DataError,
-    PromptCursor,
-    build_tokenizer,
-    countdown_solutions,
-    encode_prompt,
-    load_prompts,
-    vocab_size,
-)
+from megatron_rl.data.countdown import countdown_solutions
+from megatron_rl.data.cursor import PromptCursor
+from megatron_rl.data.problems import load_prompts
+from megatron_rl.data.tokenizer import build_tokenizer, encode_prompt, vocab_size
+from megatron_rl.errors import DataError
 from megatron_rl.grading.rules import countdown
 from megatron_rl.types import Prompt
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import Config, parse_config
-from megatron_rl.data import DataError, build_tokenizer, stop_token_ids
-from megatron_rl.data.tokenizer import character_tokenizer
+from megatron_rl.data.tokenizer import build_tokenizer, character_tokenizer, stop_token_ids
+from megatron_rl.errors import DataError
 from megatron_rl.rollout.collect import sampling_params
 from tests.policy.tiny import HF
 

@@ -138,7 +138,7 @@ class KnowingEngine:
 
 def run_knowing(config: Config, answer: Any) -> tuple[list[Any], KnowingEngine | None]:
     """`evaluate_model` in this process with a knowing engine; None when none was started."""
-    from megatron_rl.data import build_tokenizer
+    from megatron_rl.data.tokenizer import build_tokenizer
     from megatron_rl.eval.run import evaluate_model, write_results
 
     tokenizer, engines = build_tokenizer(config), []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.benchmarks import prompts
-from megatron_rl.data import DataError
+from megatron_rl.errors import DataError
 from megatron_rl.eval.benchmarks import load_benchmarks
 from tests.eval.case import byte_tokenizer, resolved, write_config, write_model
 

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.benchmarks import PAPER_SETS, PUBLISHED, prompts
-from megatron_rl.data import DataError
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.eval.store import EvalError
 from tests.browser import CHROMIUM
 from tests.eval.case import any_text, byte_tokenizer, resolved, run_knowing, write_config, write_model, write_set

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_rl.config.benchmarks import PAPER_SETS
 from megatron_rl.convert.to_megatron import hf_to_megatron
-from megatron_rl.data import build_tokenizer
+from megatron_rl.data.tokenizer import build_tokenizer
 from megatron_rl.eval.benchmarks import load_benchmarks
 from tests.convert.smollm import download
 from tests.eval.case import resolved, run_knowing, write_config

@@ -27,7 +27,7 @@ from megatron_rl.plan.activations import (
 )
 from megatron_rl.plan.memory import state_parts, with_cache_tokens
 from megatron_rl.plan.search import changed, remedies, search
-from megatron_rl.plan.seconds import fitted_constants, stored_scores
+from megatron_rl.plan.seconds import FITTED, SCORES
 from megatron_rl.plan.shapes import ModelShape, Spread, bubble, parameters, rank_parameters, shape_of
 from megatron_rl.plan.step import Load, dealt, dealt_micro_batches, plan_step
 from scripts.calibration import published
@@ -115,11 +115,11 @@ def test_parameters_are_those_of_transformers(kind: str) -> None:
 
 def test_the_constants_are_the_fit_of_the_data() -> None:
     fitted = asdict(fit(published.rows()))
-    assert fitted == pytest.approx(asdict(fitted_constants()), rel=2e-3)
+    assert fitted == pytest.approx(asdict(FITTED), rel=2e-3)
 
 
 def test_scores_are_reproduced_and_bounded() -> None:
-    stored = stored_scores()
+    stored = SCORES
     memory = [("", case.predicted / case.published - 1) for case in published.memory_cases()]
     for kind, errors in (("memory", memory), ("cpu_memory", cpu_memory_errors("score"))):
         score = summarise("", "", errors)

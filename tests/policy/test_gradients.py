@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_rl.config.loss import ForkingLoss, KlCovLoss, PpoClipLoss
-from megatron_rl.lab.compare import METHODS, StepFacts
+from megatron_rl.lab.commands import METHODS, _read_methods
+from megatron_rl.lab.compare import StepFacts
 from megatron_rl.types import TokenStats
 from tests.policy.tiny import hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of
 from tests.worlds import Worlds
@@ -39,7 +40,7 @@ def _measure(config: Any) -> dict[str, Any]:
         clipped = gradient(policy, mini_batch, policy_loss(PpoClipLoss()))
         wide = gradient(policy, mini_batch, policy_loss(PpoClipLoss(eps_low=1, eps_high=100)))
         products = [inner(policy, a, b) for a, b in ((clipped, clipped), (clipped, wide), (wide, wide))]
-        methods = {name: _loss(name, raw) for name, raw in METHODS.items()}
+        methods = {name: _loss(name, raw) for name, raw in _read_methods(METHODS).items()}
         found = compare(policy, mini_batch.with_stats(stats), methods, StepFacts(1, 0, 1.0), ranks)
         assert same_bits(weights_of(policy), before)
         tangent = EntropyTangent(policy, mini_batch)
@@ -105,5 +106,5 @@ def test_what_the_comparison_says(measured: dict[str, list[dict[str, Any]]]) -> 
 def test_default_methods_are_configs() -> None:
     from megatron_rl.lab.shadow import _loss
 
-    losses = {name: _loss(name, raw) for name, raw in METHODS.items()}
+    losses = {name: _loss(name, raw) for name, raw in _read_methods(METHODS).items()}
     assert isinstance(losses["forking"], ForkingLoss) and isinstance(losses["kl_cov"], KlCovLoss)

@@ -9,7 +9,8 @@ import torch
 
 from megatron_rl import launch
 from megatron_rl.config import parse_config
-from megatron_rl.data import DataError, PromptCursor
+from megatron_rl.data.cursor import PromptCursor
+from megatron_rl.errors import DataError
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import InProcess
 from megatron_rl.rollout.answers import facts_of, from_facts

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_rl.data import PromptCursor
+from megatron_rl.data.cursor import PromptCursor
 from megatron_rl.grading.verdict import InProcess
 from megatron_rl.packing import Layout, pack
 from megatron_rl.packing.dealing import deal_step, hand_out

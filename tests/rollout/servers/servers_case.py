@@ -62,7 +62,7 @@ def serving(
     """A server of the tiny model's architecture, started as a run starts it: (process, url)."""
     from transformers import AutoConfig
 
-    from megatron_rl.data import build_tokenizer, vocab_size
+    from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
 
     python_of(engine)
     tokenizer = build_tokenizer(parse_config(tiny_raw(folder)))
