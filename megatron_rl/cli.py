@@ -4,8 +4,6 @@ What is slow to import (torch, Megatron) is imported where it is needed: `--help
 answer at once.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

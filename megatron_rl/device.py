@@ -11,8 +11,6 @@ for a GPU of so much memory that is not there (rehearse/). Other facts follow fr
 - `row_multiple`: what packing rounds the tokens of a micro-batch to.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import inspect

@@ -1,8 +1,6 @@
 """Writes that are whole or not at all, what the user is told when one fails, and the file in which a rank says why it
 died: read by the supervisor and by the end of a Slurm job."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -6,8 +6,6 @@ tracebacks of its own for every signal and every failed rank, gives the survivor
 and leaves its workers running when it is killed itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import fcntl

@@ -1,7 +1,5 @@
 """Decide whether, and from where, a run goes on, and what may differ from the run that wrote the checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Sequence

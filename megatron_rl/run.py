@@ -1,7 +1,5 @@
 """The parts of a run, and how they are built from the config."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any

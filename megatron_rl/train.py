@@ -5,8 +5,6 @@ Every rank runs this file. Decisions that all ranks must share are made on data 
 between ranks is which micro-batches they compute.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

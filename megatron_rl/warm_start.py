@@ -1,8 +1,6 @@
 """Supervised steps on the task's own solutions, through the same Megatron policy, before RL; cached as a model
 folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

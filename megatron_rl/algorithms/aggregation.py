@@ -7,8 +7,6 @@ ever divided by a micro-batch's own denominator, so packing and layout cannot ch
 A sequence counts when it has at least one counted token; padding and fully masked (overlong-filtered) ones do not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Which samples of a mini-batch are computed together: the micro-batches of every data-parallel rank."""
 
-from __future__ import annotations
-
 import heapq
 import itertools
 from collections.abc import Iterator

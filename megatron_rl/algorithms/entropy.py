@@ -8,8 +8,6 @@ H). A policy-gradient step on action y with advantage A moves the logits by eta 
 Source: arXiv 2505.22617, Theorem 1 and its appendix, with the expectation over actions replaced by the sampled one.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from megatron_rl.types import Float, Float64, TokenStats

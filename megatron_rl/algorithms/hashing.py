@@ -4,8 +4,6 @@ Two ranks that ask for the same (seed, step, prompt_id, sample_index, position) 
 before, so sampling and token selection do not depend on the layout.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Exponents are bounded at 20 nats, as in verl: exp(20) = 4.9e8 stays finite in fl
 information, and its gradient is 0 beyond the bound.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ changed over the step's updates (`realised`, on the mini-batch that the probe fo
 and micro-batches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

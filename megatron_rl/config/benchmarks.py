@@ -1,7 +1,5 @@
 """How the paper evaluates, and what it publishes. Source: arXiv 2505.22617, section 4 and Table 2."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import cache

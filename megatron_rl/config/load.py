@@ -1,7 +1,5 @@
 """From a YAML file and its overrides to a checked `Config`."""
 
-from __future__ import annotations
-
 import difflib
 import typing
 from collections.abc import Sequence

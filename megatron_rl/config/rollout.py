@@ -1,7 +1,5 @@
 """How rollouts are sampled, by which engine, and how it gets the policy's weights."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from megatron_rl.config.section import (

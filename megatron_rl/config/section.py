@@ -1,7 +1,5 @@
 """What every section of the config is made of, and the types that many options share."""
 
-from __future__ import annotations
-
 import os
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """YAML as configs use it: a key that stands twice in one mapping is an error instead of a silent replacement."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import yaml

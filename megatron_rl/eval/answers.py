@@ -1,7 +1,5 @@
 """The answer that a response gives, and which answers are equal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from megatron_rl.eval.statistics import Ints, label

@@ -1,7 +1,5 @@
 """The samples as pages that need no network: one per set, and an index with the tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

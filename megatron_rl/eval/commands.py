@@ -1,7 +1,5 @@
 """`megatron-rl eval`: the command line of this package. torch is imported when it runs."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

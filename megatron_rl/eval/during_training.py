@@ -6,8 +6,6 @@ it is done. As the folder stays until the next evaluation, a server that died ge
 run begins its evaluation anew.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Sequence

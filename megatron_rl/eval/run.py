@@ -4,8 +4,6 @@ The weights go from the folder, of either format, to the engine as training send
 layout: with the embedded engine each holds the whole model and generates its share, servers are shared by all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from pathlib import Path

@@ -3,8 +3,6 @@
 `correct [P, n]` bool: problem by sample. Everything is a fraction.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

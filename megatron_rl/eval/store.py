@@ -4,8 +4,6 @@ While a set is sampled every rank appends to a part of its own, so that a kill c
 The next process, of any number of ranks, merges what the parts have into samples.jsonl and goes on from there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator

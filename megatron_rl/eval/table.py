@@ -3,8 +3,6 @@
 Tables for people are in percent, as the paper's is; JSON holds fractions.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,8 +1,6 @@
 """What torch's AdamW needs where it takes the place of Transformer Engine's Adam: on a CPU, on a GPU without that, and
 on the host."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From a Hugging Face config to a Megatron-Core GPTModel, its DDP wrapper and its optimizer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -6,8 +6,6 @@ folder and renamed when every rank has finished, so a killed save never becomes 
 TP, PP or DP. The link `best` names the one with the best evaluation.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import pickle

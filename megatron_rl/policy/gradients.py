@@ -1,8 +1,6 @@
 """Gradients as vectors over the whole world, for products between them: what a loss does to the entropy through the
 weights, and how alike the directions of two losses are."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared

@@ -1,7 +1,5 @@
 """The optimizer's state moved to the host and back, through one piece of memory that is kept."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -5,8 +5,6 @@ is one micro-batch on one pipeline stage, its update begins with that pass, grap
 again: the same bits, one forward pass less a step. Without this door every update would compute its own forward pass.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from megatron_rl.types import MicroBatch, MiniBatch

@@ -6,8 +6,6 @@ model in the host's memory. `dp_reshardable` gathers nothing, but is bound to on
 refuses `fully_sharded_model_space`. Here only weights on the border of two ranks are put together, one at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial

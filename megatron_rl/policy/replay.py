@@ -10,8 +10,6 @@ micro-batch's packing, which Megatron hands to each layer, in recomputation too:
 of the micro-batch that it works on.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

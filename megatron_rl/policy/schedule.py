@@ -1,7 +1,5 @@
 """Driving Megatron's forward-backward schedule over packed micro-batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checks of all ranks' facts: each passes or names the remedy. Pure: no device, no network."""
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace

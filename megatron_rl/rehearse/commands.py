@@ -1,7 +1,5 @@
 """`megatron-rl rehearse`: its arguments, and what is printed and kept."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

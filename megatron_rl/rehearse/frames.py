@@ -1,7 +1,5 @@
 """Which line of the project or of Megatron is at work."""
 
-from __future__ import annotations
-
 import functools
 import re
 import sys

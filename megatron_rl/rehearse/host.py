@@ -5,8 +5,6 @@ which has every answer ready; the policy, which draws its statistics; and the ot
 rank's numbers, and whose messages are really pickled and parsed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

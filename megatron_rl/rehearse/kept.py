@@ -1,7 +1,5 @@
 """The verdict of a rehearsal, kept beside the config that it is about."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a rehearsal says: against the planner and the GPU's room, as JSON, as tables and as a page."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

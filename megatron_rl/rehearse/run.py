@@ -1,7 +1,5 @@
 """The phases of a step, rehearsed as one rank."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ ones for what has the batch's, so that selection, loss and metrics run on number
 the books. Without `fakes` it only writes: of real tensors in a real world, the same books.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

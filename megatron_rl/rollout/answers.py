@@ -1,7 +1,5 @@
 """What other ranks hear of a rank's rollouts."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

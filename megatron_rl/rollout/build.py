@@ -1,7 +1,5 @@
 """Puts the engine over servers together: dialect, servers, way of the weights."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -1,7 +1,5 @@
 """The embedded engine's key-value cache."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

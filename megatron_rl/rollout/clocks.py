@@ -4,8 +4,6 @@ Ranks wait for each other on gloo groups (`Reducer.gather_objects`, `any`, `barr
 rank is done, so its timeout is longer than all that a rank may do alone between two of them.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a step's rollouts were like, and what they cost: the metrics of rollout/collect.py."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 """Proof after a weight update that the engine serves the policy's weights: a fixed prompt's continuation, scored by
 both."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

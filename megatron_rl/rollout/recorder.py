@@ -1,7 +1,5 @@
 """Which experts the embedded engine's model chooses, token by token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Token sampling whose randomness comes in as numbers that the caller hashes (algorithms/hashing.py)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Own decoding loop, because Hugging Face's `generate` draws from one RNG stream, which ties a sample to its batch.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby

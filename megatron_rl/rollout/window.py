@@ -5,8 +5,6 @@ short responses; so a group counts once all groups before it are judged, however
 soon it is answered therefore changes what a step costs, and never what it keeps.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

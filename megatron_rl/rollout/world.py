@@ -1,7 +1,5 @@
 """The world of a run: what its ranks and its engines have to agree on, and how long a rank may wait there."""
 
-from __future__ import annotations
-
 from megatron_rl.config import Config
 from megatron_rl.parallel.groups import Groups, init_groups
 from megatron_rl.rollout.clocks import waiting_seconds

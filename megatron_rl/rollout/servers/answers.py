@@ -1,7 +1,5 @@
 """Responses that come in parts: the request for the rest, the parts put together, the check of the whole."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Proof by checksums that an update replaced every weight: the log-probabilities of a probe do not show one lost bucket
 when an update moves weights by a bit or two, as in bfloat16."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 

@@ -5,8 +5,6 @@ is asked for anew from another; one that a pause cut short goes on from the toke
 most once, whatever happens on the way.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

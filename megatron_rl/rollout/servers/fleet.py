@@ -1,7 +1,5 @@
 """The engine servers of a run: those it was given, and those it starts, watches over, restarts and stops."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import socket

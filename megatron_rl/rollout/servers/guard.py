@@ -6,8 +6,6 @@ SIGTERM asks for it, and when the trainer dies. Its exit code is the server's, 1
 server's environment, isolated from it, and needs the standard library alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """JSON over HTTP to one engine server: the client that every dialect speaks through."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine

@@ -1,7 +1,5 @@
 """NCCL on both sides of the group in which weights are broadcast: one setting, one version."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One engine server as a child process: start, look after, stop with everything that it started."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The protocol of engine servers: how each kind is started, asked for tokens and given weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol

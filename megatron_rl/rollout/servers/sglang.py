@@ -1,7 +1,5 @@
 """SGLang's HTTP interface, as of 0.5.23. Source: sglang.srt.entrypoints.http_server and managers.io_struct."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math

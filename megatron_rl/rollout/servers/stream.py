@@ -1,7 +1,5 @@
 """One rank's responses under way on the servers."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import queue

@@ -1,8 +1,6 @@
 """vLLM's HTTP interface, as of 0.32, with a worker extension of ours (shims/vllm). Source:
 vllm.entrypoints.scale_out.token_in_token_out, vllm.entrypoints.rl.online and vllm.entrypoints.serve.dev."""
 
-from __future__ import annotations
-
 import base64
 import math
 import re
