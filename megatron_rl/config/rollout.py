@@ -93,7 +93,7 @@ class RolloutConfig(Section):
     responses are generated during training."""
     oversample: NonNegativeFloat | Literal["auto"] = "auto"
     """Dynamic sampling: prompts drawn beyond those of which train.prompts_per_step are kept on average, as a fraction
-    of it; auto: by one standard deviation of the number kept. What is not needed is ended, and drawn again."""
+    of it; auto: none. What is not needed is ended, and drawn again."""
     routing_replay: bool = False
     """Mixture of experts: the engine reports the experts that it routed each token to, and the policy's forward passes
     take the same (R3); a response that a weight update interrupted has those of its last weights."""

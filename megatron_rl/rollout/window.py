@@ -49,23 +49,26 @@ def num_to_draw(
     groups: Sequence[Group],
     wanted: int,
     keeps: Keeps,
-    oversample: float | Literal["auto"] = 0.0,
+    oversample: float | Literal["auto"] = "auto",
     seen: Sequence[bool] = (),
 ) -> int:
-    """Return how many more groups to draw so that `wanted` are likely to be kept, by the fraction that was kept of the
+    """Return how many more groups to draw so that `wanted` are kept on average, by the fraction that was kept of the
     judged ones.
 
-    `oversample`: a fraction of `wanted` beyond the number that is kept on average; "auto": so many that one standard
-    deviation of the number kept makes up for: each is kept by the same chance p, so with x groups that are not judged
-    yet x p - sqrt(x p (1 - p)) = what is missing. `seen`: which groups were kept before these.
+    A group under way counts as kept once its answers differ, and until then by that fraction of the answers that it
+    waits for: the more agree, the less it promises. `oversample`: a fraction of `wanted` beyond this; "auto": none.
+    `seen`: which groups were kept before these.
     """
     judged = [keeps(group.rollouts) for group in groups if group.rollouts]
-    missing, chance = wanted - sum(judged), (sum(judged) + sum(seen) + _PRIOR) / (len(judged) + len(seen) + _PRIOR)
+    under_way = [group for group in groups if not group.rollouts]
+    promised = [1 - len(group.answers) / len(group.requests) for group in under_way if not _differs(group, keeps)]
+    chance = (sum(judged) + sum(seen) + _PRIOR) / (len(judged) + len(seen) + _PRIOR)
+    missing = wanted - sum(judged) - (len(under_way) - len(promised))
     if missing <= 0:
         return 0
-    if oversample == "auto":
-        deviation = math.sqrt(chance * (1 - chance))
-        needed = ((deviation + math.sqrt(deviation**2 + 4 * chance * missing)) / (2 * chance)) ** 2
-    else:
-        needed = missing / chance + oversample * wanted
-    return max(0, math.ceil(round(needed, 6)) - (len(groups) - len(judged)))
+    extra = 0.0 if oversample == "auto" else oversample * wanted
+    return max(0, math.ceil(round(missing / chance + extra - sum(promised), 6)))
+
+
+def _differs(group: Group, keeps: Keeps) -> bool:
+    return len(group.answers) > 1 and keeps(list(group.answers.values()))

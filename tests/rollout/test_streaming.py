@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.data import PromptCursor
+from megatron_rl.data.cursor import PromptCursor
 from megatron_rl.grading.verdict import InProcess
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import Cost, Place, Request, RolloutEngine, Stream, Taken
+from megatron_rl.rollout.measures import is_informative
 from megatron_rl.rollout.window import Group, num_settled, num_to_draw
 from megatron_rl.types import Rollout
 from tests.rollout.test_collect import Tokenizer, make_config, prompts
@@ -23,11 +24,11 @@ WANTED, SAMPLES, SEEDS = 6, 3, 20
 
 def length_of(prompt: int, sample: int, seed: int) -> int:
     """Log-normal; informative prompts have the longer answers."""
-    shift = 1.0 if is_informative(prompt, seed) else 0.0
+    shift = 1.0 if teaches(prompt, seed) else 0.0
     return 1 + round(random.Random(f"{prompt} {sample} {seed}").lognormvariate(shift, 0.75))
 
 
-def is_informative(prompt: int, seed: int) -> bool:
+def teaches(prompt: int, seed: int) -> bool:
     return random.Random(f"{prompt} {seed}").random() < 0.6
 
 
@@ -98,15 +99,15 @@ class AnyOrderStream(Stream):
 def batches_in_drawn_order(cursor: PromptCursor, seed: int) -> list[int]:
     """The rule in its plain form: whole batches, until their first informative groups suffice."""
     drawn: list[int] = []
-    while sum(is_informative(prompt, seed) for prompt in drawn) < WANTED:
+    while sum(teaches(prompt, seed) for prompt in drawn) < WANTED:
         drawn += [prompt.prompt_id for prompt in cursor.take(WANTED, exclude=drawn)]
-    return [prompt for prompt in drawn if is_informative(prompt, seed)][:WANTED]
+    return [prompt for prompt in drawn if teaches(prompt, seed)][:WANTED]
 
 
 def collector_of(engine: RolloutEngine, seed: int, revived: list[int], **rollout: Any) -> Collector:
     def score(response: str, answer: str) -> float:
         prompt, sample = map(int, response.split()[:2])
-        return float(is_informative(prompt, seed) and sample == 0)
+        return float(teaches(prompt, seed) and sample == 0)
 
     raw = {"engine": "sglang", "samples_per_prompt": SAMPLES, "max_response_tokens": 8, **rollout}
     loss = {"type": "ppo_clip", "rollout_correction": {"cap": 2.0}}
@@ -161,36 +162,39 @@ def test_ahead_of_the_training_no_sample_is_lost_or_doubled() -> None:
             collector.go_ahead(step)
             assert collector._window  # the servers have work while the policy trains
         order = [prompt.prompt_id for prompt in plain.take(90)]
-        expected = [prompt for prompt in order if is_informative(prompt, seed)][: 4 * WANTED]
+        expected = [prompt for prompt in order if teaches(prompt, seed)][: 4 * WANTED]
         assert seen == [(prompt, sample) for prompt in expected for sample in range(SAMPLES)]
         assert engine.dropped == 0
         collector.close()
 
 
-def group_of(kept: bool | None) -> Group:
-    rollouts = [] if kept is None else [Rollout(int(kept), 0, *[torch.zeros(1)] * 3, "stop", 0)]
-    return Group(prompts(1)[0], [], rollouts=rollouts)
+def answer(reward: float) -> Rollout:
+    return Rollout(0, 0, *[torch.zeros(1)] * 3, "stop", 0, score=reward, reward=reward)
 
 
-def keeps(rollouts: Any) -> bool:
-    return bool(rollouts[0].prompt_id)
+def group_of(kept: bool | None, answers: tuple[float, ...] = ()) -> Group:
+    requests: Any = [None] * 4
+    rollouts = [] if kept is None else [answer(0.0), answer(float(kept))]
+    return Group(prompts(1)[0], requests, rollouts=rollouts, answers=dict(enumerate(map(answer, answers))))
 
 
 def test_nothing_is_settled_before_all_that_was_drawn_earlier() -> None:
     groups = [group_of(kept) for kept in (True, None, True, False, True)]
-    assert num_settled(groups, 2, keeps) is None and num_settled(groups, 1, keeps) == 1
+    assert num_settled(groups, 2, is_informative) is None and num_settled(groups, 1, is_informative) == 1
     groups[1] = group_of(False)
-    assert num_settled(groups, 2, keeps) == 3 and num_settled(groups, 3, keeps) == 5
-    assert num_settled(groups, 4, keeps) is None
+    assert num_settled(groups, 2, is_informative) == 3 and num_settled(groups, 3, is_informative) == 5
+    assert num_settled(groups, 4, is_informative) is None
 
 
 def test_how_many_are_drawn_by_hand() -> None:
-    assert num_to_draw([], 32, keeps, "auto") == 32  # nothing is known: all may be kept
+    keeps = is_informative
+    assert num_to_draw([], 32, keeps) == 32  # nothing is known: all may be kept
     judged = [group_of(True)] * 10 + [group_of(False)] * 8  # with the prior 12 of 20: p = 0.6
     assert num_to_draw(judged, 22, keeps) == 20  # 12 missing / 0.6
-    # 24 * 0.6 - sqrt(24 * 0.6 * 0.4) = 14.4 - 2.4 = 12
-    assert num_to_draw(judged, 22, keeps, "auto") == 24
-    assert num_to_draw([*judged, *[group_of(None)] * 20], 22, keeps, "auto") == 4
     assert num_to_draw(judged, 22, keeps, 0.5) == 31  # 20 + 0.5 * 22
-    assert num_to_draw(judged, 10, keeps, "auto") == num_to_draw(judged, 9, keeps, 1.0) == 0
+    assert num_to_draw(judged, 10, keeps) == num_to_draw(judged, 9, keeps, 1.0) == 0
+    silent, agree, differ = group_of(None), group_of(None, (1.0, 1.0, 1.0)), group_of(None, (1.0, 0.0))
+    assert num_to_draw([*judged, *[silent] * 8], 22, keeps) == 12
+    assert num_to_draw([*judged, *[agree] * 8], 22, keeps) == 18  # a fourth of each is to come
+    assert num_to_draw([*judged, *[differ] * 3], 22, keeps) == 15  # 9 missing / 0.6
     assert num_to_draw([], 6, keeps, seen=[True, False, False, False, False, False, False]) == 18  # p = 3 / 9
