@@ -110,13 +110,13 @@ class _Others:
         self._num_logged, self._computed = config.logging.samples_per_step, set[int]()
 
     def in_world(self, value: Any) -> list[Any]:
-        if isinstance(value, tuple):  # Collector: facts of the answers that a rank sampled, none lost, no fault
+        if isinstance(value, tuple):  # Collector: a rank's answers, none lost or waiting, no fault
             groups = [self._rollouts[i : i + self._samples] for i in range(0, len(self._rollouts), self._samples)]
             parts = [list(itertools.chain(*groups[rank :: self._size])) for rank in range(self._size)]
             if self._is_embedded:
                 bounds = [len(self._rollouts) * rank // self._size for rank in range(self._size + 1)]
                 parts = [self._rollouts[a:b] for a, b in itertools.pairwise(bounds)]
-            return [(facts_of(part), 0, "") for part in parts]
+            return [(facts_of(part), 0, (0, 0), "") for part in parts]
         if isinstance(value, list):  # hand_out: the tokens that this rank computes; here all come from one rank
             bins = [each.bins[self._layout.dp_rank] for each in deal_step(self._rollouts, self._layout)]
             self._computed = {i for chosen in itertools.chain(*bins) for i in chosen}

@@ -11,6 +11,7 @@ too few groups are likely to be kept. The embedded engine answers in rounds. Eit
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -78,6 +79,8 @@ class Collector:
         self._grading: list[tuple[Rollout, Future[Verdict]]] = []  # this rank's
         self._lengths: dict[int, float] = {}  # mean of a prompt's last samples, tokens
         self._stream: Stream | None = None
+        # groups with which one is waiting for each server: more are drawn later, when it is known better who is needed
+        self._num_due = sys.maxsize
         self._seen: list[bool] = []  # which groups of the last step were kept
         self._ended = time.time()  # the last step's collection
         self.resume_point = cursor.state()
@@ -138,6 +141,7 @@ class Collector:
             if len(settled) >= most:
                 raise CollectError(_shortage(settled, self._keeps, config))
             more = min(num_to_draw(window, wanted, self._keeps, config.rollout.oversample), most - len(window))
+            more = min(more, self._num_due) if window else more
             if more > 0:
                 if window and any(self._place.gather(launch.stop_requested(config.run_dir))):
                     kept = sum(map(self._keeps, settled))
@@ -255,7 +259,7 @@ class Collector:
             own = self._graded(self._stream)
         except (EngineError, RewardError) as error:
             problem = str(error)
-        parts = self._place.gather((facts_of(own), len(taken.lost), problem))
+        parts = self._place.gather((facts_of(own), len(taken.lost), self._stream.backlog(), problem))
         problems = [problem for *_, problem in parts if problem]
         if problems:
             raise EngineError("\n".join(dict.fromkeys(problems)))
@@ -272,7 +276,10 @@ class Collector:
                 group.arrived.append(now)
                 touched[rollout.prompt_id] = group
         num_old = self._settle(touched.values(), oldest)
-        if any(lost for _, lost, _ in parts):
+        waiting, servers = (sum(part[2][0] for part in parts), max(part[2][1] for part in parts))
+        samples = self._config.rollout.samples_per_prompt
+        self._num_due = max(0, -(waiting // samples) + servers) if servers else sys.maxsize
+        if any(lost for _, lost, *_ in parts):
             self._revive()
             self._stream.add(taken.lost)
         return num_old

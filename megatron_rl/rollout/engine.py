@@ -93,6 +93,9 @@ class Stream(Protocol):
     def is_idle(self) -> bool:
         """Tell whether nothing is under way."""
 
+    def backlog(self) -> tuple[int, int]:
+        """Return how many requests wait for room at a server, and the number of servers: 0 where there are none."""
+
     def drop(self) -> None:
         """End all that is under way."""
 
@@ -129,6 +132,10 @@ class Rounds(Stream):
     def is_idle(self) -> bool:
         """Tell whether nothing was asked for."""
         return not self._waiting
+
+    def backlog(self) -> tuple[int, int]:
+        """Return nothing: there are no servers."""
+        return 0, 0
 
     def drop(self) -> None:
         """Forget what was asked for: nothing of it was begun."""

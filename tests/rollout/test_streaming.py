@@ -88,6 +88,9 @@ class AnyOrderStream(Stream):
     def is_idle(self) -> bool:
         return not self.under_way
 
+    def backlog(self) -> tuple[int, int]:
+        return max(0, len(self.under_way) - 7), 1
+
     def drop(self) -> None:
         self.engine.dropped += len(self.under_way)
         self.under_way.clear()
@@ -120,7 +123,7 @@ def collector_of(engine: RolloutEngine, seed: int, revived: list[int], **rollout
 
 @pytest.mark.parametrize("losses", [0.0, 0.1])
 def test_the_same_groups_as_by_whole_batches_over_twenty_seeds(losses: float) -> None:
-    revivals, longer_kept = list[int](), 0.0
+    revivals, num_asked, num_needed = list[int](), 0, 0
     for seed in range(SEEDS):
         engine = AnyOrder(seed, losses)
         collector = collector_of(engine, seed, revivals)
@@ -142,11 +145,14 @@ def test_the_same_groups_as_by_whole_batches_over_twenty_seeds(losses: float) ->
             # all of the informative prompts up to there, however long: no length is preferred
             lengths = [r.response_length for r in result.rollouts]
             assert lengths == [3 + length_of(p, s, seed) for p in expected for s in range(SAMPLES)]
-            longer_kept += sum(lengths)
+            num_needed += round(result.metrics["sampling/num_groups"])
         if not losses:
+            num_asked += sum(engine.asked.values()) // SAMPLES
             assert all(count == engine.asked[key] or engine.dropped for key, count in engine.answered.items())
         collector.close()
-    assert bool(revivals) == bool(losses) and longer_kept
+    assert bool(revivals) == bool(losses)
+    if not losses:  # prompts that were not needed: those under way at the end, and one that waits
+        assert num_asked - num_needed <= 3 * SEEDS * (7 / SAMPLES + 1)
 
 
 def test_ahead_of_the_training_no_sample_is_lost_or_doubled() -> None:

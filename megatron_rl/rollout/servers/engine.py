@@ -77,6 +77,10 @@ class ServerEngine(RolloutEngine):
         self._loop.call(lambda: cost.busy.update(self._turns.take_busy()))
         return cost
 
+    def backlog(self) -> tuple[int, int]:
+        """Return how many requests wait for room at a server, and the number of servers."""
+        return self._turns.num_waiting, len(self._turns.targets)
+
     async def complete(self, request: Request) -> Rollout:
         """Return the response, from whichever server; on the loop. Raises: ServersLost when none is left, EngineError.
         When this is cancelled the server ends it too."""

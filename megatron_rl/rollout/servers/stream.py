@@ -29,6 +29,9 @@ class Answering(Protocol):
     def take_cost(self) -> Cost:
         """Return what the servers did since this was last asked."""
 
+    def backlog(self) -> tuple[int, int]:
+        """Return how many requests wait for room at a server, and the number of servers."""
+
 
 class ServerStream(Stream):
     """Responses under way on the servers. One thread adds and takes."""
@@ -89,6 +92,10 @@ class ServerStream(Stream):
     @override
     def is_idle(self) -> bool:
         return not self._under_way
+
+    @override
+    def backlog(self) -> tuple[int, int]:
+        return self._engine.backlog()
 
     @override
     def drop(self) -> None:
