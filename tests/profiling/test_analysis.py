@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Any
 
 import pytest
 
 from megatron_rl.config import parse_config
-from megatron_rl.metrics.spans import Collective, Span, StepRecord
+from megatron_rl.metrics.spans import Collective, Recorder, Span, StepRecord
 from megatron_rl.plan.shapes import forward_flops, shape_of
 from megatron_rl.profiling.analysis import RankRecord, summarise
 from megatron_rl.profiling.page import median_step, timeline_figure
@@ -155,6 +157,22 @@ def test_the_timeline_is_on_one_clock() -> None:
     waiting = zip(by_name["waiting"]["y"], by_name["waiting"]["base"], by_name["waiting"]["x"], strict=True)
     assert ("rank 0 collectives", 5.0, 1.5) in list(waiting)
     assert layout["yaxis"]["categoryarray"][-1] == "rank 0" and "rank 0 ahead" in layout["yaxis"]["categoryarray"]
+
+
+def test_what_a_server_did_has_a_lane_of_its_own_on_the_same_clock() -> None:
+    recorder = Recorder({0}, lambda report: contextlib.nullcontext())
+    for _ in recorder.steps(range(1)):
+        began = time.time()
+        with recorder("rollout"):
+            time.sleep(0.02)
+        recorder.elsewhere("generating", began, began + 0.01, "http://a")
+    traces, layout = timeline_figure([RankRecord(0, {"tp": 0, "pp": 0, "dp": 0}, "", 0.0, None, recorder.records)], 0)
+    assert set(layout["yaxis"]["categoryarray"]) == {"rank 0", "rank 0 http://a"}
+    (lane,) = (trace for trace in traces if trace["name"] == "generating")
+    assert lane["y"] == ["rank 0 http://a"] and lane["x"] == pytest.approx([0.01], abs=1e-4)
+    assert lane["base"] == pytest.approx([0.0], abs=0.005)
+    summary = summarise([RankRecord(0, {"tp": 0, "pp": 0, "dp": 0}, "", 0.0, None, recorder.records)], on_gpu=False)
+    assert "generating" not in summary.phases  # it ran beside the step
 
 
 def test_who_waits_is_told_on_one_clock() -> None:
