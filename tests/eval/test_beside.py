@@ -289,7 +289,7 @@ def test_its_servers_are_on_devices_that_nobody_has(tmp_path: Path, monkeypatch:
     policy = mock.Mock(groups=mock.Mock(rank=0))
 
     def start(config: Any, setup: Any) -> None:
-        fleet.Fleet(dialect, config, tmp_path, setup.place, print, print).start()
+        fleet.Fleet(dialect, config, tmp_path, setup.place, print, print, print).start()
 
     monkeypatch.setattr("megatron_rl.rollout.served.build_engine", start)
     monkeypatch.setattr("megatron_rl.rollout.served.write_model_dir", lambda *_: None)
