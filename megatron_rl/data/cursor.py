@@ -26,7 +26,12 @@ class PromptCursor:
         return self._prompts
 
     def take(self, count: int, exclude: Collection[int] = ()) -> list[Prompt]:
-        """Return the next `count` distinct prompts, passing over those whose prompt_id is in `exclude`.
+        """Return the next `count` distinct prompts, passing over those whose prompt_id is in `exclude`; see `draw`."""
+        return [prompt for prompt, _ in self.draw(count, exclude)]
+
+    def draw(self, count: int, exclude: Collection[int] = ()) -> list[tuple[Prompt, dict[str, int]]]:
+        """Return the next `count` distinct prompts, passing over those whose prompt_id is in `exclude`, each with the
+        state that would draw it, and those behind it, again.
 
         Repetition is possible only where an epoch ends within a step; a prompt passed over is not made up for.
 
@@ -39,16 +44,16 @@ class PromptCursor:
                 "been drawn in this step; use more problems, lower train.prompts_per_step, or lower "
                 "dynamic_sampling.max_batches"
             )
-        taken: dict[int, Prompt] = {}
-        while len(taken) < count:
+        drawn: dict[int, tuple[Prompt, dict[str, int]]] = {}
+        while len(drawn) < count:
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._shuffle()
-            prompt = self._prompts[self._order[self._position]]
+            prompt, before = self._prompts[self._order[self._position]], self.state()
             self._position += 1
             if prompt.prompt_id not in exclude:
-                taken.setdefault(prompt.prompt_id, prompt)
-        return list(taken.values())
+                drawn.setdefault(prompt.prompt_id, (prompt, before))
+        return list(drawn.values())
 
     def state(self) -> dict[str, int]:
         """Return what a checkpoint keeps."""

@@ -79,9 +79,9 @@ class Collector:
         self._grading: list[tuple[Rollout, Future[Verdict]]] = []  # this rank's
         self._lengths: dict[int, float] = {}  # mean of a prompt's last samples, tokens
         self._stream: Stream | None = None
-        # groups with which one is waiting for each server: more are drawn later, when it is known better who is needed
+        # how many groups let one wait for each server: more are drawn later, when it is known better how many it takes
         self._num_due = sys.maxsize
-        self._seen: list[bool] = []  # which groups of the last step were kept
+        self._seen: list[bool] = []  # of the last step's groups: whether it was kept
         self._ended = time.time()  # the last step's collection
         self.resume_point = cursor.state()
 
@@ -135,7 +135,7 @@ class Collector:
         and how many responses were too old."""
         config, window, oldest = self._config, self._window, step - self._config.rollout.max_staleness
         wanted, dynamic, num_stale = config.train.prompts_per_step, config.algorithm.dynamic_sampling, 0
-        most = wanted * (dynamic.max_batches if dynamic.enabled else 1)
+        most, num_judged = wanted * (dynamic.max_batches if dynamic.enabled else 1), 0
         while (count := num_settled(window, wanted, self._keeps)) is None:
             settled = list(itertools.takewhile(bool, (group.rollouts for group in window)))
             if len(settled) >= most:
@@ -148,9 +148,10 @@ class Collector:
                     raise CollectStopped(f"stopped in step {step + 1}, which had kept {kept} of {len(window)} prompts")
                 self._draw(more, step)
             num_stale += self._meet(oldest)
-            judged = [rollout for group in window for rollout in group.rollouts]
-            if len(judged) >= wanted * config.rollout.samples_per_prompt:
-                check_failures(judged, config)
+            judged = [group.rollouts for group in window if group.rollouts]
+            if len(judged) >= max(wanted, num_judged + 1):
+                check_failures(list(itertools.chain(*judged)), config)
+                num_judged = len(judged)
         return count, num_stale
 
     def go_ahead(self, step: int) -> None:
@@ -210,14 +211,12 @@ class Collector:
         Raises: DataError when the window has all of them.
         """
         config, sampling = self._config, sampling_params(self._config, self._tokenizer, step)
-        drawn: list[Group] = []
-        left = len(self.cursor.prompts) - len(self._window)
-        for _ in range(min(count, max(1, left)) if self._window else count):
-            before = self.cursor.state()
-            # a prompt that came twice in one step would form one group of equal samples: an epoch's end skips it
-            exclude = {group.prompt.prompt_id for group in (*self._window, *drawn)}
-            (prompt,) = self.cursor.take(1, exclude=exclude)
-            drawn.append(self._group(prompt, config.rollout.samples_per_prompt, sampling, before))
+        if self._window:
+            count = min(count, max(1, len(self.cursor.prompts) - len(self._window)))
+        # a prompt that came twice in one step would form one group of equal samples: an epoch's end skips it
+        found = self.cursor.draw(count, exclude={group.prompt.prompt_id for group in self._window})
+        samples = config.rollout.samples_per_prompt
+        drawn = [self._group(prompt, samples, sampling, before) for prompt, before in found]
         self._window += drawn
         self._ask(request for group in drawn for request in group.requests)
 
@@ -276,9 +275,9 @@ class Collector:
                 group.arrived.append(now)
                 touched[rollout.prompt_id] = group
         num_old = self._settle(touched.values(), oldest)
-        waiting, servers = (sum(part[2][0] for part in parts), max(part[2][1] for part in parts))
-        samples = self._config.rollout.samples_per_prompt
-        self._num_due = max(0, -(waiting // samples) + servers) if servers else sys.maxsize
+        waiting, servers = sum(part[2][0] for part in parts), max(part[2][1] for part in parts)
+        groups = waiting // self._config.rollout.samples_per_prompt
+        self._num_due = max(0, servers - groups) if servers else sys.maxsize
         if any(lost for _, lost, *_ in parts):
             self._revive()
             self._stream.add(taken.lost)
