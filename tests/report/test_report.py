@@ -30,6 +30,7 @@ LOGGED = (
     "cov/top_2pct_mean select/count select/fraction select/logprob_mean select/entropy_mean reward/mean "
     "response/length_mean loss/clip_low loss/policy optimizer/grad_norm optimizer/lr mismatch/abs_mean "
     "mismatch/abs_max mismatch/kl staleness/mean staleness/max "
+    "rollout/idle_seconds rollout/tail_seconds sampling/discarded_token_fraction rollout/prefix_hit_fraction "
     "time/rollout time/reward time/old_logprobs time/select time/update time/sync time/probe "
     "time/total throughput/tokens_per_second entropy/first_order_change law/ceiling law/ceiling_low law/ceiling_high "
     "law/surprise law/alarm eval/math500/accuracy"
@@ -131,7 +132,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert not re.search(r"//cdn\.|jsdelivr|unpkg|cdnjs", text)
     assert "default-src 'none'" in text
     expected = [spec.title for _, specs in sections(load_runs(runs)) for spec in specs]
-    assert [title for title in page.headings if title != "Options that differ"] == expected and len(expected) == 34
+    assert [title for title in page.headings if title != "Options that differ"] == expected and len(expected) == 36
     figures = figures_of(text)
     assert sorted(figures) == sorted(i for i in page.ids if i.startswith("figure-"))
     for figure in figures.values():
