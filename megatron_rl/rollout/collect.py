@@ -29,7 +29,7 @@ from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.reward.shape import check_failures, filter_overlong, graded, response_text, shape_rewards
 from megatron_rl.rollout.answers import facts_of, from_facts
-from megatron_rl.rollout.engine import Cost, EngineError, Place, Request, RolloutEngine, SamplingParams, Stream, Taken
+from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, Stream, Taken
 from megatron_rl.rollout.measures import busy_times, cost_metrics, is_informative, rollout_metrics, staleness_metrics
 from megatron_rl.rollout.window import Group, Keeps, num_settled, num_to_draw
 from megatron_rl.types import CollectResult, Prompt, Rollout
@@ -105,7 +105,8 @@ class Collector:
         count, more_stale = self._fill(step)
         taken = [self._window.popleft() for _ in range(count)]
         unused = 0 if staleness else self._give_back()
-        costs, ended = self._place.gather(self._stream.cost() if self._stream else Cost()), time.time()
+        stream, ended = self._stream, time.time()
+        costs = self._place.gather(stream.cost()) if stream is not None and not stream.in_rounds else ()
         began, self._ended = self._ended if staleness else began, ended
         groups = [group.rollouts for group in taken]
         check_failures([rollout for group in groups for rollout in group], config)
