@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,11 +36,22 @@ def public_functions() -> Iterator[tuple[str, Any, Callable[..., Any]]]:
                             yield f"{module.__name__}.{name}.{member}".rstrip("."), module, function
 
 
+def written_annotations(function: Callable[..., Any]) -> Iterator[tuple[str, str]]:
+    """(argument, annotation as it stands in the source)."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
+        if argument.annotation is not None:
+            yield argument.arg, ast.unparse(argument.annotation)
+    if node.returns is not None:
+        yield "return", ast.unparse(node.returns)
+
+
 def test_each_tensor_has_a_shape_and_each_shape_can_be_read() -> None:
     """jaxtyping does not check an annotation that it cannot evaluate, and says nothing."""
     shapes = 0
     for name, module, function in public_functions():
-        for argument, annotation in inspect.get_annotations(function).items():
+        for argument, annotation in written_annotations(function):
             if "Tensor" in annotation:
                 assert "Tensor" not in SHAPED.sub("", annotation), f"{name}: {argument}: {annotation}"
                 eval(annotation, vars(module))
