@@ -145,10 +145,15 @@ def evaluate(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
     every, last = run.config.train.eval_every, run.config.train.num_steps - 1
     if not every or ((step + 1) % every and step != last):
         return {}
+    beside = run.config.eval.beside
+    if beside:
+        with run.timers("eval"):
+            run.beside.begin(step + 1, logger)
+    if beside and not run.eval_prompts:
+        return {}
     with run.served.session(run.timers), run.timers("eval"):
         # without either, the collector says what to set
         held_out = run.collector.evaluate(run.eval_prompts) if run.eval_prompts or not run.benchmarks else {}
-        if run.config.eval.beside:
-            run.beside.begin(step + 1, logger)
+        if beside:
             return held_out
         return held_out | evaluate_sets(run.evaluator, run.benchmarks, run.config, step + 1, run.world)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from megatron_rl.config import parse_config
@@ -127,3 +128,20 @@ def errors_of_each(raws: list[dict[str, Any]]) -> list[tuple[str, bool, str]]:
             message = str(error) if isinstance(error, UserError) else traceback.format_exc()
             found.append((type(error).__name__, isinstance(error, UserError), message))
     return found
+
+
+def answer_to(request: Any, tokens: list[int], *, weight_version: int = 0, finish_reason: str = "stop") -> Any:
+    """The rollout of a stand-in for an engine: `tokens` as the response, all by one version of the weights."""
+    from megatron_rl.types import Rollout
+
+    total = len(request.token_ids) + len(tokens)
+    return Rollout(
+        prompt_id=request.prompt_id,
+        sample_index=request.sample_index,
+        token_ids=torch.tensor([*request.token_ids, *tokens]),
+        rollout_logprobs=torch.zeros(total),
+        sampled=torch.arange(total) >= len(request.token_ids),
+        finish_reason=finish_reason,
+        weight_version=weight_version,
+        spans=((weight_version, len(tokens)),),
+    )

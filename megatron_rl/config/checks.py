@@ -284,7 +284,10 @@ def _eval_faults(config: Config) -> Iterator[str]:
     if not config.train.eval_every:
         return
     yield from (fault for name in config.eval.sets if isinstance(fault := set_path(config.eval, name), str))
-    yield from beside_faults(config) if config.eval.beside else ()
+    if config.eval.beside:
+        yield from beside_faults(config)
+    elif config.eval.server != type(config.eval.server)():
+        yield "eval.server does nothing without eval.beside=true; set that, or remove the section"
     if config.eval.sets and config.data.type == "countdown":
         yield (
             "eval.sets need a tokenizer for text, and data.type=countdown brings one for its own characters; empty it"

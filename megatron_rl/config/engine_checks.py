@@ -23,6 +23,8 @@ def engine_faults(config: Config) -> Iterator[str]:
     """Yield one line per fault in `rollout`, with its remedy."""
     rollout = config.rollout
     yield from [*_replay_faults(config), *_old_policy_faults(config)]
+    if rollout.oversample != "auto" and not config.algorithm.dynamic_sampling.enabled:
+        yield "rollout.oversample does nothing without algorithm.dynamic_sampling; enable that, or remove oversample"
     if rollout.is_embedded:
         if rollout.max_staleness:
             yield (
@@ -48,8 +50,9 @@ def _old_policy_faults(config: Config) -> Iterator[str]:
     """Yield what cannot be right, or does nothing, with this origin of the old log-probabilities."""
     algorithm, rollout, loss = config.algorithm, config.rollout, config.loss
     if algorithm.old_logprobs == "recompute":
-        if algorithm.max_mismatch is not None:
-            yield "algorithm.max_mismatch does nothing with old_logprobs=recompute; remove it, or set rollout"
+        for name in ("max_mismatch", "old_logprobs_check_every"):
+            if getattr(algorithm, name) != type(algorithm).model_fields[name].default:
+                yield f"algorithm.{name} does nothing with old_logprobs=recompute; remove it, or set rollout"
         return
     refused = []
     if rollout.top_p < 1 or rollout.top_k > 0:

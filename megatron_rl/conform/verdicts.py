@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from megatron_rl.convert.safetensors_io import stored_tensors
+from megatron_rl.files import read_asset
 
 # name -> largest deviation in float32, in bfloat16, what usually causes more
-_TEXT = (Path(__file__).parent / "assets" / "kinds.yaml").read_text(encoding="utf-8")
-KINDS: dict[str, tuple[float, float, str]] = {name: tuple(row) for name, row in yaml.safe_load(_TEXT).items()}
+KINDS: dict[str, tuple[float, float, str]] = {
+    name: tuple(row) for name, row in read_asset(__file__, "kinds.yaml").items()
+}
 _FLOOR = 1e-3  # of the largest gradient of all: what is smaller is rounding
 
 

@@ -28,7 +28,7 @@ from megatron_rl.grading.math_answer import last_boxes
 from megatron_rl.grading.registry import RewardError
 from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.reward.shape import response_text
-from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost
+from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, ServersLost, part_of
 from megatron_rl.types import Rollout
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Evaluator:
         size = min(config.rollout.batch_size, math.ceil(len(keys) / place.world_size)) if embedded else 1
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
         left = [batch for batch in batches if any((problem.id, sample) not in done for problem, sample in batch)]
-        share = left[len(left) * place.rank // place.world_size : len(left) * (place.rank + 1) // place.world_size]
+        share = part_of(left, place.rank, place.world_size)
         requests = [[Request(p.prompt.prompt_id, i, p.prompt.token_ids, sampling) for p, i in batch] for batch in share]
         # servers batch on their own, and want all at once
         return requests if embedded or not requests else [[request for batch in requests for request in batch]]

@@ -4,9 +4,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import yaml
+from megatron_rl.files import read_asset
 
 Same = Callable[[str, str], bool]  # whether a text, as an answer, is the same as a gold one
 
@@ -21,7 +20,7 @@ _COMMANDS_AROUND = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mathtt|mbox|boldsymbol|bm|displaystyle|ensuremath"
     r"|underline|emph)\s*\{"
 )
-SPELLINGS = yaml.safe_load((Path(__file__).parent / "assets" / "latex.yaml").read_text(encoding="utf-8"))
+SPELLINGS = read_asset(__file__, "latex.yaml")
 _FRACTIONS = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _WIDE = "（）［］，；％：＝＜＞＋－．０１２３４５６７８９\u00a0\u2009\u202f\u3000"
 _UNICODE = str.maketrans(

@@ -9,9 +9,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 
-import yaml
+from megatron_rl.files import read_asset
 
 Dimensions = tuple[tuple[str, int], ...]
 
@@ -30,7 +29,7 @@ class Unit:
 
 
 DEGREE = Unit((("degree", 1),))
-_WORDS = yaml.safe_load((Path(__file__).parent / "assets" / "units.yaml").read_text(encoding="utf-8"))
+_WORDS = read_asset(__file__, "units.yaml")
 _ROWS = [
     (name, dimensions, Fraction(size))
     for dimensions, sizes in _WORDS["units"].items()

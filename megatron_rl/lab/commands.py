@@ -57,7 +57,7 @@ def shadow_config(checkpoint: Path, *, one_process: bool) -> Config:
     raw["warm_start"] = None
     raw["loss"]["ref_kl_coef"] = 0.0
     raw["rollout"] |= {"engine": "transformers", "max_staleness": 0}
-    raw["train"]["resume"] = "auto"
+    raw["train"] |= {"resume": "auto", "eval_every": 0, "keep_best": False}
     if one_process:
         raw["parallel"] = {"distributed_optimizer": raw["parallel"]["distributed_optimizer"]}
     return parse_config(raw)

@@ -1,12 +1,10 @@
 """Known problem sets, as assets/presets.yaml states them."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_rl.config.benchmarks import prompts
+from megatron_rl.files import read_asset
 
 
 @dataclass(frozen=True)
@@ -31,5 +29,4 @@ def _preset(stated: dict[str, Any]) -> Preset:
     return replace(preset, suffix=preset.suffix.replace("{suffix}", paper["suffix"]), system=system)
 
 
-_TEXT = (Path(__file__).parent / "assets" / "presets.yaml").read_text(encoding="utf-8")
-PRESETS = {name: _preset(stated) for name, stated in yaml.safe_load(_TEXT).items()}
+PRESETS = {name: _preset(stated) for name, stated in read_asset(__file__, "presets.yaml").items()}

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
+from megatron_rl.files import read_asset
 from megatron_rl.metrics.spans import Collective, StepRecord
 
 ASSETS = Path(__file__).parent / "assets"
-PHASES: dict[str, str] = yaml.safe_load((ASSETS / "phases.yaml").read_text())  # name -> colour, in the order of a step
+PHASES: dict[str, str] = read_asset(__file__, "phases.yaml")  # name -> colour, in the order of a step
 POINT_TO_POINT = ("send", "recv")
 # A rank is a straggler when the others wait for it longer than for a rank on average, by more than this share of a
 # step: where everyone is late now and then nobody is one.

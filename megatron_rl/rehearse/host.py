@@ -39,7 +39,7 @@ from megatron_rl.policy.policy import MegatronPolicy, add_up
 from megatron_rl.profiling.analysis import Cost, RankRecord, summarise
 from megatron_rl.rollout.answers import facts_of
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.rollout.engine import Place, Rounds
+from megatron_rl.rollout.engine import Place, Rounds, part_of
 from megatron_rl.run import Run
 from megatron_rl.train import run_step
 from megatron_rl.types import Lengths, MiniBatch, Prompt, Rollout, TokenStats, UpdateResult
@@ -114,8 +114,7 @@ class _Others:
             groups = [self._rollouts[i : i + self._samples] for i in range(0, len(self._rollouts), self._samples)]
             parts = [list(itertools.chain(*groups[rank :: self._size])) for rank in range(self._size)]
             if self._is_embedded:
-                bounds = [len(self._rollouts) * rank // self._size for rank in range(self._size + 1)]
-                parts = [self._rollouts[a:b] for a, b in itertools.pairwise(bounds)]
+                parts = [part_of(self._rollouts, rank, self._size) for rank in range(self._size)]
             return [(facts_of(part), 0, (0, 0), "") for part in parts]
         if isinstance(value, list):  # hand_out: the tokens that this rank computes; here all come from one rank
             bins = [each.bins[self._layout.dp_rank] for each in deal_step(self._rollouts, self._layout)]

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_rl.files import read_asset
 from megatron_rl.report import figures, spending
 from megatron_rl.report.benchmarks import benchmarks
 from megatron_rl.report.figures import Built, Plot
@@ -27,8 +25,7 @@ DRAWINGS: dict[str, Callable[[Sequence[LoggedRun]], Built]] = {
 
 def sections(runs: Sequence[LoggedRun]) -> list[tuple[str, list[Plot]]]:
     """Return (title, plots) of each section of the report."""
-    text = (Path(__file__).parent / "assets" / "figures.yaml").read_text(encoding="utf-8")
-    plots = {title: list(map(_plot, stated)) for title, stated in yaml.safe_load(text).items()}
+    plots = {title: list(map(_plot, stated)) for title, stated in read_asset(__file__, "figures.yaml").items()}
     plots["Performance"] += benchmarks(runs)
     plots["Updates"] = [*_of_losses(runs), *plots["Updates"]]
     return list(plots.items())

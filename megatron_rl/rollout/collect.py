@@ -29,7 +29,16 @@ from megatron_rl.grading.verdict import Grader, Verdict
 from megatron_rl.metrics.spans import OFF, Spans
 from megatron_rl.reward.shape import check_failures, filter_overlong, graded, response_text, shape_rewards
 from megatron_rl.rollout.answers import facts_of, from_facts
-from megatron_rl.rollout.engine import EngineError, Place, Request, RolloutEngine, SamplingParams, Stream, Taken
+from megatron_rl.rollout.engine import (
+    EngineError,
+    Place,
+    Request,
+    RolloutEngine,
+    SamplingParams,
+    Stream,
+    Taken,
+    part_of,
+)
 from megatron_rl.rollout.measures import busy_times, cost_metrics, is_informative, rollout_metrics, staleness_metrics
 from megatron_rl.rollout.window import Group, Keeps, num_settled, num_to_draw
 from megatron_rl.types import CollectResult, Prompt, Rollout
@@ -238,8 +247,8 @@ class Collector:
         """Have this rank's part of the requests answered: those of its own groups, and of the others an equal,
         contiguous part, so that most groups stay whole and share one prefill."""
         owners = [(request, self._asked[request.prompt_id, request.sample_index].rank) for request in requests]
-        shared, rank, size = [r for r, owner in owners if owner is None], self._place.rank, self._place.world_size
-        mine = shared[len(shared) * rank // size : len(shared) * (rank + 1) // size]
+        shared, rank = [request for request, owner in owners if owner is None], self._place.rank
+        mine = part_of(shared, rank, self._place.world_size)
         if self._stream is None:
             self._stream = self._engine().open(self._begin_grading)
         self._stream.add(mine + [request for request, owner in owners if owner == rank])

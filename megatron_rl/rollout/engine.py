@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Request:
     at_once: bool = False  # it does not wait for room at a server
 
 
+Item = TypeVar("Item")
 Then = Callable[[Request, Rollout], Any]
 
 
@@ -203,6 +204,11 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free everything; the engine is unusable afterwards."""
+
+
+def part_of(items: list[Item], rank: int, world_size: int) -> list[Item]:
+    """Return a rank's part of what all ranks share: contiguous, and as long as the others' but for one."""
+    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,14 +61,10 @@ def num_to_draw(
     """
     judged = [keeps(group.rollouts) for group in groups if group.rollouts]
     under_way = [group for group in groups if not group.rollouts]
-    promised = [1 - len(group.answers) / len(group.requests) for group in under_way if not _differs(group, keeps)]
+    promised = [1 - len(g.answers) / len(g.requests) for g in under_way if not keeps(list(g.answers.values()))]
     chance = (sum(judged) + sum(seen) + _PRIOR) / (len(judged) + len(seen) + _PRIOR)
     missing = wanted - sum(judged) - (len(under_way) - len(promised))
     if missing <= 0:
         return 0
     extra = 0.0 if oversample == "auto" else oversample * wanted
     return max(0, math.ceil(round(missing / chance + extra - sum(promised), 6)))
-
-
-def _differs(group: Group, keeps: Keeps) -> bool:
-    return len(group.answers) > 1 and keeps(list(group.answers.values()))

@@ -258,6 +258,8 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ),
     ({"rollout__top_p": 0.9}, "set top_p=1 and top_k=0, or turn on the correction with loss.rollout_correction"),
     ({"algorithm__max_mismatch": 0.1}, "max_mismatch does nothing with old_logprobs=recompute; remove it, or"),
+    ({"algorithm__old_logprobs_check_every": 3}, "old_logprobs_check_every does nothing with old_logprobs=recompute"),
+    ({"rollout__oversample": 0.2}, "rollout.oversample does nothing without algorithm.dynamic_sampling; enable that"),
     (ROLLOUT | {"rollout__top_p": 0.9}, "with rollout.top_p=0.9, top_k=0: after a cut"),
     (ROLLOUT | {"rollout__top_k": 5}, "set top_p=1 and top_k=0, or set old_logprobs=recompute"),
     (ROLLOUT | {"loss": {"type": "kl_cov", "adaptive_entropy": {}}}, "no pass gives the old policy's entropy"),

@@ -20,7 +20,7 @@ from megatron_rl.eval.commands import evaluation_config
 from megatron_rl.rollout.build import ENGINES
 from megatron_rl.rollout.engine import Place, Request
 from megatron_rl.types import Rollout
-from tests.tiny import HF
+from tests.tiny import HF, answer_to
 
 EOS = "<|endoftext|>"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
@@ -117,20 +117,7 @@ class KnowingEngine:
             self.requests.append(request)
             text = self.answer(self.golds[request.token_ids], request.sample_index)
             tokens = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
-            length = len(request.token_ids) + len(tokens)
-            yield (
-                index,
-                Rollout(
-                    prompt_id=request.prompt_id,
-                    sample_index=request.sample_index,
-                    token_ids=torch.tensor([*request.token_ids, *tokens]),
-                    rollout_logprobs=torch.zeros(length),
-                    sampled=torch.arange(length) >= len(request.token_ids),
-                    finish_reason="stop",
-                    weight_version=0,
-                    spans=((0, len(tokens)),),
-                ),
-            )
+            yield index, answer_to(request, tokens)
 
     def close(self) -> None:
         pass

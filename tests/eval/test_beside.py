@@ -93,7 +93,8 @@ def noting(
         run = runs[-1]
         elsewhere = run.config.logging.model_copy(update={"run_dir": f"{run.config.run_dir}_in_step"})
         config = run.config.model_copy(update={"logging": elsewhere})
-        noted.in_step[num_steps] = evaluate_sets(run.evaluator, run.benchmarks, config, num_steps, run.world)
+        with run.served.session(run.timers):
+            noted.in_step[num_steps] = evaluate_sets(run.evaluator, run.benchmarks, config, num_steps, run.world)
         begin(self, num_steps, logger)
 
     def note_log(self: Any, step: int, metrics: Any, *, late: bool = False) -> None:
@@ -270,6 +271,8 @@ def test_what_cannot_be_is_refused_at_load(tmp_path: Path, changes: dict[str, An
     with pytest.raises(ConfigError) as error:
         parse_config(beside(tmp_path, **changes))
     assert message in str(error.value) and str(error.value).count("\n  - ") == 1
+    with pytest.raises(ConfigError, match="eval.server does nothing without eval.beside=true"):
+        parse_config(beside(tmp_path, eval={"beside": False, "server": {"count": 2}}))
     if changes != {"eval": {"server": {"tp": 3}}}:
         parse_config(beside(tmp_path, **(changes | {"train": {"eval_every": 0}})))  # nothing is evaluated
 

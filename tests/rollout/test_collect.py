@@ -17,6 +17,7 @@ from megatron_rl.rollout.answers import facts_of, from_facts
 from megatron_rl.rollout.collect import CollectError, Collector, CollectStopped, rollout_metrics, sampling_params
 from megatron_rl.rollout.engine import EngineError, Place, RolloutEngine, ServersLost
 from megatron_rl.types import Lengths, Prompt, Rollout
+from tests.tiny import answer_to
 
 HF = {
     "model_type": "qwen2",
@@ -63,16 +64,9 @@ class FakeEngine(RolloutEngine):
             yield index, self.answer(request)
 
     def answer(self, r):
-        return Rollout(
-            prompt_id=r.prompt_id,
-            sample_index=r.sample_index,
-            token_ids=torch.tensor([*r.token_ids, r.prompt_id, r.sample_index, 1]),
-            rollout_logprobs=torch.zeros(len(r.token_ids) + 3),
-            sampled=torch.arange(len(r.token_ids) + 3) >= len(r.token_ids),
-            finish_reason="length" if r.prompt_id == 0 else "stop",
-            weight_version=self.weight_version,
-            spans=((self.weight_version, 3),),
-        )
+        reason = "length" if r.prompt_id == 0 else "stop"
+        tokens = [r.prompt_id, r.sample_index, 1]
+        return answer_to(r, tokens, weight_version=self.weight_version, finish_reason=reason)
 
 
 def no_revival():
@@ -382,37 +376,3 @@ def test_a_broken_engine_ends_the_step_with_its_own_words():
 
     with pytest.raises(EngineError, match="the weights have diverged"):
         collector_of(Broken()).collect(0)
-
-
-@pytest.mark.parametrize("max_staleness", [1, 2])
-def test_rollouts_ahead_are_those_of_the_next_steps_and_the_cursor_waits(max_staleness):
-    order = [p.prompt_id for p in PromptCursor(prompts(40), 3).take(24)]
-    engine = FakeEngine()
-    collector = collector_of(engine, max_staleness=max_staleness)
-    for step in range(6):
-        engine.weight_version = step
-        result = collector.collect(step)
-        assert [p for p, s in ids(result) if s == 0] == order[4 * step : 4 * step + 4]
-        collector.go_ahead(step)
-        collector._meet(0)
-        # a checkpoint here draws the prompts again that are only ahead
-        assert collector.cursor_state()["position"] == 4 * (step + 1)
-        assert len(collector._window) == 4 * min(max_staleness, 5 - step)
-        age = 0 if step == 0 else min(step, max_staleness)
-        assert result.metrics["staleness/max"] == result.metrics["staleness/mean"] == age
-    assert sum(map(len, engine.calls)) == 6 * 12
-    collector.close()
-
-
-def test_rollouts_that_began_too_long_ago_are_asked_for_again():
-    engine = FakeEngine()
-    collector = collector_of(engine, max_staleness=1)
-    collector.collect(0)
-    collector.go_ahead(0)
-    collector._meet(0)
-    engine.weight_version = 3
-    result = collector.collect(3)  # as after steps without generation: what was ahead is of version 0
-    assert {r.weight_version for r in result.rollouts} == {3} and result.metrics["staleness/discarded"] == 12
-    with pytest.raises(EngineError, match="still come from weights before 4"):
-        collector.collect(5)
-    collector.close()

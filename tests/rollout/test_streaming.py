@@ -13,11 +13,13 @@ import torch
 from megatron_rl.data.cursor import PromptCursor
 from megatron_rl.grading.verdict import InProcess
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.rollout.engine import Cost, Place, Request, RolloutEngine, Stream, Taken
+from megatron_rl.rollout.engine import Cost, EngineError, Place, Request, RolloutEngine, Stream, Taken
 from megatron_rl.rollout.measures import is_informative
 from megatron_rl.rollout.window import Group, num_settled, num_to_draw
 from megatron_rl.types import Rollout
-from tests.rollout.test_collect import Tokenizer, make_config, prompts
+from tests.rollout.test_collect import FakeEngine, Tokenizer, ids, make_config, prompts
+from tests.rollout.test_collect import collector_of as waiting_collector
+from tests.tiny import answer_to
 
 WANTED, SAMPLES, SEEDS = 6, 3, 20
 
@@ -72,18 +74,9 @@ class AnyOrderStream(Stream):
 
     def answer(self, request: Request) -> Rollout:
         count = length_of(request.prompt_id, request.sample_index, self.engine.seed)
-        response = [request.prompt_id, request.sample_index, *[5] * count, 1]
-        total = len(request.token_ids) + len(response)
-        return Rollout(
-            prompt_id=request.prompt_id,
-            sample_index=request.sample_index,
-            token_ids=torch.tensor([*request.token_ids, *response]),
-            rollout_logprobs=torch.zeros(total),
-            sampled=torch.arange(total) >= len(request.token_ids),
-            finish_reason="stop",
-            weight_version=self.engine.weight_version,
-            spans=((self.engine.weight_version, len(response)),),
-        )
+        tokens = [request.prompt_id, request.sample_index, *[5] * count, 1]
+        rollout: Rollout = answer_to(request, tokens, weight_version=self.engine.weight_version)
+        return rollout
 
     def is_idle(self) -> bool:
         return not self.under_way
@@ -172,6 +165,40 @@ def test_ahead_of_the_training_no_sample_is_lost_or_doubled() -> None:
         assert seen == [(prompt, sample) for prompt in expected for sample in range(SAMPLES)]
         assert engine.dropped == 0
         collector.close()
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_rollouts_ahead_are_those_of_the_next_steps_and_the_cursor_waits(max_staleness: int) -> None:
+    order = [p.prompt_id for p in PromptCursor(prompts(40), 3).take(24)]
+    engine = FakeEngine()
+    collector = waiting_collector(engine, max_staleness=max_staleness)
+    for step in range(6):
+        engine.weight_version = step
+        result = collector.collect(step)
+        assert [p for p, s in ids(result) if s == 0] == order[4 * step : 4 * step + 4]
+        collector.go_ahead(step)
+        collector._meet(0)
+        # a checkpoint here draws the prompts again that are only ahead
+        assert collector.cursor_state()["position"] == 4 * (step + 1)
+        assert len(collector._window) == 4 * min(max_staleness, 5 - step)
+        age = 0 if step == 0 else min(step, max_staleness)
+        assert result.metrics["staleness/max"] == result.metrics["staleness/mean"] == age
+    assert sum(map(len, engine.calls)) == 6 * 12
+    collector.close()
+
+
+def test_rollouts_that_began_too_long_ago_are_asked_for_again() -> None:
+    engine = FakeEngine()
+    collector = waiting_collector(engine, max_staleness=1)
+    collector.collect(0)
+    collector.go_ahead(0)
+    collector._meet(0)
+    engine.weight_version = 3
+    result = collector.collect(3)  # as after steps without generation: what was ahead is of version 0
+    assert {r.weight_version for r in result.rollouts} == {3} and result.metrics["staleness/discarded"] == 12
+    with pytest.raises(EngineError, match="still come from weights before 4"):
+        collector.collect(5)
+    collector.close()
 
 
 def answer(reward: float) -> Rollout:

@@ -72,14 +72,14 @@ class ServerEngine(RolloutEngine):
             raise EngineError(f"the {self._dialect.name} engine cannot generate: {self._trouble}")
 
     def take_cost(self) -> Cost:
-        """Return what the servers did since this was last asked."""
+        """Return what the servers did since this was last asked; on the loop, where it adds up."""
         cost, self.cost = self.cost, Cost()
-        self._loop.call(lambda: cost.busy.update(self._turns.take_busy()))
+        cost.busy = self._turns.take_busy()
         return cost
 
     def backlog(self) -> tuple[int, int]:
         """Return how many requests wait for room at a server, and the number of servers."""
-        return self._turns.num_waiting, len(self._turns.targets)
+        return self._turns.backlog()
 
     async def complete(self, request: Request) -> Rollout:
         """Return the response, from whichever server; on the loop. Raises: ServersLost when none is left, EngineError.
@@ -154,7 +154,7 @@ class ServerEngine(RolloutEngine):
     def abort(self) -> None:
         """End the running requests of this rank."""
         for stream in list(self._streams):
-            stream.drop()
+            self._loop.submit(stream.cancel()).result()
 
     # --------------------------------------------------------------------------------------------------- weights
 
@@ -296,8 +296,7 @@ class ServerEngine(RolloutEngine):
 
     @override
     def health(self) -> None:
-        if self._trouble:
-            raise EngineError(f"the {self._dialect.name} engine cannot generate: {self._trouble}")
+        self.check()
         self._tell(self._dialect.health)
 
     @override

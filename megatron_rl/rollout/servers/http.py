@@ -89,13 +89,13 @@ class Loop:
         """Run the coroutine on the loop; return a future of its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def call(self, action: Callable[[], None]) -> None:
-        """Do something on the loop's thread, and return when it is done."""
+    def call(self, action: Callable[[], Any]) -> Any:
+        """Return what `action` returns on the loop's thread."""
 
-        async def act() -> None:
-            action()
+        async def act() -> Any:
+            return action()
 
-        self.submit(act()).result()
+        return self.submit(act()).result()
 
     def close(self) -> None:
         """End the session and the thread."""

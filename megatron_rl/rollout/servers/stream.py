@@ -27,7 +27,7 @@ class Answering(Protocol):
         """Return the response; on the event loop. Raises: ServersLost, EngineError."""
 
     def take_cost(self) -> Cost:
-        """Return what the servers did since this was last asked."""
+        """Return what the servers did since this was last asked; on the event loop."""
 
     def backlog(self) -> tuple[int, int]:
         """Return how many requests wait for room at a server, and the number of servers."""
@@ -99,17 +99,18 @@ class ServerStream(Stream):
 
     @override
     def drop(self) -> None:
-        self._loop.submit(self._cancel()).result()
+        self._loop.submit(self.cancel()).result()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._engine.cost.discarded_tokens += self._results.get_nowait()[1]
-                self._under_way -= 1
+        self._under_way = 0
 
     @override
     def cost(self) -> Cost:
-        return self._engine.take_cost()
+        return self._loop.call(self._engine.take_cost)
 
-    async def _cancel(self) -> None:
+    async def cancel(self) -> None:
+        """End all that is under way: who takes it next hears of it, by EngineAborted."""
         for task in (tasks := list(self._tasks)):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

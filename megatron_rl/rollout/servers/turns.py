@@ -92,10 +92,9 @@ class Turns:
         """Take the length of a response into the mean."""
         self._mean_tokens += _MEMORY * (tokens - self._mean_tokens)
 
-    @property
-    def num_waiting(self) -> int:
-        """Return how many requests wait for room."""
-        return len(self._waiting) + sum(len(target.waiting) for target in self.targets)
+    def backlog(self) -> tuple[int, int]:
+        """Return how many requests wait for room, and the number of servers."""
+        return len(self._waiting) + sum(len(target.waiting) for target in self.targets), len(self.targets)
 
     def take_busy(self) -> dict[str, list[tuple[float, float]]]:
         """Return, by the server's address, when it had requests of this rank since this was last asked."""
