@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_rl.config import parse_config
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.lab.commands import METHODS, _checkpoint, _read_methods, shadow_config
 from tests.tiny import rows_of, tiny_raw, train_each
@@ -28,6 +29,15 @@ def _replay(checkpoint: Path, losses: dict[str, Any], one_process: bool) -> dict
         return without_non_finite(replay(config, init_groups(config.parallel, config.seed), checkpoint, losses, 2))
     finally:
         leave_layout()
+
+
+def test_the_step_of_a_run_that_evaluates_beside_training_is_replayed_without_servers(tmp_path: Path) -> None:
+    from tests.eval.test_beside import beside
+
+    raw = beside(tmp_path, train={"keep_best": True}, data={"eval_path": "x"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(parse_config(raw).model_dump(mode="json")))
+    config = shadow_config(tmp_path, one_process=True)
+    assert config.rollout.is_embedded and config.eval.beside and not config.train.eval_every
 
 
 def test_shadow_replays_the_runs_next_step(worlds: Worlds, tmp_path: Path) -> None:
