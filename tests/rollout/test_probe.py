@@ -22,6 +22,8 @@ def _probe(parallel: dict[str, Any]) -> list[str]:
     answers = []
     with policy_of(make_config(None, parallel=parallel)) as policy:
         engine = TransformersEngine(HF, dtype=torch.float32, device=torch.device("cpu"), batch_size=8)
+        stream_of, asked = engine.stream, list[Any]()
+        engine.stream = lambda requests: (asked.extend(requests), stream_of(requests))[1]  # type: ignore[method-assign]
         layout = Layout.of(policy.config, policy.groups)
         prompts = [Prompt(i, tuple(range(1, 3 + i)), "", "") for i in range(3)]
         for scale in (1.0, 1.5):
@@ -32,6 +34,7 @@ def _probe(parallel: dict[str, Any]) -> list[str]:
                 answers.append("accepted")
             except EngineError as error:
                 answers.append(str(error))
+    assert asked and all(request.at_once for request in asked)  # before what runs ahead of the training
     return answers
 
 

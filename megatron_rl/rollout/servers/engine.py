@@ -136,7 +136,8 @@ class ServerEngine(RolloutEngine):
         except asyncio.CancelledError:
             await self._quietly_abort(server, rid)
             with contextlib.suppress(EngineError, TimeoutError):
-                self.cost.discarded_tokens += len((await asyncio.wait_for(answer, _ENDED_SECONDS)).token_ids)
+                ended = await asyncio.wait_for(answer, _ENDED_SECONDS)  # a sum would be read before the wait
+                self.cost.discarded_tokens += len(ended.token_ids)
             raise
 
     async def _look_after(self, target: Target, error: EngineError) -> None:

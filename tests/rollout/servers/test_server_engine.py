@@ -4,7 +4,9 @@ test_servers.py and test_server_faults.py."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -218,6 +220,38 @@ def test_abort_ends_a_running_stream(engine_of: Any) -> None:
     threading.Timer(0.2, engine.abort).start()
     with pytest.raises(EngineAborted):
         engine.generate(requests(3))
+
+
+def test_the_tokens_of_what_is_dropped_are_counted_those_that_came_and_those_that_were_begun(engine_of: Any) -> None:
+    ended = threading.Event()
+
+    def answers(request: Request, _: int) -> Completion | float:
+        return dataclasses.replace(whole(request, 0), cached_tokens=1) if request.prompt_id == 0 else 60.0
+
+    engine = engine_of({"http://a": answers})
+    generate = engine._dialect.generate
+
+    async def until_ended(*arguments: Any, **options: Any) -> Completion:
+        answer = asyncio.ensure_future(generate(*arguments, **options))
+        while not (answer.done() or ended.is_set()):
+            await asyncio.sleep(0.01)
+        return answer.result() if answer.done() else Completion([1, 2], [-1.0, -1.0], "abort", None)
+
+    async def abort(server: Any, rid: str) -> None:
+        ended.set()
+
+    engine._dialect.generate, engine._dialect.abort = until_ended, abort
+    stream = engine.open(lambda request, rollout: rollout)
+    stream.add(requests(3))
+    while stream._results.empty():
+        time.sleep(0.01)
+    assert not stream.is_idle()
+    stream.drop()
+    cost = stream.cost()
+    assert stream.is_idle() and stream.take(0.0).finished == []
+    # a response of three tokens that nobody took, and two tokens of each of two that were ended
+    assert (cost.discarded_tokens, cost.prompt_tokens, cost.cached_tokens) == (3 + 2 * 2, 2, 1)
+    assert stream.cost().discarded_tokens == 0
 
 
 def test_weights_that_a_server_does_not_report_are_an_error(engine_of: Any) -> None:
