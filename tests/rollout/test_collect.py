@@ -330,11 +330,11 @@ def test_evaluation():
         collector.evaluate([])
 
 
-def collector_of(engine, revive=no_revival, steps=6, **rollout):
+def collector_of(engine, revive=no_revival, steps=6, num_prompts=40, **rollout):
     raw = {"engine": "sglang", "samples_per_prompt": 3, "max_response_tokens": 8} | rollout
     loss = {"type": "ppo_clip", "rollout_correction": {"cap": 2.0}}
     config = make_config(rollout=raw, loss=loss, train=TRAIN | {"num_steps": steps})
-    cursor, place = PromptCursor(prompts(40), 3), Place(0, 1, 0, lambda local: [local])
+    cursor, place = PromptCursor(prompts(num_prompts), 3), Place(0, 1, 0, lambda local: [local])
     return Collector(lambda: engine, cursor, InProcess([odd_prompts_learn]), Tokenizer(), config, place, revive)
 
 

@@ -201,6 +201,19 @@ def test_rollouts_that_began_too_long_ago_are_asked_for_again() -> None:
     collector.close()
 
 
+def test_a_prompt_that_comes_again_may_be_too_old_again() -> None:
+    engine = FakeEngine()
+    collector = waiting_collector(engine, max_staleness=1, steps=99, num_prompts=8)
+    for step in range(0, 15, 3):  # each time what is ahead is of the version three steps before
+        engine.weight_version = step
+        result = collector.collect(step)
+        assert {r.weight_version for r in result.rollouts} == {step}
+        assert result.metrics["staleness/discarded"] == (12 if step else 0)
+        collector.go_ahead(step)
+        collector._meet(0)
+    collector.close()
+
+
 def answer(reward: float) -> Rollout:
     return Rollout(0, 0, *[torch.zeros(1)] * 3, "stop", 0, score=reward, reward=reward)
 
