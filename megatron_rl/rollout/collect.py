@@ -150,13 +150,16 @@ class Collector:
             settled = list(itertools.takewhile(bool, (group.rollouts for group in window)))
             if len(settled) >= most:
                 raise CollectError(_shortage(settled, self._keeps, config))
-            more = min(num_to_draw(window, wanted, self._keeps, config.rollout.oversample), most - len(window))
-            more = min(more, self._num_due) if window else more
+            need = min(num_to_draw(window, wanted, self._keeps, config.rollout.oversample), most - len(window))
+            # a server that waits while the last responses of the step come begins what later steps train on
+            more = min(need if need > 0 else self._num_ahead(step, step), self._num_due if window else need)
             if more > 0:
                 if window and any(self._place.gather(launch.stop_requested(config.run_dir))):
-                    kept = sum(map(self._keeps, settled))
-                    raise CollectStopped(f"stopped in step {step + 1}, which had kept {kept} of {len(window)} prompts")
-                self._draw(more, step)
+                    more = 0  # what is under way may suffice
+                    if need > 0:
+                        had = f"{sum(map(self._keeps, settled))} of {len(window)} prompts"
+                        raise CollectStopped(f"stopped in step {step + 1}, which had kept {had}")
+                self._draw(more, step if need > 0 else step + 1)
             num_stale += self._meet(oldest)
             judged = [group.rollouts for group in window if group.rollouts]
             if len(judged) >= max(wanted, num_judged + 1):
@@ -167,14 +170,20 @@ class Collector:
     def go_ahead(self, step: int) -> None:
         """Start generating for the steps after `step`, as far as `max_staleness` and the run's length allow; with the
         weights of `step`. Call it once the step's own rollouts are there."""
+        if more := self._num_ahead(step, step + 1):
+            self._draw(more, step + 1)
+
+    def _num_ahead(self, step: int, first: int) -> int:
+        """How many more prompts the window needs for the steps from `first` to the last that may train on weights of
+        `step`."""
         config = self._config
-        steps = min(config.rollout.max_staleness, config.train.num_steps - 1 - step)
-        if steps > 0:
-            # no margin: what would be left over may be too old for the step after
-            wanted = steps * config.train.prompts_per_step
-            more = num_to_draw(self._window, wanted, self._keeps, seen=self._seen)
-            if more and len(self._window) < len(self.cursor.prompts):
-                self._draw(more, step + 1)
+        last = min(step + config.rollout.max_staleness, config.train.num_steps - 1)
+        if last == step or len(self._window) >= len(self.cursor.prompts):
+            return 0
+        # no margin: what would be left over may be too old for the step after
+        return num_to_draw(
+            self._window, (last + 1 - first) * config.train.prompts_per_step, self._keeps, seen=self._seen
+        )
 
     def cursor_state(self) -> dict[str, int]:
         """The cursor for a checkpoint between steps: rollouts ahead are not saved, their prompts are drawn again."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_rl import launch
 from megatron_rl.data.cursor import PromptCursor
 from megatron_rl.grading.verdict import InProcess
 from megatron_rl.rollout.collect import Collector
@@ -39,7 +40,7 @@ class AnyOrder(RolloutEngine):
 
     def __init__(self, seed: int, losses: float = 0.0) -> None:
         self.seed, self.losses, self.asked, self.answered = seed, losses, Counter[Any](), Counter[Any]()
-        self.weight_version, self.dropped = 0, 0
+        self.weight_version, self.dropped, self.num_hungry = 0, 0, 0
 
     def open(self, then: Any) -> Stream:
         return AnyOrderStream(self, then)
@@ -61,6 +62,7 @@ class AnyOrderStream(Stream):
 
     def take(self, seconds: float) -> Taken:
         taken = Taken()
+        self.engine.num_hungry += len(self.under_way) < 7
         for key, entry in list(self.under_way.items())[:7]:  # seven at a time
             entry[1] -= self.random.randrange(3)
             if entry[1] <= 0:
@@ -100,7 +102,9 @@ def batches_in_drawn_order(cursor: PromptCursor, seed: int) -> list[int]:
     return [prompt for prompt in drawn if teaches(prompt, seed)][:WANTED]
 
 
-def collector_of(engine: RolloutEngine, seed: int, revived: list[int], **rollout: Any) -> Collector:
+def collector_of(
+    engine: RolloutEngine, seed: int, revived: list[int], dynamic: bool = True, **rollout: Any
+) -> Collector:
     def score(response: str, answer: str) -> float:
         prompt, sample = map(int, response.split()[:2])
         return float(teaches(prompt, seed) and sample == 0)
@@ -108,7 +112,7 @@ def collector_of(engine: RolloutEngine, seed: int, revived: list[int], **rollout
     raw = {"engine": "sglang", "samples_per_prompt": SAMPLES, "max_response_tokens": 8, **rollout}
     loss = {"type": "ppo_clip", "rollout_correction": {"cap": 2.0}}
     train = {"prompts_per_step": WANTED, "prompts_per_minibatch": WANTED, "num_steps": 9}
-    config = make_config(True, 10, rollout=raw, train=train, loss=loss)
+    config = make_config(dynamic, 10, rollout=raw, train=train, loss=loss)
     place = Place(0, 1, 0, lambda local: [local])
     cursor = PromptCursor(prompts(90), seed)
     return Collector(lambda: engine, cursor, InProcess([score]), Tokenizer(), config, place, lambda: revived.append(1))
@@ -165,6 +169,21 @@ def test_ahead_of_the_training_no_sample_is_lost_or_doubled() -> None:
         assert seen == [(prompt, sample) for prompt in expected for sample in range(SAMPLES)]
         assert engine.dropped == 0
         collector.close()
+
+
+def test_while_the_last_responses_of_a_step_come_the_next_step_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, stops = AnyOrder(0), [False]
+    monkeypatch.setattr(launch, "stop_requested", lambda run_dir: stops[0])
+    collector = collector_of(engine, 0, [], dynamic=False, max_staleness=1)
+    for step in range(4):
+        engine.weight_version = step
+        collector.collect(step)
+        assert len(collector._window) > 1
+        collector.go_ahead(step)
+    assert engine.num_hungry == 0  # of seven slots
+    stops[0] = True  # what the step has drawn is finished, and nothing is begun
+    assert len(collector.collect(4).rollouts) == WANTED * SAMPLES and not collector._window
+    collector.close()
 
 
 @pytest.mark.parametrize("max_staleness", [1, 2])
