@@ -174,8 +174,8 @@ class Collector:
             self._draw(more, step + 1)
 
     def _num_ahead(self, step: int, first: int) -> int:
-        """How many more prompts the window needs for the steps from `first` to the last that may train on weights of
-        `step`."""
+        """Return the number of prompts that the window lacks for the steps from `first` to the last that may train on
+        weights of `step`."""
         config = self._config
         last = min(step + config.rollout.max_staleness, config.train.num_steps - 1)
         if last == step or len(self._window) >= len(self.cursor.prompts):
