@@ -80,7 +80,7 @@ def measure_all(folder: Path, side: str, *, are_all: bool) -> None:
     for name, config in configs.items():
         target = folder / side / name
         try:
-            measure(config, dict(read_hf_config(config.model)), groups, target)
+            measure(config, dict(read_hf_config(config.model)), groups, target, resumes=target)
         except Exception as error:  # of one case; the others go on
             target.mkdir(parents=True, exist_ok=True)
             (target / "error.txt").write_text(f"{type(error).__name__}: {error}")
