@@ -9,10 +9,15 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -q
 GPU_VENV := .venv-gpu
 
-.PHONY: demo test test-all test-engines test-slurm test-te test-gpu test-gpu-wheels engines gpu gpu-one gpu-engine-sglang gpu-engine-vllm lint clean
+.PHONY: demo demo-smollm2 test test-all test-engines test-slurm test-te test-gpu test-gpu-wheels engines gpu gpu-one gpu-engine-sglang gpu-engine-vllm lint clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
+
+# fetches a real model of 135M parameters, 93 MB, when models/smollm2_135m is not there
+demo-smollm2: $(READY)
+	$(BIN)/python scripts/get_smollm2.py
+	$(BIN)/python scripts/demo.py smollm2_135m
 
 test: lint
 	$(PYTEST) -m "not slow and not engines and not slurm and not te"

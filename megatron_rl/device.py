@@ -312,22 +312,27 @@ def decoding_multiple() -> int:
 
 
 def fast_linear_layers(model: torch.nn.Module) -> None:
-    """Let a model that only infers take, on a CPU, the matrix products of kernels/linear_cpu.py."""
+    """Let a Hugging Face model that only infers take, on a CPU, the matrix products of kernels/linear_cpu.py."""
     if not ON_GPU:
         from megatron_rl.kernels import linear_cpu
 
         linear_cpu.use_in(model)
 
 
+def float32_activations(asked: str, dtype: torch.dtype) -> bool:
+    """Return whether a bfloat16 model's activations are float32 here, see kernels/linear_cpu.py. `asked`:
+    model.activations."""
+    return asked == "auto" and dtype == torch.bfloat16 and not ON_GPU
+
+
 def float32_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `x @ weight.T` of bfloat16 `[T, K]`, `[N, K]`, its sums in float32, into `out` where it is given."""
+    """Return `x @ weight.T` of bfloat16 `[T, K]`, `[N, K]`, its sums in float32, into `out` where it is given. On a CPU
+    x may be float32."""
     if x.is_cuda or REHEARSES:  # an operator that torch has for CUDA alone, since 2.8
         return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
     from megatron_rl.kernels import linear_cpu
 
-    out = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32) if out is None else out
-    linear_cpu.float32_product(x, weight, out)
-    return out
+    return linear_cpu.precise_product(x, weight, out)
 
 
 def has_transformer_engine() -> bool:

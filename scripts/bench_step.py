@@ -5,6 +5,10 @@ python scripts/bench_step.py --trl /path/to/python.
 TRL lives in an environment of its own: python -m venv trl && trl/bin/pip install trl==1.16.0 torch==2.13.0 (the build
 of torch that this project runs on, so that both compute with the same kernels).
 
+--model FOLDER takes any Hugging Face model instead, with the problems of --config (configs/smollm2_135m.yaml: model and
+problems come from scripts/get_smollm2.py) and responses of exactly --tokens tokens, and says what the processor could
+do: the forward and backward passes at the rate of its matrix products, decoding at the rate at which it reads weights.
+
 --before CHECKOUT... measures earlier versions of this project as well, by turns, each with its own quickstart:
 git worktree add /tmp/before COMMIT; python scripts/bench_step.py --layouts "ours dp2" --before /tmp/before
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -63,7 +68,10 @@ def main() -> None:
         "--before", type=Path, nargs="+", default=[], help="checkouts of earlier versions of this project"
     )
     parser.add_argument("--width", type=int, default=1, help="times the quickstart's hidden and intermediate size")
-    parser.add_argument("--model", type=Path, help="folder of such a model, warmed; made when not given")
+    parser.add_argument("--model", type=Path, help="Hugging Face folder of another model")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="whose problems and batches; with --model")
+    parser.add_argument("--tokens", type=int, help="of every response; with --model")
+    parser.add_argument("--set", nargs="*", default=[], help="a.b=c, for both sides; model.dtype=float32 for instance")
     parser.add_argument("--trl-worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.trl_worker:
@@ -75,7 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = options.model.resolve() if options.model else warmed_model(folder, options.width)
-        task = write_task(folder, model, options.warmup + options.steps)
+        task = write_task(folder, model, options)
         roots = [ROOT, *(path.resolve() for path in options.before)]
         # earlier versions know not all of the other one's options
         compared = [layout for layout in OVERRIDES if layout != "ours dp2 bare"]
@@ -93,10 +101,10 @@ def main() -> None:
                     else run_trl(out, layout, task, os.path.abspath(options.trl))
                 )
                 rows[name] += found[options.warmup :]
-            show(rows, task["samples"])  # after every round: an interrupted run has shown the rounds it finished
+            show(rows, task)  # after every round: an interrupted run has shown the rounds it finished
 
 
-def show(rows: dict[str, list[dict[str, float]]], samples: int) -> None:
+def show(rows: dict[str, list[dict[str, float]]], task: dict[str, Any]) -> None:
     """Medians over the measured steps of all rounds; `rows`: seconds by phase, `total` among them, and `tokens`, the
     mean length of the responses."""
     for layout, steps in rows.items():
@@ -105,9 +113,46 @@ def show(rows: dict[str, list[dict[str, float]]], samples: int) -> None:
         quarters = statistics.quantiles([step["total"] for step in steps], n=4)
         phases = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
         print(
-            f"{layout}: {samples / total:.0f} samples/s; step {total:.3f} s (middle half {quarters[0]:.3f} to "
+            f"{layout}: {task['samples'] / total:.0f} samples/s; step {total:.3f} s (middle half {quarters[0]:.3f} to "
             f"{quarters[2]:.3f}, {len(steps)} steps): {phases}; {length:.1f} tokens a response"
         )
+    passes, decoding = task["limit"]
+    print(
+        f"limit of {task['processor']}: {passes:.3f} s for forward and backward passes, {decoding:.3f} s for decoding"
+    )
+
+
+def limits(task: dict[str, Any], prompt_tokens: float) -> tuple[float, float]:
+    """Seconds of a step, when its passes ran at the rate of large matrix products on all cores, every prompt computed
+    once, and decoding at the rate at which two processes read their weights."""
+    import torch
+
+    from megatron_rl.models.architecture import resolve_hf_config
+    from megatron_rl.plan.shapes import forward_flops, matrix_parameters, shape_of
+
+    shape = shape_of(resolve_hf_config(json.loads((Path(task["model"]) / "config.json").read_text())).to_dict())
+    samples, length, dtype = task["samples"], task["max_response_tokens"], getattr(torch, task["dtype"])
+    tokens = prompt_tokens * samples / task["samples_per_prompt"] + samples * length
+    flops = 3 * tokens * sum(forward_flops(shape, prompt_tokens + length / 2))
+    torch.set_num_threads(os.cpu_count() or 1)
+    a, many = torch.ones(2048, 2048, dtype=dtype), torch.ones(2**28, dtype=torch.uint8).view(torch.int64)
+    product = min(timed(lambda: a @ a) for _ in range(9))
+    reading = min(timed(many.sum) for _ in range(9))
+    weights = sum(matrix_parameters(shape)) * dtype.itemsize * 2  # of two processes
+    return flops / (2 * 2048**3 / product), length * weights / (2**28 / reading)
+
+
+def timed(function: Any) -> float:
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def processor() -> str:
+    """Its name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "this processor")
 
 
 def warmed_model(folder: Path, width: int) -> Path:
@@ -124,7 +169,7 @@ def warmed_model(folder: Path, width: int) -> Path:
     return folder / "warm" / "hf"
 
 
-def write_task(folder: Path, model: Path, steps: int) -> dict[str, Any]:
+def write_task(folder: Path, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What both trainers are asked to do, as plain data, with the prompts in the order in which ours draws them."""
     sys.path.insert(0, str(ROOT))
     from megatron_rl.config import load_config
@@ -132,12 +177,23 @@ def write_task(folder: Path, model: Path, steps: int) -> dict[str, Any]:
     from megatron_rl.data.problems import load_prompts
     from megatron_rl.data.tokenizer import build_tokenizer
 
-    config = load_config(ROOT / CONFIG)
+    overrides = list(options.set)
+    if options.model:
+        # a token that no policy samples: both sides are asked for the same lengths
+        unused = json.loads((model / "config.json").read_text())["vocab_size"] - 1
+        overrides += [f"model.path={model}", f"rollout.stop_token_ids=[{unused}]", "train.share_prompts=auto"]
+        overrides += [f"rollout.max_response_tokens={options.tokens}"] if options.tokens else []
+    config, steps = load_config(options.config, overrides), options.warmup + options.steps
     tokenizer = build_tokenizer(config)
     cursor = PromptCursor(load_prompts(config, tokenizer).train, config.seed)
     prompts = [prompt for _ in range(steps) for prompt in cursor.take(config.train.prompts_per_step)]
+    reward = config.reward
     task = {
         "model": str(model),
+        "config": str(options.config),
+        "overrides": overrides,
+        "fixed": bool(options.model),
+        "dtype": config.model.dtype,
         "steps": steps,
         "updates": config.minibatches_per_step,
         "samples": config.train.prompts_per_step * config.rollout.samples_per_prompt,
@@ -147,8 +203,12 @@ def write_task(folder: Path, model: Path, steps: int) -> dict[str, Any]:
         "eps": [config.loss.eps_low, config.loss.eps_high],  # type: ignore[union-attr]
         "optimizer": config.optimizer.model_dump(),
         "seed": config.seed,
+        "reward": [reward.function, reward.regex.model_dump() if reward.regex else {}],
         "rows": [{"prompt": tokenizer.decode(p.token_ids), "answer": p.answer} for p in prompts],
+        "processor": processor(),
     }
+    mean = statistics.fmean(len(prompt.token_ids) for prompt in prompts)
+    task["limit"] = limits(task, mean)
     (folder / "task.json").write_text(json.dumps(task))
     return task
 
@@ -156,7 +216,9 @@ def write_task(folder: Path, model: Path, steps: int) -> dict[str, Any]:
 def run_ours(out: Path, layout: str, task: dict[str, Any], root: Path) -> list[dict[str, float]]:
     """Seconds of each step by phase, with the code of the checkout `root`."""
     overrides = [f"model.path={task['model']}", "model.hf_config=null", "warm_start=null", *OVERRIDES[layout]]
-    train_ours(out, [*overrides, f"train.num_steps={task['steps']}"], threads=LAYOUTS[layout][1], root=root)
+    overrides += [*task["overrides"], f"train.num_steps={task['steps']}"]
+    config = (ROOT if task["fixed"] else root) / task["config"]
+    train_ours(out, overrides, threads=LAYOUTS[layout][1], root=root, config=config)
     rows = []
     for line in (out / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
@@ -166,10 +228,10 @@ def run_ours(out: Path, layout: str, task: dict[str, Any], root: Path) -> list[d
     return rows
 
 
-def train_ours(out: Path, overrides: list[str], threads: int, root: Path) -> None:
-    """One run of the quickstart without evaluation or checkpoints."""
+def train_ours(out: Path, overrides: list[str], threads: int, root: Path, config: Path | None = None) -> None:
+    """One run of a config, by default the quickstart, without evaluation or checkpoints."""
     quiet = ["train.eval_every=0", "train.save_final=false", "logging.tensorboard=false", f"logging.run_dir={out}"]
-    command = [sys.executable, "-m", "megatron_rl", "train", str(root / CONFIG), *quiet, *overrides]
+    command = [sys.executable, "-m", "megatron_rl", "train", str(config or root / CONFIG), *quiet, *overrides]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     call(command, out, {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}, root)
 
@@ -200,7 +262,7 @@ def train_trl(out: Path) -> None:
     """One rank of TRL's trainer, in its environment. A phase is what a method of the trainer takes; grading, forward
     and backward of the updates, and the optimizer are the rest of a step."""
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     task = json.loads((out.parent / "task.json").read_text())
@@ -214,16 +276,20 @@ def train_trl(out: Path) -> None:
             if state.global_step % task["updates"] == 0:
                 clock.lap()
 
-    grade = countdown()
+    grade = verifier(*task["reward"])
 
     def reward(completions: list[str], answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         clock.lengths += map(len, completion_ids)
         with clock("reward"):
             return [grade(response, a) for response, a in zip(completions, answer, strict=True)]
 
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=f"{task['model']}/tokenizer.json", pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
+    if task["fixed"]:
+        tokenizer = AutoTokenizer.from_pretrained(task["model"], padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.chat_template = None  # the prompts are rendered
+    else:
+        names = {"pad_token": "<pad>", "eos_token": "<eos>", "padding_side": "left"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{task['model']}/tokenizer.json", **names)
     trainer = GRPOTrainer(
         task["model"], reward, GRPOConfig(**trl_options(task, out)), Dataset.from_list(task["rows"]), None, tokenizer
     )
@@ -239,14 +305,16 @@ def train_trl(out: Path) -> None:
 
 
 def trl_options(task: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The task in TRL's words, and what makes it fastest here: float32, no recomputation, nothing saved."""
+    """The task in TRL's words, and what makes it fastest here: no recomputation, nothing saved."""
     optimizer, size = task["optimizer"], int(os.environ.get("WORLD_SIZE", "1"))
+    fixed = {"min_new_tokens": task["max_response_tokens"]} if task["fixed"] else {}
     return {
         "output_dir": str(out),
         "use_cpu": True,
-        "bf16": False,
+        "bf16": task["dtype"] == "bfloat16",
+        "generation_kwargs": fixed,
         "gradient_checkpointing": False,
-        "model_init_kwargs": {"dtype": "float32"},
+        "model_init_kwargs": {"dtype": "float32"},  # the weights that Adam moves; bf16 is autocast
         "per_device_train_batch_size": task["samples"] // task["updates"] // size,
         "steps_per_generation": task["updates"],
         "num_generations": task["samples_per_prompt"],
@@ -273,13 +341,13 @@ def trl_options(task: dict[str, Any], out: Path) -> dict[str, Any]:
     }
 
 
-def countdown() -> Any:
+def verifier(name: str, options: dict[str, Any]) -> Any:
     """The project's verifier, from its file: the rest of the project does not import in TRL's environment."""
     spec = importlib.util.spec_from_file_location("rules", ROOT / "megatron_rl" / "grading" / "rules.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.countdown
+    return functools.partial(getattr(module, name), **options)
 
 
 class Clock:

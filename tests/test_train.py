@@ -165,6 +165,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "dp2": ({"parallel": LAYOUTS["dp2"], "loss": CLIP_COV}, SELECTED),
     "pp2": ({"parallel": LAYOUTS["pp2"], "loss": CLIP_COV | REFERENCE}, [*SELECTED, "loss/ref_kl"]),
     "sp": ({"parallel": {"sp": True}, "loss": KL_COV}, SELECTED),
+    "bfloat16": ({"model": {"dtype": "bfloat16"}, "parallel": {"sp": True}}, []),
+    "bfloat16_pp2": ({"model": {"dtype": "bfloat16"}, "parallel": LAYOUTS["pp2"]}, []),
 }
 
 

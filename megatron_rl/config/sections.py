@@ -72,6 +72,10 @@ class ModelConfig(Section):
     0.06 nats and more hide the sign of logprobs - old_logprobs; model: bfloat16; auto: float32 where the
     log-probabilities of two policies are compared: several updates a step, a correction, a reference."""
 
+    activations: Literal["auto", "model"] = "auto"
+    """auto: on a CPU, what is between a bfloat16 model's products is float32, so that trainer and embedded engine agree
+    to 1e-4 nats; model: bfloat16, as on a GPU."""
+
     megatron: dict[str, Any] = {}
     """Fields of Megatron's TransformerConfig by name, passed as they are: docs/models.md."""
 

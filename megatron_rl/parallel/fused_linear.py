@@ -38,7 +38,7 @@ def linear_stats(
 
     Args:
         hidden: the same on all ranks of `shard.group`. Its gradient is this shard's part: sum it over that group.
-        weight: this rank's rows, of hidden's dtype.
+        weight: this rank's rows, of hidden's dtype, or bfloat16 beside float32 on a CPU.
         labels, temperature, with_sum_p2: as in `vocab_parallel_stats`.
         chunk_tokens: tokens whose logits exist at once; None: as many as make 2^26 logits.
         float32_logits: of bfloat16 inputs, the logits are float32.
@@ -48,10 +48,11 @@ def linear_stats(
 
     Raises: ValueError for shapes, labels or a temperature that cannot work.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
+    mixed = hidden.dtype != weight.dtype and hidden.dtype != torch.float32
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or mixed:
         raise ValueError(
             f"hidden: got shape {tuple(hidden.shape)}, {hidden.dtype}, weight {tuple(weight.shape)}, {weight.dtype}; "
-            "expected [T, H] and [V, H] of one dtype"
+            "expected [T, H] and [V, H] of one dtype, or hidden in float32"
         )
     check_labels(labels, hidden.shape[0])
     check_temperature(temperature)
@@ -115,14 +116,15 @@ class _LinearStats(torch.autograd.Function):
             write_gradient(gradient, columns[chunk], ctx.real_columns, maximum[chunk], *chunk_factors, ctx.temperature)
             gradient = gradient.to(weight.dtype)
             if grad_hidden is not None:
-                torch.mm(gradient, weight, out=grad_hidden[chunk])
+                _write_product(grad_hidden[chunk], gradient, weight)
             if grad_weight is not None:
-                _add_product(grad_weight, gradient, hidden[chunk])
+                _add_product(grad_weight, gradient, hidden[chunk].to(weight.dtype))
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *nothing
 
 
 def float32_linear(hidden: Float[Tensor, "T H"], weight: Float[Tensor, "V H"]) -> Float[Tensor, "T V"]:
-    """Return `hidden @ weight.T` in float32 from bfloat16 inputs; the gradients of both are bfloat16."""
+    """Return `hidden @ weight.T` in float32 from bfloat16 inputs, or on a CPU from float32 and bfloat16; the gradients
+    have their types."""
     logits: Tensor = _Float32Linear.apply(hidden, weight)  # type: ignore[no-untyped-call]
     return logits
 
@@ -143,11 +145,12 @@ class _Float32Linear(torch.autograd.Function):
         if grad_hidden is not None:
             rows = max(1, _ROUNDED_ELEMENTS // max(1, gradient.shape[1]))
             for part, out in zip(gradient.split(rows), grad_hidden.split(rows), strict=True):
-                torch.mm(part.to(weight.dtype), weight, out=out)
+                _write_product(out, part.to(weight.dtype), weight)
         if grad_weight is not None:
+            hidden = hidden.to(weight.dtype)
             columns = max(1, _ROUNDED_ELEMENTS // max(1, gradient.shape[0]))
             for part, out in zip(gradient.split(columns, dim=1), grad_weight.split(columns), strict=True):
-                torch.mm(part.to(hidden.dtype).t(), hidden, out=out)
+                torch.mm(part.to(weight.dtype).t(), hidden, out=out)
         return grad_hidden, grad_weight
 
 
@@ -157,9 +160,16 @@ def _chunk_of_logits(hidden: Tensor, weight: Tensor, chunk_tokens: int, dtype: t
 
 def _product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     out = out[: hidden.shape[0]]
-    if out.dtype == hidden.dtype:
+    if out.dtype == weight.dtype:
         return torch.mm(hidden, weight.t(), out=out)
     return device.float32_product(hidden, weight, out)
+
+
+def _write_product(out: Tensor, gradient: Tensor, weight: Tensor) -> None:
+    if out.dtype == weight.dtype:
+        torch.mm(gradient, weight, out=out)
+    else:
+        device.float32_product(gradient, weight.t(), out)
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:

@@ -95,6 +95,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfig:
     """Megatron's description of the architecture and the layout."""
     dtype, parallel, layers = DTYPES[config.model.dtype], config.parallel, device.layers(config.model.layers)
+    float32_activations = device.float32_activations(config.model.activations, dtype)
     if faults := context_faults(config, layers):
         raise ConfigError(faults[0])
     options: dict[str, Any] = dict(
@@ -121,7 +122,8 @@ def transformer_config(hf: PretrainedConfig, config: Config) -> TransformerConfi
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sp,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
+        pipeline_dtype=torch.float32 if float32_activations else dtype,
+        fp32_residual_connection=float32_activations,  # from the embedding on; all that follows takes its type
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,  # divides by the global count once, after all micro-batches and ranks
         # Megatron marks a weight as tensor-parallel while it initialises it; without the mark its gradient norm counts

@@ -13,6 +13,7 @@ import torch
 from megatron_rl.config import Config
 from megatron_rl.convert.disk import remove
 from megatron_rl.convert.model_files import Described, policy_files, write_files
+from megatron_rl.device import float32_activations
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine
 from megatron_rl.rollout.servers import weight_sync
@@ -100,12 +101,14 @@ def _channel(config: Config, setup: EngineSetup, dialect: Dialect, loop: Loop, f
 def _transformers(config: Config, setup: EngineSetup) -> RolloutEngine:
     from megatron_rl.rollout.transformers import TransformersEngine
 
+    dtype = getattr(torch, config.model.dtype)
     return TransformersEngine(
         setup.hf.to_dict(),
-        dtype=getattr(torch, config.model.dtype),
+        dtype=dtype,
         device=setup.device,
         batch_size=config.rollout.batch_size,
         float32_logits=config.float32_logits,
+        float32_activations=float32_activations(config.model.activations, dtype),
     )
 
 

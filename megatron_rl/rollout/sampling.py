@@ -34,26 +34,23 @@ def sample_tokens(
 def _sample_block(
     logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    scaled = logits.double() / (temperature or 1.0)
-    logprobs = torch.log_softmax(scaled, dim=-1)
+    scaled = logits.double()
+    if temperature not in (0.0, 1.0):
+        scaled.div_(temperature)
+    scaled.sub_(scaled.amax(-1, keepdim=True))
+    weights = scaled.exp()
     if temperature == 0:
-        tokens = logits.argmax(dim=-1)
+        tokens, total = logits.argmax(-1, keepdim=True), weights.sum(-1, keepdim=True)
     else:
-        probs = logprobs.exp()
         if top_p < 1 or top_k > 0:
-            probs = _truncate(probs, top_p, top_k)
-            logprobs = logprobs - probs.sum(dim=-1, keepdim=True).log()
-        tokens = _inverse_cdf(probs, uniform)
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0].float()
-
-
-def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    cdf = cumsum(probs)
-    total = cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
-    # a product rounded up to the total would fall behind the last token that has mass
-    last = (cdf < total).sum(dim=-1, keepdim=True)
-    return torch.minimum(tokens, last)[:, 0]
+            scaled.sub_(weights.sum(-1, keepdim=True).log_())
+            weights = _truncate(scaled.exp(), top_p, top_k)
+        cdf = cumsum(weights)
+        total = cdf[:, -1:]
+        # a product rounded up to the total would fall behind the last token that has mass
+        drawn = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+        tokens = torch.searchsorted(cdf, drawn, right=True).clamp_(max=logits.shape[-1] - 1)  # of NaN: behind the end
+    return tokens[:, 0], (scaled.gather(-1, tokens) - total.log())[:, 0].float()
 
 
 def _truncate(probs: Tensor, top_p: float, top_k: int) -> Tensor:

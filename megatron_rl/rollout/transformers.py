@@ -28,8 +28,6 @@ from megatron_rl.types import Rollout
 _COMPACT_SHARE = 1 / 8
 # random numbers are hashed for this many positions at once, to keep small kernels out of the token loop
 _UNIFORMS_BLOCK = 64
-# tokens of a response up to which copying the cache for each of them costs less than keeping room for more
-_SHORT = 64
 _GROUPED = "grouped_sdpa"  # attention, by the name that transformers knows it by
 
 
@@ -44,9 +42,10 @@ class TransformersEngine(RolloutEngine):
         device: torch.device,
         batch_size: int,
         float32_logits: bool = False,
+        float32_activations: bool = False,
     ) -> None:
         """`hf_config` holds the contents of a config.json; `batch_size` is the most sequences decoded together;
-        `float32_logits`: of a bfloat16 model, as the trainer computes them."""
+        `float32_logits`, `float32_activations`: of a bfloat16 model, as the trainer computes them."""
         config = transformers.AutoConfig.for_model(**hf_config)
         # no random initialisation: every parameter must be streamed before use, and the global RNG stays untouched
         with no_init_weights(), torch.device(device):
@@ -56,7 +55,9 @@ class TransformersEngine(RolloutEngine):
         model.tie_weights()  # without initialisation transformers leaves them apart
         self.model = model.eval().requires_grad_(False)
         fast_linear_layers(self.model)
-        if float32_logits:
+        if float32_activations:
+            _use_float32_activations(self.model)
+        elif float32_logits:
             head = self.model.get_output_embeddings()
             head.forward = lambda x: float32_product(x.flatten(0, -2), head.weight).unflatten(0, x.shape[:-1])
         self._routes = RouteRecorder(self.model)
@@ -219,7 +220,7 @@ class TransformersEngine(RolloutEngine):
             input_ids=token_ids,
             attention_mask=mask[:, :width] if bool(pads.any()) else None,
             position_ids=(columns[:width] - pads).clamp(min=0),
-            past_key_values=roomy_cache() if room > _SHORT else None,
+            past_key_values=roomy_cache(),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -293,6 +294,22 @@ def _grouped_attention(
         query, key, value, mask, is_causal=mask is None and query.shape[2] > 1, scale=scaling, enable_gqa=True
     )
     return out.transpose(1, 2), None
+
+
+def _use_float32_activations(model: torch.nn.Module) -> None:
+    """Let all but the weights of linear layers, embeddings and experts be float32: those layers take either."""
+    experts = [module for module in model.modules() if any(p.ndim == 3 for p in module.parameters(recurse=False))]
+    for module in model.modules():
+        if module not in experts and not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+    for module in experts:
+        dtype = next(module.parameters()).dtype
+        module.register_forward_pre_hook(
+            lambda _, inputs, dtype=dtype: tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+        )
+    for module in (model.get_input_embeddings(), *experts):  # type: ignore[operator]
+        module.register_forward_hook(lambda _, inputs, output: output.float())
 
 
 def _some(names: Iterable[str]) -> str:

@@ -41,7 +41,8 @@ def raw_config(
     folder: Path, parallel: dict[str, Any], hf: dict[str, Any] = HF, loss: str = "kl_cov", **model: Any
 ) -> dict[str, Any]:
     """A tiny run. `model`: options of that section."""
-    parallel, model = {"world_size": None, "tp": 1} | parallel, {"hf_config": hf} | model
+    # as on the GPUs for which a layout is tried
+    parallel, model = {"world_size": None, "tp": 1} | parallel, {"hf_config": hf, "activations": "model"} | model
     return tiny_raw(folder, parallel=parallel, model=model, loss=LOSSES[loss])
 
 

@@ -14,7 +14,7 @@ from megatron_rl.kernels import linear_cpu
 PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "linear": lambda x, w, g: (linear_cpu.linear(x, w), x @ w.t()),
     "input gradient": lambda x, w, g: (linear_cpu.input_gradient(g, w), g @ w),
-    "weight gradient": lambda x, w, g: (linear_cpu.weight_gradient(g, x), g.t() @ x),
+    "weight gradient": lambda x, w, g: (linear_cpu.weight_gradient(g, x, w), g.t() @ x),
 }
 
 
@@ -45,6 +45,34 @@ def test_products(name: str, wide: int, narrow: int, rows: int, dtype: torch.dty
     exact = PRODUCTS[name](*(x.double() for x in operands))[1]
     error = {torch.float32: 2e-5, torch.bfloat16: 0.2, torch.float64: 1e-12}[dtype]
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("by_mkl", [True, False])
+@pytest.mark.parametrize(("rows", "wide", "narrow"), [(32, 40, 12), (300, 24, 500), (7, 33, 50), (1, 40, 24), (0, 5, 8)])
+def test_float32_activations_meet_bfloat16_weights(
+    monkeypatch: pytest.MonkeyPatch, by_mkl: bool, rows: int, wide: int, narrow: int
+) -> None:
+    if not by_mkl:
+        monkeypatch.setattr(linear_cpu, "_bfloat16_gemm", lambda: None)
+        monkeypatch.setattr(linear_cpu, "_CONVERTED", 8 * narrow)
+    elif linear_cpu._bfloat16_gemm() is None:
+        pytest.skip("this processor has no AMX tiles, or torch no MKL")
+    x, weight, grad = (each.float() for each in _operands(rows, wide, narrow, torch.float64))
+    weight = weight.bfloat16()
+    x = x[:, ::2].repeat_interleave(2, 1)[:, :narrow]
+    exact = x.double() @ weight.double().t()
+    got = linear_cpu.linear(x, weight)
+    assert got.dtype == torch.float32 and got.shape == exact.shape
+    # 16 bits of an activation: an error of 2^-17 of each product
+    bound = 2**-16 * (x.double().abs() @ weight.double().abs().t()) + 1e-9
+    assert bool(((got.double() - exact).abs() <= bound).all())
+    torch.testing.assert_close(linear_cpu.precise_product(x, weight, torch.empty_like(got)), got, rtol=0, atol=1e-4)
+    rounded, of_x = grad.bfloat16().double(), x.bfloat16().double()
+    for gradient, wanted in (
+        (linear_cpu.input_gradient(grad, weight), rounded @ weight.double()),
+        (linear_cpu.weight_gradient(grad, x, weight), rounded.t() @ of_x),
+    ):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=0, atol=1e-4)
 
 
 def test_long_sums_of_the_forward_pass_are_not_onednns() -> None:

@@ -28,7 +28,7 @@ def _outcome(folder: Path, parallel: dict[str, Any], dtype: str, fused: str) -> 
     from megatron_rl.algorithms.losses import policy_loss
     from megatron_rl.policy.schedule import run_schedule
 
-    model = {"dtype": "bfloat16", "logits_dtype": dtype, "fused_linear_stats": fused}
+    model = {"dtype": "bfloat16", "activations": "model", "logits_dtype": dtype, "fused_linear_stats": fused}
     config = make_config(folder, parallel=parallel, model=model, optimizer={"lr": 1e-2, "eps": 0.1})
     assert config.float32_logits == (dtype != "model")
     with policy_of(config) as policy:
@@ -100,7 +100,10 @@ def test_the_plan_counts_four_bytes_a_logit() -> None:
     from megatron_rl.plan.shapes import layout_of, shape_of
 
     def parts(fused: str, logits: str) -> dict[str, float]:
-        config = make_config(None, model={"dtype": "bfloat16", "logits_dtype": logits, "fused_linear_stats": fused})
+        config = make_config(
+            None,
+            model={"dtype": "bfloat16", "activations": "model", "logits_dtype": logits, "fused_linear_stats": fused},
+        )
         shape = shape_of(config.model.hf_config or {})
         return memory_of(config, shape, layout_of(config), HARDWARE["h100"]).phases["training"]
 

@@ -12,7 +12,7 @@ from tests.invariance_case import LAYOUTS
 from tests.tiny import HF, tiny_raw
 
 VOCABULARY = 24
-BFLOAT16 = {"dtype": "bfloat16", "recompute": "full"}
+BFLOAT16 = {"dtype": "bfloat16", "activations": "model", "recompute": "full"}
 CASES: dict[str, dict[str, Any]] = {
     "tp2 sp": {"parallel": LAYOUTS["tp2_sp"]},
     "tp2 sp bfloat16 recomputed": {"parallel": LAYOUTS["tp2_sp"], "model": BFLOAT16},
