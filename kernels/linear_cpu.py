@@ -149,14 +149,11 @@ def _call_gemm(gemm: Any, a: Tensor, b: Tensor, out: Tensor, adds: bool) -> None
     """Write `a @ b.T`. MKL's matrices lie column by column, so it computes `out.T = b @ a.T`."""
     sizes = (len(b), len(a), a.shape[1])
     (a, a_step, a_by_column), (b, b_step, b_by_column) = _laid_out(a), _laid_out(b)
-    n, m, k, a_step, b_step, out_step = (
-        ctypes.byref(ctypes.c_int(size)) for size in (*sizes, a_step, b_step, out.stride(0))
-    )
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (b, a, out))
+    n, m, k, ldb, lda, ldc = (ctypes.byref(ctypes.c_int(size)) for size in (*sizes, b_step, a_step, out.stride(0)))
     one, beta = (ctypes.byref(ctypes.c_float(value)) for value in (1.0, float(adds)))
-    at_b, at_a, at_out = pointers
+    at_b, at_a, at_out = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (b, a, out))
     ways = b"N" if b_by_column else b"T", b"T" if a_by_column else b"N"
-    gemm(*ways, n, m, k, one, at_b, b_step, at_a, a_step, beta, at_out, out_step)
+    gemm(*ways, n, m, k, one, at_b, ldb, at_a, lda, beta, at_out, ldc)
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, int, bool]:

@@ -243,9 +243,8 @@ def visible_devices(indices: Sequence[int]) -> dict[str, str]:
     Megatron's overlap alone.
     Raises: UserError when there are fewer GPUs.
     """
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if names == [""]:
-        names = [str(index) for index in range(torch.cuda.device_count())]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
     if max(indices) >= len(names):
         raise UserError(
             f"an engine server needs GPU {max(indices)}, and {len(names)} are visible, counted from 0; lower the "
@@ -320,14 +319,12 @@ def fast_linear_layers(model: torch.nn.Module) -> None:
 
 
 def float32_activations(asked: str, dtype: torch.dtype) -> bool:
-    """Return whether a bfloat16 model's activations are float32 here, see kernels/linear_cpu.py. `asked`:
-    model.activations."""
+    """Return whether a bfloat16 model's activations are float32 here, where model.activations is `asked`."""
     return asked == "auto" and dtype == torch.bfloat16 and not ON_GPU
 
 
 def float32_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `x @ weight.T` of bfloat16 `[T, K]`, `[N, K]`, its sums in float32, into `out` where it is given. On a CPU
-    x may be float32."""
+    """Return float32 `x @ weight.T`, into `out` if given; x `[T, K]` (a CPU's may be float32), weight `[N, K]` bfloat16."""
     if x.is_cuda or REHEARSES:  # an operator that torch has for CUDA alone, since 2.8
         return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
     from megatron_rl.kernels import linear_cpu

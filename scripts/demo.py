@@ -1,5 +1,7 @@
-"""The demo: methods from the same start and seed, then one report. Run it with `make demo`: GRPO, Clip-Cov and KL-Cov on
-the quickstart; or with `make demo-smollm2`: GRPO and KL-Cov on a real model."""
+"""The demo: methods from the same start and seed, then one report.
+
+`make demo` runs GRPO, Clip-Cov and KL-Cov on the quickstart; `make demo-smollm2` GRPO and KL-Cov on a real model.
+"""
 
 from __future__ import annotations
 

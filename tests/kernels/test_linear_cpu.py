@@ -48,7 +48,9 @@ def test_products(name: str, wide: int, narrow: int, rows: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("by_mkl", [True, False])
-@pytest.mark.parametrize(("rows", "wide", "narrow"), [(32, 40, 12), (300, 24, 500), (7, 33, 50), (1, 40, 24), (0, 5, 8)])
+@pytest.mark.parametrize(
+    ("rows", "wide", "narrow"), [(32, 40, 12), (300, 24, 500), (7, 33, 50), (1, 40, 24), (0, 5, 8)]
+)
 def test_float32_activations_meet_bfloat16_weights(
     monkeypatch: pytest.MonkeyPatch, by_mkl: bool, rows: int, wide: int, narrow: int
 ) -> None:
