@@ -67,8 +67,7 @@ def cost_metrics(costs: Sequence[Cost], groups: Sequence[Group], began: float, e
     return {
         "rollout/idle_seconds": fmean(idle),
         "rollout/tail_seconds": arrived[-1] - arrived[math.ceil(_MOST * len(arrived)) - 1],
-        "rollout/prefix_hit_fraction": sum(c.cached_tokens for c in costs)
-        / max(1, sum(c.prompt_tokens for c in costs)),
+        "rollout/prefix_hit_fraction": cached / max(1, prompts),
     }
 
 
