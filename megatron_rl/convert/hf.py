@@ -7,8 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_rl import device
-from megatron_rl.convert.weights import expected_shapes
-from megatron_rl.models.mapping import model_rows
+from megatron_rl.convert.weights import expected_weights
 
 Source = Callable[[str], Tensor]
 
@@ -17,7 +16,7 @@ def random_source(hf: PretrainedConfig, seed: int) -> Source:
     """Return freshly initialised float32 weights as transformers draws them: the same for every layout. In a rehearsal
     they have shapes alone."""
     if device.REHEARSES:
-        shapes = {n: s for row in model_rows(hf) for n, s in zip(row.hf, expected_shapes(row, hf), strict=True)}
+        shapes = expected_weights(hf)
         return lambda name: torch.empty(shapes[name])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

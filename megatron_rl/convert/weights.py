@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_rl.convert.safetensors_io import Stored, TensorInfo, stored_tensors
+from megatron_rl.convert.safetensors_io import TensorInfo, stored_tensors
 from megatron_rl.convert.torch_dist import TorchDistError, TorchDistReader
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.architecture import head_dim, resolve_hf_config
@@ -99,6 +99,11 @@ def expected_shapes(row: Row, hf: PretrainedConfig) -> list[tuple[int, ...]]:
             return [(width,) if is_head_norm else (hidden,)]
 
 
+def expected_weights(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} of every weight of a model, in the order of its layers, from its config alone."""
+    return {name: shape for row in model_rows(hf) for name, shape in zip(row.hf, expected_shapes(row, hf), strict=True)}
+
+
 def open_weights(path: str | Path, hf: PretrainedConfig | None = None) -> Weights:
     """Check a model folder of either format against its config.json (or `hf`) and open it. No tensor is read but two
     embeddings that must be equal.
@@ -121,25 +126,19 @@ def open_weights(path: str | Path, hf: PretrainedConfig | None = None) -> Weight
 def _open_hf(folder: Path, hf: PretrainedConfig) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
     stored = stored_tensors(folder)
     check_names(stored, hf, str(folder))
-    tensors = {}
-    for row in model_rows(hf):
-        for name, shape in zip(row.hf, expected_shapes(row, hf), strict=True):
-            tensors[name] = stored[name].info
-            if tensors[name].shape != shape:
-                raise ConfigError(_misfit(folder, name, tensors[name].shape, shape))
+    expected = expected_weights(hf)
+    tensors = {name: stored[name].info for name in expected}
+    for name, info in tensors.items():
+        if info.shape != expected[name]:
+            raise ConfigError(_misfit(folder, name, info.shape, expected[name]))
     if hf.tie_word_embeddings and "lm_head.weight" in stored:
-        if not _are_equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
+        head, embedding = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
+        if head.info != embedding.info or not torch.equal(head.read(), embedding.read()):
             raise ConfigError(
                 f"{folder}: config.json ties the embeddings, but lm_head.weight and model.embed_tokens.weight differ; "
                 "set tie_word_embeddings=false, or remove lm_head.weight"
             )
     return tensors, lambda name: stored[name].read()
-
-
-def _are_equal(a: Stored, b: Stored, rows: int = 8192) -> bool:
-    """Whether two matrices are equal, a few rows at a time."""
-    starts = range(0, a.info.shape[0], rows)
-    return a.info == b.info and all(torch.equal(a.read(start, rows), b.read(start, rows)) for start in starts)
 
 
 def _open_megatron(folder: Path, hf: PretrainedConfig) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:

@@ -11,15 +11,11 @@ from megatron_rl.data.records import INSTALL_PARQUET, Record, read_records
 from megatron_rl.data.rows import Row, answer_text, column, to_row
 from megatron_rl.errors import DataError
 from megatron_rl.files import naming, write_atomically
+from megatron_rl.grading.extraction import last_boxes
 from megatron_rl.prepare.presets import Preset
 
 _SOLUTION = "solution"  # the column whose text is a way to the answer; others hold the answer itself
 _THOUSANDS = re.compile(r"[+-]?\$?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
-_BOX_OR_BRACE = re.compile(
-    r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<bare>[^\s{}\\$]+))"
-    r"|\\(?!\\(?:boxed|fbox)).|[{}]",  # in texts that were escaped twice two backslashes stand before a box
-    re.S,
-)
 
 
 def read(name: str, preset: Preset, path: Path | None, *, download: bool) -> list[Row]:
@@ -88,8 +84,8 @@ def _answer(record: Record, columns: tuple[str, ...], where: str) -> str:
         return ",".join(answer_text(part, where, name).strip() for part in value)
     text = answer_text(value, where, name).strip()
     if isinstance(value, str | bytes):
-        if (boxed := last_box(text)) is not None:
-            return boxed
+        if boxes := last_boxes(text):
+            return boxes[-1].strip()
         _, hashes, final = text.rpartition("####")
         if hashes and "\n" not in final.strip():  # how GSM8K ends a solution
             text = final.strip()
@@ -99,21 +95,6 @@ def _answer(record: Record, columns: tuple[str, ...], where: str) -> str:
     if not text:
         raise DataError(f"{where}: the answer is empty")
     return text
-
-
-def last_box(text: str) -> str | None:
-    """Return the content of the last \\boxed or \\fbox that closes and is not empty, of nested ones the outer; None
-    without one. Linear in the text."""
-    found = None
-    opened: list[int] = []  # where the content of an open brace starts; negative: of a brace that is no box's
-    for match in _BOX_OR_BRACE.finditer(text):
-        if match["brace"] or match[0] == "{":
-            opened.append(match.end() if match["brace"] else -1)
-        elif match["bare"]:
-            found = match["bare"]
-        elif match[0] == "}" and opened and (start := opened.pop()) >= 0 and text[start : match.start()].strip():
-            found = text[start : match.start()].strip()
-    return found
 
 
 def with_unique_ids(rows: Iterable[Row]) -> tuple[list[Row], int]:

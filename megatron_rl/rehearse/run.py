@@ -13,6 +13,7 @@ from megatron_rl.algorithms.control import LossController
 from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
+from megatron_rl.convert.weights import expected_weights
 from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.models.facts import is_moe, read_hf_config
@@ -28,7 +29,7 @@ from megatron_rl.policy.checkpoint import CheckpointStore
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.rehearse.books import Books, Phase
 from megatron_rl.rehearse.world import Watch, fake_world
-from megatron_rl.rollout.servers.weight_sync import Buffers, expected_weights, pack_buckets
+from megatron_rl.rollout.servers.weight_sync import Buffers, pack_buckets
 from megatron_rl.rollout.world import join
 from megatron_rl.run import build_policy
 from megatron_rl.types import Rollout, TrainBatch

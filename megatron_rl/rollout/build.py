@@ -13,6 +13,7 @@ import torch
 from megatron_rl.config import Config
 from megatron_rl.convert.disk import remove
 from megatron_rl.convert.model_files import Described, policy_files, write_files
+from megatron_rl.convert.weights import expected_weights
 from megatron_rl.device import float32_activations
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import EngineError, EngineSetup, Place, RolloutEngine
@@ -82,7 +83,7 @@ def start_fleet(config: Config, model_dir: Path, place: Place, dialect: Dialect,
 
 def _channel(config: Config, setup: EngineSetup, dialect: Dialect, loop: Loop, fleet: Fleet) -> weight_sync.Channel:
     options, place = config.rollout.weight_sync, setup.place
-    shapes = weight_sync.expected_weights(setup.hf)
+    shapes = expected_weights(setup.hf)
     if options.mode == "disk":
         folder = Path(options.folder) if options.folder else config.run_dir / "engine_weights"
         model_dir = None if place.has_weights else setup.model_dir

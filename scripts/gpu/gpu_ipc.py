@@ -43,8 +43,9 @@ def ipc(answer: Answer) -> None:
     from gpu_cases import config_of, join, larger_model, policy_of
 
     from megatron_rl import device
+    from megatron_rl.convert.weights import expected_weights
     from megatron_rl.rollout.servers.sglang import SGLang
-    from megatron_rl.rollout.servers.weight_sync import Buffers, expected_weights, pack_buckets, share
+    from megatron_rl.rollout.servers.weight_sync import Buffers, pack_buckets, share
 
     with TemporaryDirectory() as folder, reader(answer) as ask:
         config = config_of(Path(folder), model={"hf_config": larger_model(), "dtype": "bfloat16"})

@@ -32,8 +32,7 @@ from typing_extensions import override
 from megatron_rl import device
 from megatron_rl.convert.disk import clear
 from megatron_rl.convert.save_hf import SHARD_BYTES, write_shards
-from megatron_rl.convert.weights import expected_shapes
-from megatron_rl.models.mapping import model_rows
+from megatron_rl.convert.weights import expected_weights
 from megatron_rl.parallel.engine_group import broadcast_bucket, join_engine_group, leave_engine_group
 from megatron_rl.rollout.clocks import GROUP_SECONDS
 from megatron_rl.rollout.engine import EngineError
@@ -59,11 +58,6 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Rank 0: disconnect."""
-
-
-def expected_weights(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of every weight of a model, from its config alone."""
-    return {name: shape for row in model_rows(hf) for name, shape in zip(row.hf, expected_shapes(row, hf), strict=True)}
 
 
 def check_same_model(policy: PretrainedConfig, theirs: PretrainedConfig, url: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.convert.hf import hub_views
+from megatron_rl.convert.weights import expected_weights
 from megatron_rl.rollout.engine import EngineError
 from megatron_rl.rollout.servers import weight_sync
 from megatron_rl.rollout.servers.weight_sync import (
@@ -19,7 +20,6 @@ from megatron_rl.rollout.servers.weight_sync import (
     Colocated,
     Sender,
     check_same_model,
-    expected_weights,
     pack_buckets,
     share,
 )
