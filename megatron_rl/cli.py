@@ -13,13 +13,13 @@ from typing import Annotated
 import typer
 
 from megatron_rl import launch
-from megatron_rl.config import Config, dump_config, load_config
-from megatron_rl.config.environment import for_libraries
+from megatron_rl.config import Config, load_config
+from megatron_rl.config.world import in_world
 from megatron_rl.conform.commands import conform
 from megatron_rl.convert.commands import app as convert_app
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.eval.commands import evaluate
-from megatron_rl.files import refusal, write_atomically
+from megatron_rl.files import refusal
 from megatron_rl.lab.commands import shadow
 from megatron_rl.plan.command import PlanCommand, plan
 from megatron_rl.preflight.run import preflight
@@ -133,19 +133,10 @@ def run_training(config: Config) -> int:
     Returns: the exit code.
     Raises: UserError when this world is not the config's, or another run holds the folder.
     """
-    path = config.run_dir / "config.yaml"
 
     def work() -> None:
         from megatron_rl import train  # torch and Megatron: seconds
 
         train.main(config)
 
-    return launch.in_world(
-        work,
-        ["train", str(path)],
-        config.run_dir,
-        processes=config.parallel.processes,
-        grace_seconds=config.train.grace_seconds,
-        prepare=lambda: write_atomically(path, dump_config(config)),
-        environment=for_libraries(config),
-    )
+    return in_world(config, config.run_dir / "config.yaml", work, "train")

@@ -6,12 +6,10 @@ from typing import Annotated
 
 import typer
 
-from megatron_rl import launch
-from megatron_rl.config import Config, dump_config, load_config, parse_config
-from megatron_rl.config.environment import for_libraries
+from megatron_rl.config import Config, load_config, parse_config
 from megatron_rl.config.megatron_options import STAGE_FIELDS
+from megatron_rl.config.world import in_world
 from megatron_rl.errors import ConfigError
-from megatron_rl.files import write_atomically
 from megatron_rl.models.facts import require_model
 
 
@@ -35,7 +33,6 @@ def conform(
     require_model(resolved.model)
     reference = reference_of(resolved, against)
     folder = resolved.run_dir / "conform"
-    copy = folder / "config.yaml"
 
     def work() -> None:
         from megatron_rl.conform.run import Question, main  # torch and Megatron: seconds
@@ -43,15 +40,8 @@ def conform(
         main(resolved, Question(reference, tokens, layers, engine), folder)
 
     options = ["--against", against, "--tokens", str(tokens), *(["--layers", str(layers)] if layers else [])]
-    code = launch.in_world(
-        work,
-        ["conform", str(copy), *options, "--engine" if engine else "--no-engine"],
-        folder,
-        processes=resolved.parallel.processes,
-        prepare=lambda: write_atomically(copy, dump_config(resolved)),
-        environment=for_libraries(resolved),
-    )
-    sys.exit(code)
+    options += ["--engine" if engine else "--no-engine"]
+    sys.exit(in_world(resolved, folder / "config.yaml", work, "conform", options))
 
 
 def reference_of(config: Config, against: str) -> Config:

@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
-from megatron_rl.config import Config, dump_config, load_config
-from megatron_rl.config.environment import for_libraries
+from megatron_rl.config import Config, load_config
 from megatron_rl.config.evaluation import set_path
+from megatron_rl.config.world import in_world
 from megatron_rl.errors import ConfigError
-from megatron_rl.files import write_atomically
 
 
 def evaluate(
@@ -61,21 +60,10 @@ def run_evaluation(config: Config) -> int:
 
     Raises: UserError when this world is not the config's, or the folder is in use.
     """
-    from megatron_rl import launch
-
-    path = config.run_dir / "config.yaml"
 
     def work() -> None:
         from megatron_rl.eval import run  # torch and Megatron: seconds
 
         run.main(config)
 
-    return launch.in_world(
-        work,
-        ["eval", str(path), "--out", str(config.run_dir)],
-        config.run_dir,
-        processes=config.parallel.processes,
-        grace_seconds=config.train.grace_seconds,
-        prepare=lambda: write_atomically(path, dump_config(config)),
-        environment=for_libraries(config),
-    )
+    return in_world(config, config.run_dir / "config.yaml", work, "eval", ["--out", str(config.run_dir)])

@@ -7,9 +7,9 @@ what no span covers (`untracked`). A step's wall time is counted without its che
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from megatron_rl.files import read_asset
 from megatron_rl.metrics.spans import Collective, StepRecord
@@ -70,10 +70,6 @@ class Summary:
     collectives: dict[str, tuple[float, float]]  # operation -> (calls, seconds) of one rank and step
     peak_flops: float | None = None  # FLOP/s of all processes
     rates: dict[str, float | None] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the summary as plain data."""
-        return asdict(self)
 
 
 def summarise(ranks: Sequence[RankRecord], *, on_gpu: bool) -> Summary:

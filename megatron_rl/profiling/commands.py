@@ -11,10 +11,9 @@ import typer
 from typer.core import TyperGroup
 
 from megatron_rl import launch
-from megatron_rl.config import dump_config, load_config
-from megatron_rl.config.environment import for_libraries
+from megatron_rl.config import load_config
+from megatron_rl.config.world import in_world
 from megatron_rl.errors import UserError
-from megatron_rl.files import write_atomically
 
 
 class _RunByDefault(TyperGroup):
@@ -47,13 +46,13 @@ def run(
 ) -> None:
     """Train a few steps as CONFIG says, into a folder of their own, and write down where their time goes."""
     resolved = load_config(config, overrides or [])
-    in_world = launch.is_rank()
+    is_rank = launch.is_rank()
     if out is None:
-        if in_world:
+        if is_rank:
             raise UserError("the ranks of a world must agree on the profile's folder: give it with --out")
         out = _free_folder(resolved.run_dir / "profile")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to the terminal
-    path, folder = out / "profiled.yaml", out
+    folder = out
 
     def work() -> None:
         from megatron_rl.profiling import record  # torch and Megatron: seconds
@@ -62,16 +61,8 @@ def run(
         record.record(profiled, warmup=warmup, trace=trace)
 
     options = ["--steps", str(steps), "--warmup", str(warmup), "--trace" if trace else "--no-trace", "--out", str(out)]
-    code = launch.in_world(
-        work,
-        ["profile", str(path), *options],
-        out,
-        processes=resolved.parallel.processes,
-        grace_seconds=resolved.train.grace_seconds,
-        prepare=lambda: write_atomically(path, dump_config(resolved)),
-        environment=for_libraries(resolved),
-    )
-    if code == 0 and not in_world:
+    code = in_world(resolved, out / "profiled.yaml", work, "profile", options)
+    if code == 0 and not is_rank:
         from rich.console import Console
 
         from megatron_rl.profiling.tables import summary_table

@@ -3,6 +3,7 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def write_page(
     path: Path, facts: dict[str, Any], summary: Summary, ranks: Sequence[RankRecord], config_text: str
 ) -> None:
     """Write the page. `facts`: those of profile.json."""
-    profile = {"facts": facts, "summary": summary.to_json()}
+    profile = {"facts": facts, "summary": asdict(summary)}
     step = median_step(ranks)
     timeline = Figure(
         f"Step {step} on every rank",

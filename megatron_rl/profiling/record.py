@@ -10,6 +10,7 @@ import json
 import platform
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def conclude(config: Config, groups: Groups, facts: dict[str, Any]) -> None:
         "on_gpu": device.ON_GPU,
         "trace_collectives": traffic,
     }
-    write_atomically(folder / "profile.json", json.dumps({"facts": facts, "summary": summary.to_json()}, indent=1))
+    write_atomically(folder / "profile.json", json.dumps({"facts": facts, "summary": asdict(summary)}, indent=1))
     write_page(folder / "profile.html", facts, summary, ranks, (folder / "config.yaml").read_text())
 
 

@@ -217,15 +217,10 @@ class Place:
 
     rank: int
     world_size: int
-    local_rank: int
+    local_rank: int  # 0 starts its node's servers
     gather: Callable[[Any], Sequence[Any]]  # all ranks' objects, in the order of ranks
     devices_taken: int = 0  # of this node, beyond the trainer's, by other servers
     has_weights: bool = False  # they lie in the folder of weight_sync.mode=disk already
-
-    @property
-    def owns_servers(self) -> bool:
-        """Tell whether this rank starts its node's servers."""
-        return self.local_rank == 0
 
 
 @dataclass(frozen=True, slots=True)

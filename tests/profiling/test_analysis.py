@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from typing import Any
 
@@ -115,7 +116,7 @@ def profile(on_gpu: bool = False, peak: float | None = 1e12) -> dict[str, Any]:
     summary = summarise(ranks, on_gpu=on_gpu)
     add_rates(summary, ranks, parse_config(raw()), [{"step": 6, "batch/sequence_tokens": 1e9}, {"step": 7, **METRICS}])
     facts = {"on_gpu": on_gpu, "peak_source": "a datasheet", "device": "x", "torch": "y", "processes": 2, "layout": "z"}
-    return {"facts": facts, "summary": summary.to_json()}
+    return {"facts": facts, "summary": dataclasses.asdict(summary)}
 
 
 def test_rates() -> None:

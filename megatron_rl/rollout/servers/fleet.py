@@ -50,7 +50,7 @@ class Fleet:
     def start(self) -> None:
         """Start this node's servers without waiting for them. Raises: EngineError when one cannot be started."""
         server = self.config.rollout.server
-        if server.urls or not self.place.owns_servers or self._owned:
+        if server.urls or self.place.local_rank != 0 or self._owned:
             return
         if device.ON_GPU and self.config.rollout.weight_sync.mode == "disaggregated":
             check_same_nccl(engine_python(self.config.rollout.engine, server.python), device.gpu_versions()["NCCL"])
