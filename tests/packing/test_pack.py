@@ -387,8 +387,6 @@ def test_errors_name_what_is_wrong() -> None:
         attempt(good, torch.tensor([0.0, float("nan")]))
     with pytest.raises(ValueError, match=r"shape \(3,\), expected \[2\]"):
         attempt(good, torch.zeros(3))
-    with pytest.raises(ValueError, match="dp_rank=1"):
-        attempt(good, dp_rank=1)
 
 
 def test_a_rollout_that_does_not_count_is_packed_without_weight() -> None:
