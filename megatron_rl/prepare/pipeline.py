@@ -144,12 +144,16 @@ def _contradictions(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _within(rows: list[Row], folder: Path, limit: int | None) -> tuple[list[Row], list[int]]:
-    """Return the rows whose prompts have at most `limit` tokens under the chat template of a tokenizer folder, and the
-    prompts' tokens. Raises: DataError without a tokenizer."""
+def prompt_lengths(rows: Sequence[Row], folder: Path) -> list[int]:
+    """Return the tokens of each prompt under the chat template of a tokenizer folder. Raises: DataError without one."""
     from megatron_rl.data.tokenizer import encode_prompt, pretrained_tokenizer
 
     tokenizer = pretrained_tokenizer(folder)
-    lengths = [len(encode_prompt(row.prompt, row.system, tokenizer, row.turns, f"row {row.id}")) for row in rows]
-    pairs = [pair for pair in zip(rows, lengths, strict=True) if limit is None or pair[1] <= limit]
+    return [len(encode_prompt(row.prompt, row.system, tokenizer, row.turns, f"row {row.id}")) for row in rows]
+
+
+def _within(rows: list[Row], folder: Path, limit: int | None) -> tuple[list[Row], list[int]]:
+    pairs = list(zip(rows, prompt_lengths(rows, folder), strict=True))
+    if limit is not None:
+        pairs = [(row, length) for row, length in pairs if length <= limit]
     return [row for row, _ in pairs], [length for _, length in pairs]

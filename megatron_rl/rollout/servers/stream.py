@@ -1,22 +1,36 @@
 """One rank's responses under way on the servers."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import queue
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from typing_extensions import override
 
 from megatron_rl.rollout.engine import Cost, EngineAborted, Request, ServersLost, Stream, Taken, Then
 from megatron_rl.rollout.servers.http import Loop
+from megatron_rl.types import Rollout
 
-if TYPE_CHECKING:
-    from megatron_rl.rollout.servers.engine import ServerEngine
+
+class Answering(Protocol):
+    """What a stream asks: the engine."""
+
+    cost: Cost  # since it was last taken
+
+    def check(self) -> None:
+        """Raises: EngineError when it cannot generate."""
+
+    async def complete(self, request: Request) -> Rollout:
+        """Return the response; on the event loop. Raises: ServersLost, EngineError."""
+
+    def take_cost(self) -> Cost:
+        """Return what the servers did since this was last asked; on the event loop."""
+
+    def backlog(self) -> tuple[int, int]:
+        """Return how many requests wait for room at a server, and the number of servers."""
 
 
 class ServerStream(Stream):
@@ -24,7 +38,7 @@ class ServerStream(Stream):
 
     in_rounds = False
 
-    def __init__(self, engine: ServerEngine, loop: Loop, then: Then) -> None:
+    def __init__(self, engine: Answering, loop: Loop, then: Then) -> None:
         """Ask for nothing yet."""
         self._engine, self._loop, self._then = engine, loop, then
         self._tasks: set[asyncio.Task[None]] = set()
