@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,14 @@ from torch import Tensor
 from megatron_rl.types import Float, Float32, Float64, Int64
 
 if TYPE_CHECKING:
-    from megatron_rl.config import AlgorithmConfig
+
+    class AdvantageOptions(Protocol):
+        """What an estimator reads of the config's section `algorithm`."""
+
+        @property
+        def qae_quantile(self) -> float:
+            """Return the quantile of a group's rewards that is the baseline."""
+
 
 STD_EPS = 1e-6  # added to a standard deviation, reward units; the value of GRPO in verl
 
@@ -56,7 +63,7 @@ class _ByPrompt:
         return self.spread((self.sums(self.centred() ** 2) / (self.sizes - 1)).sqrt())
 
 
-def grpo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig) -> Float32[Tensor, "B"]:
+def grpo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AdvantageOptions) -> Float32[Tensor, "B"]:
     """Return `(r - mean) / (std + 1e-6)` over the siblings; without unit.
 
     Source: arXiv 2402.03300, section 4.1.2; verl `compute_grpo_outcome_advantage`.
@@ -66,7 +73,7 @@ def grpo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Al
 
 
 def dr_grpo(
-    rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig
+    rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AdvantageOptions
 ) -> Float32[Tensor, "B"]:
     """Return `r - mean` over the siblings, in reward units. No division, hence no bias towards easy or hard prompts.
 
@@ -75,7 +82,7 @@ def dr_grpo(
     return _by_prompt(rewards, prompt_ids, "dr_grpo").centred().float()
 
 
-def rloo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig) -> Float32[Tensor, "B"]:
+def rloo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AdvantageOptions) -> Float32[Tensor, "B"]:
     """Return `r` minus the mean of the *other* siblings, in reward units.
 
     It equals `(r - mean) * n / (n - 1)`, which is how it is computed.
@@ -86,7 +93,7 @@ def rloo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Al
 
 
 def reinforce_pp(
-    rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig
+    rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AdvantageOptions
 ) -> Float32[Tensor, "B"]:
     """Return `x = r - mean` over the siblings, whitened over the batch: `(x - mean(x)) / (std(x) + 1e-6)`.
 
@@ -111,7 +118,7 @@ def reinforce_pp(
     return ((values - values.mean()) / (values.std() + STD_EPS)).float()
 
 
-def qae(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig) -> Float32[Tensor, "B"]:
+def qae(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AdvantageOptions) -> Float32[Tensor, "B"]:
     """Return `(r - b) / (std + 1e-6)` with b the siblings' K-quantile, K = `config.qae_quantile`; without unit.
 
     b is the paper's `inf {x : F(x) >= K}`, F the empirical distribution: the ceil(K * n)-th smallest reward, never
@@ -131,7 +138,7 @@ def qae(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Alg
     return ((by_prompt.rewards - by_prompt.spread(baselines)) / (by_prompt.std() + STD_EPS)).float()
 
 
-ADVANTAGES: dict[str, Callable[[Tensor, Tensor, AlgorithmConfig], Tensor]] = {
+ADVANTAGES: dict[str, Callable[[Tensor, Tensor, AdvantageOptions], Tensor]] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "rloo": rloo,

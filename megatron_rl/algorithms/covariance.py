@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.entropy import entropy_spent
-from megatron_rl.algorithms.hashing import hash_uniform
-from megatron_rl.types import Bool, Float, Float64, MicroBatch, MiniBatch, Ranks
+from megatron_rl.types import Float, Float64, MicroBatch, MiniBatch, Ranks
 
-if TYPE_CHECKING:
-    from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase
-
+# (mini-batch, covariances [N], counter) -> (candidates, values), bool and float64 [N] of this rank's response tokens
+Priority = Callable[[MiniBatch, Tensor, tuple[int, int, int]], tuple[Tensor, Tensor]]
 TOP_FRACTIONS = {"cov/top_0.02pct_mean": 0.0002, "cov/top_0.2pct_mean": 0.002, "cov/top_2pct_mean": 0.02}
 
 
@@ -54,50 +51,54 @@ def quota(select_fraction: float, count: int) -> int:
     return min(count, max(1, math.floor(select_fraction * count)))
 
 
-def select_tokens(mini_batch: MiniBatch, loss: LossBase, ranks: Ranks, *, seed: int, step: int) -> MiniBatch:
-    """Mark the tokens that Clip-Cov or KL-Cov picks in this optimiser mini-batch.
+def select_tokens(
+    mini_batch: MiniBatch,
+    priority: Priority,
+    fraction: float,
+    options: tuple[str, str],
+    ranks: Ranks,
+    counter: tuple[int, int, int],
+) -> MiniBatch:
+    """Mark the tokens of highest priority: of all N response tokens floor(fraction * N), at least one.
 
-    mini_batch: its `stats`, with sum_p2, are of the weights that `loss.cov_logprobs` asks for. ranks: those that
-    hold different tokens.
-    Returns the mini-batch with `selected`, and global metrics in `selection`; for other losses as it was. All ranks
-    decide alike. The collectives cannot hide behind the update: what they decide enters the loss of its first
-    micro-batch.
+    options: scope (minibatch, or microbatch as in the authors' code) and estimator (batch or vocab) of the covariance.
+    ranks: those that hold different tokens. counter: seed, step and mini-batch, handed to `priority`.
+    Returns the mini-batch with `selected`, and global metrics in `selection`. All ranks decide alike. The collectives
+    cannot hide behind the update: what they decide enters the loss of its first micro-batch.
     """
-    if loss.type not in PRIORITIES:
-        return mini_batch
     logprobs = mini_batch.cat_stats("logprobs")
     cov, count = covariance(logprobs, mini_batch.cat("advantages"), ranks)
     if count == 0:  # overlong filtering can mask a whole mini-batch
         nothing = [torch.zeros_like(mb.loss_mask) for mb in mini_batch.micro_batches]
         return mini_batch.replace_each("selected", nothing)
-    cov_loss: ClipCovLoss | KlCovLoss = loss  # type: ignore[assignment]
-    counter = (seed, step, mini_batch.index)
-    if cov_loss.cov_scope == "minibatch":
-        if cov_loss.cov_estimator == "vocab":
+    scope, estimator = options
+    if scope == "minibatch":
+        if estimator == "vocab":
             cov = _spent(mini_batch)
-        candidates, priority = PRIORITIES[cov_loss.type](mini_batch, cov, cov_loss, counter)
+        candidates, values = priority(mini_batch, cov, counter)
         offered = mini_batch.cat("token_ids_global")[candidates]
-        _, winners = ranks.top_k(priority[candidates], offered, quota(cov_loss.select_fraction, count))
+        _, winners = ranks.top_k(values[candidates], offered, quota(fraction, count))
         chosen = [_marked(micro_batch, winners) for micro_batch in mini_batch.micro_batches]
     else:
-        chosen = [_choose_within(micro_batch, cov_loss, counter) for micro_batch in mini_batch.micro_batches]
+        parts = [MiniBatch(mini_batch.index, (micro_batch,)) for micro_batch in mini_batch.micro_batches]
+        chosen = [_choose_within(part, priority, fraction, estimator, counter) for part in parts]
     mini_batch = mini_batch.replace_each("selected", chosen)
     entropy = mini_batch.cat_stats("entropy")
     return mini_batch.with_selection(_selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, ranks))
 
 
-def _choose_within(micro_batch: MicroBatch, loss: ClipCovLoss | KlCovLoss, counter: tuple[int, int, int]) -> Tensor:
-    """Return `selected` [T] of one micro-batch by itself: what `cov_scope=microbatch`, the authors' code, sees."""
-    part = MiniBatch(counter[-1], (micro_batch,))
+def _choose_within(
+    part: MiniBatch, priority: Priority, fraction: float, estimator: str, counter: tuple[int, int, int]
+) -> Tensor:
+    """Return `selected` [T] of one micro-batch by itself: what scope microbatch, the authors' code, sees."""
+    (micro_batch,) = part.micro_batches
     cov, count = covariance(part.cat_stats("logprobs"), part.cat("advantages"), None)
     if count == 0:
         return torch.zeros_like(micro_batch.loss_mask)
-    if loss.cov_estimator == "vocab":
-        cov = _spent(part)
-    candidates, priority = PRIORITIES[loss.type](part, cov, loss, counter)
+    candidates, values = priority(part, _spent(part) if estimator == "vocab" else cov, counter)
     offered = part.cat("token_ids_global")[candidates]
     # torch's own top-k, ties as they come, as the authors call it
-    best = priority[candidates].topk(min(quota(loss.select_fraction, count), len(offered))).indices
+    best = values[candidates].topk(min(quota(fraction, count), len(offered))).indices
     return _marked(micro_batch, offered[best])
 
 
@@ -105,37 +106,6 @@ def _marked(micro_batch: MicroBatch, winners: Tensor) -> Tensor:
     """Return [T], True on the tokens whose global ids won."""
     # padding and prompt positions are no candidates, so masking again drops their ids (the padding id is -1)
     return torch.isin(micro_batch.token_ids_global, winners) & micro_batch.loss_mask
-
-
-def clip_cov_priority(
-    part: MiniBatch, cov: Float64[Tensor, "N"], loss: ClipCovLoss, counter: tuple[int, int, int]
-) -> tuple[Bool[Tensor, "N"], Float64[Tensor, "N"]]:
-    """Return (candidates, priority): tokens inside the bounds that PPO's clip has not cut, in a hashed order
-    (equation 11).
-
-    The order is a pure function of (seed, step, mini-batch, prompt_id, sample_index, position), so every layout draws
-    the same subset.
-    """
-    clipped = part.response_tokens([_already_clipped(micro_batch, loss) for micro_batch in part.micro_batches])
-    candidates = (cov > loss.cov_low) & (cov < loss.cov_high) & ~clipped
-    return candidates, hash_uniform(
-        *counter, part.cat("prompt_ids"), part.cat("sample_indices"), part.cat("position_ids")
-    )
-
-
-PRIORITIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "kl_cov": lambda part, cov, loss, counter: (torch.ones_like(cov, dtype=torch.bool), cov),  # all: equation 13
-    "clip_cov": clip_cov_priority,
-}
-
-
-def _already_clipped(micro_batch: MicroBatch, loss: ClipCovLoss) -> Tensor:
-    """Return [T], True where PPO-clip's surrogate takes the clipped branch: the authors' `clip_by_origin`."""
-    if micro_batch.old_logprobs is None:
-        return torch.zeros_like(micro_batch.loss_mask)
-    log_ratio = torch.where(micro_batch.loss_mask, micro_batch.computed_stats.logprobs - micro_batch.old_logprobs, 0.0)
-    ratio, advantages = log_ratio.exp(), micro_batch.advantages
-    return -advantages * ratio.clamp(1 - loss.eps_low, 1 + loss.eps_high) > -advantages * ratio
 
 
 def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, float]:

@@ -20,7 +20,7 @@ from megatron_rl.algorithms.kl import k3, masked_sum_count, safe_exp
 from megatron_rl.types import Float, Float64, LossInputs
 
 if TYPE_CHECKING:
-    from megatron_rl.config.loss import RolloutCorrection
+    from megatron_rl.algorithms.policy_loss import RolloutCorrection
 
 
 def _sequence_means(values: Tensor, inputs: LossInputs) -> Tensor:

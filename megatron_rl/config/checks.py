@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.engine_checks import beside_faults, divisors, engine_faults, model_engine_faults
 from megatron_rl.config.evaluation import set_path
-from megatron_rl.config.loss import CovarianceLoss
 from megatron_rl.config.megatron_options import STAGE_FIELDS, chunk_layers, megatron_faults, option_faults
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.facts import (
@@ -23,7 +22,7 @@ from megatron_rl.models.facts import (
 )
 
 if TYPE_CHECKING:
-    from megatron_rl.config.loss import LossBase
+    from megatron_rl.algorithms.policy_loss import PolicyLoss
     from megatron_rl.config.sections import Config
 
 
@@ -71,11 +70,6 @@ def _layout_faults(config: Config) -> Iterator[str]:
         yield (
             f"train.share_prompts=true with parallel.cp={parallel.cp}, which cuts sequences into chunks that cannot "
             "see a shared prompt; set share_prompts=auto or cp=1"
-        )
-    if parallel.cp > 1 and isinstance(config.loss, CovarianceLoss) and config.loss.cov_scope == "microbatch":
-        yield (
-            f"loss.cov_scope=microbatch ranks the tokens of one process, and parallel.cp={parallel.cp} spreads each "
-            "sequence over several; set cov_scope=minibatch, which is exact under any layout, or cp=1"
         )
 
 
@@ -146,13 +140,7 @@ def _save_faults(config: Config) -> Iterator[str]:
 
 def _loss_faults(config: Config) -> Iterator[str]:
     loss = config.loss
-    if loss.type == "clip_cov" and loss.cov_low >= loss.cov_high:
-        yield f"loss.cov_low={loss.cov_low} must be below loss.cov_high={loss.cov_high}"
-    if loss.type == "forking" and loss.aggregation != "token_mean":
-        yield (
-            f"loss.aggregation={loss.aggregation} with loss.type=forking: the paper's mean is over the kept tokens of "
-            "the mini-batch; set aggregation=token_mean"
-        )
+    yield from loss.faults(config)
     if loss.adaptive_entropy is not None and loss.entropy_coef:
         yield (
             f"loss.entropy_coef={loss.entropy_coef} and loss.adaptive_entropy are both set; begin at another "
@@ -169,7 +157,7 @@ def _loss_faults(config: Config) -> Iterator[str]:
         yield "warm_start needs a task with known solutions (data.type=countdown); remove it"
 
 
-def _band_faults(loss: LossBase) -> Iterator[str]:
+def _band_faults(loss: PolicyLoss) -> Iterator[str]:
     band = loss.band
     if band is None:
         return

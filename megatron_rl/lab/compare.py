@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.control import adapt
-from megatron_rl.algorithms.losses import policy_loss
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
-from megatron_rl.algorithms.weighting import mark_tokens
-from megatron_rl.config.loss import LossBase
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.gradients import entropy_gradient, gradient, inner
 from megatron_rl.policy.policy import MegatronPolicy
@@ -29,7 +27,7 @@ class StepFacts:
 
 
 def compare(
-    policy: MegatronPolicy, mini_batch: MiniBatch, methods: dict[str, LossBase], facts: StepFacts, ranks: Reducer
+    policy: MegatronPolicy, mini_batch: MiniBatch, methods: dict[str, PolicyLoss], facts: StepFacts, ranks: Reducer
 ) -> dict[str, Any]:
     """Return the comparison as plain data, the same on every rank. Collective; nothing moves.
 
@@ -44,8 +42,8 @@ def compare(
     uphill = entropy_gradient(policy, mini_batch)
     for method in methods.values():
         loss, _, _ = adapt(method, {}, facts.entropy)
-        marked = mark_tokens(mini_batch, loss, ranks, seed=facts.seed, step=facts.step)
-        vectors.append(gradient(policy, marked, policy_loss(loss)))
+        marked = loss.mark(mini_batch, ranks, seed=facts.seed, step=facts.step)
+        vectors.append(gradient(policy, marked, loss))
         sets.append(_restrained(marked, loss, policy.context))
         kept = {name: value for name, value in marked.selection.items() if name.startswith(("weight/", "select/"))}
         change: float | None = predicted_change([marked], loss, ranks, policy.context)
@@ -67,7 +65,7 @@ def compare(
     }
 
 
-def _restrained(mini_batch: MiniBatch, loss: LossBase, context: Ranks | None) -> Tensor:
+def _restrained(mini_batch: MiniBatch, loss: PolicyLoss, context: Ranks | None) -> Tensor:
     """Return bool `[n_local]`: the response tokens that the method holds back."""
     parts = []
     for micro_batch in mini_batch.micro_batches:

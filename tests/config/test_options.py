@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from megatron_rl.config import Config, load_config, parse_config
-from megatron_rl.config.section import Section
 from megatron_rl.errors import ConfigError
+from megatron_rl.section import Section
 from tests.config.test_config import BASE, raw, refusal, write
 
 JSONL = {"type": "jsonl", "train_path": "train.jsonl", "tokenizer": "tokenizer", "max_prompt_tokens": 32}
