@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import AGGREGATIONS, token_weights
-from megatron_rl.algorithms.methods import METHODS
+from megatron_rl.algorithms.methods import METHODS, LossConfig
 from megatron_rl.algorithms.terms import sft
-from megatron_rl.config.loss import LossConfig
 from megatron_rl.types import LossInputs
 from tests.algorithms.losses_case import LENGTHS, PER_TOKEN, WEIGHTED, authors, by_loops
 

@@ -1,7 +1,7 @@
-"""Clip-Cov: a random few of the tokens with high covariance leave the gradient.
+"""Clip-Cov: PPO's clipped surrogate with factor 0 on a random few of the tokens with high covariance.
 
+These stay in the denominator. The defaults are the authors' recipe.
 Source: arXiv 2505.22617, Clip-Cov and eq. 11; the authors' `compute_policy_loss_clip_cov`.
-The defaults are their recipe.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ from megatron_rl.section import Float, Fraction, NonNegativeFloat
 
 
 class ClipCovLoss(CovarianceLoss, ClippedLoss):
-    """Clip-Cov: a random few of the tokens with high covariance leave the gradient."""
-
     compared = {"clip_cov": {"select_fraction": 0.02, "cov_low": 0.2}}
-
     type: str = "clip_cov"
     eps_low: Float = Field(1.0, ge=0, le=1)
     """The ratio's lower bound is 1 - eps_low."""
@@ -45,7 +42,6 @@ class ClipCovLoss(CovarianceLoss, ClippedLoss):
     """Candidates have cov_low < cov < cov_high."""
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """Return PPO's clipped surrogate with factor 0 on `inputs.selected`, which stay in the denominator."""
         inputs = terms.without_masked(inputs)
         selected, ratio = terms.marked("selected", inputs, self), terms.ratio(inputs)
         surrogate, metrics = terms.clipped_surrogate(ratio, inputs, self)
@@ -73,7 +69,6 @@ class ClipCovLoss(CovarianceLoss, ClippedLoss):
         return -advantages * ratio.clamp(1 - self.eps_low, 1 + self.eps_high) > -advantages * ratio
 
     def faults(self, config: Any) -> Iterator[str]:
-        """Yield bounds that no token is between, besides what cannot work for all that select."""
         yield from super().faults(config)
         if self.cov_low >= self.cov_high:
             yield f"loss.cov_low={self.cov_low} must be below loss.cov_high={self.cov_high}"
