@@ -1,5 +1,5 @@
-"""One RL step, top to bottom: `run_step`. The loss is three hops away: run_step -> MegatronPolicy.update ->
-LOSSES[...].
+"""One RL step, top to bottom: `run_step`. The loss is three hops away: run_step -> MegatronPolicy.update -> its file in
+algorithms/methods/.
 
 Every rank runs this file. Decisions that all ranks must share are made on data that all ranks hold; what differs
 between ranks is which micro-batches they compute.

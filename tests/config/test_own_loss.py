@@ -40,7 +40,7 @@ def test_it_is_read_checked_and_saved(tmp_path: Path) -> None:
         ({"type": "examples.my_method:UsualLos"}, "module examples.my_method has no 'UsualLos'; did you mean 'UsualL"),
         (
             {"type": "examples.my_method:mean_entropy"},
-            "got <function mean_entropy.*expected a subclass of .*PolicyLoss",
+            "got <function mean_entropy.*expected a subclass of",
         ),
         ({"type": f"{__name__}:Formless"}, "expected a subclass of .*PolicyLoss with a __call__"),
         ({"type": "kl_covv"}, "expected one of ppo_clip, .*or module:Class such as.*did you mean 'kl_cov'"),
