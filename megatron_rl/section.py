@@ -31,6 +31,7 @@ NonNegativeInt = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(gt=0, le=1)]
+UnitFloat = Annotated[Float, Field(ge=0, le=1)]
 # a file or a folder; `~` is the home folder, as in a shell
 PathText = Annotated[str, AfterValidator(_expand_home)]
 

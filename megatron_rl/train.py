@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_rl import device, launch
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.config import Config
-from megatron_rl.config.notes import run_notes
+from megatron_rl.config.checks import run_notes
 from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.eval.during_training import evaluate_sets
 from megatron_rl.metrics.spans import OFF, Spans

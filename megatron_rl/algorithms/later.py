@@ -7,13 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __all__ = ["LossInputs", "LossOutputs", "MicroBatch", "MiniBatch", "Ranks", "Tensor", "TrainBatch", "torch"]
-__all__ += ["aggregation", "covariance", "hashing", "kl", "terms", "weighting"]
+__all__ += ["aggregation", "covariance", "hashing", "kl", "terms"]
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from megatron_rl.algorithms import aggregation, covariance, hashing, kl, terms, weighting
+    from megatron_rl.algorithms import aggregation, covariance, hashing, kl, terms
     from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, MiniBatch, Ranks, TrainBatch
 else:
 
@@ -26,5 +26,5 @@ else:
 
     torch = _Later("torch")
     aggregation, covariance, hashing = (_Later(f"{__package__}.{n}") for n in ("aggregation", "covariance", "hashing"))
-    kl, terms, weighting = (_Later(f"{__package__}.{name}") for name in ("kl", "terms", "weighting"))
+    kl, terms = (_Later(f"{__package__}.{name}") for name in ("kl", "terms"))
     Tensor = LossInputs = LossOutputs = MicroBatch = MiniBatch = Ranks = TrainBatch = Any  # in annotations alone

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from megatron_rl.section import Float, NonNegativeFloat, PositiveFloat, Section
+from megatron_rl.section import Float, NonNegativeFloat, PositiveFloat, Section, UnitFloat
 
 if TYPE_CHECKING:
     from megatron_rl.types import LossInputs, LossOutputs, MiniBatch, Ranks, TrainBatch
@@ -104,7 +104,7 @@ class PolicyLoss(Section):
     micro-batch. terms.py says what it must give and has what the losses share."""
 
     compared: ClassVar[dict[str, dict[str, Any]]] = {}
-    """What `megatron-rl shadow` compares by default: name -> options, for a small model."""
+    """What `megatron-rl shadow` compares, name -> options for a small model; empty: its defaults, under its type."""
 
     type: str = ""
     """Which loss it is: a name of methods/, or module:Class of your own."""
@@ -130,9 +130,8 @@ class PolicyLoss(Section):
         in `surrogate_weights` how much each weighs, in `selection` metrics. A collective; all ranks decide alike.
 
         mini_batch: its `stats`, with sum_p2, are of the weights that `statistics` asks for. ranks: those that hold
-        different tokens: their sums, maxima and top-k are exact, so the layout never changes a mark. seed, step: with
-        the mini-batch's index, what is drawn by hash depends on them. What this decides enters the loss of the
-        update's first micro-batch, so its collectives cannot hide behind the update.
+        different tokens; sums, maxima and top-k over them do not depend on the layout. seed, step: for what is drawn by
+        hash. The collectives cannot hide behind the update: they decide the loss of its first micro-batch.
         """
         return mini_batch
 
@@ -167,7 +166,7 @@ class PolicyLoss(Section):
 class ClippedLoss(PolicyLoss):
     """Options of the losses that clip the probability ratio to [1 - eps_low, 1 + eps_high]."""
 
-    eps_low: Float = Field(0.2, ge=0, le=1)
+    eps_low: UnitFloat = 0.2
     """The ratio's lower bound is 1 - eps_low."""
     eps_high: NonNegativeFloat = 0.2
     """The ratio's upper bound is 1 + eps_high."""

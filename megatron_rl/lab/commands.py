@@ -85,9 +85,9 @@ def _read(file: Path, content: str) -> Any:
 def default_methods(own: PolicyLoss) -> dict[str, dict[str, Any]]:
     """Return the loss sections that each method says are worth comparing, by name, and a run's `own` that is none of
     them."""
-    losses = {
-        name: {"type": kind, **options} for kind, method in METHODS.items() for name, options in method.compared.items()
-    }
+    losses: dict[str, dict[str, Any]] = {}
+    for kind, method in METHODS.items():
+        losses |= {name: {"type": kind, **options} for name, options in (method.compared or {kind: {}}).items()}
     if own.type in METHODS:
         return losses
     return losses | {own.type.rpartition(":")[2]: own.model_dump(mode="json")}

@@ -1,10 +1,8 @@
 """The policy losses, one file each: options, formula, source, and what it needs to know of the whole mini-batch."""
 
-import functools
-import operator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from pydantic import SerializeAsAny, WrapValidator
+from pydantic import BeforeValidator, SerializeAsAny
 
 from megatron_rl.algorithms.methods.cispo import CispoLoss
 from megatron_rl.algorithms.methods.clip_cov import ClipCovLoss
@@ -50,7 +48,7 @@ def loss_class(name: str) -> type[PolicyLoss]:
     return own
 
 
-def _read(value: Any, _: Any) -> PolicyLoss:
+def _read(value: Any) -> PolicyLoss:
     if isinstance(value, PolicyLoss):
         return value
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
@@ -58,8 +56,4 @@ def _read(value: Any, _: Any) -> PolicyLoss:
     return loss_class(value["type"]).model_validate(value)
 
 
-# the config's section `loss`: one of METHODS, or a user's own
-if TYPE_CHECKING:
-    LossConfig = PolicyLoss
-else:
-    LossConfig = Annotated[SerializeAsAny[functools.reduce(operator.or_, METHODS.values())], WrapValidator(_read)]
+LossConfig = Annotated[SerializeAsAny[PolicyLoss], BeforeValidator(_read)]  # the config's section `loss`

@@ -4,19 +4,14 @@ Every token keeps a gradient; clipping bounds its size. Clip fractions count rat
 Source: arXiv 2506.13585, eq. 4-5.
 """
 
-from __future__ import annotations
-
-from pydantic import Field
-
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, kl, terms
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import Float, NonNegativeFloat
+from megatron_rl.section import NonNegativeFloat, UnitFloat
 
 
 class CispoLoss(ClippedLoss):
-    compared = {"cispo": {}}
     type: str = "cispo"
-    eps_low: Float = Field(1.0, ge=0, le=1)
+    eps_low: UnitFloat = 1.0
     """The weight's lower bound is 1 - eps_low."""
     eps_high: NonNegativeFloat = 0.28
     """The weight's upper bound is 1 + eps_high."""

@@ -4,12 +4,8 @@ These stay in the denominator. The defaults are the authors' recipe.
 Source: arXiv 2505.22617, Clip-Cov and eq. 11; the authors' `compute_policy_loss_clip_cov`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
-
-from pydantic import Field
 
 from megatron_rl.algorithms.families import CovarianceLoss
 from megatron_rl.algorithms.later import (
@@ -24,13 +20,13 @@ from megatron_rl.algorithms.later import (
     torch,
 )
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import Float, Fraction, NonNegativeFloat
+from megatron_rl.section import Float, Fraction, NonNegativeFloat, UnitFloat
 
 
 class ClipCovLoss(CovarianceLoss, ClippedLoss):
     compared = {"clip_cov": {"select_fraction": 0.02, "cov_low": 0.2}}
     type: str = "clip_cov"
-    eps_low: Float = Field(1.0, ge=0, le=1)
+    eps_low: UnitFloat = 1.0
     """The ratio's lower bound is 1 - eps_low."""
     eps_high: NonNegativeFloat = 1.0
     """The ratio's upper bound is 1 + eps_high."""

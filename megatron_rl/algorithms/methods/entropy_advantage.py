@@ -5,8 +5,6 @@ sign of A; where A is 0 nothing is added.
 Source: arXiv 2506.14758, the definition of psi(H_t) and of the shaped advantage (alpha > 0, kappa > 1).
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from pydantic import Field
@@ -17,7 +15,6 @@ from megatron_rl.section import Float, PositiveFloat
 
 
 class EntropyAdvantageLoss(ClippedLoss):
-    compared = {"entropy_advantage": {}}
     type: str = "entropy_advantage"
     alpha: PositiveFloat = 0.4
     """Advantage per nat of entropy."""

@@ -8,8 +8,6 @@ told apart by rounding, which depends on the layout. The paper's base is DAPO: e
 Source: arXiv 2506.01939, eq. 6, rho = 0.2; over the mini-batch, where its text says "within each (micro-)batch".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

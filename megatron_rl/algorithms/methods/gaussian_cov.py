@@ -7,14 +7,11 @@ Source: arXiv 2605.11538, as described in public notes on it (the paper was not 
 leave open the divisor of sigma and take N over "the group".
 """
 
-from __future__ import annotations
-
 from megatron_rl.algorithms.families import WeightedLoss
 from megatron_rl.algorithms.later import MiniBatch, Ranks, Tensor, covariance, torch
 
 
 class GaussianCovLoss(WeightedLoss):
-    compared = {"gaussian_cov": {}}
     type: str = "gaussian_cov"
 
     def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> Tensor:

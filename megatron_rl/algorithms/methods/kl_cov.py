@@ -6,8 +6,6 @@ gradient. It is not multiplied by the importance weights.
 Source: arXiv 2505.22617, KL-Cov and eq. 13; the authors' `compute_policy_loss_kl_cov`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -5,8 +5,6 @@ With `dual_clip` = c, tokens of A < 0 lose at most `-A c`; beyond it they have n
 Source: arXiv 1707.06347, eq. 7; dual clip arXiv 1912.09729; separate bounds arXiv 2503.14476, eq. 10.
 """
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, kl, terms, torch

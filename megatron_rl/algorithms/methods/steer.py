@@ -9,8 +9,6 @@ authors' repository zz-haooo/STEER, `compute_token_weights`. Another commit of i
 the paper's own equation was not at hand to decide.
 """
 
-from __future__ import annotations
-
 import math
 
 from pydantic import Field
@@ -24,7 +22,6 @@ _TINY = 1e-8  # bounds of a probability in the estimate, the authors' value
 
 
 class SteerLoss(WeightedLoss):
-    compared = {"steer": {}}
     type: str = "steer"
     weight_min: Float = Field(0.7, gt=0, lt=1)
     """Weight of the token with the largest change."""
