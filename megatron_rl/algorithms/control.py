@@ -15,26 +15,31 @@ from megatron_rl.algorithms.kl import masked_sum_count
 from megatron_rl.types import Ranks, TrainBatch
 
 if TYPE_CHECKING:
-    from megatron_rl.config.loss import AdaptiveEntropy, EntropyBand, LossBase
+    from megatron_rl.algorithms.policy_loss import AdaptiveEntropy, EntropyBand, PolicyLoss
 
-    Loss = TypeVar("Loss", bound=LossBase)
+    Loss = TypeVar("Loss", bound=PolicyLoss)
 
-ControlState = dict[str, float]  # option of the loss: where its next step begins; empty before the first step
+# option of the loss: where its next step begins; empty before the first step. `own`: what the loss itself remembers
+ControlState = dict[str, Any]
 
 
 class LossController:
-    """Holds the loss's options that follow the entropy, from step to step; with none it asks nothing of the ranks."""
+    """Holds what of the loss changes from step to step; where nothing does it asks nothing of the ranks."""
 
-    def __init__(self, loss: LossBase, ranks: Ranks) -> None:
+    def __init__(self, loss: PolicyLoss, ranks: Ranks) -> None:
         """`ranks`: those that hold different tokens."""
         self.state: ControlState = {}
         self.metrics: dict[str, float] = {}  # `control/*` of the last step
         self._loss, self._ranks = loss, ranks
 
-    def next_loss(self, batch: TrainBatch) -> LossBase:
+    def next_loss(self, batch: TrainBatch) -> PolicyLoss:
         """Return the loss of the step that trains on `batch`, the same on every rank. A collective."""
         entropy = mean_entropy(batch, self._ranks) if follows_entropy(self._loss) else math.nan
+        remembered = self.state.get("own", {})
         loss, self.state, self.metrics = adapt(self._loss, self.state, entropy)
+        loss, own = loss.follow(batch, self._ranks, remembered)
+        if own:
+            self.state, self.metrics = self.state | {"own": own}, self.metrics | {f"control/{k}": own[k] for k in own}
         return loss
 
 
@@ -48,13 +53,7 @@ def mean_entropy(batch: TrainBatch, ranks: Ranks) -> float:
     return entropy / count if count else math.nan
 
 
-def needs_current_stats(loss: LossBase, index: int) -> bool:
-    """Return whether marking tokens in mini-batch `index` pays a forward pass: the first of a step has the weights of
-    old_logprobs."""
-    return index > 0 and loss.needs_current_statistics
-
-
-def follows_entropy(loss: LossBase) -> bool:
+def follows_entropy(loss: PolicyLoss) -> bool:
     """Tell whether `adapt` looks at the entropy."""
     return loss.adaptive_entropy is not None or loss.band is not None
 

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from megatron_rl.algorithms.control import adapt, follows_entropy
-from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase, PpoClipLoss
+from megatron_rl.algorithms.methods.clip_cov import ClipCovLoss
+from megatron_rl.algorithms.methods.kl_cov import KlCovLoss
+from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 
 
-def follow(loss: LossBase, entropies: list[float], state: dict[str, float] | None = None) -> list[dict[str, float]]:
+def follow(loss: PolicyLoss, entropies: list[float], state: dict[str, float] | None = None) -> list[dict[str, float]]:
     """The metrics of each step."""
     state, rows = state or {}, []
     for entropy in entropies:

@@ -103,13 +103,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(key: str, near: str | N
 
 def test_a_key_of_another_loss_is_unknown_to_this_one() -> None:
     message = refusal(raw(loss={"type": "ppo_clip", "kl_coef": 1.0}))
-    assert "loss.ppo_clip.kl_coef: unknown option" in message and "'kl_coef'" not in message
+    assert "loss.kl_coef: unknown option" in message and "'kl_coef'" not in message
 
 
 @pytest.mark.parametrize("section", ["loss", "data"])
 def test_an_unknown_union_member_lists_the_known(section: str) -> None:
     message = refusal(raw(**{section: {"type": "nonesuch"}}))
-    assert message.count("nonesuch") >= 1 and {"loss": "'kl_cov'", "data": "'jsonl'"}[section] in message
+    assert message.count("nonesuch") >= 1 and {"loss": "kl_cov", "data": "'jsonl'"}[section] in message
 
 
 def test_every_fault_is_listed_at_once() -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.config.loss import ForkingLoss, KlCovLoss, PpoClipLoss
+from megatron_rl.algorithms.methods.forking import ForkingLoss
+from megatron_rl.algorithms.methods.kl_cov import KlCovLoss
+from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
 from megatron_rl.lab.commands import METHODS, _read_methods
 from megatron_rl.lab.compare import StepFacts
 from megatron_rl.types import TokenStats
@@ -26,7 +28,6 @@ SGD_LIKE = {"lr": 1e-3, "eps": 1.0, "clip_grad": 0.0}
 
 def _measure(config: Any) -> dict[str, Any]:
     """Products, a step's tangent and realised entropy change, and what `compare` says of all methods."""
-    from megatron_rl.algorithms.losses import policy_loss
     from megatron_rl.lab.compare import compare
     from megatron_rl.lab.shadow import _loss
     from megatron_rl.parallel.reduce import Reducer
@@ -37,14 +38,14 @@ def _measure(config: Any) -> dict[str, Any]:
         mini_batch = make_batch(config, policy.groups).mini_batches[0]
         before = weights_of(policy)
         stats = policy.stats(mini_batch, with_sum_p2=True)
-        clipped = gradient(policy, mini_batch, policy_loss(PpoClipLoss()))
-        wide = gradient(policy, mini_batch, policy_loss(PpoClipLoss(eps_low=1, eps_high=100)))
+        clipped = gradient(policy, mini_batch, PpoClipLoss())
+        wide = gradient(policy, mini_batch, PpoClipLoss(eps_low=1, eps_high=100))
         products = [inner(policy, a, b) for a, b in ((clipped, clipped), (clipped, wide), (wide, wide))]
         methods = {name: _loss(name, raw) for name, raw in _read_methods(METHODS).items()}
         found = compare(policy, mini_batch.with_stats(stats), methods, StepFacts(1, 0, 1.0), ranks)
         assert same_bits(weights_of(policy), before)
         tangent = EntropyTangent(policy, mini_batch)
-        norm = policy.update(mini_batch, policy_loss(PpoClipLoss())).grad_norm
+        norm = policy.update(mini_batch, PpoClipLoss()).grad_norm
         change = _mean(mini_batch, policy.stats(mini_batch), ranks) - _mean(mini_batch, stats, ranks)
         return {"products": products, "norm": norm, "tangent": tangent.change(), "change": change, "compared": found}
 
