@@ -202,6 +202,7 @@ class MicroBatch:
     num_sequences: int  # without the padding sequence
     longest: int  # tokens of the longest sequence, over all context-parallel ranks: nobody asks the device for it
     old_logprobs: Float[Tensor, "T"] | None = None  # nats
+    old_entropy: Float[Tensor, "T"] | None = None  # nats, where a loss looks at it
     ref_logprobs: Float[Tensor, "T"] | None = None  # nats
     selected: Bool[Tensor, "T"] | None = None  # the tokens that Clip-Cov or KL-Cov picked
     surrogate_weights: Float32[Tensor, "T"] | None = None  # of the policy-gradient term, by the weighting losses
@@ -362,6 +363,7 @@ class LossInputs:
     cu_seqlens: Int32[Tensor, "E"]
     selected: Bool[Tensor, "T"] | None
     surrogate_weights: Float[Tensor, "T"] | None = None  # of the policy-gradient term, without gradient; None: 1
+    old_entropy: Float[Tensor, "T"] | None = None  # nats; set by the losses that look at it
     context: Ranks | None = None  # over the ranks that hold the rest of these sequences; None: they are whole
 
 

@@ -34,6 +34,7 @@ READS = {
     "algorithms/families.py CovarianceLoss.mark": "update: four numbers",
     "algorithms/families.py WeightedLoss.mark": "update: no token, no weights; three numbers",
     "algorithms/methods/forking.py ForkingLoss.weights": "update: the count of tokens decides how many are kept",
+    "algorithms/methods/clip_v.py ClipVLoss.weights": "update: candidates, by a mask; the count decides the quota",
     "algorithms/methods/gaussian_cov.py GaussianCovLoss.weights": "update: without variance all weights are 1",
     "parallel/reduce.py _best": "top-k: what can win, by a mask",
     "parallel/reduce.py Reducer.top_ks_and_sum": "top-k: how many values each rank offers",

@@ -9,12 +9,24 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from megatron_rl.algorithms.later import LossInputs, LossOutputs, MiniBatch, Numbers, Ranks, covariance, terms, torch
+from megatron_rl.algorithms.later import (
+    Flags,
+    LossInputs,
+    LossOutputs,
+    MiniBatch,
+    Numbers,
+    Ranks,
+    Tensor,
+    covariance,
+    terms,
+    torch,
+)
 from megatron_rl.algorithms.policy_loss import ClippedLoss, EntropyBand, PolicyLoss, Statistics
 from megatron_rl.section import Fraction
 
 PERCENTAGE = 0.02  # a fraction of that size, where it selects many tokens, was probably meant as a percentage
 MANY_TOKENS = 1000
+SMALL_BOUND = 1e-12  # values that differ by no more are the same up to rounding
 
 
 class WeightedLoss(ClippedLoss):
@@ -58,6 +70,18 @@ class WeightedLoss(ClippedLoss):
         weights, ratio = terms.marked("surrogate_weights", inputs, self), terms.ratio(inputs)
         surrogate, metrics = terms.clipped_surrogate(ratio, inputs, self)
         return terms.total(inputs, self, weights * surrogate, metrics, ratio)
+
+
+def moments(values: Numbers, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and standard deviation (divisor N) of all ranks' values, and N: scalars. One collective."""
+    sums = ranks.sum(torch.stack([torch.full_like(values.sum(), values.numel()), values.sum(), (values**2).sum()]))
+    mean, square = sums[1:] / sums[0]
+    return mean, (square - mean**2).clamp_min(0).sqrt(), sums[0]
+
+
+def outliers(mini_batch: MiniBatch, values: Numbers, bound: Tensor) -> Flags:
+    """Return which response tokens have A < 0 and a value above the bound; none where the bound is about 0."""
+    return (mini_batch.cat("advantages") < 0) & (values > bound) & (bound > SMALL_BOUND)
 
 
 class CovarianceLoss(PolicyLoss):

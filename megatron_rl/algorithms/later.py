@@ -6,15 +6,15 @@ A method's file has its options beside its formula, and a config is read without
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Flags", "LossInputs", "LossOutputs", "MiniBatch", "Numbers", "Ranks", "torch"]
-__all__ += ["aggregation", "covariance", "hashing", "kl", "terms"]
+__all__ = ["Flags", "LossInputs", "LossOutputs", "MiniBatch", "Numbers", "Ranks", "Tensor", "TrainBatch", "torch"]
+__all__ += ["aggregation", "control", "covariance", "entropy", "hashing", "kl", "terms"]
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from megatron_rl.algorithms import aggregation, covariance, hashing, kl, terms
-    from megatron_rl.types import Bool, Float64, LossInputs, LossOutputs, MiniBatch, Ranks
+    from megatron_rl.algorithms import aggregation, control, covariance, entropy, hashing, kl, terms
+    from megatron_rl.types import Bool, Float64, LossInputs, LossOutputs, MiniBatch, Ranks, TrainBatch
 
     Numbers = Float64[Tensor, "N"]  # of this rank's response tokens in a mini-batch
     Flags = Bool[Tensor, "N"]
@@ -28,5 +28,6 @@ else:
             return getattr(importlib.import_module(self._module), name)
 
     torch = _Later("torch")
-    aggregation, covariance, hashing, kl, terms = (_Later(f"{__package__}.{name}") for name in __all__[7:])
-    LossInputs = LossOutputs = MiniBatch = Ranks = Numbers = Flags = Any  # in annotations alone
+    _MODULES = [_Later(f"{__package__}.{name}") for name in __all__[9:]]
+    aggregation, control, covariance, entropy, hashing, kl, terms = _MODULES
+    LossInputs = LossOutputs = MiniBatch = TrainBatch = Ranks = Tensor = Numbers = Flags = Any  # in annotations alone

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from megatron_rl.types import LossInputs, LossOutputs, MiniBatch, Ranks, TrainBatch
 
 Statistics = Literal["current", "old"]
+Anchor = Literal["rollout", "old"]  # the policy that sampled, or that at the start of the step
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant_length"]
 
 
 class RolloutCorrection(Section):
@@ -107,7 +109,7 @@ class PolicyLoss(Section):
 
     type: str = ""
     """Which loss it is: a name of methods/, or module:Class of your own."""
-    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant_length"] = "token_mean"
+    aggregation: Aggregation = "token_mean"
     """Weights of the token losses; constant_length divides by max_response_tokens (Dr.GRPO)."""
     entropy_coef: Float = 0.0
     """Entropy bonus: the loss gets -entropy_coef * H."""
@@ -169,3 +171,12 @@ class ClippedLoss(PolicyLoss):
     """The ratio's lower bound is 1 - eps_low."""
     eps_high: NonNegativeFloat = 0.2
     """The ratio's upper bound is 1 + eps_high."""
+
+
+def corrected_twice(loss: PolicyLoss, anchor: Anchor) -> Iterator[str]:
+    """Yield that the weights of `rollout_correction` correct what a ratio to the policy that sampled contains."""
+    if anchor == "rollout" and loss.rollout_correction is not None and loss.rollout_correction.weights != "none":
+        yield (
+            f"loss.anchor=rollout with loss.rollout_correction.weights={loss.rollout_correction.weights}: the ratio to "
+            "the policy that sampled contains these weights already; set weights=none, or anchor=old"
+        )

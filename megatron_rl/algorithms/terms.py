@@ -34,7 +34,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.kl import k3, kl_penalty, masked_sum_count, safe_exp
 from megatron_rl.algorithms.mismatch import rollout_weights
-from megatron_rl.algorithms.policy_loss import ClippedLoss, PolicyLoss
+from megatron_rl.algorithms.policy_loss import Anchor, ClippedLoss, PolicyLoss
 from megatron_rl.types import Float, Float64, LossInputs, LossOutputs, Shaped
 
 LossFunction = Callable[[LossInputs], LossOutputs]  # a policy loss with its options, or `sft`
@@ -53,6 +53,11 @@ def without_masked(inputs: LossInputs) -> LossInputs:
 def ratio(inputs: LossInputs) -> Float[Tensor, "T"]:
     """Return each token's probability ratio pi / pi_old."""
     return safe_exp(inputs.logprobs - inputs.old_logprobs)
+
+
+def anchor(inputs: LossInputs, name: Anchor) -> Float[Tensor, "T"]:
+    """Return the log-probabilities that a ratio is taken to."""
+    return inputs.rollout_logprobs if name == "rollout" else inputs.old_logprobs
 
 
 def marked(name: str, inputs: LossInputs, loss: PolicyLoss) -> Shaped[Tensor, "T"]:
@@ -79,6 +84,19 @@ def clipped_surrogate(
         "loss/clip_fraction_high": masked_sum_count(cut & (inputs.advantages > 0), inputs.loss_mask),
     }
     return torch.where(cut, clipped, unclipped), metrics
+
+
+def dual_clipped(
+    surrogate: Float[Tensor, "T"], inputs: LossInputs, bound: float | None, metrics: dict[str, Float64[Tensor, "2"]]
+) -> Float[Tensor, "T"]:
+    """Return the surrogate, at most `-A bound` where A < 0, without gradient there. The metrics get the fraction of
+    such tokens; with None as bound there are none."""
+    if bound is None:
+        return surrogate
+    most = -inputs.advantages * bound
+    cut = (inputs.advantages < 0) & (surrogate > most)
+    metrics["loss/dual_clip_fraction"] = masked_sum_count(cut, inputs.loss_mask)
+    return torch.where(cut, most, surrogate)
 
 
 def total(

@@ -40,6 +40,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "entropy_advantage": {},
     "steer": {},
     "gaussian_cov": {},
+    "ce_gppo": {},
+    "erc": {},
+    "clip_b": {"mu": 0.5},
+    "clip_v": {"mu": 0.5, "max_fraction": 0.05},
+    "repo_r": {"zeta": 0.05},
+    "sapo": {},
+    "gmpo": {},
+    "dppo": {},
+    "vespo": {},
 }
 QWEN3 = {"model_type": "qwen3", "head_dim": 32}
 MOE = {

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.types import LossInputs
+from tests.algorithms import methods_case
 
 PER_TOKEN = [f.name for f in dataclasses.fields(LossInputs) if f.name not in ("cu_seqlens", "context")]
-WEIGHTED = ("forking", "steer", "gaussian_cov")
+WEIGHTED = ("forking", "steer", "gaussian_cov", "clip_b", "clip_v")
 LENGTHS = [6, 3, 9, 4, 7, 2]  # the last sequence is padding
 
 
@@ -52,7 +53,10 @@ def by_loops(name: str, config: Any, inputs: LossInputs) -> tuple[float, list[fl
         for t, x in enumerate(rows, start):
             if not x["loss_mask"]:
                 continue
-            value, slope = surrogate_by_hand(name, config, x, s)
+            if name in methods_case.HANDS:
+                value, slope = methods_case.by_hand(name, config, x, counted)
+            else:
+                value, slope = surrogate_by_hand(name, config, x, s)
             if name in WEIGHTED:
                 value, slope = x["surrogate_weights"] * value, x["surrogate_weights"] * slope
             if config.rollout_correction is not None:

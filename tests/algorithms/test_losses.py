@@ -32,6 +32,20 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("steer", {}),
     ("gaussian_cov", {"eps_high": 0.28, **SHARED}),
     ("entropy_advantage", {"alpha": 0.6, "kappa": 1.5, **SHARED}),
+    ("ce_gppo", {"dual_clip": 1.6}),
+    ("ce_gppo", {"beta_low": 0.0, **SHARED}),
+    ("erc", {**SHARED}),
+    ("erc", {"base": "gppo", "entropy_low": 0.02, "dual_clip": 1.6}),
+    ("clip_b", {**SHARED}),
+    ("clip_v", {}),
+    ("repo_r", {"zeta": 0.4, "target_entropy": None, "centred": True, **SHARED}),
+    ("repo_r", {}),
+    ("sapo", {**SHARED}),
+    ("gmpo", {"eps_low": 0.2, **SHARED}),
+    ("dppo", {"bound_low": 0.05, "max_ratio": 1.2, **SHARED}),
+    ("dppo", {"divergence": "kl", "anchor": "old", "bound_low": 0.01, "bound_high": 0.02}),
+    ("vespo", {**SHARED}),
+    ("vespo", {"anchor": "rollout", "k_negative": 1.0}),
 ]
 
 
@@ -91,7 +105,8 @@ def random_inputs(mode: str = "token_mean", seed: int = 0) -> tuple[LossInputs, 
         selected=mask & (torch.rand(total, generator=generator) < 0.3),
         surrogate_weights=torch.rand(total, generator=generator, dtype=torch.float64) * 3,
     )
-    return inputs, denominator
+    old_entropy = inputs.entropy * normal(0.06).exp()
+    return dataclasses.replace(inputs, old_entropy=old_entropy), denominator
 
 
 def mean(metric: Tensor) -> float:
@@ -286,7 +301,12 @@ def test_masked_garbage_changes_nothing(name: str, options: dict[str, Any], garb
     inputs, _ = random_inputs("seq_mean_token_mean")
     mask = inputs.loss_mask
     dirty: dict[str, Any] = {"selected": inputs.selected | ~mask if inputs.selected is not None else None}
-    for field in ("logprobs", "entropy", "old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages"):
+    for field in (
+        *(f"{policy}logprobs" for policy in ("", "old_", "rollout_", "ref_")),
+        "entropy",
+        "old_entropy",
+        "advantages",
+    ):
         dirty[field] = torch.where(mask, getattr(inputs, field), garbage)
     dirty["token_weights"] = torch.where(mask, inputs.token_weights, garbage)
     loss, metrics, grad, entropy_grad = run(name, inputs, **options)
@@ -306,7 +326,7 @@ def test_huge_log_ratios_stay_finite(name: str, options: dict[str, Any]) -> None
     far, near = [-500.0, -0.1] * 2, [-0.1, -500.0] * 2
     inputs = tokens(near, far, [1.0, 1.0, -1.0, -1.0], [True, True, False, False])
     others = {"ref_logprobs": torch.tensor(far), "rollout_logprobs": torch.tensor(near)}
-    others["surrogate_weights"] = torch.full((4,), 2.0)
+    others |= {"surrogate_weights": torch.full((4,), 2.0), "old_entropy": torch.ones(4)}
     inputs = dataclasses.replace(inputs, **others)  # type: ignore[arg-type]
     loss, metrics, grad, _ = run(name, inputs, **options)
     assert loss.isfinite() and grad.isfinite().all() and all(value.isfinite().all() for value in metrics.values())

@@ -4,15 +4,24 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
 
+from megatron_rl.algorithms.methods.ce_gppo import CeGppoLoss
 from megatron_rl.algorithms.methods.cispo import CispoLoss
+from megatron_rl.algorithms.methods.clip_b import ClipBLoss
 from megatron_rl.algorithms.methods.clip_cov import ClipCovLoss
+from megatron_rl.algorithms.methods.clip_v import ClipVLoss
+from megatron_rl.algorithms.methods.dppo import DppoLoss
 from megatron_rl.algorithms.methods.entropy_advantage import EntropyAdvantageLoss
+from megatron_rl.algorithms.methods.erc import ErcLoss
 from megatron_rl.algorithms.methods.forking import ForkingLoss
 from megatron_rl.algorithms.methods.gaussian_cov import GaussianCovLoss
+from megatron_rl.algorithms.methods.gmpo import GmpoLoss
 from megatron_rl.algorithms.methods.gspo import GspoLoss
 from megatron_rl.algorithms.methods.kl_cov import KlCovLoss
 from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
+from megatron_rl.algorithms.methods.repo_r import RepoRLoss
+from megatron_rl.algorithms.methods.sapo import SapoLoss
 from megatron_rl.algorithms.methods.steer import SteerLoss
+from megatron_rl.algorithms.methods.vespo import VespoLoss
 from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.section import load_named
 
@@ -26,6 +35,15 @@ METHODS: dict[str, type[PolicyLoss]] = {
     "entropy_advantage": EntropyAdvantageLoss,
     "steer": SteerLoss,
     "gaussian_cov": GaussianCovLoss,
+    "ce_gppo": CeGppoLoss,
+    "erc": ErcLoss,
+    "clip_b": ClipBLoss,
+    "clip_v": ClipVLoss,
+    "repo_r": RepoRLoss,
+    "sapo": SapoLoss,
+    "gmpo": GmpoLoss,
+    "dppo": DppoLoss,
+    "vespo": VespoLoss,
 }
 
 

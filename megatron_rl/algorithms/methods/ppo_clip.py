@@ -7,7 +7,7 @@ Source: arXiv 1707.06347, eq. 7; dual clip arXiv 1912.09729; separate bounds arX
 
 from pydantic import Field
 
-from megatron_rl.algorithms.later import LossInputs, LossOutputs, kl, terms, torch
+from megatron_rl.algorithms.later import LossInputs, LossOutputs, terms
 from megatron_rl.algorithms.policy_loss import ClippedLoss
 from megatron_rl.section import Float
 
@@ -27,9 +27,5 @@ class PpoClipLoss(ClippedLoss):
         inputs = terms.without_masked(inputs)
         ratio = terms.ratio(inputs)
         surrogate, metrics = terms.clipped_surrogate(ratio, inputs, self)
-        if self.dual_clip is not None:
-            bound = -inputs.advantages * self.dual_clip
-            cut = (inputs.advantages < 0) & (surrogate > bound)
-            surrogate = torch.where(cut, bound, surrogate)
-            metrics["loss/dual_clip_fraction"] = kl.masked_sum_count(cut, inputs.loss_mask)
+        surrogate = terms.dual_clipped(surrogate, inputs, self.dual_clip, metrics)
         return terms.total(inputs, self, surrogate, metrics, ratio)
