@@ -48,7 +48,8 @@ def test_equals_the_authors(name: str, options: dict[str, Any]) -> None:
     taken: dict[str, torch.Tensor] = {}
     for seed in range(6):
         inputs, denominator = random_inputs(config.aggregation, seed)
-        inputs = dataclasses.replace(inputs, logprobs=inputs.logprobs.clamp_max(-0.01))
+        probable = {name: getattr(inputs, name).clamp_max(-0.01) for name in ("logprobs", "rollout_logprobs")}
+        inputs = dataclasses.replace(inputs, **probable)
         rows = torch.arange(sum(LENGTHS)).split(LENGTHS)
         index = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         filled = torch.arange(max(LENGTHS))[None] < torch.tensor(LENGTHS)[:, None]

@@ -46,7 +46,7 @@ class ErcLoss(ClippedLoss):
         else:
             surrogate, metrics = preserving_surrogate(ratio, inputs, self, 1.0, 1.0)
         surrogate = terms.dual_clipped(surrogate, inputs, self.dual_clip, metrics)
-        entropy_ratio = (inputs.entropy.detach() + _TINY) / (old_entropy + _TINY)
+        entropy_ratio = (inputs.entropy + _TINY) / (old_entropy + _TINY)
         inside = (entropy_ratio > 1 - self.entropy_low) & (entropy_ratio < 1 + self.entropy_high)
         metrics["loss/entropy_clip_fraction"] = kl.masked_sum_count(~inside, inputs.loss_mask)
         surrogate = torch.where(inside, surrogate, surrogate.detach())
