@@ -300,8 +300,7 @@ class TrainBatch:
         return TrainBatch(self.step, tuple(mini_batch.to(device) for mini_batch in self.mini_batches))
 
     def with_old_stats(self, stats: Sequence[Sequence[TokenStats]]) -> TrainBatch:
-        """Return a copy with the statistics at the start of the step, listed per mini-batch and micro-batch: each
-        micro-batch carries its own, and their logprobs are its old_logprobs."""
+        """Return a copy with the statistics at the step's start, per mini-batch and micro-batch, and old_logprobs."""
         old = [[each.logprobs for each in row] for row in stats]
         return self._with_each("stats", stats)._with_each("old_logprobs", old)
 
@@ -369,8 +368,7 @@ class LossInputs:
 
 @dataclass(frozen=True, slots=True)
 class LossOutputs:
-    """`loss_sum` has a gradient; it is the sum over tokens, never a mean. Each metric is (sum, count), so
-    that adding micro-batches and ranks and dividing once gives the exact global mean."""
+    """`loss_sum`, with gradient, is a sum over tokens, a metric is (sum, count): added up, and divided once, exact."""
 
     loss_sum: Float[Tensor, ""]
     metrics: dict[str, Float64[Tensor, "2"]]
