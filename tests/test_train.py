@@ -119,8 +119,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "gspo": ({"loss": {"type": "gspo", "aggregation": "seq_mean_token_mean"}}, CLIPPED),
     "cispo": ({"loss": {"type": "cispo", "aggregation": "seq_mean_token_sum"}}, CLIPPED),
     "forking": (
-        {"loss": {"type": "forking"}, "train": {"entropy_tangent": True}},
-        [*CLIPPED, "weight/effective_fraction", "entropy/first_order_change"],
+        {"loss": {"type": "forking"}, "train": {"entropy_tangent": True, "entropy_tangent_every": 1}},
+        [*CLIPPED, "weight/effective_fraction", "entropy/first_order_change", "entropy/tangent_change"],
     ),
     "steer": ({"loss": {"type": "steer", "stats": "old"}}, [*CLIPPED, "weight/min"]),
     "gaussian_cov": ({"loss": {"type": "gaussian_cov"}}, [*CLIPPED, "weight/min"]),
