@@ -129,6 +129,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"loss": {"adaptive_entropy": {"target_entropy": 9.0, "initial_coef": 0.01}}},
         ["control/entropy_coef", "loss/entropy_bonus"],
     ),
+    "schedule": ({"loss": {"eps_high": {"from": 0.2, "to": 0.3, "steps": 2}}}, ["control/eps_high"]),
     "entropy_band": (
         {"loss": CLIP_COV | {"entropy_band": {"low": 0.1, "high": 0.2, "minimum": 0.01, "maximum": 0.2}}},
         [*SELECTED, "control/select_fraction"],

@@ -41,7 +41,7 @@ def compare(
     vectors, sets, rows = [], [], []
     uphill = entropy_gradient(policy, mini_batch)
     for method in methods.values():
-        loss, _, _ = adapt(method, {}, facts.entropy)
+        loss, _, _ = adapt(method, {}, facts.entropy, facts.step)
         marked = loss.mark(mini_batch, ranks, seed=facts.seed, step=facts.step)
         vectors.append(gradient(policy, marked, loss))
         sets.append(_restrained(marked, loss, policy.context))

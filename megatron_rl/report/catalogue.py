@@ -14,6 +14,7 @@ from megatron_rl.report.runs import LoggedRun
 DRAWINGS: dict[str, Callable[[Sequence[LoggedRun]], Built]] = {
     "predicted_change": partial(figures.change_against_realised, "entropy/predicted_change"),
     "first_order_change": partial(figures.change_against_realised, "entropy/first_order_change"),
+    "control": figures.control,
     "law": figures.law,
     "law_residuals": figures.law_residuals,
     "ledger_covariance": partial(spending.spending, "quantiles of covariance", spending.by_covariance, 0),

@@ -31,6 +31,7 @@ class ClipCovLoss(CovarianceLoss, ClippedLoss):
     """Clip-Cov: a random few of the tokens with high covariance leave the gradient."""
 
     compared = {"clip_cov": {"select_fraction": 0.02, "cov_low": 0.2}}
+    restraints = {"cov_low": -1}
 
     type: str = "clip_cov"
     eps_low: Float = Field(1.0, ge=0, le=1)

@@ -18,6 +18,7 @@ class EntropyAdvantageLoss(ClippedLoss):
     """Entropy-shaped advantage (arXiv 2506.14758): A + min(alpha * H, |A| / kappa), H without gradient."""
 
     compared = {"entropy_advantage": {}}
+    restraints = {"alpha": 1, "kappa": -1}
 
     type: str = "entropy_advantage"
     alpha: PositiveFloat = 0.4

@@ -21,6 +21,7 @@ class ForkingLoss(WeightedLoss):
     """
 
     compared = {"forking": {"eps_high": 0.2}}
+    restraints = {"keep_fraction": -1}
 
     type: str = "forking"
     eps_high: NonNegativeFloat = 0.28

@@ -18,6 +18,7 @@ class KlCovLoss(CovarianceLoss):
     """KL-Cov: the tokens of largest covariance pay |log ratio|."""
 
     compared = {"kl_cov": {"select_fraction": 0.1}}
+    restraints = {"kl_coef": 1}
 
     type: str = "kl_cov"
     select_fraction: Fraction = 2e-3

@@ -23,6 +23,7 @@ class SteerLoss(WeightedLoss):
     """STEER (arXiv 2510.10150): tokens weigh less, the larger their estimated change of entropy."""
 
     compared = {"steer": {}}
+    restraints = {"weight_min": -1}
 
     type: str = "steer"
     weight_min: Float = Field(0.7, gt=0, lt=1)
