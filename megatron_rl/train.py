@@ -1,5 +1,5 @@
-"""One RL step, top to bottom: `run_step`. The loss is three hops away: run_step -> MegatronPolicy.update ->
-LOSSES[...].
+"""One RL step, top to bottom: `run_step`. The loss is three hops away: run_step -> MegatronPolicy.update -> its file in
+algorithms/methods/.
 
 Every rank runs this file. Decisions that all ranks must share are made on data that all ranks hold; what differs
 between ranks is which micro-batches they compute.
@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_rl import device, launch
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.config import Config
-from megatron_rl.config.notes import run_notes
+from megatron_rl.config.checks import run_notes
 from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.eval.during_training import evaluate_sets
 from megatron_rl.metrics.spans import OFF, Spans

@@ -116,6 +116,7 @@ LOSSES: dict[str, dict[str, Any]] = {
         "rollout_correction": {"weights": "none", "max_negative_kl": 0.02},
     },
     "ppo_clip_rollout": {"type": "ppo_clip", "ref_kl_coef": 0.1},
+    "own": {"type": "examples.my_method:UsualLoss"},
 }
 SELECTING = ("clip_cov", "kl_cov")
 

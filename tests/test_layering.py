@@ -81,7 +81,6 @@ ALGORITHMS_MAY_IMPORT = {
     "__future__",
     "collections.abc",
     "dataclasses",
-    "difflib",
     "heapq",
     "importlib",
     "itertools",

@@ -213,6 +213,7 @@ CONTROLLED: dict[str, dict[str, Any]] = {
         "select_fraction": {"from": 0.2, "to": 0.1, "steps": 4},
         "entropy_band": {"low": 0.1, "high": 2.5, "option": "kl_coef", "minimum": 0.1, "maximum": 2.0, "gain": 0.2},
     },
+    "own": {"type": "examples.my_method:UsualLoss"},  # a state of the loss itself
 }
 
 
@@ -226,7 +227,7 @@ def test_what_follows_the_entropy_goes_on_exactly(worlds: Worlds, tmp_path: Path
             train = {"num_steps": steps, "save_final": steps == 3, "resume": resume, **TRAIN}
             raws.append(tiny_raw(tmp_path, f"{loss}_{name}", loss=CONTROLLED[loss], train=train))
     weights = worlds.run(2, train_each_and_remember_the_law, raws, timeout=LIMIT)[0]
-    for i, option in ((0, "entropy_coef"), (4, "kl_coef")):
+    for i, option in ((0, "entropy_coef"), (4, "kl_coef"), (8, "usual_entropy")):
         straight, _, cut, branch = raws[i : i + 4]
         rows = [measured(row) for row in rows_of(straight)]
         assert [measured(row) for row in rows_of(cut)] == rows

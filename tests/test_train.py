@@ -125,6 +125,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "steer": ({"loss": {"type": "steer", "stats": "old"}}, [*CLIPPED, "weight/min"]),
     "gaussian_cov": ({"loss": {"type": "gaussian_cov"}}, [*CLIPPED, "weight/min"]),
     "entropy_advantage": ({"loss": {"type": "entropy_advantage"}}, [*CLIPPED, "loss/advantage_bonus"]),
+    "own": (
+        {"loss": {"type": "examples.my_method:UsualLoss"}},
+        [*CLIPPED, "weight/min", "control/usual_entropy"],
+    ),
     "adaptive_entropy": (
         {"loss": {"adaptive_entropy": {"target_entropy": 9.0, "initial_coef": 0.01}}},
         ["control/entropy_coef", "loss/entropy_bonus"],
@@ -202,7 +206,7 @@ def test_every_option_trains_and_logs(option_runs: dict[str, dict[str, Any]], na
 
 def test_the_options_name_every_loss_estimator_and_aggregation() -> None:
     configs = [parse_config(tiny_raw(Path(), **sections)) for sections, _ in OPTIONS.values()]
-    assert {config.loss.type for config in configs} == set(METHODS)
+    assert {config.loss.type for config in configs if ":" not in config.loss.type} == set(METHODS)
     assert {config.algorithm.advantage for config in configs} == set(ADVANTAGES)
     for option in ("aggregation", "ref_kl_estimator"):
         known = typing.get_args(PolicyLoss.model_fields[option].annotation)

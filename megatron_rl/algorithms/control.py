@@ -54,12 +54,6 @@ def mean_entropy(batch: TrainBatch, ranks: Ranks) -> float:
     return entropy / count if count else math.nan
 
 
-def needs_current_stats(loss: PolicyLoss, index: int) -> bool:
-    """Return whether marking tokens in mini-batch `index` pays a forward pass: the first of a step has the weights of
-    old_logprobs."""
-    return index > 0 and loss.statistics == "current"
-
-
 def follows_entropy(loss: PolicyLoss) -> bool:
     """Tell whether `adapt` looks at the entropy."""
     return loss.adaptive_entropy is not None or loss.entropy_band is not None

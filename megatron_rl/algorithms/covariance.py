@@ -1,24 +1,21 @@
-"""The Entropy Mechanism's heart: the covariance of each token and the tokens that Clip-Cov and KL-Cov pick, globally.
+"""The Entropy Mechanism's heart: the covariance of each token, by which Clip-Cov and KL-Cov pick theirs (families.py).
 
 Per response token i of one optimiser mini-batch (all ranks, all micro-batches), cov_i = (logp_i - mean logp) * (A_i -
-mean A) in float64. Both methods are one primitive, a distributed top-k over a per-token priority, so the layout never
-changes which tokens are picked.
+mean A) in float64.
 Source: arXiv 2505.22617, equations 10-13.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.entropy import entropy_spent
-from megatron_rl.types import Float, Float64, MicroBatch, MiniBatch, Ranks
+from megatron_rl.types import Float, Float64, MiniBatch, Ranks
 
-# (mini-batch, covariances [N], counter) -> (candidates, values), bool and float64 [N] of this rank's response tokens
-Priority = Callable[[MiniBatch, Tensor, tuple[int, int, int]], tuple[Tensor, Tensor]]
 TOP_FRACTIONS = {"cov/top_0.02pct_mean": 0.0002, "cov/top_0.2pct_mean": 0.002, "cov/top_2pct_mean": 0.02}
 
 
@@ -51,63 +48,6 @@ def quota(select_fraction: float, count: int) -> int:
     return min(count, max(1, math.floor(select_fraction * count)))
 
 
-def select_tokens(
-    mini_batch: MiniBatch,
-    priority: Priority,
-    fraction: float,
-    options: tuple[str, str],
-    ranks: Ranks,
-    counter: tuple[int, int, int],
-) -> MiniBatch:
-    """Mark the tokens of highest priority: of all N response tokens floor(fraction * N), at least one.
-
-    options: scope (minibatch, or microbatch as in the authors' code) and estimator (batch or vocab) of the covariance.
-    ranks: those that hold different tokens. counter: seed, step and mini-batch, handed to `priority`.
-    Returns the mini-batch with `selected`, and global metrics in `selection`. All ranks decide alike. The collectives
-    cannot hide behind the update: what they decide enters the loss of its first micro-batch.
-    """
-    logprobs = mini_batch.cat_stats("logprobs")
-    cov, count = covariance(logprobs, mini_batch.cat("advantages"), ranks)
-    if count == 0:  # overlong filtering can mask a whole mini-batch
-        nothing = [torch.zeros_like(mb.loss_mask) for mb in mini_batch.micro_batches]
-        return mini_batch.replace_each("selected", nothing)
-    scope, estimator = options
-    if scope == "minibatch":
-        if estimator == "vocab":
-            cov = _spent(mini_batch)
-        candidates, values = priority(mini_batch, cov, counter)
-        offered = mini_batch.cat("token_ids_global")[candidates]
-        _, winners = ranks.top_k(values[candidates], offered, quota(fraction, count))
-        chosen = [_marked(micro_batch, winners) for micro_batch in mini_batch.micro_batches]
-    else:
-        parts = [MiniBatch(mini_batch.index, (micro_batch,)) for micro_batch in mini_batch.micro_batches]
-        chosen = [_choose_within(part, priority, fraction, estimator, counter) for part in parts]
-    mini_batch = mini_batch.replace_each("selected", chosen)
-    entropy = mini_batch.cat_stats("entropy")
-    return mini_batch.with_selection(_selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, ranks))
-
-
-def _choose_within(
-    part: MiniBatch, priority: Priority, fraction: float, estimator: str, counter: tuple[int, int, int]
-) -> Tensor:
-    """Return `selected` [T] of one micro-batch by itself: what scope microbatch, the authors' code, sees."""
-    (micro_batch,) = part.micro_batches
-    cov, count = covariance(part.cat_stats("logprobs"), part.cat("advantages"), None)
-    if count == 0:
-        return torch.zeros_like(micro_batch.loss_mask)
-    candidates, values = priority(part, _spent(part) if estimator == "vocab" else cov, counter)
-    offered = part.cat("token_ids_global")[candidates]
-    # torch's own top-k, ties as they come, as the authors call it
-    best = values[candidates].topk(min(quota(fraction, count), len(offered))).indices
-    return _marked(micro_batch, offered[best])
-
-
-def _marked(micro_batch: MicroBatch, winners: Tensor) -> Tensor:
-    """Return [T], True on the tokens whose global ids won."""
-    # padding and prompt positions are no candidates, so masking again drops their ids (the padding id is -1)
-    return torch.isin(micro_batch.token_ids_global, winners) & micro_batch.loss_mask
-
-
 def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, float]:
     """Measure how the covariance spreads over the tokens of an update, under the statistics of its selection.
 
@@ -116,7 +56,7 @@ def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, 
     """
     centred = covariances([(m.cat_stats("logprobs"), m.cat("advantages")) for m in updates], ranks)
     sums = [
-        torch.stack([cov.sum(), (cov**2).sum(), _spent(update).sum()])
+        torch.stack([cov.sum(), (cov**2).sum(), spent(update).sum()])
         for (cov, _), update in zip(centred, updates, strict=True)
     ]
     most = max(TOP_FRACTIONS.values())
@@ -134,18 +74,7 @@ def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, 
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
 
-def _spent(mini_batch: MiniBatch) -> Tensor:
-    spent = [entropy_spent(mb.computed_stats, mb.advantages) for mb in mini_batch.micro_batches]
-    return mini_batch.response_tokens(spent)
-
-
-def _selection_metrics(
-    selected: Tensor, logprobs: Tensor, entropy: Tensor, count: int, ranks: Ranks
-) -> dict[str, float]:
-    values = (torch.ones_like(logprobs), logprobs, entropy)
-    picked = torch.stack([torch.where(selected, value, 0.0).double().sum() for value in values])
-    number, logp, ent = ranks.sum(picked).tolist()
-    metrics = {"select/count": number, "select/fraction": number / count}
-    if number:
-        metrics |= {"select/logprob_mean": logp / number, "select/entropy_mean": ent / number}
-    return metrics
+def spent(mini_batch: MiniBatch) -> Float64[Tensor, "_"]:
+    """Return the entropy that each of this rank's response tokens spends, exact over the vocabulary: entropy.py."""
+    spent_by_each = [entropy_spent(mb.computed_stats, mb.advantages) for mb in mini_batch.micro_batches]
+    return mini_batch.response_tokens(spent_by_each)

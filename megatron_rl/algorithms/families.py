@@ -1,11 +1,25 @@
-"""What several methods share: weighing the tokens of a mini-batch, and selecting some of them by their covariance."""
+"""What several methods share: weighing the tokens of a mini-batch, and selecting some of them by their covariance.
 
-from __future__ import annotations
+Each statistic runs over the response tokens of all ranks and micro-batches, so the layout never changes a weight or a
+choice. The papers' own code takes it over one micro-batch.
+"""
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from megatron_rl.algorithms.later import LossInputs, LossOutputs, MiniBatch, Ranks, Tensor, covariance, terms, weighting
+from megatron_rl.algorithms.later import (
+    LossInputs,
+    LossOutputs,
+    MicroBatch,
+    MiniBatch,
+    Ranks,
+    Tensor,
+    covariance,
+    terms,
+    torch,
+)
 from megatron_rl.algorithms.policy_loss import ClippedLoss, PolicyLoss, Statistics
 from megatron_rl.section import Fraction
 
@@ -29,8 +43,25 @@ class WeightedLoss(ClippedLoss):
         raise NotImplementedError
 
     def mark(self, mini_batch: MiniBatch, ranks: Ranks, *, seed: int, step: int) -> MiniBatch:
-        """Return the mini-batch with `weights` in `surrogate_weights`."""
-        return weighting.weigh(mini_batch, self.weights, ranks)
+        """Return the mini-batch with `weights` in `surrogate_weights`; all 0 where no rank has a token.
+
+        Metrics: `weight/min`, and `weight/effective_fraction` = (sum w)^2 / (N sum w^2), which is 1 for equal weights
+        and keep_fraction for 80/20.
+        """
+        masks = [micro_batch.loss_mask for micro_batch in mini_batch.micro_batches]
+        if not int(ranks.sum(torch.stack([mask.sum() for mask in masks]).sum())):  # no token on any rank
+            nothing = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
+            return mini_batch.replace_each("surrogate_weights", nothing)
+        weights = self.weights(mini_batch, ranks)
+        sums = torch.stack([torch.full_like(weights.sum(), weights.numel()), weights.sum(), (weights**2).sum()])
+        count, total, squares = ranks.sum(sums).tolist()
+        smallest = -float(ranks.max(torch.cat([-weights, weights.new_tensor([-math.inf])]).max()))
+        everywhere = weights.new_zeros(sum(map(len, masks)), dtype=torch.float32)  # 0 outside loss_mask
+        everywhere = everywhere.masked_scatter(torch.cat(masks), weights.float())
+        mini_batch = mini_batch.replace_each("surrogate_weights", everywhere.split([len(mask) for mask in masks]))
+        return mini_batch.with_selection(
+            {"weight/min": smallest, "weight/effective_fraction": total**2 / (count * squares)}
+        )
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """Return PPO's clipped surrogate times `inputs.surrogate_weights`."""
@@ -67,9 +98,45 @@ class CovarianceLoss(PolicyLoss):
         raise NotImplementedError
 
     def mark(self, mini_batch: MiniBatch, ranks: Ranks, *, seed: int, step: int) -> MiniBatch:
-        """Return the mini-batch with the selected tokens in `selected`."""
-        counter, options = (seed, step, mini_batch.index), (self.cov_scope, self.cov_estimator)
-        return covariance.select_tokens(mini_batch, self.priority, self.select_fraction, options, ranks, counter)
+        """Return the mini-batch with `selected`: of all N response tokens the floor(select_fraction * N), at least one,
+        of highest priority, a distributed top-k. Metrics: `select/*`, global."""
+        counter, logprobs = (seed, step, mini_batch.index), mini_batch.cat_stats("logprobs")
+        cov, count = covariance.covariance(logprobs, mini_batch.cat("advantages"), ranks)
+        if count == 0:  # overlong filtering can mask a whole mini-batch
+            nothing = [torch.zeros_like(micro_batch.loss_mask) for micro_batch in mini_batch.micro_batches]
+            return mini_batch.replace_each("selected", nothing)
+        if self.cov_scope == "minibatch":
+            values, offered = self._offer(mini_batch, cov, counter)
+            _, winners = ranks.top_k(values, offered, covariance.quota(self.select_fraction, count))
+            chosen = [_marked(micro_batch, winners) for micro_batch in mini_batch.micro_batches]
+        else:
+            parts = [dataclasses.replace(mini_batch, micro_batches=(each,)) for each in mini_batch.micro_batches]
+            chosen = [self._choose_within(part, counter) for part in parts]
+        mini_batch = mini_batch.replace_each("selected", chosen)
+        kept = (torch.ones_like(logprobs), logprobs, mini_batch.cat_stats("entropy"))
+        selected = mini_batch.cat("selected")
+        picked = torch.stack([torch.where(selected, value, 0.0).double().sum() for value in kept])
+        number, logp, entropy = ranks.sum(picked).tolist()
+        metrics = {"select/count": number, "select/fraction": number / count}
+        if number:
+            metrics |= {"select/logprob_mean": logp / number, "select/entropy_mean": entropy / number}
+        return mini_batch.with_selection(metrics)
+
+    def _offer(self, part: MiniBatch, cov: Tensor, counter: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Return the candidates' priorities and global ids."""
+        exact = covariance.spent(part) if self.cov_estimator == "vocab" else cov
+        candidates, values = self.priority(part, exact, counter)
+        return values[candidates], part.cat("token_ids_global")[candidates]
+
+    def _choose_within(self, part: MiniBatch, counter: tuple[int, int, int]) -> Tensor:
+        """Return `selected` [T] of one micro-batch by itself: what `cov_scope=microbatch`, the authors' code, sees."""
+        cov, count = covariance.covariance(part.cat_stats("logprobs"), part.cat("advantages"), None)
+        if count == 0:
+            return torch.zeros_like(part.micro_batches[0].loss_mask)
+        values, offered = self._offer(part, cov, counter)
+        # torch's own top-k, ties as they come, as the authors call it
+        best = values.topk(min(covariance.quota(self.select_fraction, count), len(offered))).indices
+        return _marked(part.micro_batches[0], offered[best])
 
     def faults(self, config: Any) -> Iterator[str]:
         """Yield why the layout cannot select within a micro-batch."""
@@ -103,3 +170,9 @@ class CovarianceLoss(PolicyLoss):
                 f"loss.select_fraction={self.select_fraction} selects up to {selected} of {tokens} tokens; it is a "
                 "fraction, never a percentage: the paper's 0.2% is 0.002"
             )
+
+
+def _marked(micro_batch: MicroBatch, winners: Tensor) -> Tensor:
+    """Return [T], True on the tokens whose global ids won."""
+    # padding and prompt positions are no candidates, so masking again drops their ids (the padding id is -1)
+    return torch.isin(micro_batch.token_ids_global, winners) & micro_batch.loss_mask

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from megatron_rl.section import Float, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from megatron_rl.section import Float, NonNegativeFloat, PositiveFloat, PositiveInt, Section, UnitFloat
 
 if TYPE_CHECKING:
     from megatron_rl.types import LossInputs, LossOutputs, MiniBatch, Ranks, TrainBatch
@@ -125,7 +125,7 @@ class PolicyLoss(Section):
     micro-batch. terms.py says what it must give and has what the losses share."""
 
     compared: ClassVar[dict[str, dict[str, Any]]] = {}
-    """What `megatron-rl shadow` compares by default: name -> options, for a small model."""
+    """What `megatron-rl shadow` compares, name -> options for a small model; empty: its defaults, under its type."""
     restraints: ClassVar[dict[str, int]] = {"entropy_coef": 1, "ref_kl_coef": 1}
     """Options that `entropy_band` may adapt, besides those of the base classes: 1 where a larger value holds the
     entropy up, -1 where a smaller one does."""
@@ -158,9 +158,8 @@ class PolicyLoss(Section):
         in `surrogate_weights` how much each weighs, in `selection` metrics. A collective; all ranks decide alike.
 
         mini_batch: its `stats`, with sum_p2, are of the weights that `statistics` asks for. ranks: those that hold
-        different tokens: their sums, maxima and top-k are exact, so the layout never changes a mark. seed, step: with
-        the mini-batch's index, what is drawn by hash depends on them. What this decides enters the loss of the
-        update's first micro-batch, so its collectives cannot hide behind the update.
+        different tokens; sums, maxima and top-k over them do not depend on the layout. seed, step: for what is drawn by
+        hash. The collectives cannot hide behind the update: they decide the loss of its first micro-batch.
         """
         return mini_batch
 
@@ -252,7 +251,7 @@ class ClippedLoss(PolicyLoss):
 
     restraints = {"eps_high": 1}
 
-    eps_low: Float = Field(0.2, ge=0, le=1)
+    eps_low: UnitFloat = 0.2
     """The ratio's lower bound is 1 - eps_low."""
     eps_high: NonNegativeFloat = 0.2
     """The ratio's upper bound is 1 + eps_high."""

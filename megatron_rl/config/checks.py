@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.engine_checks import beside_faults, divisors, engine_faults, model_engine_faults
 from megatron_rl.config.evaluation import set_path
-from megatron_rl.config.megatron_options import STAGE_FIELDS, chunk_layers, megatron_faults, option_faults
+from megatron_rl.config.megatron_options import (
+    STAGE_FIELDS,
+    chunk_layers,
+    megatron_faults,
+    megatron_notes,
+    option_faults,
+)
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.facts import (
     architecture_faults,
@@ -35,6 +41,18 @@ def check_consistency(config: Config) -> None:
         faults += [fault for find in _MODEL_FINDERS for fault in find(config, hf)]
     if faults := faults + [*engine_faults(config), *_eval_faults(config)]:
         raise ConfigError("the config is inconsistent:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def run_notes(config: Config) -> list[str]:
+    """Return the lines that a run says at its start, and `train --check` at its end."""
+    notes = [*config.loss.notes(config), *megatron_notes(config)]
+    if config.float32_logits and config.rollout.server.urls and not config.rollout.is_embedded:
+        option = {"sglang": "--enable-fp32-lm-head", "vllm": """--hf-overrides '{"head_dtype": "float32"}'"""}
+        notes.append(
+            "the trainer's output layer gives float32 logits: the servers of rollout.server.urls need "
+            f"{option[config.rollout.engine]}, or log-probabilities differ by bfloat16's rounding of theirs"
+        )
+    return notes
 
 
 def _folder_faults(config: Config) -> Iterator[str]:

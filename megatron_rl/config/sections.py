@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, GetPydanticSchema, model_validator
 
+from megatron_rl.algorithms.methods import LossConfig
 from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
 from megatron_rl.config.evaluation import EvalConfig
-from megatron_rl.config.loss import LossConfig
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.models.keys import ConfigKeys

@@ -1,12 +1,10 @@
 """What each method would do with one mini-batch at the same weights."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.control import adapt
 from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
 from megatron_rl.parallel.reduce import Reducer
@@ -17,17 +15,14 @@ from megatron_rl.types import MiniBatch, Ranks
 RESTRAINED = 0.5  # of plain policy gradient's push: a token that gets less is restrained
 
 
-@dataclass(frozen=True, slots=True)
-class StepFacts:
-    """What the methods need to know of the step besides its mini-batch."""
-
-    seed: int  # with the step, of what is drawn by hash
-    step: int
-    entropy: float  # mean of the step, nats, for methods that follow it
-
-
 def compare(
-    policy: MegatronPolicy, mini_batch: MiniBatch, methods: dict[str, PolicyLoss], facts: StepFacts, ranks: Reducer
+    policy: MegatronPolicy,
+    mini_batch: MiniBatch,
+    methods: dict[str, PolicyLoss],
+    ranks: Reducer,
+    *,
+    seed: int,
+    step: int,
 ) -> dict[str, Any]:
     """Return the comparison as plain data, the same on every rank. Collective; nothing moves.
 
@@ -40,9 +35,8 @@ def compare(
     """
     vectors, sets, rows = [], [], []
     uphill = entropy_gradient(policy, mini_batch)
-    for method in methods.values():
-        loss, _, _ = adapt(method, {}, facts.entropy, facts.step)
-        marked = loss.mark(mini_batch, ranks, seed=facts.seed, step=facts.step)
+    for loss in methods.values():
+        marked = loss.mark(mini_batch, ranks, seed=seed, step=step)
         vectors.append(gradient(policy, marked, loss))
         sets.append(_restrained(marked, loss, policy.context))
         kept = {name: value for name, value in marked.selection.items() if name.startswith(("weight/", "select/"))}

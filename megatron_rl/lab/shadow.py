@@ -12,13 +12,13 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.algorithms.control import mean_entropy
+from megatron_rl.algorithms.control import LossController, mean_entropy
+from megatron_rl.algorithms.methods import LossConfig
 from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.config import Config
-from megatron_rl.config.loss import LossConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
-from megatron_rl.lab.compare import StepFacts, compare
+from megatron_rl.lab.compare import compare
 from megatron_rl.metrics.jsonl import without_non_finite
 from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.policy.checkpoint import CheckpointStore
@@ -61,11 +61,11 @@ def replay(
     _, batch = packed(run, collected, step)
     batch = run.policy.with_old_logprobs(batch)
     own = run.controller.next_loss(batch)
-    facts = StepFacts(config.seed, step, mean_entropy(batch, run.ranks))
+    followed = {name: LossController(loss, run.ranks).next_loss(batch) for name, loss in methods.items()}
     comparisons = []
     for mini_batch in batch.mini_batches[:updates]:
         mini_batch = mini_batch.with_stats(run.policy.stats(mini_batch, with_sum_p2=True))
-        comparisons.append(compare(run.policy, mini_batch, methods, facts, run.ranks))
+        comparisons.append(compare(run.policy, mini_batch, followed, run.ranks, seed=config.seed, step=step))
         marked = own.mark(mini_batch, run.ranks, seed=config.seed, step=step)
         run.policy.update(marked, own)
     run.close()
@@ -73,7 +73,7 @@ def replay(
         "checkpoint": str(checkpoint),
         "step": step,
         "run_loss": config.loss.type,
-        "entropy": facts.entropy,
+        "entropy": mean_entropy(batch, run.ranks),
         "accuracy": collected.metrics["reward/accuracy"],
         "losses": {name: loss.model_dump(mode="json", exclude_defaults=True) for name, loss in methods.items()},
         "minibatches": comparisons,

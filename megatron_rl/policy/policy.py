@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.algorithms.control import needs_current_stats
 from megatron_rl.algorithms.terms import LossFunction
 from megatron_rl.config import Config
 from megatron_rl.convert.hf import Source, random_source
@@ -134,7 +133,7 @@ class MegatronPolicy:
         With algorithm.old_logprobs=rollout the first mini-batch may have none, and pays a pass too. In every step it is
         trained against that pass, which is the old policy's, lest KL-Cov's penalty push against the engine's error.
         """
-        if needs_current_stats(loss, mini_batch.index):
+        if loss.statistics == "current" and mini_batch.index > 0:
             return mini_batch.with_stats(self.stats(mini_batch, with_sum_p2=True))
         if self.config.algorithm.old_logprobs == "recompute" or loss.statistics != "current":
             return mini_batch

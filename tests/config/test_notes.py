@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import parse_config
-from megatron_rl.config.notes import run_notes
+from megatron_rl.config.checks import run_notes
 from tests.config.test_config import raw
 
 MICROBATCH = {"type": "clip_cov", "cov_scope": "microbatch"}  # the longest sequence has 96 tokens

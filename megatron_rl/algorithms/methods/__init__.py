@@ -1,9 +1,8 @@
 """The policy losses, one file each: options, formula, source, and what it needs to know of the whole mini-batch."""
 
-from __future__ import annotations
+from typing import Annotated, Any
 
-import difflib
-import importlib
+from pydantic import BeforeValidator, SerializeAsAny
 
 from megatron_rl.algorithms.methods.cispo import CispoLoss
 from megatron_rl.algorithms.methods.clip_cov import ClipCovLoss
@@ -15,6 +14,7 @@ from megatron_rl.algorithms.methods.kl_cov import KlCovLoss
 from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
 from megatron_rl.algorithms.methods.steer import SteerLoss
 from megatron_rl.algorithms.policy_loss import PolicyLoss
+from megatron_rl.section import load_named
 
 METHODS: dict[str, type[PolicyLoss]] = {
     "ppo_clip": PpoClipLoss,
@@ -30,33 +30,30 @@ METHODS: dict[str, type[PolicyLoss]] = {
 
 
 def loss_class(name: str) -> type[PolicyLoss]:
-    """Return the loss that METHODS calls so, or the class at `module:Class`.
+    """Return the loss that METHODS calls so, or a user's own, the class at `module:Class`.
 
     Raises: ValueError when there is none, its module does not import, or it is no policy loss.
     """
     if name in METHODS:
         return METHODS[name]
-    module_name, _, attribute = name.partition(":")
-    where = f"type={name!r}"
-    if not module_name or not attribute:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{where}: expected one of {', '.join(METHODS)}, or module:Class of your own{hint}")
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
+        own = load_named(name, METHODS, "module:Class such as my_losses:MyLoss")
+    except ValueError as error:
+        raise ValueError(f"type={name!r}: {error}") from error
+    if not (isinstance(own, type) and issubclass(own, PolicyLoss)) or own.__call__ is PolicyLoss.__call__:
         raise ValueError(
-            f"{where}: importing {module_name} failed with {type(error).__name__}: {error}; put the folder of that "
-            "module on PYTHONPATH, and see that it imports in this environment"
-        ) from error
-    found = getattr(module, attribute, None)
-    if found is None:
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{where}: module {module_name} has no {attribute!r}{hint}")
-    if not (isinstance(found, type) and issubclass(found, PolicyLoss)) or found.__call__ is PolicyLoss.__call__:
-        raise ValueError(
-            f"{where}: got {found!r}, expected a subclass of megatron_rl.algorithms.policy_loss.PolicyLoss with a "
+            f"type={name!r}: got {own!r}, expected a subclass of megatron_rl.algorithms.policy_loss.PolicyLoss with a "
             "__call__ that returns the loss"
         )
-    return found
+    return own
+
+
+def _read(value: Any) -> PolicyLoss:
+    if isinstance(value, PolicyLoss):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise ValueError(f"expected a mapping with type: one of {', '.join(METHODS)}, or module:Class of your own")
+    return loss_class(value["type"]).model_validate(value)
+
+
+LossConfig = Annotated[SerializeAsAny[PolicyLoss], BeforeValidator(_read)]  # the config's section `loss`

@@ -1,34 +1,22 @@
-"""CISPO: the clipped ratio is a weight without gradient.
+"""CISPO: `-sg(clip(r, 1 - eps_low, 1 + eps_high)) * A * logprobs`; the clipped ratio is a weight without gradient.
 
+Every token keeps a gradient; clipping bounds its size. Clip fractions count ratios outside the bounds, whatever A.
 Source: arXiv 2506.13585, eq. 4-5.
 """
 
-from __future__ import annotations
-
-from pydantic import Field
-
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, kl, terms
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import Float, NonNegativeFloat
+from megatron_rl.section import NonNegativeFloat, UnitFloat
 
 
 class CispoLoss(ClippedLoss):
-    """CISPO (arXiv 2506.13585): the clipped ratio is a weight without gradient."""
-
-    compared = {"cispo": {}}
-
     type: str = "cispo"
-    eps_low: Float = Field(1.0, ge=0, le=1)
+    eps_low: UnitFloat = 1.0
     """The weight's lower bound is 1 - eps_low."""
     eps_high: NonNegativeFloat = 0.28
     """The weight's upper bound is 1 + eps_high."""
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """Return `-sg(clip(r, 1 - eps_low, 1 + eps_high)) * A * logprobs`; the ratio is a weight without gradient.
-
-        Every token keeps a gradient; clipping bounds its size. Clip fractions count ratios outside the bounds, whatever
-        A.
-        """
         inputs = terms.without_masked(inputs)
         ratio = terms.ratio(inputs).detach()
         low, high = 1 - self.eps_low, 1 + self.eps_high

@@ -1,15 +1,11 @@
-"""Clip-Cov: a random few of the tokens with high covariance leave the gradient.
+"""Clip-Cov: PPO's clipped surrogate with factor 0 on a random few of the tokens with high covariance.
 
+These stay in the denominator. The defaults are the authors' recipe.
 Source: arXiv 2505.22617, Clip-Cov and eq. 11; the authors' `compute_policy_loss_clip_cov`.
-The defaults are their recipe.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-
-from pydantic import Field
 
 from megatron_rl.algorithms.families import CovarianceLoss
 from megatron_rl.algorithms.later import (
@@ -24,17 +20,14 @@ from megatron_rl.algorithms.later import (
     torch,
 )
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import Float, Fraction, NonNegativeFloat
+from megatron_rl.section import Float, Fraction, NonNegativeFloat, UnitFloat
 
 
 class ClipCovLoss(CovarianceLoss, ClippedLoss):
-    """Clip-Cov: a random few of the tokens with high covariance leave the gradient."""
-
     compared = {"clip_cov": {"select_fraction": 0.02, "cov_low": 0.2}}
     restraints = {"cov_low": -1}
-
     type: str = "clip_cov"
-    eps_low: Float = Field(1.0, ge=0, le=1)
+    eps_low: UnitFloat = 1.0
     """The ratio's lower bound is 1 - eps_low."""
     eps_high: NonNegativeFloat = 1.0
     """The ratio's upper bound is 1 + eps_high."""
@@ -46,7 +39,6 @@ class ClipCovLoss(CovarianceLoss, ClippedLoss):
     """Candidates have cov_low < cov < cov_high."""
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """Return PPO's clipped surrogate with factor 0 on `inputs.selected`, which stay in the denominator."""
         inputs = terms.without_masked(inputs)
         selected, ratio = terms.marked("selected", inputs, self), terms.ratio(inputs)
         surrogate, metrics = terms.clipped_surrogate(ratio, inputs, self)
@@ -74,7 +66,6 @@ class ClipCovLoss(CovarianceLoss, ClippedLoss):
         return -advantages * ratio.clamp(1 - self.eps_low, 1 + self.eps_high) > -advantages * ratio
 
     def faults(self, config: Any) -> Iterator[str]:
-        """Yield bounds that no token is between, besides what cannot work for all that select."""
         yield from super().faults(config)
         if self.cov_low >= self.cov_high:
             yield f"loss.cov_low={self.cov_low} must be below loss.cov_high={self.cov_high}"

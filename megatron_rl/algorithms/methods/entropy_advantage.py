@@ -1,9 +1,9 @@
-"""Entropy-shaped advantage.
+"""Entropy-shaped advantage: PPO's clipped surrogate of `A + min(alpha * sg(H), |A| / kappa)`.
 
+H is the entropy of the current policy at the token's state, as a number: no gradient flows into it. kappa > 1 keeps the
+sign of A; where A is 0 nothing is added.
 Source: arXiv 2506.14758, the definition of psi(H_t) and of the shaped advantage (alpha > 0, kappa > 1).
 """
-
-from __future__ import annotations
 
 import dataclasses
 
@@ -15,11 +15,7 @@ from megatron_rl.section import Float, PositiveFloat
 
 
 class EntropyAdvantageLoss(ClippedLoss):
-    """Entropy-shaped advantage (arXiv 2506.14758): A + min(alpha * H, |A| / kappa), H without gradient."""
-
-    compared = {"entropy_advantage": {}}
     restraints = {"alpha": 1, "kappa": -1}
-
     type: str = "entropy_advantage"
     alpha: PositiveFloat = 0.4
     """Advantage per nat of entropy."""
@@ -27,11 +23,6 @@ class EntropyAdvantageLoss(ClippedLoss):
     """The bonus is at most |A| / kappa."""
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """Return PPO's clipped surrogate of the shaped advantage `A + min(alpha * sg(H), |A| / kappa)`.
-
-        H is the entropy of the current policy at the token's state, as a number: no gradient flows into it. kappa > 1
-        keeps the sign of A; where A is 0 nothing is added.
-        """
         inputs = terms.without_masked(inputs)
         bonus = torch.minimum(self.alpha * inputs.entropy.detach(), inputs.advantages.abs() / self.kappa)
         shaped = dataclasses.replace(inputs, advantages=inputs.advantages + bonus)

@@ -1,10 +1,10 @@
-"""KL-Cov: the tokens of largest covariance pay |log ratio|.
+"""KL-Cov: the unclipped surrogate `-A r`, and `kl_coef * |logprobs - old_logprobs|` on those of largest covariance.
 
+The defaults are the authors' recipe.
+The penalty's gradient is 0 where the two are equal, so the first update of a step on fresh samples is plain policy
+gradient. It is not multiplied by the importance weights.
 Source: arXiv 2505.22617, KL-Cov and eq. 13; the authors' `compute_policy_loss_kl_cov`.
-The defaults are their recipe.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +15,8 @@ from megatron_rl.section import Fraction, NonNegativeFloat
 
 
 class KlCovLoss(CovarianceLoss):
-    """KL-Cov: the tokens of largest covariance pay |log ratio|."""
-
     compared = {"kl_cov": {"select_fraction": 0.1}}
     restraints = {"kl_coef": 1}
-
     type: str = "kl_cov"
     select_fraction: Fraction = 2e-3
     """Fraction of the mini-batch's response tokens that is selected."""
@@ -27,11 +24,6 @@ class KlCovLoss(CovarianceLoss):
     """Weight of |logprobs - old_logprobs| on selected tokens."""
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """Return the unclipped surrogate `-A r`, and `kl_coef * |logprobs - old_logprobs|` on `inputs.selected`.
-
-        The penalty's gradient is 0 where the two are equal, so the first update of a step on fresh samples is plain
-        policy gradient. It is not multiplied by the importance weights.
-        """
         inputs = terms.without_masked(inputs)
         selected, ratio = terms.marked("selected", inputs, self), terms.ratio(inputs)
         distance = torch.where(selected, inputs.logprobs - inputs.old_logprobs, 0.0).abs()
@@ -46,7 +38,6 @@ class KlCovLoss(CovarianceLoss):
         return torch.ones_like(cov, dtype=torch.bool), cov
 
     def notes(self, config: Any) -> Iterator[str]:
-        """Yield that one update a step leaves the penalty without gradient, besides what holds for all that select."""
         if config.minibatches_per_step == 1:
             yield (
                 "loss.type=kl_cov with one mini-batch per step: the update is on-policy, so |logprobs - old_logprobs| "

@@ -1,11 +1,13 @@
-"""STEER: tokens weigh less, the larger their estimated change of entropy.
+"""STEER: tokens weigh less, the larger their estimated change of entropy, `w = weight_min^(|Omega| / max |Omega|)` with
 
+    Omega = A / pi_old * pi * (1 - pi) * (log pi + H),
+
+pi the probability of the sampled token under the mini-batch's `stats`. The maximum runs over the mini-batch and counts
+as at least 0.02, as in the authors' code.
 Source: arXiv 2510.10150 (weights exp(-alpha |Omega| / max |Omega|), here alpha = -ln weight_min); Omega as in the
 authors' repository zz-haooo/STEER, `compute_token_weights`. Another commit of it has (1 - pi)^2 in place of (1 - pi);
 the paper's own equation was not at hand to decide.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -20,24 +22,12 @@ _TINY = 1e-8  # bounds of a probability in the estimate, the authors' value
 
 
 class SteerLoss(WeightedLoss):
-    """STEER (arXiv 2510.10150): tokens weigh less, the larger their estimated change of entropy."""
-
-    compared = {"steer": {}}
     restraints = {"weight_min": -1}
-
     type: str = "steer"
     weight_min: Float = Field(0.7, gt=0, lt=1)
     """Weight of the token with the largest change."""
 
     def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> Tensor:
-        """Return `w = exp(ln(weight_min) * |Omega| / max |Omega|)` in [weight_min, 1], with the first-order estimate of
-        a token's entropy change
-
-            Omega = A / pi_old * pi * (1 - pi) * (log pi + H),
-
-        pi the probability of the sampled token under the mini-batch's `stats`. The maximum runs over the mini-batch and
-        counts as at least 0.02, as in the authors' code.
-        """
         logprobs, entropy = mini_batch.cat_stats("logprobs").double(), mini_batch.cat_stats("entropy").double()
         prob = logprobs.exp().clamp(_TINY, 1 - _TINY)
         old_prob = mini_batch.cat("old_logprobs").double().exp().clamp(_TINY, 1.0)
