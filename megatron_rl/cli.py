@@ -92,7 +92,7 @@ def train(
     if check:
         from rich.console import Console
 
-        from megatron_rl.config.notes import run_notes
+        from megatron_rl.config.checks import run_notes
         from megatron_rl.plan.check import check_table, plan_rows, preview_rows
 
         console = Console()

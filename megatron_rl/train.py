@@ -1,5 +1,5 @@
-"""One RL step, top to bottom: `run_step`. The loss is three hops away: run_step -> MegatronPolicy.update ->
-LOSSES[...].
+"""One RL step, top to bottom: `run_step`. The loss is three hops away: run_step -> MegatronPolicy.update -> its file in
+algorithms/methods/.
 
 Every rank runs this file. Decisions that all ranks must share are made on data that all ranks hold; what differs
 between ranks is which micro-batches they compute.
@@ -14,10 +14,8 @@ from torch import Tensor
 
 from megatron_rl import device, launch
 from megatron_rl.algorithms.advantages import ADVANTAGES
-from megatron_rl.algorithms.losses import policy_loss
-from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
-from megatron_rl.config.notes import run_notes
+from megatron_rl.config.checks import run_notes
 from megatron_rl.convert.save_hf import save_hf
 from megatron_rl.eval.during_training import evaluate_sets
 from megatron_rl.metrics.spans import OFF, Spans
@@ -51,9 +49,9 @@ def run_step(run: Run, step: int, logger: RunLogger) -> dict[str, float]:
     for mini_batch in batch.mini_batches:
         with timers("select"):
             mini_batch = policy.with_selection_stats(mini_batch, loss)
-            mini_batch = mark_tokens(mini_batch, loss, run.ranks, seed=config.seed, step=step)
+            mini_batch = loss.mark(mini_batch, run.ranks, seed=config.seed, step=step)
         with timers("update"):
-            result = policy.update(mini_batch, policy_loss(loss), timers.spans)
+            result = policy.update(mini_batch, loss, timers.spans)
         report.updated(mini_batch, result)
     run.served.weight_version = step + 1
     return report.finish(logger)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_rl import __version__, device, launch
-from megatron_rl.algorithms.losses import sft
+from megatron_rl.algorithms.terms import sft
 from megatron_rl.config import Config, WarmStartConfig
 from megatron_rl.convert.disk import remove
 from megatron_rl.convert.save_hf import save_hf

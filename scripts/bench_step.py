@@ -200,7 +200,7 @@ def write_task(folder: Path, model: Path, options: argparse.Namespace) -> dict[s
         "samples_per_prompt": config.rollout.samples_per_prompt,
         "max_response_tokens": config.rollout.max_response_tokens,
         "temperature": config.rollout.temperature,
-        "eps": [config.loss.eps_low, config.loss.eps_high],  # type: ignore[union-attr]
+        "eps": [config.loss.eps_low, config.loss.eps_high],  # type: ignore[attr-defined]
         "optimizer": config.optimizer.model_dump(),
         "seed": config.seed,
         "reward": [reward.function, reward.regex.model_dump() if reward.regex else {}],

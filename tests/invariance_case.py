@@ -1,7 +1,7 @@
 """One frozen step of rollouts through the real `train.run_step`, under any layout, micro-batch count and packing.
 
 Only the sampling is replaced. What the test compares is recorded where the step passes by: the covariances and the
-selection after `mark_tokens`, the loss sum and its denominator inside `policy.update`, the gradient norm, the
+selection after the loss's `mark`, the loss sum and its denominator inside `policy.update`, the gradient norm, the
 metrics, and the
 exported weights.
 """
@@ -116,6 +116,7 @@ LOSSES: dict[str, dict[str, Any]] = {
         "rollout_correction": {"weights": "none", "max_negative_kl": 0.02},
     },
     "ppo_clip_rollout": {"type": "ppo_clip", "ref_kl_coef": 0.1},
+    "own": {"type": "examples.my_method:UsualLoss"},
 }
 SELECTING = ("clip_cov", "kl_cov")
 
@@ -347,13 +348,13 @@ def held_by(rollouts: list[Rollout], rank: int, world_size: int) -> list[Rollout
 @contextlib.contextmanager
 def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
     """Put other neighbours into the step's micro-batches where the case asks for it, and record what passes by."""
-    from megatron_rl import train
     from megatron_rl.algorithms import balance
 
-    real_mark, real_update = train.mark_tokens, run.policy.update
+    kind, real_update = type(run.config.loss), run.policy.update
+    real_mark = kind.mark
 
-    def mark(mini_batch: MiniBatch, loss: Any, reducer: Any, **options: int) -> Any:
-        chosen = real_mark(mini_batch, loss, reducer, **options)
+    def mark(loss: Any, mini_batch: MiniBatch, reducer: Any, **options: int) -> Any:
+        chosen = real_mark(loss, mini_batch, reducer, **options)
         has_stats = mini_batch.micro_batches[0].stats is not None
         assert has_stats or case.loss == "ppo_clip_rollout"
         logprobs = mini_batch.cat_stats("logprobs") if has_stats else mini_batch.cat("rollout_logprobs")
@@ -363,10 +364,10 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
             cov = torch.cat(spent)
         ids, log_ratio = chosen.cat("token_ids_global"), logprobs - chosen.cat("old_logprobs")
         marked, weights = torch.zeros_like(ids, dtype=torch.bool), torch.ones(len(ids))
-        if loss.type in SELECTING:  # padding and prompts are never selected
+        if chosen.micro_batches[0].selected is not None:  # padding and prompts are never selected
             marked = chosen.cat("selected")
             assert not any((m.selected & ~m.loss_mask).any() for m in chosen.micro_batches)
-        elif loss.type not in ("ppo_clip", "gspo"):
+        if chosen.micro_batches[0].surrogate_weights is not None:
             weights = chosen.cat("surrogate_weights")
         of_all_ranks = reducer.gather_objects((ids, cov, chosen.cat("advantages"), log_ratio, marked, weights))
         gathered = [torch.cat(parts) for parts in zip(*of_all_ranks, strict=True)]
@@ -393,7 +394,7 @@ def _observed(run: Any, case: Case, outcome: Outcome) -> Iterator[None]:
 
     deal = _dealt_at_random if case.reordered else balance._longest_first
     with (
-        mock.patch.object(train, "mark_tokens", mark),
+        mock.patch.object(kind, "mark", mark),
         mock.patch.object(balance, "_longest_first", deal),
         mock.patch.object(run.policy, "update", update),
     ):

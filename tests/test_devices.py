@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.algorithms.methods import METHODS
 from megatron_rl.config import parse_config
 from megatron_rl.metrics.collect import Metrics
 from megatron_rl.parallel.reduce import pickled
@@ -154,7 +154,7 @@ def books(pool: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, B
 @pytest.mark.timeout(600)
 def test_no_operator_gets_tensors_of_two_devices(books: dict[str, Book]) -> None:
     assert {name: dict(book.faults) for name, book in books.items() if book.faults} == {}
-    assert {run["loss"]["type"] for run in RUNS.values()} == LOSSES.keys()
+    assert {run["loss"]["type"] for run in RUNS.values()} == METHODS.keys()
 
 
 def test_a_step_waits_for_the_device_only_where_it_must(books: dict[str, Book]) -> None:
@@ -237,7 +237,7 @@ def gpu() -> Iterator[torch.device]:
         yield torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("loss", sorted(LOSSES.keys() - {"gspo"}))
+@pytest.mark.parametrize("loss", sorted(METHODS.keys() - {"gspo"}))
 def test_losses_stay_on_their_device(gpu: torch.device, loss: str) -> None:
     """Without gradients, and without what sums over sequences: torch for CPUs neither derives nor indexes fake tensors
     of a GPU."""
@@ -247,10 +247,10 @@ def test_losses_stay_on_their_device(gpu: torch.device, loss: str) -> None:
     fields = {name: torch.rand(6, device=gpu) for name in (*numbers, "surrogate_weights")}
     masks = {name: torch.ones(6, dtype=torch.bool, device=gpu) for name in ("loss_mask", "selected")}
     ends = torch.tensor([0, 4, 6], dtype=torch.int32, device=gpu)
-    outputs = LOSSES[loss](LossInputs(cu_seqlens=ends, **fields, **masks), config)
+    outputs = config(LossInputs(cu_seqlens=ends, **fields, **masks))
     assert {each.device.type for each in (outputs.loss_sum, *outputs.metrics.values())} == {"cuda"}
     with pytest.raises(RuntimeError, match=r"cuda.*cpu|cpu.*cuda|same device"):
-        LOSSES[loss](LossInputs(cu_seqlens=ends, **fields | {"old_logprobs": torch.rand(6)}, **masks), config)
+        config(LossInputs(cu_seqlens=ends, **fields | {"old_logprobs": torch.rand(6)}, **masks))
 
 
 def test_metrics_reduce_on_one_device_whatever_they_were_given(gpu: torch.device) -> None:

@@ -57,12 +57,12 @@ EXTRA = {
     "tp2": [Case("kl_cov_vocab", 8)],
     "pp2": [Case("kl_cov_vocab", 2, reordered=True), Case("ppo_clip", 2), Case("steer", 2)],
     "dp2": [Case("ppo_clip", 2), *(Case(loss, 2, reordered=True) for loss in ("forking", "steer", "gaussian_cov"))]
-    + [Case("kl_cov_rollout", 2, reordered=True), Case("ppo_clip_rollout", 2)],
+    + [Case("kl_cov_rollout", 2, reordered=True), Case("ppo_clip_rollout", 2), Case("own", 2, reordered=True)],
     # per-head norms: shared by ranks that hold different heads
     "tp2_sp": [Case("forking", 2), Case("kl_cov", 2, model="qwen3")],
     "tp2_pp2": [Case("geometric", 2), Case("gaussian_cov", 2), Case("kl_cov", 1, model="qwen3")],
     # all sum over sequences, whose tokens are on both ranks
-    "cp2": [Case("ppo_clip", 8), Case("gspo", 2), Case("geometric", 2), Case("kl_cov_rollout", 2)],
+    "cp2": [Case("own", 2), Case("ppo_clip", 8), Case("gspo", 2), Case("geometric", 2), Case("kl_cov_rollout", 2)],
 }
 # layouts of two or three dimensions at once meet every loss in one split
 COMBINED = [layout for layout in LAYOUTS if layout not in QUICK]

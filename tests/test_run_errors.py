@@ -152,21 +152,20 @@ def test_gradings_that_seldom_fail_are_counted(worlds: Worlds, tmp_path: Path) -
 
 def _train_with_poison(raws: list[dict[str, Any]], poisoned: range) -> list[dict[str, Any]]:
     """The losses of the micro-batches with these numbers, over all runs, become infinite."""
-    from megatron_rl import train
-    from megatron_rl.algorithms.losses import ppo_clip
+    from megatron_rl.policy.policy import MegatronPolicy
 
-    calls = iter(range(10**9))
+    calls, update = iter(range(10**9)), MegatronPolicy.update
 
-    def loss(inputs: Any, config: Any) -> Any:
-        outputs = ppo_clip(inputs, config)
-        if next(calls) in poisoned:
-            object.__setattr__(outputs, "loss_sum", outputs.loss_sum * torch.inf)
-        return outputs
+    def poisoned_update(policy: Any, mini_batch: Any, loss: Any, *spans: Any) -> Any:
+        def poisoned_loss(inputs: Any) -> Any:
+            outputs = loss(inputs)
+            if next(calls) in poisoned:
+                object.__setattr__(outputs, "loss_sum", outputs.loss_sum * torch.inf)
+            return outputs
 
-    def poisoned_loss(config: Any) -> Any:
-        return lambda inputs: loss(inputs, config)
+        return update(policy, mini_batch, poisoned_loss, *spans)
 
-    with mock.patch.object(train, "policy_loss", poisoned_loss):  # of the updates, not of their prediction
+    with mock.patch.object(MegatronPolicy, "update", poisoned_update):
         return train_each(raws)
 
 

@@ -107,7 +107,7 @@ import sys
 sys.modules["jaxtyping"] = sys.modules["beartype"] = None  # importing them raises ImportError
 import torch
 from megatron_rl import types
-from megatron_rl.algorithms import advantages, aggregation, covariance, kl, ledger, losses, prediction, weighting
+from megatron_rl.algorithms import advantages, aggregation, covariance, kl, ledger, prediction, terms
 from megatron_rl.parallel import context, engine_group, fused_linear, groups, reduce, traffic, vocab, weights, world
 assert types.Float[torch.Tensor, "T V"] is torch.Tensor
 stats = vocab.vocab_parallel_stats(

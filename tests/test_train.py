@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.advantages import ADVANTAGES
-from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.algorithms.methods import METHODS
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.config import parse_config
-from megatron_rl.config.loss import LossBase
 from tests.tiny import HF, measured, rows_of, tiny_raw, train_each, trained
 from tests.worlds import Worlds
 
@@ -125,10 +125,15 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "steer": ({"loss": {"type": "steer", "stats": "old"}}, [*CLIPPED, "weight/min"]),
     "gaussian_cov": ({"loss": {"type": "gaussian_cov"}}, [*CLIPPED, "weight/min"]),
     "entropy_advantage": ({"loss": {"type": "entropy_advantage"}}, [*CLIPPED, "loss/advantage_bonus"]),
+    "own": (
+        {"loss": {"type": "examples.my_method:UsualLoss"}},
+        [*CLIPPED, "weight/min", "control/usual_entropy"],
+    ),
     "adaptive_entropy": (
         {"loss": {"adaptive_entropy": {"target_entropy": 9.0, "initial_coef": 0.01}}},
         ["control/entropy_coef", "loss/entropy_bonus"],
     ),
+    "schedule": ({"loss": {"eps_high": {"from": 0.2, "to": 0.3, "steps": 2}}}, ["control/eps_high"]),
     "entropy_band": (
         {"loss": CLIP_COV | {"entropy_band": {"low": 0.1, "high": 0.2, "minimum": 0.01, "maximum": 0.2}}},
         [*SELECTED, "control/select_fraction"],
@@ -201,10 +206,10 @@ def test_every_option_trains_and_logs(option_runs: dict[str, dict[str, Any]], na
 
 def test_the_options_name_every_loss_estimator_and_aggregation() -> None:
     configs = [parse_config(tiny_raw(Path(), **sections)) for sections, _ in OPTIONS.values()]
-    assert {config.loss.type for config in configs} == set(LOSSES)
+    assert {config.loss.type for config in configs if ":" not in config.loss.type} == set(METHODS)
     assert {config.algorithm.advantage for config in configs} == set(ADVANTAGES)
     for option in ("aggregation", "ref_kl_estimator"):
-        known = typing.get_args(LossBase.model_fields[option].annotation)
+        known = typing.get_args(PolicyLoss.model_fields[option].annotation)
         assert {getattr(config.loss, option) for config in configs} == set(known)
 
 

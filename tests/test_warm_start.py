@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
 from megatron_rl.config import Config, ModelConfig
-from megatron_rl.config.loss import PpoClipLoss
 from megatron_rl.convert.to_megatron import hf_to_megatron
 from megatron_rl.data.problems import load_prompts
 from megatron_rl.data.tokenizer import build_tokenizer
@@ -33,7 +33,6 @@ def _config(cache: Path, **sections: Any) -> Config:
 
 
 def _warm(config: Config, *, updates: int = 0) -> dict[str, Any]:
-    from megatron_rl.algorithms.losses import policy_loss
     from megatron_rl.packing import Layout
     from megatron_rl.warm_start import warm_start
 
@@ -44,7 +43,7 @@ def _warm(config: Config, *, updates: int = 0) -> dict[str, Any]:
         warm_start(policy, prompts, Layout.of(config, policy.groups), tokenizer)
         found = {"before": before, "weights": weights_of(policy)}
         batch = make_batch(config, policy.groups)
-        results = [policy.update(batch.mini_batches[i], policy_loss(PpoClipLoss())) for i in range(updates)]
+        results = [policy.update(batch.mini_batches[i], PpoClipLoss()) for i in range(updates)]
         found["rates"], found["after updates"] = [r.learning_rate for r in results], weights_of(policy)
     return found
 

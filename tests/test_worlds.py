@@ -86,12 +86,11 @@ def _threads() -> int:
 
 
 def _threads_with_a_trained_mixture(folder: Path) -> int:
-    from megatron_rl.algorithms.losses import policy_loss
     from tests.policy.tiny import make_batch, make_config, policy_of
 
     config = make_config(folder)
     with policy_of(config) as policy:
-        policy.update(make_batch(config, policy.groups).mini_batches[0], policy_loss(config.loss))
+        policy.update(make_batch(config, policy.groups).mini_batches[0], config.loss)
     return _threads()
 
 

@@ -5,6 +5,7 @@ Every estimator is `fn(rewards, prompt_ids, config) -> advantages`:
 - `rewards`, in reward units: the whole step's samples, of every data-parallel rank, because `reinforce_pp` whitens over
   the batch and siblings (the samples of one prompt) must not be parted;
 - `prompt_ids`: siblings share an id; any order;
+- `config`: the section `algorithm`;
 - the result is computed in float64. Siblings of equal rewards get exactly 0.
 
 Standard deviations are unbiased (divisor n - 1), like torch.std and verl. All raise ValueError on non-finite rewards,
@@ -16,15 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_rl.types import Float, Float32, Float64, Int64
-
-if TYPE_CHECKING:
-    from megatron_rl.config import AlgorithmConfig
 
 STD_EPS = 1e-6  # added to a standard deviation, reward units; the value of GRPO in verl
 
@@ -56,7 +54,7 @@ class _ByPrompt:
         return self.spread((self.sums(self.centred() ** 2) / (self.sizes - 1)).sqrt())
 
 
-def grpo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig) -> Float32[Tensor, "B"]:
+def grpo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Any) -> Float32[Tensor, "B"]:
     """Return `(r - mean) / (std + 1e-6)` over the siblings; without unit.
 
     Source: arXiv 2402.03300, section 4.1.2; verl `compute_grpo_outcome_advantage`.
@@ -65,9 +63,7 @@ def grpo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Al
     return (by_prompt.centred() / (by_prompt.std() + STD_EPS)).float()
 
 
-def dr_grpo(
-    rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig
-) -> Float32[Tensor, "B"]:
+def dr_grpo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Any) -> Float32[Tensor, "B"]:
     """Return `r - mean` over the siblings, in reward units. No division, hence no bias towards easy or hard prompts.
 
     Source: arXiv 2503.20783, section 3.2.
@@ -75,7 +71,7 @@ def dr_grpo(
     return _by_prompt(rewards, prompt_ids, "dr_grpo").centred().float()
 
 
-def rloo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig) -> Float32[Tensor, "B"]:
+def rloo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Any) -> Float32[Tensor, "B"]:
     """Return `r` minus the mean of the *other* siblings, in reward units.
 
     It equals `(r - mean) * n / (n - 1)`, which is how it is computed.
@@ -85,9 +81,7 @@ def rloo(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Al
     return (by_prompt.centred() * by_prompt.spread(by_prompt.sizes / (by_prompt.sizes - 1))).float()
 
 
-def reinforce_pp(
-    rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig
-) -> Float32[Tensor, "B"]:
+def reinforce_pp(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Any) -> Float32[Tensor, "B"]:
     """Return `x = r - mean` over the siblings, whitened over the batch: `(x - mean(x)) / (std(x) + 1e-6)`.
 
     With one sample for every prompt there is none to compare with and the prompt's mean would erase everything, so the
@@ -111,7 +105,7 @@ def reinforce_pp(
     return ((values - values.mean()) / (values.std() + STD_EPS)).float()
 
 
-def qae(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: AlgorithmConfig) -> Float32[Tensor, "B"]:
+def qae(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Any) -> Float32[Tensor, "B"]:
     """Return `(r - b) / (std + 1e-6)` with b the siblings' K-quantile, K = `config.qae_quantile`; without unit.
 
     b is the paper's `inf {x : F(x) >= K}`, F the empirical distribution: the ceil(K * n)-th smallest reward, never
@@ -131,7 +125,7 @@ def qae(rewards: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], config: Alg
     return ((by_prompt.rewards - by_prompt.spread(baselines)) / (by_prompt.std() + STD_EPS)).float()
 
 
-ADVANTAGES: dict[str, Callable[[Tensor, Tensor, AlgorithmConfig], Tensor]] = {
+ADVANTAGES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "rloo": rloo,

@@ -35,6 +35,12 @@ def sequence_sums(values: Shaped[Tensor, "T"], inputs: LossInputs) -> Shaped[Ten
     return (sums if inputs.context is None else inputs.context.sum(sums))[ids]
 
 
+def sequence_means(values: Shaped[Tensor, "T"], inputs: LossInputs) -> Shaped[Tensor, "T"]:
+    """Return for each token the mean of `values`, which are 0 elsewhere, over the counted tokens of its sequence."""
+    counts = sequence_sums(inputs.loss_mask.to(values.dtype), inputs).clamp_min(1)
+    return sequence_sums(values, inputs) / counts
+
+
 def token_weights(
     mode: str, loss_mask: Bool[Tensor, "T"], cu_seqlens: Int[Tensor, "E"], constant_length: int
 ) -> tuple[Float32[Tensor, "T"], int]:

@@ -1,26 +1,20 @@
-"""The Entropy Mechanism's heart: the covariance of each token and the tokens that Clip-Cov and KL-Cov pick, globally.
+"""The Entropy Mechanism's heart: the covariance of each token, by which Clip-Cov and KL-Cov pick theirs (families.py).
 
 Per response token i of one optimiser mini-batch (all ranks, all micro-batches), cov_i = (logp_i - mean logp) * (A_i -
-mean A) in float64. Both methods are one primitive, a distributed top-k over a per-token priority, so the layout never
-changes which tokens are picked.
+mean A) in float64.
 Source: arXiv 2505.22617, equations 10-13.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.entropy import entropy_spent
-from megatron_rl.algorithms.hashing import hash_uniform
-from megatron_rl.types import Bool, Float, Float64, MicroBatch, MiniBatch, Ranks
-
-if TYPE_CHECKING:
-    from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase
+from megatron_rl.types import Float, Float64, MiniBatch, Ranks
 
 TOP_FRACTIONS = {"cov/top_0.02pct_mean": 0.0002, "cov/top_0.2pct_mean": 0.002, "cov/top_2pct_mean": 0.02}
 
@@ -54,90 +48,6 @@ def quota(select_fraction: float, count: int) -> int:
     return min(count, max(1, math.floor(select_fraction * count)))
 
 
-def select_tokens(mini_batch: MiniBatch, loss: LossBase, ranks: Ranks, *, seed: int, step: int) -> MiniBatch:
-    """Mark the tokens that Clip-Cov or KL-Cov picks in this optimiser mini-batch.
-
-    mini_batch: its `stats`, with sum_p2, are of the weights that `loss.cov_logprobs` asks for. ranks: those that
-    hold different tokens.
-    Returns the mini-batch with `selected`, and global metrics in `selection`; for other losses as it was. All ranks
-    decide alike. The collectives cannot hide behind the update: what they decide enters the loss of its first
-    micro-batch.
-    """
-    if loss.type not in PRIORITIES:
-        return mini_batch
-    logprobs = mini_batch.cat_stats("logprobs")
-    cov, count = covariance(logprobs, mini_batch.cat("advantages"), ranks)
-    if count == 0:  # overlong filtering can mask a whole mini-batch
-        nothing = [torch.zeros_like(mb.loss_mask) for mb in mini_batch.micro_batches]
-        return mini_batch.replace_each("selected", nothing)
-    cov_loss: ClipCovLoss | KlCovLoss = loss  # type: ignore[assignment]
-    counter = (seed, step, mini_batch.index)
-    if cov_loss.cov_scope == "minibatch":
-        if cov_loss.cov_estimator == "vocab":
-            cov = _spent(mini_batch)
-        candidates, priority = PRIORITIES[cov_loss.type](mini_batch, cov, cov_loss, counter)
-        offered = mini_batch.cat("token_ids_global")[candidates]
-        _, winners = ranks.top_k(priority[candidates], offered, quota(cov_loss.select_fraction, count))
-        chosen = [_marked(micro_batch, winners) for micro_batch in mini_batch.micro_batches]
-    else:
-        chosen = [_choose_within(micro_batch, cov_loss, counter) for micro_batch in mini_batch.micro_batches]
-    mini_batch = mini_batch.replace_each("selected", chosen)
-    entropy = mini_batch.cat_stats("entropy")
-    return mini_batch.with_selection(_selection_metrics(mini_batch.cat("selected"), logprobs, entropy, count, ranks))
-
-
-def _choose_within(micro_batch: MicroBatch, loss: ClipCovLoss | KlCovLoss, counter: tuple[int, int, int]) -> Tensor:
-    """Return `selected` [T] of one micro-batch by itself: what `cov_scope=microbatch`, the authors' code, sees."""
-    part = MiniBatch(counter[-1], (micro_batch,))
-    cov, count = covariance(part.cat_stats("logprobs"), part.cat("advantages"), None)
-    if count == 0:
-        return torch.zeros_like(micro_batch.loss_mask)
-    if loss.cov_estimator == "vocab":
-        cov = _spent(part)
-    candidates, priority = PRIORITIES[loss.type](part, cov, loss, counter)
-    offered = part.cat("token_ids_global")[candidates]
-    # torch's own top-k, ties as they come, as the authors call it
-    best = priority[candidates].topk(min(quota(loss.select_fraction, count), len(offered))).indices
-    return _marked(micro_batch, offered[best])
-
-
-def _marked(micro_batch: MicroBatch, winners: Tensor) -> Tensor:
-    """Return [T], True on the tokens whose global ids won."""
-    # padding and prompt positions are no candidates, so masking again drops their ids (the padding id is -1)
-    return torch.isin(micro_batch.token_ids_global, winners) & micro_batch.loss_mask
-
-
-def clip_cov_priority(
-    part: MiniBatch, cov: Float64[Tensor, "N"], loss: ClipCovLoss, counter: tuple[int, int, int]
-) -> tuple[Bool[Tensor, "N"], Float64[Tensor, "N"]]:
-    """Return (candidates, priority): tokens inside the bounds that PPO's clip has not cut, in a hashed order
-    (equation 11).
-
-    The order is a pure function of (seed, step, mini-batch, prompt_id, sample_index, position), so every layout draws
-    the same subset.
-    """
-    clipped = part.response_tokens([_already_clipped(micro_batch, loss) for micro_batch in part.micro_batches])
-    candidates = (cov > loss.cov_low) & (cov < loss.cov_high) & ~clipped
-    return candidates, hash_uniform(
-        *counter, part.cat("prompt_ids"), part.cat("sample_indices"), part.cat("position_ids")
-    )
-
-
-PRIORITIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "kl_cov": lambda part, cov, loss, counter: (torch.ones_like(cov, dtype=torch.bool), cov),  # all: equation 13
-    "clip_cov": clip_cov_priority,
-}
-
-
-def _already_clipped(micro_batch: MicroBatch, loss: ClipCovLoss) -> Tensor:
-    """Return [T], True where PPO-clip's surrogate takes the clipped branch: the authors' `clip_by_origin`."""
-    if micro_batch.old_logprobs is None:
-        return torch.zeros_like(micro_batch.loss_mask)
-    log_ratio = torch.where(micro_batch.loss_mask, micro_batch.computed_stats.logprobs - micro_batch.old_logprobs, 0.0)
-    ratio, advantages = log_ratio.exp(), micro_batch.advantages
-    return -advantages * ratio.clamp(1 - loss.eps_low, 1 + loss.eps_high) > -advantages * ratio
-
-
 def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, float]:
     """Measure how the covariance spreads over the tokens of an update, under the statistics of its selection.
 
@@ -146,7 +56,7 @@ def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, 
     """
     centred = covariances([(m.cat_stats("logprobs"), m.cat("advantages")) for m in updates], ranks)
     sums = [
-        torch.stack([cov.sum(), (cov**2).sum(), _spent(update).sum()])
+        torch.stack([cov.sum(), (cov**2).sum(), spent(update).sum()])
         for (cov, _), update in zip(centred, updates, strict=True)
     ]
     most = max(TOP_FRACTIONS.values())
@@ -164,18 +74,7 @@ def covariance_metrics(updates: Sequence[MiniBatch], ranks: Ranks) -> dict[str, 
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
 
-def _spent(mini_batch: MiniBatch) -> Tensor:
-    spent = [entropy_spent(mb.computed_stats, mb.advantages) for mb in mini_batch.micro_batches]
-    return mini_batch.response_tokens(spent)
-
-
-def _selection_metrics(
-    selected: Tensor, logprobs: Tensor, entropy: Tensor, count: int, ranks: Ranks
-) -> dict[str, float]:
-    values = (torch.ones_like(logprobs), logprobs, entropy)
-    picked = torch.stack([torch.where(selected, value, 0.0).double().sum() for value in values])
-    number, logp, ent = ranks.sum(picked).tolist()
-    metrics = {"select/count": number, "select/fraction": number / count}
-    if number:
-        metrics |= {"select/logprob_mean": logp / number, "select/entropy_mean": ent / number}
-    return metrics
+def spent(mini_batch: MiniBatch) -> Float64[Tensor, "_"]:
+    """Return the entropy that each of this rank's response tokens spends, exact over the vocabulary: entropy.py."""
+    spent_by_each = [entropy_spent(mb.computed_stats, mb.advantages) for mb in mini_batch.micro_batches]
+    return mini_batch.response_tokens(spent_by_each)

@@ -15,25 +15,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import sequence_sums
+from megatron_rl.algorithms.aggregation import sequence_means, sequence_sums
 from megatron_rl.algorithms.kl import k3, masked_sum_count, safe_exp
 from megatron_rl.types import Float, Float64, LossInputs
 
 if TYPE_CHECKING:
-    from megatron_rl.config.loss import RolloutCorrection
-
-
-def _sequence_means(values: Tensor, inputs: LossInputs) -> Tensor:
-    """Return for each token the mean of `values`, which are 0 elsewhere, over the counted tokens of its sequence."""
-    counts = sequence_sums(inputs.loss_mask.to(values.dtype), inputs).clamp_min(1)
-    return sequence_sums(values, inputs) / counts
+    from megatron_rl.algorithms.policy_loss import RolloutCorrection
 
 
 # level -> the logarithm of each token's ratio, from the log ratios of all tokens [T]
 LEVELS: dict[str, Callable[[Tensor, LossInputs], Tensor]] = {
     "token": lambda log_ratio, inputs: log_ratio,
     "sequence": sequence_sums,
-    "geometric": _sequence_means,
+    "geometric": sequence_means,
 }
 
 
@@ -75,11 +69,11 @@ def rollout_weights(
         weights = torch.where(outside, 0.0, ratio if correction.weights == "mask" else weights)
         metrics["loss/is_masked_fraction"] = masked_sum_count(outside, mask)
     if correction.max_kl is not None:
-        rejected = _sequence_means(torch.where(mask, k3(log_ratio), 0.0), inputs) > correction.max_kl
+        rejected = sequence_means(torch.where(mask, k3(log_ratio), 0.0), inputs) > correction.max_kl
         weights = torch.where(rejected, 0.0, weights)
         metrics["loss/is_rejected_fraction"] = masked_sum_count(rejected, mask)
     if correction.max_negative_kl is not None:
-        is_far = _sequence_means(inputs.rollout_logprobs - inputs.logprobs, inputs) > correction.max_negative_kl
+        is_far = sequence_means(inputs.rollout_logprobs - inputs.logprobs, inputs) > correction.max_negative_kl
         dropped = is_far & (inputs.advantages < 0)
         weights = torch.where(dropped, 0.0, weights)
         metrics["loss/is_dropped_negative_fraction"] = masked_sum_count(dropped, mask)

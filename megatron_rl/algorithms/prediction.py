@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.entropy import entropy_spent
-from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.types import Float, LossInputs, MicroBatch, MiniBatch, Ranks, TokenStats
 
 if TYPE_CHECKING:
-    from megatron_rl.config.loss import LossBase
+    from megatron_rl.algorithms.policy_loss import PolicyLoss
 
 
 def effective_advantages(
-    seen: Sequence[MicroBatch], loss: LossBase, context: Ranks | None = None
+    seen: Sequence[MicroBatch], loss: PolicyLoss, context: Ranks | None = None
 ) -> Float[Tensor, "T"]:
     """Return the advantage with which plain policy gradient would push each token as the loss does.
 
@@ -35,11 +34,13 @@ def effective_advantages(
         inputs, logprobs=logprobs, entropy=inputs.entropy.detach(), token_weights=inputs.loss_mask.float()
     )
     with torch.enable_grad():
-        loss_sum = LOSSES[loss.type](inputs, loss).loss_sum
+        loss_sum = loss(inputs).loss_sum
         return -torch.autograd.grad(loss_sum, logprobs)[0]
 
 
-def predicted_change(updates: Sequence[MiniBatch], loss: LossBase, ranks: Ranks, context: Ranks | None = None) -> float:
+def predicted_change(
+    updates: Sequence[MiniBatch], loss: PolicyLoss, ranks: Ranks, context: Ranks | None = None
+) -> float:
     """Return the entropy change by several updates to first order, in nats per unit of logit step.
 
     updates: each with the statistics of the weights at which it is made. Of each counts the mean, over its response

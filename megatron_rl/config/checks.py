@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.engine_checks import beside_faults, divisors, engine_faults, model_engine_faults
 from megatron_rl.config.evaluation import set_path
-from megatron_rl.config.loss import CovarianceLoss
-from megatron_rl.config.megatron_options import STAGE_FIELDS, chunk_layers, megatron_faults, option_faults
+from megatron_rl.config.megatron_options import (
+    STAGE_FIELDS,
+    chunk_layers,
+    megatron_faults,
+    megatron_notes,
+    option_faults,
+)
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.facts import (
     architecture_faults,
@@ -23,7 +28,7 @@ from megatron_rl.models.facts import (
 )
 
 if TYPE_CHECKING:
-    from megatron_rl.config.loss import LossBase
+    from megatron_rl.algorithms.policy_loss import PolicyLoss
     from megatron_rl.config.sections import Config
 
 
@@ -36,6 +41,18 @@ def check_consistency(config: Config) -> None:
         faults += [fault for find in _MODEL_FINDERS for fault in find(config, hf)]
     if faults := faults + [*engine_faults(config), *_eval_faults(config)]:
         raise ConfigError("the config is inconsistent:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def run_notes(config: Config) -> list[str]:
+    """Return the lines that a run says at its start, and `train --check` at its end."""
+    notes = [*config.loss.notes(config), *megatron_notes(config)]
+    if config.float32_logits and config.rollout.server.urls and not config.rollout.is_embedded:
+        option = {"sglang": "--enable-fp32-lm-head", "vllm": """--hf-overrides '{"head_dtype": "float32"}'"""}
+        notes.append(
+            "the trainer's output layer gives float32 logits: the servers of rollout.server.urls need "
+            f"{option[config.rollout.engine]}, or log-probabilities differ by bfloat16's rounding of theirs"
+        )
+    return notes
 
 
 def _folder_faults(config: Config) -> Iterator[str]:
@@ -71,11 +88,6 @@ def _layout_faults(config: Config) -> Iterator[str]:
         yield (
             f"train.share_prompts=true with parallel.cp={parallel.cp}, which cuts sequences into chunks that cannot "
             "see a shared prompt; set share_prompts=auto or cp=1"
-        )
-    if parallel.cp > 1 and isinstance(config.loss, CovarianceLoss) and config.loss.cov_scope == "microbatch":
-        yield (
-            f"loss.cov_scope=microbatch ranks the tokens of one process, and parallel.cp={parallel.cp} spreads each "
-            "sequence over several; set cov_scope=minibatch, which is exact under any layout, or cp=1"
         )
 
 
@@ -146,13 +158,7 @@ def _save_faults(config: Config) -> Iterator[str]:
 
 def _loss_faults(config: Config) -> Iterator[str]:
     loss = config.loss
-    if loss.type == "clip_cov" and loss.cov_low >= loss.cov_high:
-        yield f"loss.cov_low={loss.cov_low} must be below loss.cov_high={loss.cov_high}"
-    if loss.type == "forking" and loss.aggregation != "token_mean":
-        yield (
-            f"loss.aggregation={loss.aggregation} with loss.type=forking: the paper's mean is over the kept tokens of "
-            "the mini-batch; set aggregation=token_mean"
-        )
+    yield from dict.fromkeys([*loss.faults(config), *loss.at_the_end().faults(config)])
     if loss.adaptive_entropy is not None and loss.entropy_coef:
         yield (
             f"loss.entropy_coef={loss.entropy_coef} and loss.adaptive_entropy are both set; begin at another "
@@ -169,14 +175,12 @@ def _loss_faults(config: Config) -> Iterator[str]:
         yield "warm_start needs a task with known solutions (data.type=countdown); remove it"
 
 
-def _band_faults(loss: LossBase) -> Iterator[str]:
-    band = loss.band
+def _band_faults(loss: PolicyLoss) -> Iterator[str]:
+    band = loss.entropy_band
     if band is None:
         return
-    value = getattr(loss, band.option, None)
-    if value is None:
-        yield f"loss.entropy_band.option={band.option}: the loss has no such option; set it to select_fraction"
-    elif not band.minimum <= value <= band.maximum:
+    value = getattr(loss, band.option)
+    if not band.minimum <= value <= band.maximum:
         yield (
             f"loss.{band.option}={value} is outside of loss.entropy_band's [{band.minimum}, {band.maximum}], where the "
             "adaptation begins; widen the bounds or move the value"

@@ -1,5 +1,6 @@
 """From a YAML file and its overrides to a checked `Config`."""
 
+import contextlib
 import difflib
 import typing
 from collections.abc import Sequence
@@ -10,12 +11,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from megatron_rl.algorithms.methods import loss_class
 from megatron_rl.config.checks import check_consistency
 from megatron_rl.config.environment import UnsetVariable, expand
-from megatron_rl.config.section import Section
 from megatron_rl.config.sections import Config
 from megatron_rl.config.yaml_text import DuplicateKey, read_yaml
 from megatron_rl.errors import ConfigError
+from megatron_rl.section import Section
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -50,7 +52,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors(include_url=False)]
+        lines = [_explain(item, raw) for item in error.errors(include_url=False)]
         raise ConfigError("the config is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from error
     check_consistency(config)
     return config
@@ -73,7 +75,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
-    is_text, may_be_null = _text_kind(key.split("."))
+    is_text, may_be_null = _text_kind(_types_at(key.split("."), raw))
     if is_text:
         node[last] = None if may_be_null and text == "null" else text
         return
@@ -83,17 +85,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
 
 
-def _text_kind(location: list[str]) -> tuple[bool, bool]:
-    """Return whether the option at a location holds a text, and whether it may be null."""
-    members = set(_types_at(location))
+def _text_kind(types: list[Any]) -> tuple[bool, bool]:
+    """Return whether an option of these types holds a text, and whether it may be null."""
+    members = set(types)
     texts = {member for member in members if member is str or isinstance(member, str)}  # of a Literal its values
     return bool(texts) and texts == members - {NoneType}, NoneType in members
 
 
-def _types_at(location: Sequence[Any]) -> list[Any]:
+def _types_at(location: Sequence[Any], raw: dict[str, Any]) -> list[Any]:
     """Return the types that the option at a location may have: the members of its union, for each of those above it.
 
-    pydantic puts a member's tag into the location of an error, which leaves that member alone.
+    pydantic puts a member's tag into the location of an error, which leaves that member alone. The options of `loss`
+    are those of the loss that `raw` names, if it does.
     """
     types: list[Any] = [Config]
     for part in location:
@@ -104,6 +107,9 @@ def _types_at(location: Sequence[Any]) -> list[Any]:
         ]
         tagged = [s for s in sections if "type" in s.model_fields and s.model_fields["type"].default == part]
         types = [member for annotation in below or tagged or types for member in _members(annotation)]
+        if part == "loss" and Config in sections:
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                types = [loss_class(raw["loss"]["type"])]
     return types
 
 
@@ -121,13 +127,13 @@ def _members(annotation: Any) -> list[Any]:
     return list(arguments) if origin is typing.Literal else [annotation]
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, raw: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "config"
     if item["type"] != "extra_forbidden":
         got = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
         quote = "; in the file, write it in quotes" if item["type"] == "string_type" else ""
         return f"{where}: {item['msg']}{got}{quote}"
-    known = {name for section in _sections(_types_at(item["loc"][:-1])) for name in section.model_fields}
+    known = {name for section in _sections(_types_at(item["loc"][:-1], raw)) for name in section.model_fields}
     near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
     return f"{where}: unknown option; {hint}"

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from megatron_rl.config.section import (
+from megatron_rl.section import (
     Fraction,
     Int,
     NonNegativeFloat,

@@ -17,8 +17,6 @@ from torch import Tensor
 from megatron_rl import device, launch
 from megatron_rl.algorithms.control import LossController
 from megatron_rl.algorithms.hashing import hash_uniform
-from megatron_rl.algorithms.losses import policy_loss
-from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
 from megatron_rl.conform.frozen import frozen_rollouts, with_old_policies
 from megatron_rl.convert.safetensors_io import stored_tensors
@@ -72,15 +70,15 @@ def measure(
     mini_batch = mini_batch.with_stats(policy.stats(mini_batch, with_sum_p2=True))
     mini_batch = with_old_policies(mini_batch, config.seed, has_reference=config.loss.ref_kl_coef > 0)
     loss = LossController(config.loss, ranks).next_loss(TrainBatch(0, (mini_batch,)))
-    mini_batch = mark_tokens(mini_batch, loss, ranks, seed=config.seed, step=0)
+    mini_batch = loss.mark(mini_batch, ranks, seed=config.seed, step=0)
     tokens, differing = _tokens(mini_batch, groups.all_ranks)
     tokens |= _logits(policy, mini_batch)
     numbers: dict[str, Any] = {"replicated tokens": differing, "selection": dict(mini_batch.selection)}
-    sums = policy.backward(mini_batch, policy_loss(loss))
+    sums = policy.backward(mini_batch, loss)
     totals = {name: ranks.sum(pair.to(device.device())).tolist() for name, pair in sorted(sums.items())}
     numbers["loss"] = {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
     keep(folder / "gradients", weight_stream(full_gradients(policy), policy.hf_config, groups))
-    norm = policy.update(mini_batch, policy_loss(loss)).grad_norm
+    norm = policy.update(mini_batch, loss).grad_norm
     numbers["clip norm"] = groups.all_ranks.gather_objects(norm)
     numbers["replicated weights"] = _differing_replicas(policy)
     keep(folder / "after", policy.hf_weights())
@@ -89,7 +87,7 @@ def measure(
     store = CheckpointStore(folder / "checkpoint", policy, groups, tokenizer)
     if resumes == folder:
         store.save(1, {})
-    policy.update(mini_batch, policy_loss(loss))
+    policy.update(mini_batch, loss)
     keep(folder / "second", policy.hf_weights())
     if resumes is not None:
         store.load(resumes / "checkpoint" / store.path(1).name)
@@ -97,7 +95,7 @@ def measure(
         loaded = policy.hf_weights()
         unlike = [name for name, tensor in loaded if saved and not torch.equal(saved[name].read(), tensor.cpu())]
         numbers["checkpoint"] = unlike + _differing_replicas(policy)
-        policy.update(mini_batch, policy_loss(loss))
+        policy.update(mini_batch, loss)
         keep(folder / "resumed", policy.hf_weights())
     if groups.rank == 0:
         torch.save(tokens, folder / "tokens.pt")

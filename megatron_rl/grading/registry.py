@@ -1,8 +1,6 @@
 """The verifiers by name, and how a user's own is found."""
 
-import difflib
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 from megatron_rl.errors import UserError
 from megatron_rl.grading.math_answer import compared_as_text, math
 from megatron_rl.grading.rules import countdown, exact, format, regex, remote
+from megatron_rl.section import load_named
 
 RewardFn = Callable[[str, str], float]
 
@@ -39,22 +38,10 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFn
     if name in REWARDS:
         return functools.partial(REWARDS[name], **options) if options else REWARDS[name]
     where = f"reward.function={name!r}"
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        known = ", ".join(REWARDS)
-        raise RewardError(f"{where}: expected one of {known}, or module:function such as my_rewards:math")
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise RewardError(
-            f"{where}: importing {module_name} failed with {type(error).__name__}: {error}; put the folder of that "
-            "module on PYTHONPATH, and see that it imports in this environment"
-        ) from error
-    function = getattr(module, attribute, None)
-    if function is None:
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RewardError(f"{where}: module {module_name} has no {attribute!r}{hint}")
+        function = load_named(name, REWARDS, "module:function such as my_rewards:math")
+    except ValueError as error:
+        raise RewardError(f"{where}: {error}") from error
     try:
         inspect.signature(function).bind("response", "answer")
     except (TypeError, ValueError) as error:

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from megatron_rl.algorithms.methods import METHODS
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.config import Config, parse_config
 from megatron_rl.config.environment import for_libraries
 from megatron_rl.config.yaml_text import read_yaml
 from megatron_rl.errors import ConfigError, UserError
-
-METHODS = Path(__file__).parent / "assets" / "methods.yaml"
 
 
 def shadow(
@@ -21,7 +21,8 @@ def shadow(
         Path | None, typer.Option(help="one of its checkpoints; by default the newest", show_default=False)
     ] = None,
     methods: Annotated[
-        Path | None, typer.Option(help="YAML file: name -> loss section; by default a set of ten", show_default=False)
+        Path | None,
+        typer.Option(help="YAML file: name -> loss section; default: all methods", show_default=False),
     ] = None,
     updates: Annotated[
         int, typer.Option(min=1, help="mini-batches compared; between them, one update with the run's own loss")
@@ -33,8 +34,8 @@ def shadow(
     Writes RUN/shadow/step_NNNNNNNN.json and prints tables. Training is not touched; the run may go on meanwhile.
     """
     path = _checkpoint(run_dir, checkpoint)
-    losses = _read_methods(methods or METHODS)
     config = shadow_config(path, one_process=one_process)
+    losses = _read_methods(methods) if methods else default_methods(config.loss)
     from megatron_rl import launch
 
     def work() -> None:
@@ -79,6 +80,17 @@ def _read(file: Path, content: str) -> Any:
         return read_yaml(file.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot read {content}: {error}") from error
+
+
+def default_methods(own: PolicyLoss) -> dict[str, dict[str, Any]]:
+    """Return the loss sections that each method says are worth comparing, by name, and a run's `own` that is none of
+    them."""
+    losses: dict[str, dict[str, Any]] = {}
+    for kind, method in METHODS.items():
+        losses |= {name: {"type": kind, **options} for name, options in (method.compared or {kind: {}}).items()}
+    if own.type in METHODS:
+        return losses
+    return losses | {own.type.rpartition(":")[2]: own.model_dump(mode="json")}
 
 
 def _read_methods(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,16 +1,12 @@
 """What each method would do with one mini-batch at the same weights."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.control import adapt
-from megatron_rl.algorithms.losses import policy_loss
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
-from megatron_rl.algorithms.weighting import mark_tokens
-from megatron_rl.config.loss import LossBase
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.gradients import entropy_gradient, gradient, inner
 from megatron_rl.policy.policy import MegatronPolicy
@@ -19,17 +15,14 @@ from megatron_rl.types import MiniBatch, Ranks
 RESTRAINED = 0.5  # of plain policy gradient's push: a token that gets less is restrained
 
 
-@dataclass(frozen=True, slots=True)
-class StepFacts:
-    """What the methods need to know of the step besides its mini-batch."""
-
-    seed: int  # with the step, of what is drawn by hash
-    step: int
-    entropy: float  # mean of the step, nats, for methods that follow it
-
-
 def compare(
-    policy: MegatronPolicy, mini_batch: MiniBatch, methods: dict[str, LossBase], facts: StepFacts, ranks: Reducer
+    policy: MegatronPolicy,
+    mini_batch: MiniBatch,
+    methods: dict[str, PolicyLoss],
+    ranks: Reducer,
+    *,
+    seed: int,
+    step: int,
 ) -> dict[str, Any]:
     """Return the comparison as plain data, the same on every rank. Collective; nothing moves.
 
@@ -42,10 +35,9 @@ def compare(
     """
     vectors, sets, rows = [], [], []
     uphill = entropy_gradient(policy, mini_batch)
-    for method in methods.values():
-        loss, _, _ = adapt(method, {}, facts.entropy)
-        marked = mark_tokens(mini_batch, loss, ranks, seed=facts.seed, step=facts.step)
-        vectors.append(gradient(policy, marked, policy_loss(loss)))
+    for loss in methods.values():
+        marked = loss.mark(mini_batch, ranks, seed=seed, step=step)
+        vectors.append(gradient(policy, marked, loss))
         sets.append(_restrained(marked, loss, policy.context))
         kept = {name: value for name, value in marked.selection.items() if name.startswith(("weight/", "select/"))}
         change: float | None = predicted_change([marked], loss, ranks, policy.context)
@@ -67,7 +59,7 @@ def compare(
     }
 
 
-def _restrained(mini_batch: MiniBatch, loss: LossBase, context: Ranks | None) -> Tensor:
+def _restrained(mini_batch: MiniBatch, loss: PolicyLoss, context: Ranks | None) -> Tensor:
     """Return bool `[n_local]`: the response tokens that the method holds back."""
     parts = []
     for micro_batch in mini_batch.micro_batches:

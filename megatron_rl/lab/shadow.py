@@ -12,14 +12,13 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.algorithms.control import mean_entropy
-from megatron_rl.algorithms.losses import policy_loss
-from megatron_rl.algorithms.weighting import mark_tokens
+from megatron_rl.algorithms.control import LossController, mean_entropy
+from megatron_rl.algorithms.methods import LossConfig
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.config import Config
-from megatron_rl.config.loss import LossBase, LossConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import write_atomically
-from megatron_rl.lab.compare import StepFacts, compare
+from megatron_rl.lab.compare import compare
 from megatron_rl.metrics.jsonl import without_non_finite
 from megatron_rl.parallel.groups import destroy_groups
 from megatron_rl.policy.checkpoint import CheckpointStore
@@ -62,19 +61,19 @@ def replay(
     _, batch = packed(run, collected, step)
     batch = run.policy.with_old_logprobs(batch)
     own = run.controller.next_loss(batch)
-    facts = StepFacts(config.seed, step, mean_entropy(batch, run.ranks))
+    followed = {name: LossController(loss, run.ranks).next_loss(batch) for name, loss in methods.items()}
     comparisons = []
     for mini_batch in batch.mini_batches[:updates]:
         mini_batch = mini_batch.with_stats(run.policy.stats(mini_batch, with_sum_p2=True))
-        comparisons.append(compare(run.policy, mini_batch, methods, facts, run.ranks))
-        marked = mark_tokens(mini_batch, own, run.ranks, seed=config.seed, step=step)
-        run.policy.update(marked, policy_loss(own))
+        comparisons.append(compare(run.policy, mini_batch, followed, run.ranks, seed=config.seed, step=step))
+        marked = own.mark(mini_batch, run.ranks, seed=config.seed, step=step)
+        run.policy.update(marked, own)
     run.close()
     return {
         "checkpoint": str(checkpoint),
         "step": step,
         "run_loss": config.loss.type,
-        "entropy": facts.entropy,
+        "entropy": mean_entropy(batch, run.ranks),
         "accuracy": collected.metrics["reward/accuracy"],
         "losses": {name: loss.model_dump(mode="json", exclude_defaults=True) for name, loss in methods.items()},
         "minibatches": comparisons,
@@ -109,9 +108,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(table)
 
 
-def _loss(name: str, raw: dict[str, Any]) -> LossBase:
+def _loss(name: str, raw: dict[str, Any]) -> PolicyLoss:
     try:
-        loss: LossBase = TypeAdapter(LossConfig).validate_python(raw)
+        loss: PolicyLoss = TypeAdapter(LossConfig).validate_python(raw)
     except ValidationError as error:
         raise ConfigError(f"method {name}: {error}") from error
     if loss.ref_kl_coef:

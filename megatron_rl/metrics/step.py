@@ -12,9 +12,9 @@ from megatron_rl.algorithms.control import LossController
 from megatron_rl.algorithms.covariance import covariance_metrics
 from megatron_rl.algorithms.kl import masked_sum_count, mismatch_metrics
 from megatron_rl.algorithms.ledger import ledger
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.prediction import predicted_change
 from megatron_rl.config import Config
-from megatron_rl.config.loss import LossBase
 from megatron_rl.data.tokenizer import token_kind
 from megatron_rl.metrics.collect import Metrics, Timers
 from megatron_rl.metrics.samples import samples_for_log
@@ -69,7 +69,7 @@ class StepReport:
     covariances and changes of the entropy either.
     """
 
-    def __init__(self, run: Reported, step: int, collected: CollectResult, batch: TrainBatch, loss: LossBase) -> None:
+    def __init__(self, run: Reported, step: int, collected: CollectResult, batch: TrainBatch, loss: PolicyLoss) -> None:
         """`batch`: with the statistics at the start of the step; `loss`: that of the step's updates."""
         self._run, self._step, self._collected, self._batch, self._loss = run, step, collected, batch, loss
         self._metrics = Metrics(device.device())

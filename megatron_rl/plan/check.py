@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.config import AlgorithmConfig, Config, ModelConfig
-from megatron_rl.config.loss import LossBase
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.models.facts import model_folder_fault, read_hf_config
 from megatron_rl.plan.shapes import count_parameters, layout_of
@@ -92,7 +92,7 @@ def _advantage_text(algorithm: AlgorithmConfig) -> str:
     return f"{text}, dynamic sampling (at most {sampling.max_batches} batches)" if sampling.enabled else text
 
 
-def _loss_text(loss: LossBase) -> str:
+def _loss_text(loss: PolicyLoss) -> str:
     options = loss.model_dump(exclude={"type", "aggregation"}, exclude_none=True)
     shown = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in options.items()]
     return f"{loss.type}, {loss.aggregation}; {', '.join(shown)}"

@@ -87,7 +87,7 @@ def plan_step(config: Config, hardware: Hardware, load: Load) -> StepPlan:
     forward, backward = (
         pass_seconds(shape, layout, hardware, constants, **sizes, backward=back) for back in (False, True)
     )
-    algorithm, marks = config.algorithm, config.loss.needs_current_statistics
+    algorithm, marks = config.algorithm, config.loss.statistics == "current"
     # of the steps: those that compute the old log-probabilities, which are the first mini-batch's statistics too
     recomputed = 1.0 if algorithm.old_logprobs == "recompute" else 1 / algorithm.old_logprobs_check_every
     chosen = updates - recomputed if marks else 0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_rl import device
 from megatron_rl.algorithms.kl import masked_sum_count
-from megatron_rl.algorithms.losses import LossFunction
+from megatron_rl.algorithms.terms import LossFunction
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.types import LossInputs, LossOutputs, MiniBatch

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.algorithms.control import needs_current_stats
-from megatron_rl.algorithms.losses import LossFunction
+from megatron_rl.algorithms.terms import LossFunction
 from megatron_rl.config import Config
 from megatron_rl.convert.hf import Source, random_source
 from megatron_rl.convert.weights import open_weights
@@ -30,7 +29,7 @@ from megatron_rl.policy.schedule import run_schedule
 from megatron_rl.types import MicroBatch, MiniBatch, TokenStats, TrainBatch, UpdateResult
 
 if TYPE_CHECKING:
-    from megatron_rl.config.loss import LossBase
+    from megatron_rl.algorithms.policy_loss import PolicyLoss
 
 
 class NonFiniteError(UserError):
@@ -127,16 +126,16 @@ class MegatronPolicy:
         parts = [(each, [m.rollout_logprobs for m in each.micro_batches]) for each in batch.mini_batches]
         return TrainBatch(batch.step, tuple(each.replace_each("old_logprobs", rollout) for each, rollout in parts))
 
-    def with_selection_stats(self, mini_batch: MiniBatch, loss: LossBase) -> MiniBatch:
+    def with_selection_stats(self, mini_batch: MiniBatch, loss: PolicyLoss) -> MiniBatch:
         """Return the mini-batch with the statistics by which `loss` marks tokens: those of the current weights where it
         asks for them and they have moved, at the price of a forward pass, else those that it has.
 
         With algorithm.old_logprobs=rollout the first mini-batch may have none, and pays a pass too. In every step it is
         trained against that pass, which is the old policy's, lest KL-Cov's penalty push against the engine's error.
         """
-        if needs_current_stats(loss, mini_batch.index):
+        if loss.statistics == "current" and mini_batch.index > 0:
             return mini_batch.with_stats(self.stats(mini_batch, with_sum_p2=True))
-        if self.config.algorithm.old_logprobs == "recompute" or not loss.needs_current_statistics:
+        if self.config.algorithm.old_logprobs == "recompute" or loss.statistics != "current":
             return mini_batch
         if mini_batch.micro_batches[0].stats is None:
             mini_batch = mini_batch.with_stats(self.stats(mini_batch, with_sum_p2=True, keep=True))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_rl import device
 from megatron_rl.algorithms.control import LossController
-from megatron_rl.algorithms.losses import LossFunction
+from megatron_rl.algorithms.terms import LossFunction
 from megatron_rl.config import Config
 from megatron_rl.data.cursor import PromptCursor
 from megatron_rl.data.tokenizer import build_tokenizer, tokenizer_folder, vocab_size

@@ -10,8 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_rl import device
 from megatron_rl.algorithms.balance import Work
 from megatron_rl.algorithms.control import LossController
-from megatron_rl.algorithms.losses import policy_loss
-from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config
 from megatron_rl.data.tokenizer import build_tokenizer, vocab_size
 from megatron_rl.errors import UserError
@@ -123,9 +121,9 @@ def perform_step(config: Config, policy: MegatronPolicy, watch: Watch) -> None:
         for i, mini_batch in enumerate(batch.mini_batches, 1):
             with books.during(f"select {i}", "activations"):
                 mini_batch = policy.with_selection_stats(mini_batch, loss)
-                mini_batch = mark_tokens(mini_batch, loss, ranks, seed=config.seed, step=0)
+                mini_batch = loss.mark(mini_batch, ranks, seed=config.seed, step=0)
             with books.during(f"update {i}", "activations"):
-                policy.update(mini_batch, policy_loss(loss))
+                policy.update(mini_batch, loss)
 
 
 def perform_turn(config: Config, policy: MegatronPolicy, books: Books) -> None:

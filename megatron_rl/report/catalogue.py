@@ -15,6 +15,7 @@ DRAWINGS: dict[str, Callable[[Sequence[LoggedRun]], Built]] = {
     "predicted_change": partial(figures.change_against_realised, "entropy/predicted_change"),
     "first_order_change": partial(figures.change_against_realised, "entropy/first_order_change"),
     "tangent_change": partial(figures.change_against_realised, "entropy/tangent_change"),
+    "control": figures.control,
     "law": figures.law,
     "law_residuals": figures.law_residuals,
     "ledger_covariance": partial(spending.spending, "quantiles of covariance", spending.by_covariance, 0),

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from megatron_rl import device
 from megatron_rl.algorithms.control import LossController
-from megatron_rl.algorithms.losses import policy_loss
-from megatron_rl.algorithms.weighting import mark_tokens
 from megatron_rl.config import Config, ParallelConfig, parse_config
 from megatron_rl.config.environment import for_libraries
 from megatron_rl.conform.frozen import frozen_rollouts
@@ -152,8 +150,8 @@ def update(policy: MegatronPolicy, batch: TrainBatch, number: int) -> UpdateResu
     mini_batch: MiniBatch = batch.mini_batches[number % len(batch.mini_batches)]
     loss = LossController(config.loss, ranks).next_loss(batch)
     mini_batch = policy.with_selection_stats(mini_batch, loss)
-    mini_batch = mark_tokens(mini_batch, loss, ranks, seed=config.seed, step=0)
-    return policy.update(mini_batch, policy_loss(loss))
+    mini_batch = loss.mark(mini_batch, ranks, seed=config.seed, step=0)
+    return policy.update(mini_batch, loss)
 
 
 def state_of(policy: MegatronPolicy) -> list[Tensor]:

@@ -17,7 +17,7 @@ from gpu_answer import Answer
 from gpu_cases import batch_of, config_of, join, policy_of, small_model, update
 
 from megatron_rl import device
-from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.algorithms.methods import METHODS
 from megatron_rl.config import Config
 from megatron_rl.conform.frozen import frozen_config
 from megatron_rl.conform.measure import measure
@@ -55,7 +55,7 @@ SECONDS = 90  # for the CPU, from when the device is through
 
 def cases(folder: Path, *, are_all: bool) -> dict[str, Config]:
     """Return the configs by name, most telling first; else those of a dry run, of fewer tokens."""
-    assert OPTIONS.keys() == LOSSES.keys(), OPTIONS.keys() ^ LOSSES.keys()
+    assert OPTIONS.keys() == METHODS.keys(), OPTIONS.keys() ^ METHODS.keys()
     made = {}
     for dtype in ("float32", "bfloat16"):
         for loss, options in OPTIONS.items():

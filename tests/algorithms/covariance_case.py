@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import token_weights
-from megatron_rl.algorithms.covariance import select_tokens
-from megatron_rl.algorithms.losses import LOSSES
-from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, LossBase
+from megatron_rl.algorithms.methods.clip_cov import ClipCovLoss
+from megatron_rl.algorithms.methods.kl_cov import KlCovLoss
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.types import MicroBatch, MiniBatch, TokenStats
 
@@ -99,13 +99,13 @@ def by_hand(
 
 def select(
     batch: tuple[MiniBatch, list[TokenStats]],
-    loss: LossBase,
+    loss: PolicyLoss,
     *,
     seed: int = 1,
     step: int = 0,
 ) -> tuple[MiniBatch, set[int], dict[str, float]]:
     """The marked mini-batch, the selected global ids and the metrics, on one process."""
-    mini_batch = select_tokens(batch[0].with_stats(batch[1]), loss, ALONE, seed=seed, step=step)
+    mini_batch = loss.mark(batch[0].with_stats(batch[1]), ALONE, seed=seed, step=step)
     for micro_batch in mini_batch.micro_batches:
         assert not (micro_batch.selected & ~micro_batch.loss_mask).any()
     ids = set(mini_batch.cat("token_ids_global")[mini_batch.cat("selected")].tolist())
@@ -113,7 +113,7 @@ def select(
 
 
 def loss_sum(micro_batch: MicroBatch, stats: TokenStats, loss: ClipCovLoss | KlCovLoss) -> float:
-    return float(LOSSES[loss.type](micro_batch.loss_inputs(stats), loss).loss_sum)
+    return float(loss(micro_batch.loss_inputs(stats)).loss_sum)
 
 
 def numpy_view(batch: tuple[MiniBatch, list[TokenStats]]) -> dict[str, np.ndarray]:

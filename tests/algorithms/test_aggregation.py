@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.aggregation import AGGREGATIONS, segment_ids, token_weights
-from megatron_rl.config.loss import LossBase
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from tests import shape_checks
 
 # sequences of 4, 3, 0 and 2 tokens (the third empty, the last padding); 2, 3, 0 and 0 tokens count
@@ -17,7 +17,7 @@ CU_SEQLENS = torch.tensor([0, 4, 7, 7, 9], dtype=torch.int32)
 
 
 def test_the_registry_is_the_config() -> None:
-    assert set(AGGREGATIONS) == set(typing.get_args(LossBase.model_fields["aggregation"].annotation))
+    assert set(AGGREGATIONS) == set(typing.get_args(PolicyLoss.model_fields["aggregation"].annotation))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.covariance import covariance, covariance_metrics, covariances, quota, select_tokens
+from megatron_rl.algorithms.covariance import covariance, covariance_metrics, covariances, quota
 from megatron_rl.algorithms.entropy import entropy_spent
 from megatron_rl.algorithms.hashing import hash_uniform
-from megatron_rl.config.loss import ClipCovLoss, KlCovLoss, PpoClipLoss
+from megatron_rl.algorithms.methods.clip_cov import ClipCovLoss
+from megatron_rl.algorithms.methods.kl_cov import KlCovLoss
+from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
 from megatron_rl.types import MicroBatch
 from tests.algorithms.covariance_case import ALONE, LENGTHS, build, by_hand, loss_sum, numpy_view, select
 
@@ -182,7 +184,7 @@ def test_the_vocab_estimator_ranks_by_the_exact_entropy_loss() -> None:
 
 def test_other_losses_are_left_alone() -> None:
     batch = build([[0, 1], [2]])
-    assert select_tokens(batch[0], PpoClipLoss(), ALONE, seed=1, step=0) is batch[0]
+    assert PpoClipLoss().mark(batch[0], ALONE, seed=1, step=0) is batch[0]
 
 
 @pytest.mark.parametrize("scope", ["minibatch", "microbatch"])

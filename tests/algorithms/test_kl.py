@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.kl import k3, kl_penalty, mismatch_metrics
-from megatron_rl.config.loss import LossBase
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 
 KINDS = ("k1", "k2", "k3")
 
 
 def test_the_kinds_are_the_config() -> None:
-    assert set(KINDS) == set(typing.get_args(LossBase.model_fields["ref_kl_estimator"].annotation))
+    assert set(KINDS) == set(typing.get_args(PolicyLoss.model_fields["ref_kl_estimator"].annotation))
 
 
 @pytest.mark.parametrize(

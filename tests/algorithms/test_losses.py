@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from typing import Any
 
 import pytest
@@ -12,13 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import AGGREGATIONS, token_weights
-from megatron_rl.algorithms.losses import LOSSES, sft
-from megatron_rl.config.loss import LossBase, LossConfig
+from megatron_rl.algorithms.methods import METHODS
+from megatron_rl.algorithms.terms import sft
 from megatron_rl.types import LossInputs
 from tests.algorithms.losses_case import LENGTHS, PER_TOKEN, WEIGHTED, authors, by_loops
 
-UNION = typing.get_args(typing.get_args(LossConfig)[0])
-CONFIGS: dict[str, type[LossBase]] = {member.model_fields["type"].default: member for member in UNION}
 SHARED: dict[str, Any] = {"entropy_coef": 0.03, "ref_kl_coef": 0.2, "rollout_correction": {"cap": 1.1}}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("ppo_clip", {}),
@@ -41,9 +38,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def run(name: str, inputs: LossInputs, **options: Any) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
     """Loss sum, metrics, and the gradients of logprobs and entropy."""
     logprobs, entropy = (x.detach().clone().requires_grad_() for x in (inputs.logprobs, inputs.entropy))
-    outputs = LOSSES[name](
-        dataclasses.replace(inputs, logprobs=logprobs, entropy=entropy), CONFIGS[name].model_validate(options)
-    )
+    loss = METHODS[name].model_validate(options)
+    outputs = loss(dataclasses.replace(inputs, logprobs=logprobs, entropy=entropy))
     grads = torch.autograd.grad(outputs.loss_sum, [logprobs, entropy], allow_unused=True)
     first, second = (torch.zeros_like(logprobs) if grad is None else grad for grad in grads)
     return outputs.loss_sum.detach(), outputs.metrics, first, second
@@ -103,8 +99,8 @@ def mean(metric: Tensor) -> float:
 
 
 def test_the_registry_is_the_config() -> None:
-    assert set(LOSSES) == set(CONFIGS)
-    assert len(CONFIGS) == 9
+    assert {loss.model_fields["type"].default: loss for loss in METHODS.values()} == METHODS
+    assert {name for name, _ in CASES} == set(METHODS)
 
 
 # Hand-computed. log ratios: ln 1.5, ln 0.5, ln 1.1, ln 4 with advantages 2, -1, -1, -1 from old = -3.
@@ -146,7 +142,7 @@ def test_weights_and_shaped_advantages_hand_computed() -> None:
     assert loss.item() == pytest.approx(-2.2 * 1.2 + 0.5 * 0.8 + 0.96 * 1.1 + 0.5 * 4, rel=1e-6)
     torch.testing.assert_close(grad, torch.tensor([0.0, 0.0, 0.96 * 1.1, 2.0]))
     assert not entropy_grad.any() and mean(metrics["loss/advantage_bonus"]) == pytest.approx(1.24 / 4, rel=1e-6)
-    with pytest.raises(ValueError, match="mark_tokens"):
+    with pytest.raises(ValueError, match="SteerLoss.mark on the whole"):
         run("steer", FOUR)
 
 
@@ -214,7 +210,7 @@ def test_equals_loops(name: str, options: dict[str, Any], mode: str) -> None:
     for seed in range(5):
         inputs, _ = random_inputs(mode, seed)
         loss, _, grad, entropy_grad = run(name, inputs, **options)
-        expected, expected_grad, expected_entropy_grad = by_loops(name, CONFIGS[name].model_validate(options), inputs)
+        expected, expected_grad, expected_entropy_grad = by_loops(name, METHODS[name].model_validate(options), inputs)
         assert loss.item() == pytest.approx(expected, rel=1e-9)
         torch.testing.assert_close(grad, torch.tensor(expected_grad, dtype=torch.float64), rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(entropy_grad, torch.tensor(expected_entropy_grad, dtype=torch.float64))
@@ -245,7 +241,7 @@ def test_gspo_is_the_sequence_objective() -> None:
 def test_equals_the_authors(name: str, options: dict[str, Any]) -> None:
     inputs, denominator = random_inputs()
     logprobs = inputs.logprobs.clone().requires_grad_()
-    expected = authors(name, inputs, logprobs, CONFIGS[name].model_validate(options))
+    expected = authors(name, inputs, logprobs, METHODS[name].model_validate(options))
     (expected_grad,) = torch.autograd.grad(expected, logprobs)
     loss, _, grad, _ = run(name, inputs, **options)
     torch.testing.assert_close(loss / denominator, expected.detach())
@@ -328,9 +324,9 @@ def test_no_value_is_read_on_the_host(name: str, options: dict[str, Any]) -> Non
 def test_refuses_missing_inputs() -> None:
     inputs, _ = random_inputs()
     for name in ("clip_cov", "kl_cov"):
-        with pytest.raises(ValueError, match=f"{name} needs LossInputs.selected.*run the covariance selection"):
+        with pytest.raises(ValueError, match=f"{name} needs LossInputs.selected.*call .*.mark on the whole"):
             run(name, dataclasses.replace(inputs, selected=None))
-    for name in LOSSES:
+    for name in METHODS:
         with pytest.raises(ValueError, match="ref_kl_coef=0.1 needs LossInputs.ref_logprobs"):
             run(name, dataclasses.replace(inputs, ref_logprobs=None), ref_kl_coef=0.1)
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megatron_rl.algorithms.mismatch import rollout_weights
-from megatron_rl.config.loss import RolloutCorrection
+from megatron_rl.algorithms.policy_loss import RolloutCorrection
 from megatron_rl.types import LossInputs
 
 

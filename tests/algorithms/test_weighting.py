@@ -11,29 +11,25 @@ import torch
 
 from megatron_rl.algorithms.covariance import covariance_metrics
 from megatron_rl.algorithms.entropy import entropy_spent
+from megatron_rl.algorithms.methods.clip_cov import ClipCovLoss
+from megatron_rl.algorithms.methods.forking import ForkingLoss
+from megatron_rl.algorithms.methods.gaussian_cov import GaussianCovLoss
+from megatron_rl.algorithms.methods.kl_cov import KlCovLoss
+from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
+from megatron_rl.algorithms.methods.steer import SteerLoss
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.prediction import effective_advantages, predicted_change
-from megatron_rl.algorithms.weighting import WEIGHTINGS, mark_tokens
-from megatron_rl.config.loss import (
-    ClipCovLoss,
-    ForkingLoss,
-    GaussianCovLoss,
-    KlCovLoss,
-    LossBase,
-    PpoClipLoss,
-    SteerLoss,
-)
 from megatron_rl.types import MiniBatch, TokenStats
 from tests.algorithms.covariance_case import ALONE, build, by_hand, numpy_view
-from tests.algorithms.test_losses import CONFIGS
 
 Batch = tuple[MiniBatch, list[TokenStats]]
 ONE, FOUR = [list(range(8))], [[0, 4], [], [3, 1, 2], [7, 6, 5]]
-LOSSES: list[LossBase] = [ForkingLoss(), SteerLoss(weight_min=0.4), GaussianCovLoss()]
+LOSSES: list[PolicyLoss] = [ForkingLoss(), SteerLoss(weight_min=0.4), GaussianCovLoss()]
 
 
-def mark(batch: Batch, loss: LossBase) -> tuple[MiniBatch, np.ndarray, dict[str, float]]:
+def mark(batch: Batch, loss: PolicyLoss) -> tuple[MiniBatch, np.ndarray, dict[str, float]]:
     """The marked mini-batch, its weights by rising global id, and metrics."""
-    mini_batch = mark_tokens(batch[0].with_stats(batch[1]), loss, ALONE, seed=1, step=0)
+    mini_batch = loss.mark(batch[0].with_stats(batch[1]), ALONE, seed=1, step=0)
     weights = mini_batch.cat("surrogate_weights")[mini_batch.cat("token_ids_global").argsort()]
     return mini_batch, weights.numpy(), dict(mini_batch.selection)
 
@@ -43,10 +39,6 @@ def with_entropy(batch: Batch, entropy: list[float]) -> Batch:
     mini_batch, (stats,) = batch
     values = torch.tensor([*entropy, 9e9, 9e9])
     return mini_batch, [TokenStats(stats.logprobs, values, stats.sum_p2, stats.sum_p2_logp)]
-
-
-def test_the_registry_has_a_loss_for_each_weighting() -> None:
-    assert {name for name, config in CONFIGS.items() if "stats" in config.model_fields} == set(WEIGHTINGS)
 
 
 def test_forking_by_hand() -> None:
@@ -85,7 +77,7 @@ def test_gaussian_cov_by_hand() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.type)
-def test_weights_do_not_depend_on_the_packing(loss: LossBase) -> None:
+def test_weights_do_not_depend_on_the_packing(loss: PolicyLoss) -> None:
     one, weights, _ = mark(build(ONE), loss)
     several, others, _ = mark(build(FOUR), loss)
     np.testing.assert_allclose(weights, others, rtol=1e-6)
@@ -98,7 +90,7 @@ def test_weights_do_not_depend_on_the_packing(loss: LossBase) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.type)
-def test_no_tokens_and_no_numbers(loss: LossBase) -> None:
+def test_no_tokens_and_no_numbers(loss: PolicyLoss) -> None:
     mini_batch, weights, metrics = mark(build([[], []]), loss)
     assert weights.size == 0 and metrics == {} and mini_batch.micro_batches[0].surrogate_weights is not None
     broken = build(FOUR)
@@ -121,7 +113,7 @@ PREDICTED: list[Any] = [
 def test_effective_advantages(loss: Any) -> None:
     """A times the ratio; 0 where clipped or dropped, times the weight, less kl_coef sign(log ratio) where selected."""
     batch = build(FOUR)
-    mini_batch = mark_tokens(batch[0], loss, ALONE, seed=1, step=0)
+    mini_batch = loss.mark(batch[0], ALONE, seed=1, step=0)
     parts = mini_batch.micro_batches
     got = torch.cat([effective_advantages([part], loss)[part.loss_mask] for part in parts]).numpy()
     together = effective_advantages(parts, loss)[torch.cat([part.loss_mask for part in parts])]

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import parse_config
-from megatron_rl.config.notes import run_notes, selection_notes
+from megatron_rl.config.checks import run_notes
 from tests.config.test_config import raw
 
 MICROBATCH = {"type": "clip_cov", "cov_scope": "microbatch"}  # the longest sequence has 96 tokens
 
 
 def notes(**changes: Any) -> list[str]:
-    return selection_notes(parse_config(raw(**changes)))
+    config = parse_config(raw(**changes))
+    return list(config.loss.notes(config))
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,19 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_rl.algorithms.methods import METHODS
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.config import Config, load_config, parse_config
-from megatron_rl.config.section import Section
 from megatron_rl.errors import ConfigError
+from megatron_rl.section import Section
 from tests.config.test_config import BASE, raw, refusal, write
 
 JSONL = {"type": "jsonl", "train_path": "train.jsonl", "tokenizer": "tokenizer", "max_prompt_tokens": 32}
 
 
 def sections_in(annotation: Any) -> set[type[Section]]:
+    if annotation is PolicyLoss:
+        return set(METHODS.values())
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return {annotation}
     return {section for argument in typing.get_args(annotation) for section in sections_in(argument)}

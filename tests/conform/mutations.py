@@ -93,7 +93,7 @@ def _averaged(real: Any) -> Any:
 def _of_this_rank(real: Any) -> Any:
     from megatron_rl.parallel.reduce import Reducer
 
-    return lambda mini_batch, loss, ranks, **options: real(mini_batch, loss, Reducer(None), **options)
+    return lambda loss, mini_batch, ranks, **options: real(loss, mini_batch, Reducer(None), **options)
 
 
 def _stale(real: Any) -> Any:
@@ -263,7 +263,10 @@ _MUTATIONS: dict[str, tuple[Any, ...]] = {
         "dp2",
         _replaced("megatron_rl.policy.build:finalize_model_grads", _averaged),
     ),
-    "top-k and means of this rank alone": ("dp2", _replaced("megatron_rl.conform.measure:mark_tokens", _of_this_rank)),
+    "top-k and means of this rank alone": (
+        "dp2",
+        _replaced("megatron_rl.algorithms.families:CovarianceLoss.mark", _of_this_rank),
+    ),
     "stale shard in the weight stream": ("tp2", _replaced(_POLICY + "hf_weights", _stale)),
     "padding columns counted": ("tp2", _replaced("megatron_rl.policy.policy:build_model", _with_padding_columns)),
     "vocabulary shard begins a column early": (

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl import cli
-from megatron_rl.algorithms.losses import policy_loss
 from megatron_rl.convert import torch_dist
 from megatron_rl.convert.check import compare_logits, compare_tensors
 from megatron_rl.convert.hf import hub_views
@@ -137,7 +136,7 @@ def _through_megatron(cases: list[tuple[Path, Path, Path | None, dict[str, Any]]
             if target is not None:
                 policy.reset_optimizer()
                 batch = make_batch(config, policy.groups)
-                policy.update(batch.mini_batches[0], policy_loss(config.loss))
+                policy.update(batch.mini_batches[0], config.loss)
                 weights["trained"] = weights_of(policy)
                 CheckpointStore(target, policy, policy.groups).save(1, {})
         with policy_of(make_config(megatron, parallel=layout)) as policy:

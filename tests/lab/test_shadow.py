@@ -11,7 +11,7 @@ import yaml
 
 from megatron_rl.config import parse_config
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.lab.commands import METHODS, _checkpoint, _read_methods, shadow_config
+from megatron_rl.lab.commands import _checkpoint, _read_methods, default_methods, shadow_config
 from tests.tiny import rows_of, tiny_raw, train_each
 from tests.worlds import Worlds, leave_layout
 
@@ -48,7 +48,7 @@ def test_shadow_replays_the_runs_next_step(worlds: Worlds, tmp_path: Path) -> No
     worlds.run(2, train_each, [short, longer])
     checkpoint = tmp_path / "tiny" / "checkpoints" / "step_00000002"
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").rglob("*") if path.is_file()}
-    methods = _read_methods(METHODS)
+    methods = default_methods(shadow_config(checkpoint, one_process=True).loss)
     losses = {name: methods[name] for name in ("grpo", "kl_cov", "forking")}
     ranks = worlds.run(2, _replay, checkpoint, losses, False)
     (alone,) = worlds.run(1, _replay, checkpoint, losses, True)
@@ -79,8 +79,9 @@ def test_what_cannot_be_replayed_says_why(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match="methods"):
             _read_methods(file)
-    file.write_text(yaml.safe_dump(_read_methods(METHODS)))
-    assert _read_methods(file) == _read_methods(METHODS)
+    methods = {"grpo": {"type": "ppo_clip"}}
+    file.write_text(yaml.safe_dump(methods))
+    assert _read_methods(file) == methods
 
     from megatron_rl.lab.shadow import _loss
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
 from megatron_rl.config import Config
-from megatron_rl.config.loss import PpoClipLoss
 from megatron_rl.errors import UserError
 from tests.policy.tiny import make_batch, make_config, policy_of
 
@@ -22,10 +22,9 @@ def config_of(folder: Path, parallel: dict[str, Any], dtype: str = "float32", **
 
 def update(policy: Any, config: Config, updates: range) -> list[tuple[float, float]]:
     """The numbered updates of one fixed batch: (gradient norm, learning rate) of each."""
-    from megatron_rl.algorithms.losses import policy_loss
 
     batch = make_batch(config, policy.groups)
-    results = [policy.update(batch.mini_batches[i], policy_loss(PpoClipLoss())) for i in updates]
+    results = [policy.update(batch.mini_batches[i], PpoClipLoss()) for i in updates]
     return [(result.grad_norm, result.learning_rate) for result in results]
 
 

@@ -25,7 +25,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def _outcome(folder: Path, parallel: dict[str, Any], dtype: str, fused: str) -> tuple[float, dict[str, Tensor]]:
     """The largest error of this rank's log-probabilities, nats, given its hidden states; weights after an update."""
-    from megatron_rl.algorithms.losses import policy_loss
     from megatron_rl.policy.schedule import run_schedule
 
     model = {"dtype": "bfloat16", "activations": "model", "logits_dtype": dtype, "fused_linear_stats": fused}
@@ -47,7 +46,7 @@ def _outcome(folder: Path, parallel: dict[str, Any], dtype: str, fused: str) -> 
             exact = (output.double() @ weight.t() / policy.temperature).log_softmax(-1)
             exact = exact.gather(1, micro_batch.labels[:, None])[:, 0]
             error = max(error, float((got.logprobs - exact).abs().max()))
-        policy.update(mini_batch, policy_loss(config.loss))
+        policy.update(mini_batch, config.loss)
         return error, weights_of(policy)
 
 

@@ -25,7 +25,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def _outcome(folder: Path, parallel: dict[str, Any], fused: str) -> tuple[dict[str, Tensor], float, list[Any], int]:
     """Weights after one update, the gradient norm, statistics before it, and the width of what the model returns."""
-    from megatron_rl.algorithms.losses import policy_loss
     from megatron_rl.policy.schedule import run_schedule
 
     config = make_config(
@@ -36,7 +35,7 @@ def _outcome(folder: Path, parallel: dict[str, Any], fused: str) -> tuple[dict[s
         stats = policy.stats(mini_batch, with_sum_p2=True)
         with torch.no_grad():
             widths = run_schedule(policy.model, mini_batch, lambda output, _: output.shape[1], forward_only=True)
-        result = policy.update(mini_batch, policy_loss(config.loss))
+        result = policy.update(mini_batch, config.loss)
         values = [(s.logprobs, s.entropy, s.sum_p2, s.sum_p2_logp) for s in stats]
         return weights_of(policy), result.grad_norm, values, max(widths, default=0)
 

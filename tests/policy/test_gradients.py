@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.config.loss import ForkingLoss, KlCovLoss, PpoClipLoss
-from megatron_rl.lab.commands import METHODS, _read_methods
-from megatron_rl.lab.compare import StepFacts
-from megatron_rl.types import TokenStats
+from megatron_rl.algorithms.methods.forking import ForkingLoss
+from megatron_rl.algorithms.methods.kl_cov import KlCovLoss
+from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
+from megatron_rl.lab.commands import default_methods
+from megatron_rl.types import TokenStats, TrainBatch
 from tests.policy.tiny import hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of
 from tests.worlds import Worlds
 
@@ -28,7 +29,7 @@ SGD_LIKE = {"lr": 1e-3, "eps": 1.0, "clip_grad": 0.0}
 
 def _measure(config: Any) -> dict[str, Any]:
     """Products, a step's tangent and realised entropy change, and what `compare` says of all methods."""
-    from megatron_rl.algorithms.losses import policy_loss
+    from megatron_rl.algorithms.control import LossController
     from megatron_rl.lab.compare import compare
     from megatron_rl.lab.shadow import _loss
     from megatron_rl.parallel.reduce import Reducer
@@ -39,18 +40,20 @@ def _measure(config: Any) -> dict[str, Any]:
         mini_batch = make_batch(config, policy.groups).mini_batches[0]
         before = weights_of(policy)
         stats = policy.stats(mini_batch, with_sum_p2=True)
-        clipped = gradient(policy, mini_batch, policy_loss(PpoClipLoss()))
-        wide = gradient(policy, mini_batch, policy_loss(PpoClipLoss(eps_low=1, eps_high=100)))
+        clipped = gradient(policy, mini_batch, PpoClipLoss())
+        wide = gradient(policy, mini_batch, PpoClipLoss(eps_low=1, eps_high=100))
         products = [inner(policy, a, b) for a, b in ((clipped, clipped), (clipped, wide), (wide, wide))]
-        methods = {name: _loss(name, raw) for name, raw in _read_methods(METHODS).items()}
-        found = compare(policy, mini_batch.with_stats(stats), methods, StepFacts(1, 0, 1.0), ranks)
+        batch = TrainBatch(0, (mini_batch.with_stats(stats),))
+        stated = {name: _loss(name, raw) for name, raw in default_methods(PpoClipLoss()).items()}
+        methods = {name: LossController(loss, ranks).next_loss(batch) for name, loss in stated.items()}
+        found = compare(policy, batch.mini_batches[0], methods, ranks, seed=1, step=0)
         assert same_bits(weights_of(policy), before)
         steps = []
         for learning_rate in (SGD_LIKE["lr"], LONG):
             begin, before = policy.copy_weights(), _mean(mini_batch, policy.stats(mini_batch), ranks)
             tangent = EntropyTangent(policy, mini_batch, start=True, way=True)
             policy.set_learning_rate(learning_rate)
-            norm = policy.update(mini_batch, policy_loss(PpoClipLoss())).grad_norm
+            norm = policy.update(mini_batch, PpoClipLoss()).grad_norm
             end, after = policy.copy_weights(), _mean(mini_batch, policy.stats(mini_batch), ranks)
             changes = tangent.changes()
             assert all(map(torch.equal, policy.copy_weights(), end))
@@ -113,7 +116,7 @@ def test_what_the_comparison_says(measured: dict[str, list[dict[str, Any]]]) -> 
     found = measured["one"][0]["compared"]
     rows, names = found["methods"], list(found["methods"])
     tokens = found["tokens"]
-    assert names == list(_read_methods(METHODS)) and rows["kl_cov"]["restrained"] >= int(0.1 * tokens)
+    assert names == list(default_methods(PpoClipLoss())) and rows["kl_cov"]["restrained"] >= int(0.1 * tokens)
     assert 0 < rows["clip_higher"]["restrained"] <= rows["grpo"]["restrained"] < tokens
     kept = rows["forking"]["weight/effective_fraction"]
     assert kept == pytest.approx(0.2, abs=1 / tokens) and rows["forking"]["restrained"] >= tokens * (1 - kept) - 1
@@ -128,5 +131,5 @@ def test_what_the_comparison_says(measured: dict[str, list[dict[str, Any]]]) -> 
 def test_default_methods_are_configs() -> None:
     from megatron_rl.lab.shadow import _loss
 
-    losses = {name: _loss(name, raw) for name, raw in _read_methods(METHODS).items()}
+    losses = {name: _loss(name, raw) for name, raw in default_methods(PpoClipLoss()).items()}
     assert isinstance(losses["forking"], ForkingLoss) and isinstance(losses["kl_cov"], KlCovLoss)

@@ -92,7 +92,7 @@ def _policy_outputs(folders: dict[str, Path], parallel: dict[str, Any]) -> dict[
     """On every rank, per model: statistics and full logits of each sequence, gradients of the mean loss, their norm."""
     import torch.distributed as dist
 
-    from megatron_rl.algorithms.losses import sft
+    from megatron_rl.algorithms.terms import sft
     from megatron_rl.parallel.weights import weight_stream
     from megatron_rl.policy.schedule import run_schedule
 

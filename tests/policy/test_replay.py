@@ -73,7 +73,7 @@ def _config(
 
 def _outcome(config: Any, rollouts: list[Rollout]) -> dict[str, Any]:
     """Log-probabilities by global token id and gradients of the first mini-batch."""
-    from megatron_rl.algorithms.losses import sft
+    from megatron_rl.algorithms.terms import sft
     from megatron_rl.packing import Layout, pack
     from megatron_rl.parallel.weights import weight_stream
 

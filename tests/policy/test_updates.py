@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
 from megatron_rl.config import Config
-from megatron_rl.config.loss import PpoClipLoss
 from megatron_rl.convert.hf import hub_views
 from tests.policy.tiny import (
     hf_model,
@@ -126,9 +126,8 @@ def _reference(case: str) -> tuple[dict[str, Tensor], list[float], list[float]]:
 
 
 def _update(policy: Any, mini_batch: Any) -> Any:
-    from megatron_rl.algorithms.losses import policy_loss
 
-    return policy.update(mini_batch, policy_loss(LOSS))
+    return policy.update(mini_batch, LOSS)
 
 
 def _train(configs: dict[Any, Config]) -> dict[Any, Any]:

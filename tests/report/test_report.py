@@ -33,7 +33,7 @@ LOGGED = (
     "rollout/idle_seconds rollout/tail_seconds sampling/discarded_token_fraction rollout/prefix_hit_fraction "
     "time/rollout time/reward time/old_logprobs time/select time/update time/sync time/probe "
     "time/total throughput/tokens_per_second entropy/first_order_change entropy/tangent_change law/ceiling "
-    "law/ceiling_low law/ceiling_high law/surprise law/alarm eval/math500/accuracy"
+    "law/ceiling_low law/ceiling_high law/surprise law/alarm eval/math500/accuracy control/kl_coef"
 ).split()
 A, B = 0.2, 0.6
 
@@ -134,7 +134,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert not re.search(r"//cdn\.|jsdelivr|unpkg|cdnjs", text)
     assert "default-src 'none'" in text
     expected = [spec.title for _, specs in sections(load_runs(runs)) for spec in specs]
-    assert [title for title in page.headings if title != "Options that differ"] == expected and len(expected) == 41
+    assert [title for title in page.headings if title != "Options that differ"] == expected and len(expected) == 42
     figures = figures_of(text)
     assert sorted(figures) == sorted(i for i in page.ids if i.startswith("figure-"))
     for figure in figures.values():
@@ -437,6 +437,17 @@ def test_predicted_change_slope_and_phases(tmp_path: Path) -> None:
     bars = {trace["name"]: trace["x"][0] for trace in figures["Time per phase"].traces}
     assert list(bars)[0] == "rollout" and sum(bars.values()) == pytest.approx(5.0)
     assert bars["other"] == pytest.approx(5.0 - 7 * (0.5 + 0.001 * 14.5))
+
+
+def test_the_controllers_options_are_drawn_with_the_entropy_and_its_band(tmp_path: Path) -> None:
+    runs = load_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", drop=("control/kl_coef",))])
+    runs[0].config["loss"] = {"entropy_band": {"low": 0.3, "high": 0.5}}
+    (plot,) = (plot for plot in dict(sections(runs))["Updates"] if plot.title == "What the controller did")
+    entropy, low, high, option = build(plot, runs).traces
+    assert entropy["y"] == runs[0].series("entropy/mean")[1] and option["y"] == runs[0].series("control/kl_coef")[1]
+    assert (low["x"], low["y"], high["y"]) == ([0, 29], [0.3, 0.3], [0.5, 0.5])
+    assert option["name"] == "a (kl_cov), kl_coef" and [t["yaxis"] for t in (entropy, low, option)] == ["y", "y", "y2"]
+    assert build(plot, runs[1:]).missing
 
 
 def test_smoothing() -> None:

@@ -1,0 +1,30 @@
+"""torch, and the modules of this folder that need it, imported when they are first used.
+
+A method's file has its options beside its formula, and a config is read without torch, which takes seconds to import.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["LossInputs", "LossOutputs", "MicroBatch", "MiniBatch", "Ranks", "Tensor", "TrainBatch", "torch"]
+__all__ += ["aggregation", "covariance", "hashing", "kl", "terms"]
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from megatron_rl.algorithms import aggregation, covariance, hashing, kl, terms
+    from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, MiniBatch, Ranks, TrainBatch
+else:
+
+    class _Later:
+        def __init__(self, module: str) -> None:
+            self._module = module
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(importlib.import_module(self._module), name)
+
+    torch = _Later("torch")
+    aggregation, covariance, hashing = (_Later(f"{__package__}.{n}") for n in ("aggregation", "covariance", "hashing"))
+    kl, terms = (_Later(f"{__package__}.{name}") for name in ("kl", "terms"))
+    Tensor = LossInputs = LossOutputs = MicroBatch = MiniBatch = Ranks = TrainBatch = Any  # in annotations alone

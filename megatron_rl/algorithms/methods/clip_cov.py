@@ -1,0 +1,71 @@
+"""Clip-Cov: PPO's clipped surrogate with factor 0 on a random few of the tokens with high covariance.
+
+These stay in the denominator. The defaults are the authors' recipe.
+Source: arXiv 2505.22617, Clip-Cov and eq. 11; the authors' `compute_policy_loss_clip_cov`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_rl.algorithms.families import CovarianceLoss
+from megatron_rl.algorithms.later import (
+    LossInputs,
+    LossOutputs,
+    MicroBatch,
+    MiniBatch,
+    Tensor,
+    hashing,
+    kl,
+    terms,
+    torch,
+)
+from megatron_rl.algorithms.policy_loss import ClippedLoss
+from megatron_rl.section import Float, Fraction, NonNegativeFloat, UnitFloat
+
+
+class ClipCovLoss(CovarianceLoss, ClippedLoss):
+    compared = {"clip_cov": {"select_fraction": 0.02, "cov_low": 0.2}}
+    restraints = {"cov_low": -1}
+    type: str = "clip_cov"
+    eps_low: UnitFloat = 1.0
+    """The ratio's lower bound is 1 - eps_low."""
+    eps_high: NonNegativeFloat = 1.0
+    """The ratio's upper bound is 1 + eps_high."""
+    select_fraction: Fraction = 2e-4
+    """Fraction of the mini-batch's response tokens that is selected."""
+    cov_low: Float = 1.0
+    """Candidates have cov_low < cov < cov_high."""
+    cov_high: Float = 5.0
+    """Candidates have cov_low < cov < cov_high."""
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        inputs = terms.without_masked(inputs)
+        selected, ratio = terms.marked("selected", inputs, self), terms.ratio(inputs)
+        surrogate, metrics = terms.clipped_surrogate(ratio, inputs, self)
+        surrogate = torch.where(selected, 0.0, surrogate)
+        metrics["loss/selected_fraction"] = kl.masked_sum_count(selected, inputs.loss_mask)
+        return terms.total(inputs, self, surrogate, metrics, ratio)
+
+    def priority(self, part: MiniBatch, cov: Tensor, counter: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Return (candidates, priority): tokens inside the bounds that PPO's clip has not cut, in a hashed order.
+
+        The order is a pure function of (seed, step, mini-batch, prompt_id, sample_index, position), so every layout
+        draws the same subset.
+        """
+        clipped = part.response_tokens([self._already_clipped(micro_batch) for micro_batch in part.micro_batches])
+        candidates = (cov > self.cov_low) & (cov < self.cov_high) & ~clipped
+        places = (part.cat(name) for name in ("prompt_ids", "sample_indices", "position_ids"))
+        return candidates, hashing.hash_uniform(*counter, *places)
+
+    def _already_clipped(self, micro_batch: MicroBatch) -> Tensor:
+        """Return [T], True where PPO-clip's surrogate takes the clipped branch: the authors' `clip_by_origin`."""
+        if micro_batch.old_logprobs is None:
+            return torch.zeros_like(micro_batch.loss_mask)
+        log_ratio = micro_batch.computed_stats.logprobs - micro_batch.old_logprobs
+        ratio, advantages = torch.where(micro_batch.loss_mask, log_ratio, 0.0).exp(), micro_batch.advantages
+        return -advantages * ratio.clamp(1 - self.eps_low, 1 + self.eps_high) > -advantages * ratio
+
+    def faults(self, config: Any) -> Iterator[str]:
+        yield from super().faults(config)
+        if self.cov_low >= self.cov_high:
+            yield f"loss.cov_low={self.cov_low} must be below loss.cov_high={self.cov_high}"
