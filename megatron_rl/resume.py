@@ -24,9 +24,9 @@ _HARMLESS = (
     "rollout.weight_sync.checksums optimizer.lr optimizer.cpu_offload model.hf_config model.logits_block_rows "
     "model.fused_linear_stats model.recompute model.recompute_method model.recompute_layers model.recompute_modules "
     "model.layers train.num_steps train.micro_batch_tokens train.share_prompts train.deterministic "
-    "train.max_nonfinite_updates train.entropy_probe train.entropy_tangent train.eval_every train.save_every "
-    "train.save_final train.keep_checkpoints train.keep_best train.async_save train.save_hf train.resume "
-    "train.grace_seconds warm_start.cache_dir reward.workers eval"
+    "train.max_nonfinite_updates train.entropy_probe train.entropy_tangent train.entropy_tangent_every "
+    "train.eval_every train.save_every train.save_final train.keep_checkpoints train.keep_best train.async_save "
+    "train.save_hf train.resume train.grace_seconds warm_start.cache_dir reward.workers eval"
 ).split()
 _DATA = ("data", "seed")
 _DATA_PATHS = ("data.train_path", "data.eval_path", "data.tokenizer")  # what counts is what they hold: `data_digest`

@@ -60,9 +60,9 @@ class Run:
     best_accuracy: float = -math.inf  # of the evaluations so far
     law: LawMonitor = field(default_factory=LawMonitor)
 
-    def entropy_tangent(self, mini_batch: MiniBatch) -> EntropyTangent:
-        """Return the tangent of the mini-batch's entropy at the current weights. A collective."""
-        return EntropyTangent(self.policy, mini_batch)
+    def entropy_tangent(self, mini_batch: MiniBatch, *, start: bool, way: bool) -> EntropyTangent:
+        """Return what tells the entropy's changes along the movement that begins now. A collective."""
+        return EntropyTangent(self.policy, mini_batch, start=start, way=way)
 
     def close(self) -> None:
         """End the evaluation, the rollouts ahead, the grading and the engines."""

@@ -190,6 +190,7 @@ class MicroBatch:
     labels: Int64[Tensor, "T"]  # the next token; 0 where loss_mask is False
     position_ids: Int64[Tensor, "T"]  # in the sample
     response_positions: Int64[Tensor, "T"]  # which token of its response labels[t] is, from 0; 0 outside loss_mask
+    response_lengths: Int64[Tensor, "T"]  # tokens of that response, on all context-parallel ranks; 0 outside loss_mask
     cu_seqlens: Int32[Tensor, "E"]  # boundaries in these T; trailing padding forms a last sequence of its own
     loss_mask: Bool[Tensor, "T"]  # True where labels[t] was sampled by the policy and counts
     advantages: Float32[Tensor, "T"]
@@ -390,9 +391,8 @@ _LOSS_FIELDS = {f.name for f in dataclasses.fields(LossInputs)} & {f.name for f 
 def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     # routes of a whole step are large, and the forward passes need those of one micro-batch at a time
     moved = micro_batch.replace(**_tensors(micro_batch, device) | {"routes": micro_batch.routes})
-    if micro_batch.inputs is None:
-        return moved
-    return moved.replace(inputs=dataclasses.replace(micro_batch.inputs, **_tensors(micro_batch.inputs, device)))
+    inputs = micro_batch.inputs
+    return moved.replace(inputs=inputs and dataclasses.replace(inputs, **_tensors(inputs, device)))
 
 
 def _tensors(holder: Any, device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A study of entropy methods on countdown: every method from three seeds, then one table and one figure.
 
-    python scripts/study.py [--steps 80] [--seeds 1 2 3] [--jobs 2] [--out runs/study]
+    python scripts/study.py [--steps 80] [--seeds 1 2 3] [--methods GRPO KL-Cov] [--jobs 2] [--out runs/study]
 
 Each run is the quickstart on one process and thread, so that `--jobs` of them share a machine, with the overrides of
 METHODS. Finished runs are kept: the same command continues. Writes OUT/study.md (tables) and OUT/study.svg.
@@ -34,7 +34,13 @@ METHODS = {
     "80-20": "{type: forking, eps_high: 0.2, keep_fraction: 0.2}",
     "adaptive": "{type: ppo_clip, adaptive_entropy: {target_entropy: 0.4, step: 0.01, max_coef: 0.3}}",
 }
-SHARED = ("parallel.tp=1", "train.entropy_tangent=true", "train.save_final=false", "logging.tensorboard=false")
+SHARED = (
+    "parallel.tp=1",
+    "train.entropy_tangent=true",
+    "train.entropy_tangent_every=1",
+    "train.save_final=false",
+    "logging.tensorboard=false",
+)
 BLOCK = 10  # steps that are averaged before the second correlation
 
 
@@ -42,16 +48,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="all by default")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with ThreadPoolExecutor(options.jobs) as pool:  # seed by seed, so that an interrupted study compares all methods
-        jobs = [pool.submit(train, options, method, seed) for seed in options.seeds for method in METHODS]
+        jobs = [pool.submit(train, options, method, seed) for seed in options.seeds for method in options.methods]
         for job in jobs:
             job.result()
-    folders = {method: [folder(options, method, seed) for seed in options.seeds] for method in METHODS}
+    folders = {method: [folder(options, method, seed) for seed in options.seeds] for method in options.methods}
     runs = {method: load_runs(of_method) for method, of_method in folders.items()}
     (options.out / "study.md").write_text(f"{outcomes(runs)}\n{fits(runs)}", encoding="utf-8")
     plot_curves.write(options.out / "study.svg", folders)
@@ -99,6 +106,7 @@ def fits(runs: dict[str, list[LoggedRun]]) -> str:
             ("law of the first half on the second: rmse over that of the mean", law_ratio),
             ("predicted, per step", lambda run: correlation(run, "entropy/predicted_change", 1)),
             ("first order, per step", lambda run: correlation(run, "entropy/first_order_change", 1)),
+            ("on the way, per step", lambda run: correlation(run, "entropy/tangent_change", 1)),
             (f"first order, means of {BLOCK}", lambda run: correlation(run, "entropy/first_order_change", BLOCK)),
         ],
     )

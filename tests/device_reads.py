@@ -25,8 +25,8 @@ READS = {
     "megatron/core/transformer/moe/moe_utils.py permute": "mixture layer: torch's permutation selects by a mask",
     # an update
     "policy/policy.py MegatronPolicy.backward": "update of a pipeline: its sums travel as host tensors",
-    "policy/gradients.py inner": "step with train.entropy_tangent: one number a group",
-    "types.py MicroBatch.num_tokens": "step with train.entropy_tangent: the count is Megatron's denominator",
+    "policy/gradients.py inner": "step with train.entropy_tangent or _every: one number a group",
+    "types.py MicroBatch.num_tokens": "step with train.entropy_tangent or _every: the count is Megatron's denominator",
     "types.py MiniBatch.response_tokens": "mini-batch and value: selecting response tokens by their mask",
     "algorithms/covariance.py covariances": "update: the count of tokens decides the quota",
     "algorithms/families.py CovarianceLoss._offer": "update: candidates are selected by a mask",

@@ -130,6 +130,15 @@ NEWER: dict[str, dict[str, Any]] = {
 SELECTING = ("clip_cov", "kl_cov")
 
 
+class Letters:
+    """A tokenizer of digits, signs and letters."""
+
+    all_special_tokens = ()
+
+    def decode(self, ids: list[int]) -> str:
+        return chr(ord("0") + ids[0] % 60)
+
+
 @dataclass(frozen=True)
 class Case:
     """One way to compute the step. `num_micro_batches` None lets `budget` (tokens) decide; `reordered` deals sequences
@@ -233,6 +242,7 @@ def make_config(case: Case, layout: str) -> Config:
                 "micro_batch_tokens": case.budget,
                 "share_prompts": case.share_prompts,
                 "entropy_tangent": True,
+                "entropy_tangent_every": 1,
             },
             "logging": {"samples_per_step": 0},
         }
@@ -315,7 +325,7 @@ def _run_case(config: Config, case: Case, groups: Any, rollouts: list[Rollout]) 
         world=groups.all_ranks,
         ranks=groups.token_ranks,
         layout=layout,
-        tokenizer=None,
+        tokenizer=Letters(),
         policy=policy,
         served=SimpleNamespace(session=lambda _: contextlib.nullcontext()),  # type: ignore[arg-type]
         collector=SimpleNamespace(collect=lambda _: collected, go_ahead=lambda _: None),  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ MOE: dict[str, Any] = HF | {
     "norm_topk_prob": True,
 }
 ONE_STEP = {"num_steps": 1}
-SAVING = {"save_every": 1, "eval_every": 1, "entropy_tangent": True, "save_hf": True}
+SAVING = {"save_every": 1, "eval_every": 1, "entropy_tangent": True, "entropy_tangent_every": 1, "save_hf": True}
 KL_COV = {"type": "kl_cov", "select_fraction": 0.05, "ref_kl_coef": 0.1}
 CLIP_COV = {"type": "clip_cov", "select_fraction": 0.05, "cov_low": 0.01}
 TP2_BF16 = {

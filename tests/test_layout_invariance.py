@@ -143,9 +143,15 @@ def model_of(layout: str) -> str:
 
 def check_ledger(got: dict[str, Any], expected: dict[str, Any]) -> None:
     """The same groups with the same counts; sums up to rounding."""
-    for part in ("total", "tokens", "other_tokens", "positions", "covariance"):
+    assert (
+        [row[0] for row in got["kinds"]]
+        == [row[0] for row in expected["kinds"]]
+        == ["number", "operator", "sign", "word"]
+    )
+    got, expected = (entry | {"kinds": [row[1:] for row in entry["kinds"]]} for entry in (got, expected))
+    for part in ("total", "tokens", "other_tokens", "kinds", "positions", "quarters", "covariance"):
         a, b = (np.array(entry[part], dtype=float) for entry in (got, expected))
-        counts = [-4, -2]  # columns count and probed, after the group's name
+        counts = [-5, -3]  # columns count and probed, after the group's name
         assert a.shape == b.shape and np.array_equal(a[..., counts], b[..., counts]), part
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4, err_msg=part)
 

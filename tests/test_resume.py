@@ -210,7 +210,7 @@ CONTROLLED: dict[str, dict[str, Any]] = {
     "adaptive": {"type": "forking", "adaptive_entropy": {"target_entropy": 9.0, "step": 0.01}},
     "band": {
         "type": "kl_cov",
-        "select_fraction": 0.2,
+        "select_fraction": {"from": 0.2, "to": 0.1, "steps": 4},
         "entropy_band": {"low": 0.1, "high": 2.5, "option": "kl_coef", "minimum": 0.1, "maximum": 2.0, "gain": 0.2},
     },
     "own": {"type": "examples.my_method:UsualLoss"},  # a state of the loss itself
@@ -234,6 +234,9 @@ def test_what_follows_the_entropy_goes_on_exactly(worlds: Worlds, tmp_path: Path
         assert rows_of(cut, "ledger.jsonl") == rows_of(straight, "ledger.jsonl") and len(rows) == 5
         values = [row[f"control/{option}"] for row in rows]
         assert len(set(values)) == 5 and values[3:] == [row[f"control/{option}"] for row in rows_of(branch)]
+        if option == "kl_coef":
+            moved = [row["control/select_fraction"] for row in rows_of(branch)]
+            assert moved == [row["control/select_fraction"] for row in rows[3:]] == pytest.approx([0.125, 0.1])
         (first, law), (second, law_of_cut), (_, law_of_branch) = (weights[i + k] for k in (0, 2, 3))
         assert _equal(first, second) and law == law_of_cut
         assert len(law["entropy"]) == 5 and len(law_of_branch["entropy"]) == 2  # another run's law

@@ -119,8 +119,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "gspo": ({"loss": {"type": "gspo", "aggregation": "seq_mean_token_mean"}}, CLIPPED),
     "cispo": ({"loss": {"type": "cispo", "aggregation": "seq_mean_token_sum"}}, CLIPPED),
     "forking": (
-        {"loss": {"type": "forking"}, "train": {"entropy_tangent": True}},
-        [*CLIPPED, "weight/effective_fraction", "entropy/first_order_change"],
+        {"loss": {"type": "forking"}, "train": {"entropy_tangent": True, "entropy_tangent_every": 1}},
+        [*CLIPPED, "weight/effective_fraction", "entropy/first_order_change", "entropy/tangent_change"],
     ),
     "steer": ({"loss": {"type": "steer", "stats": "old"}}, [*CLIPPED, "weight/min"]),
     "gaussian_cov": ({"loss": {"type": "gaussian_cov"}}, [*CLIPPED, "weight/min"]),
@@ -133,6 +133,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"loss": {"adaptive_entropy": {"target_entropy": 9.0, "initial_coef": 0.01}}},
         ["control/entropy_coef", "loss/entropy_bonus"],
     ),
+    "schedule": ({"loss": {"eps_high": {"from": 0.2, "to": 0.3, "steps": 2}}}, ["control/eps_high"]),
     "entropy_band": (
         {"loss": CLIP_COV | {"entropy_band": {"low": 0.1, "high": 0.2, "minimum": 0.01, "maximum": 0.2}}},
         [*SELECTED, "control/select_fraction"],

@@ -1,4 +1,4 @@
-"""Options of the loss that follow the entropy from step to step: `adapt`, a pure function of (options, state, entropy).
+"""Options of the loss that move over the steps: `adapt`, a pure function of (options, state, entropy, step).
 
 Every rank calls it once a step with the same global mean entropy, so that all hold the same state; the state is plain
 data and travels with the checkpoint.
@@ -36,7 +36,7 @@ class LossController:
         """Return the loss of the step that trains on `batch`, the same on every rank. A collective."""
         entropy = mean_entropy(batch, self._ranks) if follows_entropy(self._loss) else math.nan
         remembered = self.state.get("own", {})
-        loss, self.state, self.metrics = adapt(self._loss, self.state, entropy)
+        loss, self.state, self.metrics = adapt(self._loss, self.state, entropy, batch.step)
         loss, own = loss.follow(batch, self._ranks, remembered)
         if own:
             self.state, self.metrics = self.state | {"own": own}, self.metrics | {f"control/{k}": own[k] for k in own}
@@ -55,27 +55,30 @@ def mean_entropy(batch: TrainBatch, ranks: Ranks) -> float:
 
 def follows_entropy(loss: PolicyLoss) -> bool:
     """Tell whether `adapt` looks at the entropy."""
-    return loss.adaptive_entropy is not None or loss.band is not None
+    return loss.adaptive_entropy is not None or loss.entropy_band is not None
 
 
-def adapt(loss: Loss, state: ControlState, entropy: float) -> tuple[Loss, ControlState, dict[str, float]]:
-    """Return the loss of this step, the state of the next one, and metrics `control/*`.
+def adapt(loss: Loss, state: ControlState, entropy: float, step: int) -> tuple[Loss, ControlState, dict[str, float]]:
+    """Return the loss of this step (from 0), the state of the next one, and metrics `control/*`.
 
+    Schedules have no state: a step's number is all they look at.
     entropy: mean over the step's response tokens under the weights that sampled them, nats; NaN (no token) leaves the
     state alone. A state of options that the loss does not adapt is dropped, and values are moved into the bounds: so a
     run can go on with other bounds.
     """
-    in_force: dict[str, Any] = {}
+    in_force: dict[str, Any] = {name: schedule.at(step) for name, schedule in loss.schedules.items()}
     following: ControlState = {}
     if loss.adaptive_entropy is not None:
         options = loss.adaptive_entropy
         coef = _clamp(state.get("entropy_coef", options.initial_coef), 0.0, options.max_coef)
         in_force["entropy_coef"] = coef if entropy <= options.target_entropy else 0.0
         following["entropy_coef"] = next_coef(coef, entropy, options)
-    band = loss.band
+    band = loss.entropy_band
     if band is not None:
         base = _clamp(state.get(band.option, getattr(loss, band.option)), band.minimum, band.maximum)
-        in_force[band.option], following[band.option] = band_values(base, entropy, band)
+        in_force[band.option], following[band.option] = band_values(
+            base, entropy, band, loss.all_restraints()[band.option]
+        )
     if not in_force:
         return loss, {}, {}
     return loss.model_copy(update=in_force), following, {f"control/{name}": v for name, v in in_force.items()}
@@ -93,17 +96,18 @@ def next_coef(coef: float, entropy: float, options: AdaptiveEntropy) -> float:
     return coef if math.isnan(entropy) else _clamp(coef + change, 0.0, options.max_coef)
 
 
-def band_values(base: float, entropy: float, band: EntropyBand) -> tuple[float, float]:
-    """Return select_fraction or kl_coef for this step, and the base of the next one: `base * exp(gain * violation)` and
+def band_values(base: float, entropy: float, band: EntropyBand, sign: int) -> tuple[float, float]:
+    """Return the option for this step, and the base of the next one: `base * exp(gain * violation)` and
     `base * exp(integral_gain * violation)`, both inside [minimum, maximum], which keeps the base from winding up.
 
     violation: nats by which the entropy is below the band (the restraint grows), or minus those by which it is above
-    (the restraint shrinks); 0 inside. A proportional-integral controller of the logarithm: entropy accumulates what the
-    restraint does, and an integral alone, acting on an accumulator, would swing for ever.
+    (the restraint shrinks); 0 inside; times `sign`, -1 for an option that restrains by small values. A
+    proportional-integral controller of the logarithm: entropy accumulates what the restraint does, and an integral
+    alone, acting on an accumulator, would swing for ever.
     """
     if math.isnan(entropy):
         return base, base
-    violation = max(0.0, band.low - entropy) - max(0.0, entropy - band.high)
+    violation = sign * (max(0.0, band.low - entropy) - max(0.0, entropy - band.high))
     values = (base * math.exp(factor * violation) for factor in (band.gain, band.integral_gain))
     now, following = (_clamp(value, band.minimum, band.maximum) for value in values)
     return now, following

@@ -21,7 +21,7 @@ from megatron_rl.algorithms.later import (
     terms,
     torch,
 )
-from megatron_rl.algorithms.policy_loss import ClippedLoss, EntropyBand, PolicyLoss, Statistics
+from megatron_rl.algorithms.policy_loss import ClippedLoss, PolicyLoss, Statistics
 from megatron_rl.section import Fraction
 
 PERCENTAGE = 0.02  # a fraction of that size, where it selects many tokens, was probably meant as a percentage
@@ -87,14 +87,14 @@ def outliers(mini_batch: MiniBatch, values: Numbers, bound: Tensor) -> Flags:
 class CovarianceLoss(PolicyLoss):
     """Selects the tokens of highest `priority`, which goes by their covariance (arXiv 2505.22617)."""
 
+    restraints = {"select_fraction": 1}
+
     cov_scope: Literal["minibatch", "microbatch"] = "minibatch"
     """Tokens over which means, quota and top-k run; microbatch reproduces the authors' code."""
     cov_logprobs: Statistics = "current"
     """Weights under which the covariance is computed; old is free and one update stale."""
     cov_estimator: Literal["batch", "vocab"] = "batch"
     """batch: Theorem 2; vocab: Theorem 1 per state, exact over the vocabulary."""
-    entropy_band: EntropyBand | None = None
-    """Adapt an option to a target entropy; null: off."""
     select_fraction: Fraction
     """Fraction of the mini-batch's response tokens that is selected."""
 

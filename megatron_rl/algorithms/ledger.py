@@ -1,12 +1,12 @@
-"""Who spent the entropy: a step's tokens by token id, position in the response and quantile of covariance.
+"""Who spent the entropy: a step's tokens by token id, kind of token, place in the response and quantile of covariance.
 
-Each row sums up tokens that share one of these: their number, and in nats what their own updates cost to first order
-(`spent`, entropy.py: per unit of logit step, so shares matter and not the scale) and how the entropy at their states
-changed over the step's updates (`realised`, on the mini-batch that the probe forwards again). Sums run over all ranks
-and micro-batches.
+Each row sums up tokens that share one of these: their number; in nats what their own updates cost to first order
+(`spent`, entropy.py: per unit of logit step, so shares matter and not the scale); how the entropy at their states
+changed over the step's updates (`realised`, on the mini-batch that the probe forwards again); and their centred
+products (`covariance`, covariance.py). Sums run over all ranks and micro-batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,41 +18,49 @@ from megatron_rl.types import Float64, Int64, Ranks, TokenStats, TrainBatch
 
 TOP_TOKENS = 24  # token ids listed by name; the rest is one row
 QUANTILES = (0.5, 0.8, 0.9, 0.98, 0.998)  # edges between rows of covariance: the bottom half to the top 0.2%
-COLUMNS = ("count", "spent", "probed", "realised")
+COLUMNS = ("count", "spent", "probed", "realised", "covariance")
 
 
-def ledger(batch: TrainBatch, after: Sequence[TokenStats] | None, ranks: Ranks) -> dict[str, Any]:
+def ledger(
+    batch: TrainBatch, after: Sequence[TokenStats] | None, ranks: Ranks, kind_of: Callable[[int], str]
+) -> dict[str, Any]:
     """Return one step's entry, plain data, on the first of `ranks`; empty elsewhere and when no token counts.
 
     The token ids are dealt out, so that a rank sums up its share of them, and the first gets no more than their totals.
 
     batch: with the statistics at the start of the step, with sum_p2. after: those of the first mini-batch after the
-    updates; None: nothing was probed, and `realised` is 0 over 0 tokens.
+    updates; None: nothing was probed, and `realised` is 0 over 0 tokens. kind_of: of a token id, asked on the first.
     Returns `columns`; `total` (one row of the columns); `tokens`: [token id, columns...], those with the largest
-    |spent| first, ties by id, and `other_tokens`; `positions`: [first, last position, columns...] in the response,
-    from 0, by powers of two; `covariance`: [upper edge, columns...] between the quantiles `quantiles` of the step's
-    centred products (covariance.py), the last edge null.
+    |spent| first, ties by id, and `other_tokens`; `kinds`: [kind, columns...], by name; `positions`: [first, last
+    position, columns...] in the response, from 0, by powers of two; `quarters`: [quarter, columns...] of the response,
+    0 to 3, floor(4 position / length); `covariance`: [upper edge, columns...] between the quantiles `quantiles` of the
+    step's centred products (covariance.py), the last edge null.
     """
     mini_batches = batch.mini_batches
     labels = torch.cat([mb.cat("labels") for mb in mini_batches])
     positions = torch.cat([mb.cat("response_positions") for mb in mini_batches])
+    quarters = 4 * positions // torch.cat([mb.cat("response_lengths") for mb in mini_batches])
     logprobs = torch.cat([mb.cat_stats("logprobs") for mb in mini_batches])
     advantages = torch.cat([mb.cat("advantages") for mb in mini_batches])
     cov, count = covariance(logprobs, advantages, ranks)
     if count == 0:
         return {}
-    values = _values(batch, after)
+    values = torch.cat([_values(batch, after), cov[:, None]], 1)
     edges = ranks.quantiles(cov, list(QUANTILES))
     # the quantile is an element of the float32 values, so they are compared in that precision
     quantile = torch.searchsorted(torch.tensor(edges, dtype=torch.float32, device=cov.device), cov.float())
     bucket = torch.frexp((positions + 1).double()).exponent.long() - 1  # floor(log2), exactly
-    sums = _sums_on_first([labels, bucket, quantile], values, ranks)
+    sums = _sums_on_first([labels, bucket, quarters, quantile], values, ranks)
     if sums is None:
         return {}
     (token_ids, of_tokens), *others = sums
-    by_position, by_quantile = (dict(zip(keys.tolist(), rows.tolist(), strict=True)) for keys, rows in others)
+    groups = (dict(zip(keys.tolist(), rows.tolist(), strict=True)) for keys, rows in others)
+    by_position, by_quarter, by_quantile = groups
     order = of_tokens[:, 1].abs().argsort(descending=True, stable=True)  # the ids ascend, so ties stay by id
     tokens = [[i, *row] for i, row in zip(token_ids[order].tolist(), of_tokens[order].tolist(), strict=True)]
+    kinds: dict[str, list[list[float]]] = {}
+    for token_id, *row in tokens:
+        kinds.setdefault(kind_of(token_id), []).append(row)
     empty = [0.0] * len(COLUMNS)
     return {
         "columns": list(COLUMNS),
@@ -60,13 +68,15 @@ def ledger(batch: TrainBatch, after: Sequence[TokenStats] | None, ranks: Ranks) 
         "tokens": tokens[:TOP_TOKENS],
         "other_tokens": _add([row[1:] for row in tokens[TOP_TOKENS:]]),
         "positions": [[2**b - 1, 2 ** (b + 1) - 2, *by_position[b]] for b in sorted(by_position)],
+        "quarters": [[quarter, *by_quarter[quarter]] for quarter in sorted(by_quarter)],
+        "kinds": [[kind, *_add(kinds[kind])] for kind in sorted(kinds)],
         "quantiles": list(QUANTILES),
         "covariance": [[edge, *by_quantile.get(i, empty)] for i, edge in enumerate([*edges, None])],
     }
 
 
 def _values(batch: TrainBatch, after: Sequence[TokenStats] | None) -> Tensor:
-    """Return [N, COLUMNS] float64: the columns of each response token."""
+    """Return [N, C] float64: all COLUMNS but the last, of each response token."""
     parts = []
     for mini_batch in batch.mini_batches:
         micro_batches = mini_batch.micro_batches

@@ -6,12 +6,13 @@ Nothing here imports torch: a config is read without it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pydantic import model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from megatron_rl.section import Float, NonNegativeFloat, PositiveFloat, Section, UnitFloat
+from megatron_rl.section import Float, NonNegativeFloat, PositiveFloat, PositiveInt, Section, UnitFloat
 
 if TYPE_CHECKING:
     from megatron_rl.types import LossInputs, LossOutputs, MiniBatch, Ranks, TrainBatch
@@ -71,14 +72,14 @@ class AdaptiveEntropy(Section):
 
 
 class EntropyBand(Section):
-    """A target band of the entropy: outside it, an option of the covariance method is raised or lowered every step."""
+    """A target band of the entropy: outside it, an option of the loss is raised or lowered every step."""
 
     low: NonNegativeFloat
     """Nats per token; below it the restraint grows."""
     high: PositiveFloat
     """Nats per token; above it the restraint shrinks."""
-    option: Literal["select_fraction", "kl_coef"] = "select_fraction"
-    """What is adapted, beginning at the loss's own value; kl_coef: KL-Cov only."""
+    option: str = "select_fraction"
+    """What is adapted, beginning at the loss's own value: an option that the loss states in `restraints`."""
     gain: PositiveFloat = 10.0
     """The option's logarithm moves at once by this per nat outside the band."""
     integral_gain: NonNegativeFloat = 0.1
@@ -95,9 +96,29 @@ class EntropyBand(Section):
                 f"low={self.low} must be below high={self.high}, and minimum={self.minimum} below "
                 f"maximum={self.maximum}"
             )
-        if self.option == "select_fraction" and self.maximum > 1:
-            raise ValueError(f"maximum={self.maximum}: select_fraction is a fraction, at most 1")
         return self
+
+
+class Schedule(Section):
+    """How a number option moves over the first steps of a run, after which it stays where it is."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    start: Float = Field(alias="from")
+    """Value in step 0."""
+    to: Float
+    """Value from step `steps` on."""
+    steps: PositiveInt
+    """Steps that it takes."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """linear: as much in each step; cosine: slow at both ends."""
+
+    def at(self, step: int) -> float:
+        """Return the value in a step, counted from 0: exactly `from` in the first and `to` at the end."""
+        done = min(step / self.steps, 1.0)
+        if self.shape == "cosine":
+            done = (1.0 - math.cos(math.pi * done)) / 2.0
+        return (1.0 - done) * self.start + done * self.to
 
 
 class PolicyLoss(Section):
@@ -106,6 +127,9 @@ class PolicyLoss(Section):
 
     compared: ClassVar[dict[str, dict[str, Any]]] = {}
     """What `megatron-rl shadow` compares, name -> options for a small model; empty: its defaults, under its type."""
+    restraints: ClassVar[dict[str, int]] = {"entropy_coef": 1, "ref_kl_coef": 1}
+    """Options that `entropy_band` may adapt, besides those of the base classes: 1 where a larger value holds the
+    entropy up, -1 where a smaller one does."""
 
     type: str = ""
     """Which loss it is: a name of methods/, or module:Class of your own."""
@@ -115,6 +139,10 @@ class PolicyLoss(Section):
     """Entropy bonus: the loss gets -entropy_coef * H."""
     adaptive_entropy: AdaptiveEntropy | None = None
     """The entropy coefficient follows a target entropy from step to step; null: it is constant."""
+    entropy_band: EntropyBand | None = None
+    """Adapt an option to a target entropy; null: off."""
+    schedules: dict[str, Schedule] = {}
+    """Number options that move over the steps; each may stand in its option's place, as eps_high: {from: 0.2, ...}."""
     ref_kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL divergence to the initial policy; 0: no reference is kept."""
     ref_kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -150,10 +178,51 @@ class PolicyLoss(Section):
         mini-batch but the first of a step; None: it looks at none."""
         return None
 
-    @property
-    def band(self) -> EntropyBand | None:
-        """Return the target band that an option of the loss follows, if one does."""
-        return getattr(self, "entropy_band", None)
+    @classmethod
+    def all_restraints(cls) -> dict[str, int]:
+        """Return `restraints`, the base classes' included."""
+        return {name: sign for base in cls.__mro__ for name, sign in vars(base).get("restraints", {}).items()}
+
+    def at_the_end(self) -> PolicyLoss:
+        """Return the loss when all its schedules are over."""
+        return self.model_copy(update={name: schedule.to for name, schedule in self.schedules.items()})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schedules_apart(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("schedules", {}), dict):
+            return raw
+        moving = {name: raw[name] for name in _number_options(cls) & raw.keys() if isinstance(raw[name], dict)}
+        starts = {name: stated["from"] for name, stated in moving.items() if "from" in stated}
+        rest = {name: value for name, value in raw.items() if name not in moving}
+        return rest | starts | {"schedules": rest.get("schedules", {}) | moving} if moving else raw
+
+    @model_validator(mode="after")
+    def _can_move(self) -> PolicyLoss:
+        band, numbers, restraints = self.entropy_band, sorted(_number_options(type(self))), self.all_restraints()
+        followed = {"entropy_coef": "adaptive_entropy"} if self.adaptive_entropy is not None else {}
+        if band is not None:
+            if band.option not in restraints or band.option in followed:
+                raise ValueError(
+                    f"entropy_band.option={band.option}: the loss has no such option to adapt; set it to "
+                    f"{' or '.join(sorted(restraints.keys() - followed))}"
+                )
+            _refuse(self, band.option, {"entropy_band.minimum": band.minimum, "entropy_band.maximum": band.maximum})
+            followed[band.option] = "entropy_band"
+        for name, schedule in self.schedules.items():
+            if name not in numbers:
+                raise ValueError(f"schedules.{name}: expected a number option of the loss: {', '.join(numbers)}")
+            if name in followed:
+                raise ValueError(f"{name} has a schedule and follows {followed[name]}; remove one of them")
+            value = getattr(self, name)
+            if value != schedule.start:
+                raise ValueError(f"{name}={value}, but its schedule begins at from={schedule.start}; make them agree")
+            if schedule.start == schedule.to:
+                raise ValueError(f"the schedule of {name} goes from {value} to itself; write {name}={value}")
+            if name == "ref_kl_coef" and value == 0:
+                raise ValueError("a schedule of ref_kl_coef from 0 keeps no reference; begin above 0, as at 1e-6")
+            _refuse(self, name, {f"the schedule of {name}, to": schedule.to})
+        return self
 
     def faults(self, config: Any) -> Iterator[str]:
         """Yield what cannot work together with the rest of the run's config: what was got, and what to change."""
@@ -164,8 +233,24 @@ class PolicyLoss(Section):
         yield from ()
 
 
+def _number_options(loss: type[PolicyLoss]) -> set[str]:
+    kinds = {name: (f.annotation, *get_args(f.annotation)) for name, f in loss.model_fields.items()}
+    return {name for name, types in kinds.items() if float in [getattr(t, "__origin__", t) for t in types]}
+
+
+def _refuse(loss: PolicyLoss, option: str, values: dict[str, float]) -> None:
+    """Raise ValueError for a value that the option may not have."""
+    for name, value in values.items():
+        try:
+            TypeAdapter(type(loss).model_fields[option].rebuild_annotation()).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{name}={value}: {option} refuses it: {error.errors()[0]['msg']}") from error
+
+
 class ClippedLoss(PolicyLoss):
     """Options of the losses that clip the probability ratio to [1 - eps_low, 1 + eps_high]."""
+
+    restraints = {"eps_high": 1}
 
     eps_low: UnitFloat = 0.2
     """The ratio's lower bound is 1 - eps_low."""

@@ -158,7 +158,7 @@ def _save_faults(config: Config) -> Iterator[str]:
 
 def _loss_faults(config: Config) -> Iterator[str]:
     loss = config.loss
-    yield from loss.faults(config)
+    yield from dict.fromkeys([*loss.faults(config), *loss.at_the_end().faults(config)])
     if loss.adaptive_entropy is not None and loss.entropy_coef:
         yield (
             f"loss.entropy_coef={loss.entropy_coef} and loss.adaptive_entropy are both set; begin at another "
@@ -176,13 +176,11 @@ def _loss_faults(config: Config) -> Iterator[str]:
 
 
 def _band_faults(loss: PolicyLoss) -> Iterator[str]:
-    band = loss.band
+    band = loss.entropy_band
     if band is None:
         return
-    value = getattr(loss, band.option, None)
-    if value is None:
-        yield f"loss.entropy_band.option={band.option}: the loss has no such option; set it to select_fraction"
-    elif not band.minimum <= value <= band.maximum:
+    value = getattr(loss, band.option)
+    if not band.minimum <= value <= band.maximum:
         yield (
             f"loss.{band.option}={value} is outside of loss.entropy_band's [{band.minimum}, {band.maximum}], where the "
             "adaptation begins; widen the bounds or move the value"

@@ -60,7 +60,7 @@ def _old_policy_faults(config: Config) -> Iterator[str]:
             f"rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: after a cut, what an engine reports is either not "
             "the probability of the sampling or not that of the policy; set top_p=1 and top_k=0"
         ]
-    if loss.adaptive_entropy is not None or loss.band is not None:
+    if loss.adaptive_entropy is not None or loss.entropy_band is not None:
         refused += ["loss.adaptive_entropy or entropy_band: no pass gives the old policy's entropy; remove them"]
     if loss.statistics == "old":
         refused += ["loss.stats or cov_logprobs=old: no pass gives the old policy's statistics; set them to current"]

@@ -288,6 +288,9 @@ class TrainConfig(Section):
     entropy_tangent: bool = False
     """One extra forward and backward of the first mini-batch before the updates: the entropy change that their real
     movement of the weights predicts to first order."""
+    entropy_tangent_every: NonNegativeInt = 0
+    """In each so many steps two extra forward and backward passes of the first mini-batch after the updates, on the way
+    of their movement of the weights: the entropy change that it predicts to fourth order; 0: never."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations; 0: never."""
     eval_samples: PositiveInt = 1

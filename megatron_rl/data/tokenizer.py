@@ -11,6 +11,7 @@ from megatron_rl.data.rows import Message
 from megatron_rl.errors import DataError
 from megatron_rl.models.facts import folder_hint, hf_folder, read_hf_config, require_model
 
+_OPERATORS = frozenset("+-*/^=<>×÷·−±≤≥≠")
 _COUNTDOWN_CHARACTERS = "0123456789+-*/(),=:"
 
 
@@ -87,6 +88,22 @@ def _end_tokens(folder: Path) -> tuple[int, ...]:
 def vocab_size(tokenizer: Any) -> int:
     """Return the number of tokens, added ones included: the model's vocabulary, not padded, if no config gives it."""
     return len(tokenizer)
+
+
+@functools.lru_cache(2**18)  # a step asks for each of its tokens again
+def token_kind(tokenizer: Any, token_id: int) -> str:
+    """Return what a token is by its text: `special`, `space` (nothing else), `number` (digits alone), `operator` (of
+    arithmetic), `word` (with a letter) or `sign`, the rest; blanks around the text do not count."""
+    text = tokenizer.decode([token_id]).strip()
+    if not text:
+        return "space"
+    if text in tokenizer.all_special_tokens:
+        return "special"
+    if text.isdecimal():
+        return "number"
+    if set(text) <= _OPERATORS:
+        return "operator"
+    return "word" if any(map(str.isalpha, text)) else "sign"
 
 
 def character_tokenizer() -> Any:

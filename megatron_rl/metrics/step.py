@@ -1,6 +1,7 @@
 """What a step reports about its tokens and its updates: `StepReport`."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from megatron_rl.algorithms.ledger import ledger
 from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.prediction import predicted_change
 from megatron_rl.config import Config
+from megatron_rl.data.tokenizer import token_kind
 from megatron_rl.metrics.collect import Metrics, Timers
 from megatron_rl.metrics.samples import samples_for_log
 from megatron_rl.metrics.write import RunLogger
@@ -34,10 +36,10 @@ class Policy(Protocol):
 
 
 class Tangent(Protocol):
-    """What was prepared before the updates to tell the first-order change of the entropy."""
+    """What was prepared before the updates to tell the entropy's change along their movement of the weights."""
 
-    def change(self) -> float:
-        """Return it, in nats per token. A collective."""
+    def changes(self) -> dict[str, float]:
+        """Return it to first order, to fourth or both, as metrics in nats per token. A collective."""
 
 
 class Reported(Protocol):
@@ -54,8 +56,9 @@ class Reported(Protocol):
     def policy(self) -> Policy:
         """Return the policy."""
 
-    def entropy_tangent(self, mini_batch: MiniBatch) -> Tangent:
-        """Return the tangent of this mini-batch's entropy at the current weights. A collective."""
+    def entropy_tangent(self, mini_batch: MiniBatch, *, start: bool, way: bool) -> Tangent:
+        """Return what tells this mini-batch's change of the entropy along the movement that begins now. A
+        collective."""
 
 
 class StepReport:
@@ -72,9 +75,11 @@ class StepReport:
         self._metrics = Metrics(device.device())
         self._metrics.set(collected.metrics | run.controller.metrics)
         self._updates: list[MiniBatch] = []
+        options, first = run.config.train, batch.mini_batches[0]
+        way = bool(options.entropy_tangent_every) and step % options.entropy_tangent_every == 0
         with run.timers("probe"):
-            first = batch.mini_batches[0]
-            self._tangent = run.entropy_tangent(first) if run.config.train.entropy_tangent else None
+            wanted = options.entropy_tangent or way
+            self._tangent = run.entropy_tangent(first, start=options.entropy_tangent, way=way) if wanted else None
 
     def updated(self, mini_batch: MiniBatch, result: UpdateResult) -> None:
         """Take in one update: the mini-batch with its marks and the statistics that they are from, and the result."""
@@ -100,7 +105,8 @@ class StepReport:
                 metrics.set({"entropy/predicted_change": change})  # nats per unit of logit step
             if recomputed and options.ledger_every and self._step % options.ledger_every == 0:
                 with run.timers.spans("ledger"):
-                    logger.log_ledger(self._step, ledger(batch, after, run.ranks), run.tokenizer)
+                    entry = ledger(batch, after, run.ranks, partial(token_kind, run.tokenizer))
+                    logger.log_ledger(self._step, entry, run.tokenizer)
             metrics.set(batch_totals(batch, self._collected, run.ranks))
             logged = self._collected.rollouts[: options.samples_per_step]
             holding = slice(-(-len(logged) // run.layout.samples_per_minibatch) if recomputed else 0)
@@ -116,7 +122,7 @@ class StepReport:
         with run.timers("probe"):
             after = run.policy.stats(first) if run.config.train.entropy_probe and has_stats([first]) else None
             if self._tangent is not None:
-                self._metrics.set({"entropy/first_order_change": self._tangent.change()})
+                self._metrics.set(self._tangent.changes())
         if after is not None:
             self._metrics.add(entropy_change(first, after))
         return after

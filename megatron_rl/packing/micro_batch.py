@@ -25,6 +25,7 @@ class Samples:
     counted: Tensor  # bool, sampled, in a rollout that counts
     rollout_logprobs: Tensor
     response_positions: Tensor  # which token of its response, from 0; -1 before it
+    response_lengths: Tensor  # tokens of its response that count
     advantages: Tensor
     indices: Tensor  # the sample
     prompt_ids: Tensor
@@ -40,6 +41,7 @@ class Samples:
         ends, so_far = lengths.cumsum(0), counted.cumsum(0)
         starts = ends - lengths
         counted_before = so_far[starts] - counted[starts].long()
+        counts = so_far[ends - 1] - counted_before
         owners = torch.tensor([(i, rollouts[i].prompt_id, rollouts[i].sample_index) for i in members] or [(-1, -1, -1)])
         of_members = advantages[members].float() if members else torch.zeros(1)
         return cls(
@@ -51,6 +53,7 @@ class Samples:
             counted,
             torch.cat([rollout.rollout_logprobs for rollout in chosen]),
             so_far - 1 - counted_before.repeat_interleave(lengths),
+            counts.repeat_interleave(lengths),
             of_members.repeat_interleave(lengths),
             *owners.repeat_interleave(lengths, dim=0).unbind(1),
         )
@@ -132,6 +135,7 @@ def _predictions(
         labels=of_labels(samples.token_ids),
         position_ids=position_ids,
         response_positions=of_labels(samples.response_positions),
+        response_lengths=of_labels(samples.response_lengths),
         cu_seqlens=cu_seqlens,
         loss_mask=loss_mask,
         advantages=of_labels(samples.advantages),

@@ -13,6 +13,7 @@ from megatron_rl.parallel.reduce import Reducer
 from megatron_rl.policy.policy import MegatronPolicy
 from megatron_rl.types import LossInputs, LossOutputs, MiniBatch
 
+GAUSS_POINTS = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)  # of [0, 1], with equal weights: exact up to third powers
 Flat = list[Tensor]  # per optimizer of Megatron's chain: the elements of which this rank owns the only copy, float32
 
 
@@ -63,22 +64,38 @@ def inner(policy: MegatronPolicy, a: Flat, b: Flat) -> float:
 
 
 class EntropyTangent:
-    """The first-order change of the mean entropy that the weights' real movement predicts, Adam and momentum included:
-    `grad H . (theta_after - theta_before)`, in nats, with grad H at the weights and tokens where this was made.
+    """The change of the mean entropy along the weights' real movement, Adam and momentum included, by a gradient:
+    `grad H . (theta_after - theta_before)`, in nats, with the float32 weights that the optimizer keeps.
 
-    Costs a forward and backward pass of the mini-batch, and two float32 copies of a rank's own weights.
+    With grad H where the movement begins this is first order in it. With the mean of grad H at GAUSS_POINTS it is of
+    fourth order: Gauss's rule for the integral of grad H along the straight line, which is the change itself. The
+    weights there are rounded to the model's dtype. Each gradient costs a forward and backward pass of the mini-batch.
+    Memory: a float32 copy of a rank's own weights, for the beginning another of its gradient, for the way three of the
+    model's weights in their dtype.
     """
 
-    def __init__(self, policy: MegatronPolicy, mini_batch: MiniBatch) -> None:
-        """Collective, as `change` is."""
-        self._policy = policy
-        self._gradient = entropy_gradient(policy, mini_batch)
+    def __init__(self, policy: MegatronPolicy, mini_batch: MiniBatch, *, start: bool, way: bool) -> None:
+        """Remember where the movement begins. `start`, `way`: where the gradient is wanted. Collective, as `changes`
+        is."""
+        self._policy, self._mini_batch = policy, mini_batch
+        self._gradient = entropy_gradient(policy, mini_batch) if start else None
+        self._begin = policy.copy_weights() if way else None
         self._weights = _weights(policy)
 
-    def change(self) -> float:
-        """Return the entropy's change by the weights' movement since this was made, in nats per token."""
-        moved = [now - then for now, then in zip(_weights(self._policy), self._weights, strict=True)]
-        return inner(self._policy, self._gradient, moved)
+    def changes(self) -> dict[str, float]:
+        """Return the entropy's changes by the weights' movement since this was made, nats per token, as metrics."""
+        policy, changes = self._policy, {}
+        moved = [now - then for now, then in zip(_weights(policy), self._weights, strict=True)]
+        if self._gradient is not None:
+            changes["entropy/first_order_change"] = inner(policy, self._gradient, moved)
+        if self._begin is not None:
+            changes["entropy/tangent_change"] = 0.0
+            for place in GAUSS_POINTS:
+                ends = zip(self._begin, (end.detach() for _, end in policy.parameters), strict=True)
+                with policy.at([torch.lerp(*pair, place) for pair in ends]):
+                    gradient_there = entropy_gradient(policy, self._mini_batch)
+                changes["entropy/tangent_change"] += inner(policy, gradient_there, moved) / len(GAUSS_POINTS)
+        return changes
 
 
 def _weights(policy: MegatronPolicy) -> Flat:

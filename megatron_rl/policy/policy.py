@@ -193,18 +193,29 @@ class MegatronPolicy:
 
     def keep_reference(self) -> None:
         """Freeze a copy of the current weights as the reference policy."""
-        self._reference = [parameter.detach().clone() for _, parameter in self.parameters]
+        self._reference = self.copy_weights()
 
     def ref_logprobs(self, mini_batches: Sequence[MiniBatch]) -> list[list[Tensor]]:
         """Return log-probabilities `[T]` under the reference, which is another model and routes by itself, per
         mini-batch and micro-batch. Raises: RuntimeError when none was kept."""
         if self._reference is None:
             raise RuntimeError("no reference policy: call keep_reference() first")
-        current = [parameter.detach().clone() for _, parameter in self.parameters]
-        try:
-            self._set_parameters(self._reference)
+        with self.at(self._reference):
             unrouted = [m.replace_each("routes", [None] * len(m.micro_batches)) for m in mini_batches]
             return [[stats.logprobs for stats in self.stats(mini_batch)] for mini_batch in unrouted]
+
+    def copy_weights(self) -> list[Tensor]:
+        """Return copies of this rank's shards, in the order of `parameters`. A collective."""
+        return [parameter.detach().clone() for _, parameter in self.parameters]
+
+    @contextlib.contextmanager
+    def at(self, weights: list[Tensor]) -> Iterator[None]:
+        """Hold these weights in place of the current ones, for forward and backward passes alone; afterwards the
+        current ones are back, bit for bit."""
+        current = self.copy_weights()
+        try:
+            self._set_parameters(weights)
+            yield
         finally:
             self._set_parameters(current)
 

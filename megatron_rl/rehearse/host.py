@@ -50,7 +50,7 @@ SPREAD = 0.6  # standard deviation of the logarithm of a response's length
 ZIPF = 1.3  # token i is drawn with a probability ~ i^-1.3
 LEFT_OUT = (
     "generation, weight sync, the model's passes, Adam, evaluation, checkpoints",
-    "train.entropy_tangent, rollout.routing_replay and W&B, which are switched off",
+    "train.entropy_tangent and _every, rollout.routing_replay and W&B, which are switched off",
     "grading: a verifier knows that odd samples are right; responses are decoded for it",
     "on a GPU losses, selection and metrics of tokens are its work, and the packed batch is in its memory: here both "
     "are the host's; launching kernels and waiting for them is not counted",
@@ -209,7 +209,7 @@ def _alone(config: Config, run_dir: str) -> Config:
     changes: dict[str, dict[str, Any]] = {
         "algorithm": {"max_mismatch": float("inf")},  # statistics are drawn
         "rollout": {"routing_replay": False},
-        "train": {"share_prompts": False, "entropy_tangent": False, "num_steps": 1},
+        "train": {"share_prompts": False, "entropy_tangent": False, "entropy_tangent_every": 0, "num_steps": 1},
         "logging": {"run_dir": run_dir, "wandb_project": None},
     }
     sections = {name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}

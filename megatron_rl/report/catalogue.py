@@ -14,11 +14,17 @@ from megatron_rl.report.runs import LoggedRun
 DRAWINGS: dict[str, Callable[[Sequence[LoggedRun]], Built]] = {
     "predicted_change": partial(figures.change_against_realised, "entropy/predicted_change"),
     "first_order_change": partial(figures.change_against_realised, "entropy/first_order_change"),
+    "tangent_change": partial(figures.change_against_realised, "entropy/tangent_change"),
+    "control": figures.control,
     "law": figures.law,
     "law_residuals": figures.law_residuals,
     "ledger_covariance": partial(spending.spending, "quantiles of covariance", spending.by_covariance, 0),
     "ledger_position": partial(spending.spending, "token of the response", spending.by_position, 0),
     "ledger_tokens": partial(spending.spending, "token", spending.by_token, 12),
+    "ledger_quarter": partial(spending.spending, "part of the response", spending.by_quarter, 0),
+    "ledger_kind": partial(spending.spending, "kind of token", spending.by_kind, 0),
+    "covariance_quarter": partial(spending.mean_covariance, "part of the response", spending.by_quarter),
+    "covariance_kind": partial(spending.mean_covariance, "kind of token", spending.by_kind),
     "phase_times": figures.phase_times,
 }
 

@@ -153,6 +153,31 @@ def change_against_realised(metric: str, runs: Sequence[LoggedRun]) -> Built:
     return traces, _axes(*titles, zeroline=True), table
 
 
+def control(runs: Sequence[LoggedRun]) -> Built:
+    """Draw the loss's options that moved over the steps (right), with the entropy and what it was to keep to (left)."""
+    traces: list[Trace] = []
+    for index, run in enumerate(runs):
+        names = sorted(name for name in run.columns if name.startswith("control/"))
+        if not names:
+            continue
+        loss = run.config.get("loss") or {}
+        band, adaptive = loss.get("entropy_band") or {}, loss.get("adaptive_entropy") or {}
+        targets = {"band": band.get("low"), "band's upper end": band.get("high")}
+        targets["target entropy"] = adaptive.get("target_entropy")
+        lines = [("entropy", *run.series("entropy/mean"), "solid", "y")]
+        ends = [int(run.steps[0]), int(run.steps[-1])]
+        lines += [(name, ends, [level, level], "dot", "y") for name, level in targets.items() if level is not None]
+        dashes = itertools.cycle(DASHES[1:2] + DASHES[3:])
+        lines += [(name.removeprefix("control/"), *run.series(name), next(dashes), "y2") for name in names]
+        for name, steps, values, dash, axis in lines:
+            line = {"color": colour(index), "width": 2, "dash": dash}
+            base = {"type": "scatter", "mode": "lines", "meta": index, "name": f"{run.label}, {name}", "line": line}
+            traces.append({**base, "x": steps, "y": values, "yaxis": axis, "hovertemplate": "%{y:.4g}"})
+    right = {"title": {"text": "value of the option"}, "overlaying": "y", "side": "right", "showgrid": False}
+    layout = {**_axes("step", "entropy, nats"), "yaxis2": right, "hovermode": "x unified", "margin": {"r": 60}}
+    return (traces, layout, []) if traces else None
+
+
 def law(runs: Sequence[LoggedRun]) -> Built:
     """Draw reward over entropy, a point a step, with the law that is fitted to them."""
     traces: list[Trace] = []

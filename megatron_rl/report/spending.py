@@ -1,5 +1,6 @@
 """Figures of the ledger: who spent the entropy."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,16 @@ def by_position(row: dict[str, Any], spent: int) -> Spending:
     }
 
 
+def by_kind(row: dict[str, Any], column: int) -> Spending:
+    """Return a column of the kinds of tokens; nothing for a row that was written before there were any."""
+    return {kind: values[column] for kind, *values in row.get("kinds", [])}
+
+
+def by_quarter(row: dict[str, Any], column: int) -> Spending:
+    """Return a column of the quarters of the response; nothing for a row that was written before there were any."""
+    return {f"{25 * quarter}–{25 * quarter + 25}%": values[column] for quarter, *values in row.get("quarters", [])}
+
+
 def by_covariance(row: dict[str, Any], spent: int) -> Spending:
     """Return the spending between the quantiles of covariance."""
     edges = [0.0, *row["quantiles"], 1.0]
@@ -33,20 +44,38 @@ def spending(
 ) -> Built:
     """Draw what each group spent of the entropy, a bar a run. `top`: only so many groups, the largest; 0: all."""
     spent = [_shares(run, groups) for run in runs]
-    if not any(spent):
-        return None
     names = list(dict.fromkeys(name for shares in spent for name in shares))
     if top:
         names = sorted(names, key=lambda name: -max(abs(shares.get(name, 0.0)) for shares in spent))[:top]
+    return _bars(names, axis, "share of all spending", spent, runs)
+
+
+def mean_covariance(axis: str, groups: Callable[[dict[str, Any], int], Spending], runs: Sequence[LoggedRun]) -> Built:
+    """Draw the mean covariance of each group's tokens over all logged steps, a bar a run."""
+    means = []
+    for run in runs:
+        sums, counts = Counter[str](), Counter[str]()
+        for row in run.ledger():
+            columns = row["columns"]
+            if "covariance" in columns:
+                sums.update(groups(row, columns.index("covariance")))
+                counts.update(groups(row, columns.index("count")))
+        means.append({name: total / counts[name] for name, total in sorted(sums.items())})
+    names = sorted({name for of_run in means for name in of_run})
+    return _bars(names, axis, "mean covariance, nats × advantage", means, runs)
+
+
+def _bars(names: list[str], axis: str, unit: str, values: Sequence[Spending], runs: Sequence[LoggedRun]) -> Built:
     traces = [
-        {"type": "bar", "meta": i, "name": run.label, "x": names, "y": [shares.get(name, 0.0) for name in names]}
-        | {"marker": {"color": colour(i)}, "hovertemplate": "%{y:.3f}"}
-        for i, (run, shares) in enumerate(zip(runs, spent, strict=True))
-        if shares
+        {"type": "bar", "meta": i, "name": run.label, "x": names, "y": [of_run.get(name, 0.0) for name in names]}
+        | {"marker": {"color": colour(i)}, "hovertemplate": "%{y:.3g}"}
+        for i, (run, of_run) in enumerate(zip(runs, values, strict=True))
+        if of_run
     ]
     x = {"title": {"text": axis}, "type": "category"}
-    y = {"title": {"text": "share of all spending"}, "zeroline": True}
-    return traces, {"xaxis": x, "yaxis": y, "barmode": "group", "hovermode": "x unified"}, []
+    y = {"title": {"text": unit}, "zeroline": True}
+    layout = {"xaxis": x, "yaxis": y, "barmode": "group", "hovermode": "x unified"}
+    return (traces, layout, []) if traces else None
 
 
 def _shares(run: LoggedRun, groups: Callable[[dict[str, Any], int], Spending]) -> Spending:

@@ -62,6 +62,9 @@ def _micro_batch(sequences: list[dict[str, Tensor]]) -> tuple[MicroBatch, TokenS
         response_positions=torch.cat(
             [*(s["loss_mask"].long().cumsum(0) - 1 for s in sequences), torch.zeros(2).long()]
         ),
+        response_lengths=torch.cat(
+            [*(s["loss_mask"].sum() * s["loss_mask"] for s in sequences), torch.zeros(2).long()]
+        ),
         cu_seqlens=cu_seqlens,
         loss_mask=mask,
         advantages=cat("advantages", 0.0),

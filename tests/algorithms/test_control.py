@@ -9,6 +9,7 @@ import pytest
 
 from megatron_rl.algorithms.control import adapt, follows_entropy
 from megatron_rl.algorithms.methods.clip_cov import ClipCovLoss
+from megatron_rl.algorithms.methods.forking import ForkingLoss
 from megatron_rl.algorithms.methods.kl_cov import KlCovLoss
 from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
 from megatron_rl.algorithms.policy_loss import PolicyLoss
@@ -17,8 +18,8 @@ from megatron_rl.algorithms.policy_loss import PolicyLoss
 def follow(loss: PolicyLoss, entropies: list[float], state: dict[str, float] | None = None) -> list[dict[str, float]]:
     """The metrics of each step."""
     state, rows = state or {}, []
-    for entropy in entropies:
-        in_force, state, metrics = adapt(loss, state, entropy)
+    for step, entropy in enumerate(entropies):
+        in_force, state, metrics = adapt(loss, state, entropy, step)
         for name, value in metrics.items():
             assert getattr(in_force, name.removeprefix("control/")) == value
         rows.append(metrics)
@@ -53,11 +54,35 @@ def test_the_band_by_hand() -> None:
 
 def test_a_state_of_other_options_or_bounds_is_taken_over_as_far_as_it_fits() -> None:
     loss = KlCovLoss.model_validate({"kl_coef": 1.0, "entropy_band": {**BAND, "option": "kl_coef", "maximum": 2.0}})
-    in_force, state, _ = adapt(loss, {"kl_coef": 7.0, "entropy_coef": 0.3}, 0.4)
+    in_force, state, _ = adapt(loss, {"kl_coef": 7.0, "entropy_coef": 0.3}, 0.4, 0)
     assert in_force.kl_coef == 2.0 and state == {"kl_coef": 2.0} and in_force.entropy_coef == 0
     plain = PpoClipLoss()
-    assert adapt(plain, {"entropy_coef": 1.0}, 0.1) == (plain, {}, {}) and adapt(plain, {}, 0.1)[0] is plain
+    assert adapt(plain, {"entropy_coef": 1.0}, 0.1, 0) == (plain, {}, {}) and adapt(plain, {}, 0.1, 0)[0] is plain
     assert follows_entropy(loss) and not follows_entropy(plain)
+
+
+def test_an_option_that_restrains_by_small_values_falls_with_the_entropy() -> None:
+    band = BAND | {"option": "keep_fraction"}
+    loss = ForkingLoss.model_validate({"keep_fraction": 0.2, "entropy_band": band})
+    rows = follow(loss, [0.2, 0.8])
+    base = 0.2 * math.exp(-0.05)
+    expected = [0.2 * math.exp(-0.2), min(0.4, base * math.exp(0.6))]
+    assert [row["control/keep_fraction"] for row in rows] == pytest.approx(expected)
+
+
+def test_schedules_by_hand() -> None:
+    moving = {"eps_high": {"from": 0.2, "to": 0.3, "steps": 4}, "dual_clip": 3.0}
+    moving["eps_low"] = {"from": 0.2, "to": 0.1, "steps": 2, "shape": "cosine"}
+    loss = PpoClipLoss.model_validate(moving)
+    rows = follow(loss, [math.nan] * 6)
+    assert [row["control/eps_high"] for row in rows] == pytest.approx([0.2, 0.225, 0.25, 0.275, 0.3, 0.3])
+    assert [row["control/eps_low"] for row in rows] == pytest.approx([0.2, 0.15, 0.1, 0.1, 0.1, 0.1])
+    assert loss.eps_high == 0.2 and rows[4]["control/eps_high"] == rows[5]["control/eps_high"] == 0.3
+    slow = loss.schedules["eps_high"].model_copy(update={"shape": "cosine"})
+    assert [slow.at(step) for step in range(5)] == pytest.approx([0.2, 0.2146447, 0.25, 0.2853553, 0.3])
+    assert not follows_entropy(loss) and adapt(loss, {"eps_high": 9.0}, math.nan, 1)[1] == {}
+    again = PpoClipLoss.model_validate(loss.model_dump(mode="json"))
+    assert again == loss and again.model_dump(mode="json")["schedules"]["eps_low"]["from"] == 0.2
 
 
 @pytest.mark.parametrize("start", [0.9, 0.05])
@@ -66,8 +91,8 @@ def test_the_band_settles_from_both_sides(start: float) -> None:
     band = {"low": 0.3, "high": 0.5, "option": "kl_coef", "minimum": 0.05, "maximum": 20}
     loss = KlCovLoss.model_validate({"kl_coef": 1.0, "entropy_band": band})
     entropy, state, path = start, {}, []
-    for _ in range(600):
-        in_force, state, _ = adapt(loss, state, entropy)
+    for step in range(600):
+        in_force, state, _ = adapt(loss, state, entropy, step)
         entropy *= 1 + 0.01 * (in_force.kl_coef - 2.0)
         path.append(entropy)
     assert all(0.28 < value < 0.52 for value in path[300:])

@@ -36,6 +36,15 @@ BASE: dict[str, Any] = {
     "train": {"prompts_per_step": 8, "prompts_per_minibatch": 4, "micro_batch_tokens": 512},
 }
 
+MOVE = {"from": 1, "to": 2, "steps": 3}
+
+
+def moving(option: str, **changes: Any) -> dict[str, Any]:
+    """A loss of which an option moves; `changes` of its schedule, or of other options."""
+    schedule = {name: changes.pop(name, value) for name, value in MOVE.items()}
+    return {"loss": {"type": "kl_cov", option: schedule} | changes}
+
+
 BAND = {"low": 0.4, "high": 0.5, "minimum": 0.01, "maximum": 0.3}
 
 
@@ -249,9 +258,15 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     ({"loss": {"type": "forking", "aggregation": "seq_mean_token_mean"}}, "set aggregation=token_mean"),
     ({"loss": {"type": "kl_cov", "entropy_coef": 0.1, "adaptive_entropy": {}}}, "leave entropy_coef at 0"),
     ({"loss": {"type": "kl_cov", "entropy_band": BAND}}, "select_fraction=0.002 is outside of loss.entropy_band's"),
-    ({"loss": {"type": "clip_cov", "entropy_band": {**BAND, "option": "kl_coef"}}}, "set it to select_fraction"),
+    (
+        {"loss": {"type": "clip_cov", "entropy_band": {**BAND, "option": "kl_coef"}}},
+        "set it to cov_low or entropy_coef or eps_high",
+    ),
     ({"loss": {"type": "kl_cov", "entropy_band": {**BAND, "low": 0.6}}}, "low=0.6 must be below high=0.5"),
-    ({"loss": {"type": "kl_cov", "entropy_band": {**BAND, "maximum": 2}}}, "select_fraction is a fraction, at most 1"),
+    (
+        {"loss": {"type": "kl_cov", "entropy_band": {**BAND, "maximum": 2}}},
+        "entropy_band.maximum=2.0: select_fraction refuses it",
+    ),
     (
         {"loss": {"type": "gspo", "adaptive_entropy": {"initial_coef": 2}}},
         "initial_coef=2.0 must not exceed max_coef=1.0",
@@ -263,6 +278,17 @@ INCONSISTENT: list[tuple[dict[str, Any], str]] = [
     (ROLLOUT | {"rollout__top_p": 0.9}, "with rollout.top_p=0.9, top_k=0: after a cut"),
     (ROLLOUT | {"rollout__top_k": 5}, "set top_p=1 and top_k=0, or set old_logprobs=recompute"),
     (ROLLOUT | {"loss": {"type": "kl_cov", "adaptive_entropy": {}}}, "no pass gives the old policy's entropy"),
+    (moving("kl_cof"), "did you mean 'kl_coef'"),
+    (moving("cov_scope"), "loss.cov_scope"),
+    (moving("kl_coef", steps=0), "loss.schedules.kl_coef.steps"),
+    (moving("kl_coef", to=-1), "the schedule of kl_coef, to=-1.0: kl_coef refuses it"),
+    (moving("kl_coef", to=1), "goes from 1.0 to itself; write kl_coef=1.0"),
+    (moving("kl_coef", kl_coef=2, schedules={"kl_coef": MOVE}), "kl_coef=2.0, but its schedule begins at from=1.0"),
+    (moving("kl_coef", schedules={"kl_coff": MOVE}), "schedules.kl_coff: expected a number option of the loss"),
+    (moving("ref_kl_coef", **{"from": 0}), "keeps no reference; begin above 0"),
+    (moving("kl_coef", entropy_band={**BAND, "option": "kl_coef"}), "kl_coef has a schedule and follows entropy_band"),
+    (moving("entropy_coef", adaptive_entropy={}), "entropy_coef has a schedule and follows adaptive_entropy"),
+    ({"loss": {"type": "clip_cov", "cov_low": {**MOVE, "to": 9}}}, "loss.cov_low=9.0 must be below loss.cov_high"),
     (ROLLOUT | {"loss": {"type": "kl_cov", "entropy_band": BAND}}, "no pass gives the old policy's entropy"),
     (ROLLOUT | {"loss": {"type": "steer", "stats": "old"}}, "set them to current, or set old_logprobs=recompute"),
     (ROLLOUT | {"loss": {"type": "clip_cov", "cov_logprobs": "old"}}, "set them to current, or set"),

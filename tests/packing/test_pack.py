@@ -141,6 +141,7 @@ def test_a_shared_prompt_by_hand() -> None:
     assert mb.token_ids.tolist() == [13, 14, 13] and mb.labels.tolist() == [14, 15, 16]
     assert mb.loss_mask.tolist() == [True] * 3 and mb.cu_seqlens.tolist() == [0, 2, 3]
     assert mb.position_ids.tolist() == [2, 3, 2] and mb.response_positions.tolist() == [0, 1, 0]
+    assert mb.response_lengths.tolist() == [2, 2, 1]
     torch.testing.assert_close(mb.rollout_logprobs, torch.tensor([-0.3, -0.4, -0.3]))
     assert mb.advantages.tolist() == [0.5, 0.5, -2] and mb.token_weights.tolist() == [0.5, 0.5, 1]
     assert mb.token_ids_global.tolist() == [3, 4, 33]

@@ -10,9 +10,8 @@ import torch
 from megatron_rl.algorithms.methods.forking import ForkingLoss
 from megatron_rl.algorithms.methods.kl_cov import KlCovLoss
 from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
-from megatron_rl.lab.commands import METHODS, _read_methods
-from megatron_rl.lab.compare import StepFacts
-from megatron_rl.types import TokenStats
+from megatron_rl.lab.commands import default_methods
+from megatron_rl.types import TokenStats, TrainBatch
 from tests.policy.tiny import hf_model, make_batch, make_config, policy_of, same_bits, save, weights_of
 from tests.worlds import Worlds
 
@@ -23,11 +22,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2, sp": (2, {"tp": 2, "sp": True}),
     "pp2, without distributed optimizer": (2, {"pp": 2, "distributed_optimizer": False}),
 }
+GAUSS = (0.2113249, 0.7886751)
+LONG = 0.01  # a learning rate with which the entropy bends along the way
 SGD_LIKE = {"lr": 1e-3, "eps": 1.0, "clip_grad": 0.0}
 
 
 def _measure(config: Any) -> dict[str, Any]:
     """Products, a step's tangent and realised entropy change, and what `compare` says of all methods."""
+    from megatron_rl.algorithms.control import LossController
     from megatron_rl.lab.compare import compare
     from megatron_rl.lab.shadow import _loss
     from megatron_rl.parallel.reduce import Reducer
@@ -41,13 +43,27 @@ def _measure(config: Any) -> dict[str, Any]:
         clipped = gradient(policy, mini_batch, PpoClipLoss())
         wide = gradient(policy, mini_batch, PpoClipLoss(eps_low=1, eps_high=100))
         products = [inner(policy, a, b) for a, b in ((clipped, clipped), (clipped, wide), (wide, wide))]
-        methods = {name: _loss(name, raw) for name, raw in _read_methods(METHODS).items()}
-        found = compare(policy, mini_batch.with_stats(stats), methods, StepFacts(1, 0, 1.0), ranks)
+        batch = TrainBatch(0, (mini_batch.with_stats(stats),))
+        stated = {name: _loss(name, raw) for name, raw in default_methods(PpoClipLoss()).items()}
+        methods = {name: LossController(loss, ranks).next_loss(batch) for name, loss in stated.items()}
+        found = compare(policy, batch.mini_batches[0], methods, ranks, seed=1, step=0)
         assert same_bits(weights_of(policy), before)
-        tangent = EntropyTangent(policy, mini_batch)
-        norm = policy.update(mini_batch, PpoClipLoss()).grad_norm
-        change = _mean(mini_batch, policy.stats(mini_batch), ranks) - _mean(mini_batch, stats, ranks)
-        return {"products": products, "norm": norm, "tangent": tangent.change(), "change": change, "compared": found}
+        steps = []
+        for learning_rate in (SGD_LIKE["lr"], LONG):
+            begin, before = policy.copy_weights(), _mean(mini_batch, policy.stats(mini_batch), ranks)
+            tangent = EntropyTangent(policy, mini_batch, start=True, way=True)
+            policy.set_learning_rate(learning_rate)
+            norm = policy.update(mini_batch, PpoClipLoss()).grad_norm
+            end, after = policy.copy_weights(), _mean(mini_batch, policy.stats(mini_batch), ranks)
+            changes = tangent.changes()
+            assert all(map(torch.equal, policy.copy_weights(), end))
+            near = []
+            for place in (point + side for point in GAUSS for side in (-0.02, 0.02)):
+                with policy.at([torch.lerp(*ends, place) for ends in zip(begin, end, strict=True)]):
+                    near.append(_mean(mini_batch, policy.stats(mini_batch), ranks))
+            slope = (near[1] - near[0] + near[3] - near[2]) / 0.04 / 2
+            steps.append({"norm": norm, "change": after - before, "slope": slope} | changes)
+        return {"products": products, "steps": steps, "compared": found}
 
 
 def _mean(mini_batch: Any, stats: list[TokenStats], ranks: Any) -> float:
@@ -71,8 +87,9 @@ def test_products_do_not_depend_on_the_layout(measured: dict[str, list[dict[str,
     expected = measured["one"][0]
     for got in measured[layout]:
         assert got["products"] == pytest.approx(expected["products"], rel=1e-4)
-        assert got["norm"] ** 2 == pytest.approx(got["products"][0], rel=1e-5)  # Megatron's own
-        assert got["tangent"] == pytest.approx(expected["tangent"], rel=1e-4)
+        assert got["steps"][0]["norm"] ** 2 == pytest.approx(got["products"][0], rel=1e-5)  # Megatron's own
+        for step, same in zip(got["steps"], expected["steps"], strict=True):
+            assert step == pytest.approx(same, rel=2e-4, abs=2e-6)
         for name, row in expected["compared"]["methods"].items():
             assert got["compared"]["methods"][name] == pytest.approx(row, rel=1e-3, abs=1e-6), name
         for table in ("cosine", "overlap"):
@@ -82,9 +99,16 @@ def test_products_do_not_depend_on_the_layout(measured: dict[str, list[dict[str,
 
 
 def test_the_tangent_is_the_change_of_a_small_step(measured: dict[str, list[dict[str, Any]]]) -> None:
-    one = measured["one"][0]
-    assert abs(one["change"]) > 1e-5
-    assert one["tangent"] == pytest.approx(one["change"], rel=0.03)
+    step, _ = measured["one"][0]["steps"]
+    assert abs(step["change"]) > 1e-5
+    assert step["entropy/first_order_change"] == pytest.approx(step["change"], rel=0.03)
+
+
+def test_the_gradient_on_the_way_tells_the_change_of_a_long_step(measured: dict[str, list[dict[str, Any]]]) -> None:
+    _, step = measured["one"][0]["steps"]
+    assert step["entropy/tangent_change"] == pytest.approx(step["slope"], rel=1e-3)  # a difference of forward passes
+    assert abs(step["entropy/first_order_change"] - step["change"]) > 0.2 * abs(step["change"])
+    assert step["entropy/tangent_change"] == pytest.approx(step["change"], rel=2e-3)
 
 
 def test_what_the_comparison_says(measured: dict[str, list[dict[str, Any]]]) -> None:
@@ -92,7 +116,7 @@ def test_what_the_comparison_says(measured: dict[str, list[dict[str, Any]]]) -> 
     found = measured["one"][0]["compared"]
     rows, names = found["methods"], list(found["methods"])
     tokens = found["tokens"]
-    assert names == list(_read_methods(METHODS)) and rows["kl_cov"]["restrained"] >= int(0.1 * tokens)
+    assert names == list(default_methods(PpoClipLoss())) and rows["kl_cov"]["restrained"] >= int(0.1 * tokens)
     assert 0 < rows["clip_higher"]["restrained"] <= rows["grpo"]["restrained"] < tokens
     kept = rows["forking"]["weight/effective_fraction"]
     assert kept == pytest.approx(0.2, abs=1 / tokens) and rows["forking"]["restrained"] >= tokens * (1 - kept) - 1
@@ -107,5 +131,5 @@ def test_what_the_comparison_says(measured: dict[str, list[dict[str, Any]]]) -> 
 def test_default_methods_are_configs() -> None:
     from megatron_rl.lab.shadow import _loss
 
-    losses = {name: _loss(name, raw) for name, raw in _read_methods(METHODS).items()}
+    losses = {name: _loss(name, raw) for name, raw in default_methods(PpoClipLoss()).items()}
     assert isinstance(losses["forking"], ForkingLoss) and isinstance(losses["kl_cov"], KlCovLoss)

@@ -114,7 +114,10 @@ def test_the_books_grow_with_the_batch(tmp_path: Path) -> None:
         },
         {"loss": {"type": "kl_cov", "select_fraction": 0.1}, "algorithm": {"old_logprobs": "rollout"}},
         {"reward": {"terms": [{"name": "format", "function": "tests.tiny:mostly_digits", "weight": 0.5}]}},
-        {"train": {"entropy_probe": False, "entropy_tangent": True}, "logging": {"samples_per_step": 99}},
+        {
+            "train": {"entropy_probe": False, "entropy_tangent": True, "entropy_tangent_every": 1},
+            "logging": {"samples_per_step": 99},
+        },
     ],
     ids=lambda sections: next(iter(sections)),
 )

@@ -32,8 +32,8 @@ LOGGED = (
     "mismatch/abs_max mismatch/kl staleness/mean staleness/max "
     "rollout/idle_seconds rollout/tail_seconds sampling/discarded_token_fraction rollout/prefix_hit_fraction "
     "time/rollout time/reward time/old_logprobs time/select time/update time/sync time/probe "
-    "time/total throughput/tokens_per_second entropy/first_order_change law/ceiling law/ceiling_low law/ceiling_high "
-    "law/surprise law/alarm eval/math500/accuracy"
+    "time/total throughput/tokens_per_second entropy/first_order_change entropy/tangent_change law/ceiling "
+    "law/ceiling_low law/ceiling_high law/surprise law/alarm eval/math500/accuracy control/kl_coef"
 ).split()
 A, B = 0.2, 0.6
 
@@ -56,7 +56,7 @@ def write_run(path: Path, loss: str = "kl_cov", steps: int = 30, drop: tuple[str
 
 def add_ledger(run: Path) -> None:
     """Two steps; the groups of covariance have magnitudes 4 + 1 and 3 + 2, so all spending is 10."""
-    columns = {"columns": ["count", "spent", "probed", "realised"], "quantiles": [0.9]}
+    columns = {"columns": ["count", "spent", "probed", "realised", "covariance"], "quantiles": [0.9]}
     rows = [
         {"covariance": [[0.1, 9, -4, 0, 0], [None, 1, 1, 0, 0]], "tokens": [["\n", 7, 1, 2, 0, 0]]},
         {
@@ -64,7 +64,9 @@ def add_ledger(run: Path) -> None:
             "tokens": [["\n", 7, 1, 1, 0, 0], ["so", 8, 1, 6, 0, 0]],
         },
     ]
-    positions = {"positions": [[0, 0, 1, 5, 0, 0], [1, 2, 2, -1, 0, 0]]}
+    positions: dict[str, Any] = {"positions": [[0, 0, 1, 5, 0, 0], [1, 2, 2, -1, 0, 0]]}
+    positions |= {"quarters": [[0, 1, 3, 0, 0, 1.5], [3, 2, -1, 0, 0, -0.5]]}
+    positions |= {"kinds": [["number", 2, 0.5, 0, 0, 0.5], ["word", 1, 3.5, 0, 0, 1]]}
     lines = [json.dumps({"step": step} | columns | row | positions) for step, row in enumerate(rows)]
     (run / "ledger.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -132,7 +134,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert not re.search(r"//cdn\.|jsdelivr|unpkg|cdnjs", text)
     assert "default-src 'none'" in text
     expected = [spec.title for _, specs in sections(load_runs(runs)) for spec in specs]
-    assert [title for title in page.headings if title != "Options that differ"] == expected and len(expected) == 36
+    assert [title for title in page.headings if title != "Options that differ"] == expected and len(expected) == 42
     figures = figures_of(text)
     assert sorted(figures) == sorted(i for i in page.ids if i.startswith("figure-"))
     for figure in figures.values():
@@ -147,9 +149,15 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
 def test_the_ledgers_shares_by_hand(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     add_ledger(run)
-    covariance, position, token = (build(spec, load_runs([run])) for spec in dict(sections([]))["Ledger"])
+    covariance, position, quarter, kind, by_quarter, by_kind, token = (
+        build(spec, load_runs([run])) for spec in dict(sections([]))["Ledger"]
+    )
     assert covariance.traces[0]["x"] == ["0–90%", "90–100%"] and covariance.traces[0]["y"] == [-0.1, 0.3]
     assert position.traces[0]["x"] == ["0", "1–2"] and position.traces[0]["y"] == [1.0, -0.2]
+    assert quarter.traces[0]["x"] == ["0–25%", "75–100%"] and quarter.traces[0]["y"] == [0.6, -0.2]
+    assert kind.traces[0]["x"] == ["number", "word"] and kind.traces[0]["y"] == [0.1, 0.7]
+    assert by_quarter.traces[0]["y"] == [1.5, -0.25]  # over 2 and 4 tokens of the two steps
+    assert by_kind.traces[0]["x"] == ["number", "word"] and by_kind.traces[0]["y"] == [0.25, 1.0]
     assert token.traces[0]["x"] == ["so", "\\n"] and token.traces[0]["y"] == [0.6, 0.3]
 
 
@@ -429,6 +437,17 @@ def test_predicted_change_slope_and_phases(tmp_path: Path) -> None:
     bars = {trace["name"]: trace["x"][0] for trace in figures["Time per phase"].traces}
     assert list(bars)[0] == "rollout" and sum(bars.values()) == pytest.approx(5.0)
     assert bars["other"] == pytest.approx(5.0 - 7 * (0.5 + 0.001 * 14.5))
+
+
+def test_the_controllers_options_are_drawn_with_the_entropy_and_its_band(tmp_path: Path) -> None:
+    runs = load_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", drop=("control/kl_coef",))])
+    runs[0].config["loss"] = {"entropy_band": {"low": 0.3, "high": 0.5}}
+    (plot,) = (plot for plot in dict(sections(runs))["Updates"] if plot.title == "What the controller did")
+    entropy, low, high, option = build(plot, runs).traces
+    assert entropy["y"] == runs[0].series("entropy/mean")[1] and option["y"] == runs[0].series("control/kl_coef")[1]
+    assert (low["x"], low["y"], high["y"]) == ([0, 29], [0.3, 0.3], [0.5, 0.5])
+    assert option["name"] == "a (kl_cov), kl_coef" and [t["yaxis"] for t in (entropy, low, option)] == ["y", "y", "y2"]
+    assert build(plot, runs[1:]).missing
 
 
 def test_smoothing() -> None:

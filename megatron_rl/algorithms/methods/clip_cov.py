@@ -15,6 +15,7 @@ from megatron_rl.section import Float, Fraction, NonNegativeFloat, UnitFloat
 
 class ClipCovLoss(CovarianceLoss, ClippedLoss):
     compared = {"clip_cov": {"select_fraction": 0.02, "cov_low": 0.2}}
+    restraints = {"cov_low": -1}
     type: str = "clip_cov"
     eps_low: UnitFloat = 1.0
     """The ratio's lower bound is 1 - eps_low."""

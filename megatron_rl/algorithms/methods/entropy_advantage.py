@@ -15,6 +15,7 @@ from megatron_rl.section import Float, PositiveFloat
 
 
 class EntropyAdvantageLoss(ClippedLoss):
+    restraints = {"alpha": 1, "kappa": -1}
     type: str = "entropy_advantage"
     alpha: PositiveFloat = 0.4
     """Advantage per nat of entropy."""

@@ -19,6 +19,7 @@ from megatron_rl.section import Fraction, NonNegativeFloat
 
 class ForkingLoss(WeightedLoss):
     compared = {"forking": {"eps_high": 0.2}}
+    restraints = {"keep_fraction": -1}
     type: str = "forking"
     eps_high: NonNegativeFloat = 0.28
     """The ratio's upper bound is 1 + eps_high."""

@@ -16,6 +16,7 @@ from megatron_rl.section import Fraction, NonNegativeFloat
 
 class KlCovLoss(CovarianceLoss):
     compared = {"kl_cov": {"select_fraction": 0.1}}
+    restraints = {"kl_coef": 1}
     type: str = "kl_cov"
     select_fraction: Fraction = 2e-3
     """Fraction of the mini-batch's response tokens that is selected."""

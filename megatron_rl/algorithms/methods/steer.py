@@ -22,6 +22,7 @@ _TINY = 1e-8  # bounds of a probability in the estimate, the authors' value
 
 
 class SteerLoss(WeightedLoss):
+    restraints = {"weight_min": -1}
     type: str = "steer"
     weight_min: Float = Field(0.7, gt=0, lt=1)
     """Weight of the token with the largest change."""

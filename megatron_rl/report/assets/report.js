@@ -19,6 +19,7 @@ const styled = (layout) => {
     modebar: { bgcolor: "rgba(0,0,0,0)", color: look.grid, activecolor: look.soft },
     hoverlabel: { bgcolor: look.card, bordercolor: look.line, font: { color: look.text, size: 12 }, namelength: -1 },
     xaxis: axis(layout.xaxis || {}, look), yaxis: axis(layout.yaxis || {}, look),
+    ...(layout.yaxis2 && { yaxis2: axis(layout.yaxis2, look) }),
   };
 };
 // Plotly writes computed ranges into the layout it is given; a copy keeps ours for the next theme change.
