@@ -23,16 +23,17 @@ LAYOUTS = {"data": "parallel={world_size: 2}", "context": "parallel={cp: 2}", "p
 
 
 class LocalLoss(UsualLoss):
-    """What must not be: the mean of this rank's tokens, by which the layout changes the loss."""
+    """What must not be: a mean of this rank's tokens, by which the layout changes the loss."""
 
     def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> torch.Tensor:
         """Return weights of mean 1 on this rank."""
-        kernel = super().weights(mini_batch, ranks)
-        return kernel / kernel.mean()
+        sizes = mini_batch.cat("advantages").double().abs()
+        return sizes / sizes.mean()
 
 
 def conform(loss: str, layout: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    options = [f"loss={{type: '{loss}'}}", layout, f"logging.run_dir={folder}/{{name}}", "--no-engine", "--tokens=512"]
+    section = f"loss={{type: '{loss}', width: 0.01}}"  # narrow, as the entropies of an untrained policy are all alike
+    options = [section, layout, f"logging.run_dir={folder}/{{name}}", "--no-engine", "--tokens=512"]
     command = [sys.executable, "-m", "megatron_rl", "conform", str(CONFIG), *options]
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]  # every process must find the loss's module
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
