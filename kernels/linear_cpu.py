@@ -48,10 +48,14 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return _product(grad, weight.t()) if _suits(grad) else torch.matmul(grad, weight)
 
 
-def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Return `grad.T @ x`: `[T, N]`, `[T, K]` -> `[N, K]`."""
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    """Return `grad.T @ x`: `[T, N]`, `[T, K]` -> `[N, K]`; None when it was added to Megatron's float32 sum of a
+    bfloat16 weight's gradients, `weight.main_grad`, whose rounding and copies that saves."""
     if _is_mixed(x, weight):
-        return float32_product(grad.to(weight.dtype).t(), x.to(weight.dtype).t())
+        total = getattr(weight, "main_grad", None)
+        sums = total if total is not None and total.dtype == torch.float32 else None
+        product = float32_product(grad.to(weight.dtype).t(), x.to(weight.dtype).t(), sums, adds=sums is not None)
+        return product if sums is None else None
     if not _suits(grad):
         return torch.matmul(grad.t(), x)
     if grad.shape[1] <= x.shape[1]:

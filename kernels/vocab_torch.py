@@ -1,19 +1,27 @@
 """Row statistics of a logits shard and the gradient written over it, in torch: the twin of `vocab_triton`.
 
-Exponents are powers of two, d = (x - m) * log2(e) / temperature, as in the kernel: MKL's vectorised e^x costs four
-times torch's 2^x on a CPU. What leaves this file is in nats.
+Exponentials are MKL's e^x on Intel's processors and torch's 2^x, with exponents of log2(e) times the size, on others,
+where MKL's costs four times as much; on Intel's it costs six tenths. The maker decides and not a measurement, so that a
+run repeats bit for bit. What leaves this file is in nats.
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-LOG2_E = math.log2(math.e)
-# 2^x is exactly 0 in float64 below -1075, so clamping here changes no sum; it turns the -inf of a masked logit into a
-# number that 0 can be multiplied with.
+_CPUS = Path("/proc/cpuinfo")
+_POWER, _PER_NAT = (
+    (torch.exp, 1.0)
+    if torch.backends.mkl.is_available() and _CPUS.exists() and "GenuineIntel" in _CPUS.read_text()
+    else (torch.exp2, math.log2(math.e))
+)
+# e^x and 2^x are exactly 0 in float64 below -1075, so clamping here changes no sum; it turns the -inf of a masked logit
+# into a number that 0 can be multiplied with.
 LOWEST_EXPONENT = -1.0e4
-_BLOCK_ELEMENTS = 2**19  # two blocks of scratch and one of logits: 6 MB in float32, which stays in a CPU's cache
+# two blocks of scratch and one of logits: 1.5 MB in float32, which stays in the cache of a CPU's core
+_BLOCK_ELEMENTS = 2**17
 
 
 def shard_stats(
@@ -54,13 +62,13 @@ def shard_stats(
         rows = _as_float(rows, d)
         torch.amax(rows, 1, out=out[:, 0])
         _exponents(rows, out[:, 0], temperature, d)
-        torch.exp2(d, out=e)
+        _POWER(d, out=e)
         torch.sum(e, 1, out=out[:, 1])
         torch.sum(d.mul_(e), 1, out=out[:, 2])  # not a matrix product: TF32 would round its inputs to 11 bits
         if with_sum_p2:
             torch.sum(d.mul_(e), 1, out=out[:, 5])
             torch.sum(e.mul_(e), 1, out=out[:, 4])
-    stats[:, 2::3].div_(LOG2_E)
+    stats[:, 2::3].div_(_PER_NAT)
     return stats
 
 
@@ -91,7 +99,7 @@ def write_gradient(
     if at_target is not None:
         at_target = at_target * on_shard
     if b is not None:
-        b = b / LOG2_E
+        b = b / _PER_NAT
     block_rows = _rows_of_a_block(real, block_rows)
     scratch = torch.empty(1 if b is None else 2, block_rows, real_columns, dtype=maximum.dtype, device=logits.device)
     for start in range(0, real.shape[0], block_rows):
@@ -99,7 +107,7 @@ def write_gradient(
         rows = real[block]
         d, e = scratch[0, : rows.shape[0]], scratch[-1, : rows.shape[0]]
         _exponents(_as_float(rows, d), maximum[block], temperature, d)
-        torch.exp2(d, out=e)
+        _POWER(d, out=e)
         out = rows if rows.dtype == e.dtype else e  # the sum is rounded once
         factor = a[block, None] if b is None else d.mul_(b[block, None]).add_(a[block, None])
         torch.mul(e, factor, out=out)
@@ -119,7 +127,9 @@ def _as_float(rows: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _exponents(rows: Tensor, maximum: Tensor, temperature: float, out: Tensor) -> None:
-    """Write out = (rows - maximum) * log2(e) / temperature, finite where a logit or the whole row is -inf."""
+    """Write out = (rows - maximum) / temperature * _PER_NAT, finite where a logit or the whole row is -inf."""
     shift = maximum.masked_fill(maximum == -math.inf, 0.0)
     torch.sub(rows, shift[:, None], out=out)
-    out.mul_(LOG2_E / temperature).clamp_(min=LOWEST_EXPONENT)
+    if _PER_NAT != temperature:
+        out.mul_(_PER_NAT / temperature)
+    out.clamp_(min=LOWEST_EXPONENT)

@@ -324,7 +324,7 @@ def float32_activations(asked: str, dtype: torch.dtype) -> bool:
 
 
 def float32_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return float32 `x @ weight.T`, into `out` if given; x `[T, K]` (a CPU's may be float32), weight `[N, K]` bfloat16."""
+    """Return float32 `x @ weight.T`, into `out` if given; bfloat16 x `[T, K]` (float32 on a CPU), weight `[N, K]`."""
     if x.is_cuda or REHEARSES:  # an operator that torch has for CUDA alone, since 2.8
         return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
     from megatron_rl.kernels import linear_cpu

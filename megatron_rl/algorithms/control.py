@@ -24,8 +24,7 @@ ControlState = dict[str, Any]
 
 
 class LossController:
-    """Holds the loss's options that follow the entropy, and what the loss remembers, from step to step; without either
-    it asks nothing of the ranks."""
+    """Holds what of the loss changes from step to step; where nothing does it asks nothing of the ranks."""
 
     def __init__(self, loss: PolicyLoss, ranks: Ranks) -> None:
         """`ranks`: those that hold different tokens."""

@@ -9,17 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from megatron_rl.algorithms.later import (
-    LossInputs,
-    LossOutputs,
-    MicroBatch,
-    MiniBatch,
-    Ranks,
-    Tensor,
-    covariance,
-    terms,
-    torch,
-)
+from megatron_rl.algorithms.later import LossInputs, LossOutputs, MiniBatch, Numbers, Ranks, covariance, terms, torch
 from megatron_rl.algorithms.policy_loss import ClippedLoss, PolicyLoss, Statistics
 from megatron_rl.section import Fraction
 
@@ -38,8 +28,8 @@ class WeightedLoss(ClippedLoss):
         """Return `stats`."""
         return self.stats
 
-    def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> Tensor:
-        """Return the weight of each of this rank's response tokens, float64 `[N]`; some rank has one."""
+    def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> Numbers:
+        """Return the weight of each of this rank's response tokens; some rank has one."""
         raise NotImplementedError
 
     def mark(self, mini_batch: MiniBatch, ranks: Ranks, *, seed: int, step: int) -> MiniBatch:
@@ -59,9 +49,8 @@ class WeightedLoss(ClippedLoss):
         everywhere = weights.new_zeros(sum(map(len, masks)), dtype=torch.float32)  # 0 outside loss_mask
         everywhere = everywhere.masked_scatter(torch.cat(masks), weights.float())
         mini_batch = mini_batch.replace_each("surrogate_weights", everywhere.split([len(mask) for mask in masks]))
-        return mini_batch.with_selection(
-            {"weight/min": smallest, "weight/effective_fraction": total**2 / (count * squares)}
-        )
+        metrics = {"weight/min": smallest, "weight/effective_fraction": total**2 / (count * squares)}
+        return mini_batch.with_selection(metrics)
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """Return PPO's clipped surrogate times `inputs.surrogate_weights`."""
@@ -90,11 +79,9 @@ class CovarianceLoss(PolicyLoss):
         """Return `cov_logprobs`."""
         return self.cov_logprobs
 
-    def priority(self, part: MiniBatch, cov: Tensor, counter: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Return (candidates, priority) of the response tokens whose covariances are `cov`: bool and float64 `[N]`.
-
-        counter: seed, step and mini-batch, for what is drawn by hash.
-        """
+    def priority(self, part: MiniBatch, cov: Numbers, counter: tuple[int, int, int]) -> tuple[Any, Numbers]:
+        """Return which response tokens are candidates, bool `[N]`, and the priorities of all, from their covariances.
+        counter: seed, step and mini-batch, for what is drawn by hash."""
         raise NotImplementedError
 
     def mark(self, mini_batch: MiniBatch, ranks: Ranks, *, seed: int, step: int) -> MiniBatch:
@@ -108,7 +95,7 @@ class CovarianceLoss(PolicyLoss):
         if self.cov_scope == "minibatch":
             values, offered = self._offer(mini_batch, cov, counter)
             _, winners = ranks.top_k(values, offered, covariance.quota(self.select_fraction, count))
-            chosen = [_marked(micro_batch, winners) for micro_batch in mini_batch.micro_batches]
+            chosen = _marked(mini_batch, winners)
         else:
             parts = [dataclasses.replace(mini_batch, micro_batches=(each,)) for each in mini_batch.micro_batches]
             chosen = [self._choose_within(part, counter) for part in parts]
@@ -122,13 +109,13 @@ class CovarianceLoss(PolicyLoss):
             metrics |= {"select/logprob_mean": logp / number, "select/entropy_mean": entropy / number}
         return mini_batch.with_selection(metrics)
 
-    def _offer(self, part: MiniBatch, cov: Tensor, counter: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def _offer(self, part: MiniBatch, cov: Numbers, counter: tuple[int, int, int]) -> tuple[Numbers, Any]:
         """Return the candidates' priorities and global ids."""
         exact = covariance.spent(part) if self.cov_estimator == "vocab" else cov
         candidates, values = self.priority(part, exact, counter)
         return values[candidates], part.cat("token_ids_global")[candidates]
 
-    def _choose_within(self, part: MiniBatch, counter: tuple[int, int, int]) -> Tensor:
+    def _choose_within(self, part: MiniBatch, counter: tuple[int, int, int]) -> Any:
         """Return `selected` [T] of one micro-batch by itself: what `cov_scope=microbatch`, the authors' code, sees."""
         cov, count = covariance.covariance(part.cat_stats("logprobs"), part.cat("advantages"), None)
         if count == 0:
@@ -136,7 +123,7 @@ class CovarianceLoss(PolicyLoss):
         values, offered = self._offer(part, cov, counter)
         # torch's own top-k, ties as they come, as the authors call it
         best = values.topk(min(covariance.quota(self.select_fraction, count), len(offered))).indices
-        return _marked(part.micro_batches[0], offered[best])
+        return _marked(part, offered[best])[0]
 
     def faults(self, config: Any) -> Iterator[str]:
         """Yield why the layout cannot select within a micro-batch."""
@@ -172,7 +159,7 @@ class CovarianceLoss(PolicyLoss):
             )
 
 
-def _marked(micro_batch: MicroBatch, winners: Tensor) -> Tensor:
-    """Return [T], True on the tokens whose global ids won."""
+def _marked(mini_batch: MiniBatch, winners: Any) -> list[Any]:
+    """Return [T] per micro-batch, True on the tokens whose global ids won."""
     # padding and prompt positions are no candidates, so masking again drops their ids (the padding id is -1)
-    return torch.isin(micro_batch.token_ids_global, winners) & micro_batch.loss_mask
+    return [torch.isin(each.token_ids_global, winners) & each.loss_mask for each in mini_batch.micro_batches]

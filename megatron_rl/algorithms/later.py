@@ -6,7 +6,7 @@ A method's file has its options beside its formula, and a config is read without
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["LossInputs", "LossOutputs", "MicroBatch", "MiniBatch", "Ranks", "Tensor", "TrainBatch", "torch"]
+__all__ = ["Flags", "LossInputs", "LossOutputs", "MiniBatch", "Numbers", "Ranks", "torch"]
 __all__ += ["aggregation", "covariance", "hashing", "kl", "terms"]
 
 if TYPE_CHECKING:
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_rl.algorithms import aggregation, covariance, hashing, kl, terms
-    from megatron_rl.types import LossInputs, LossOutputs, MicroBatch, MiniBatch, Ranks, TrainBatch
+    from megatron_rl.types import Bool, Float64, LossInputs, LossOutputs, MiniBatch, Ranks
+
+    Numbers = Float64[Tensor, "N"]  # of this rank's response tokens in a mini-batch
+    Flags = Bool[Tensor, "N"]
 else:
 
     class _Later:
@@ -25,6 +28,5 @@ else:
             return getattr(importlib.import_module(self._module), name)
 
     torch = _Later("torch")
-    aggregation, covariance, hashing = (_Later(f"{__package__}.{n}") for n in ("aggregation", "covariance", "hashing"))
-    kl, terms = (_Later(f"{__package__}.{name}") for name in ("kl", "terms"))
-    Tensor = LossInputs = LossOutputs = MicroBatch = MiniBatch = Ranks = TrainBatch = Any  # in annotations alone
+    aggregation, covariance, hashing, kl, terms = (_Later(f"{__package__}.{name}") for name in __all__[7:])
+    LossInputs = LossOutputs = MiniBatch = Ranks = Numbers = Flags = Any  # in annotations alone

@@ -1,8 +1,7 @@
 """What a policy loss is: its options, how it is called, and what it may ask of the mini-batch, the step and the config.
 
-Each method is a subclass in a file of methods/, which needs no more than that file and a line in its registry; a
-user's own, `loss.type: my_module:MyLoss`, is such a file without that line. Nothing here imports torch: a config is
-read without it.
+Each method is a subclass in a file of methods/; a user's own, `loss.type: my_module:MyLoss`, is such a file elsewhere.
+Nothing here imports torch: a config is read without it.
 """
 
 from __future__ import annotations

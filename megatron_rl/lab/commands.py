@@ -83,14 +83,11 @@ def _read(file: Path, content: str) -> Any:
 
 
 def default_methods(own: PolicyLoss) -> dict[str, dict[str, Any]]:
-    """Return the loss sections that each method says are worth comparing, by name, and a run's `own` that is none of
-    them."""
+    """Return the loss sections that the methods say are worth comparing, by name, and a run's `own` that is none."""
     losses: dict[str, dict[str, Any]] = {}
     for kind, method in METHODS.items():
         losses |= {name: {"type": kind, **options} for name, options in (method.compared or {kind: {}}).items()}
-    if own.type in METHODS:
-        return losses
-    return losses | {own.type.rpartition(":")[2]: own.model_dump(mode="json")}
+    return losses if own.type in METHODS else losses | {own.type.rpartition(":")[2]: own.model_dump(mode="json")}
 
 
 def _read_methods(path: Path) -> dict[str, dict[str, Any]]:

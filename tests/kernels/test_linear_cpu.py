@@ -75,6 +75,10 @@ def test_float32_activations_meet_bfloat16_weights(
         (linear_cpu.weight_gradient(grad, x, weight), rounded.t() @ of_x),
     ):
         torch.testing.assert_close(gradient.double(), wanted, rtol=0, atol=1e-4)
+    total = torch.ones_like(weight, dtype=torch.float32)
+    weight.main_grad = total.clone()  # what Megatron sums the gradients of micro-batches in
+    assert linear_cpu.weight_gradient(grad, x, weight) is None
+    torch.testing.assert_close(weight.main_grad - total, (rounded.t() @ of_x).float(), rtol=0, atol=1e-4)
 
 
 def test_long_sums_of_the_forward_pass_are_not_onednns() -> None:

@@ -8,17 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_rl.algorithms.families import CovarianceLoss
-from megatron_rl.algorithms.later import (
-    LossInputs,
-    LossOutputs,
-    MicroBatch,
-    MiniBatch,
-    Tensor,
-    hashing,
-    kl,
-    terms,
-    torch,
-)
+from megatron_rl.algorithms.later import Flags, LossInputs, LossOutputs, MiniBatch, Numbers, hashing, kl, terms, torch
 from megatron_rl.algorithms.policy_loss import ClippedLoss
 from megatron_rl.section import Float, Fraction, NonNegativeFloat, UnitFloat
 
@@ -46,24 +36,18 @@ class ClipCovLoss(CovarianceLoss, ClippedLoss):
         metrics["loss/selected_fraction"] = kl.masked_sum_count(selected, inputs.loss_mask)
         return terms.total(inputs, self, surrogate, metrics, ratio)
 
-    def priority(self, part: MiniBatch, cov: Tensor, counter: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def priority(self, part: MiniBatch, cov: Numbers, counter: tuple[int, int, int]) -> tuple[Flags, Numbers]:
         """Return (candidates, priority): tokens inside the bounds that PPO's clip has not cut, in a hashed order.
 
         The order is a pure function of (seed, step, mini-batch, prompt_id, sample_index, position), so every layout
         draws the same subset.
         """
-        clipped = part.response_tokens([self._already_clipped(micro_batch) for micro_batch in part.micro_batches])
+        advantages, ratio = part.cat("advantages"), (part.cat_stats("logprobs") - part.cat("old_logprobs")).exp()
+        # the authors' `clip_by_origin`
+        clipped = -advantages * ratio.clamp(1 - self.eps_low, 1 + self.eps_high) > -advantages * ratio
         candidates = (cov > self.cov_low) & (cov < self.cov_high) & ~clipped
         places = (part.cat(name) for name in ("prompt_ids", "sample_indices", "position_ids"))
         return candidates, hashing.hash_uniform(*counter, *places)
-
-    def _already_clipped(self, micro_batch: MicroBatch) -> Tensor:
-        """Return [T], True where PPO-clip's surrogate takes the clipped branch: the authors' `clip_by_origin`."""
-        if micro_batch.old_logprobs is None:
-            return torch.zeros_like(micro_batch.loss_mask)
-        log_ratio = micro_batch.computed_stats.logprobs - micro_batch.old_logprobs
-        ratio, advantages = torch.where(micro_batch.loss_mask, log_ratio, 0.0).exp(), micro_batch.advantages
-        return -advantages * ratio.clamp(1 - self.eps_low, 1 + self.eps_high) > -advantages * ratio
 
     def faults(self, config: Any) -> Iterator[str]:
         yield from super().faults(config)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_rl.algorithms.families import WeightedLoss
-from megatron_rl.algorithms.later import MiniBatch, Ranks, Tensor, torch
+from megatron_rl.algorithms.later import MiniBatch, Numbers, Ranks, torch
 from megatron_rl.section import Fraction, NonNegativeFloat
 
 
@@ -26,7 +26,7 @@ class ForkingLoss(WeightedLoss):
     keep_fraction: Fraction = 0.2
     """Fraction of the mini-batch's response tokens that is kept, those of highest entropy."""
 
-    def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> Tensor:
+    def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> Numbers:
         entropy = mini_batch.cat_stats("entropy")
         count = int(ranks.sum(torch.tensor([entropy.numel()], device=entropy.device)))
         wanted = min(count, math.ceil(self.keep_fraction * count - 1e-9))  # 0.2 * 15 is 3.0000000000000004

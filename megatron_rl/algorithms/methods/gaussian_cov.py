@@ -8,13 +8,13 @@ leave open the divisor of sigma and take N over "the group".
 """
 
 from megatron_rl.algorithms.families import WeightedLoss
-from megatron_rl.algorithms.later import MiniBatch, Ranks, Tensor, covariance, torch
+from megatron_rl.algorithms.later import MiniBatch, Numbers, Ranks, covariance, torch
 
 
 class GaussianCovLoss(WeightedLoss):
     type: str = "gaussian_cov"
 
-    def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> Tensor:
+    def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> Numbers:
         cov, count = covariance.covariance(mini_batch.cat_stats("logprobs"), mini_batch.cat("advantages"), ranks)
         mean = ranks.sum(cov.sum()) / count
         variance = ranks.sum(((cov - mean) ** 2).sum()) / count

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_rl.algorithms.families import CovarianceLoss
-from megatron_rl.algorithms.later import LossInputs, LossOutputs, MiniBatch, Tensor, kl, terms, torch
+from megatron_rl.algorithms.later import Flags, LossInputs, LossOutputs, MiniBatch, Numbers, kl, terms, torch
 from megatron_rl.section import Fraction, NonNegativeFloat
 
 
@@ -33,7 +33,7 @@ class KlCovLoss(CovarianceLoss):
         }
         return terms.total(inputs, self, -inputs.advantages * ratio, metrics, ratio, extra=self.kl_coef * distance)
 
-    def priority(self, part: MiniBatch, cov: Tensor, counter: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def priority(self, part: MiniBatch, cov: Numbers, counter: tuple[int, int, int]) -> tuple[Flags, Numbers]:
         """Return (candidates, priority): all tokens, by their covariance."""
         return torch.ones_like(cov, dtype=torch.bool), cov
 

@@ -14,7 +14,7 @@ import math
 from pydantic import Field
 
 from megatron_rl.algorithms.families import WeightedLoss
-from megatron_rl.algorithms.later import MiniBatch, Ranks, Tensor, torch
+from megatron_rl.algorithms.later import MiniBatch, Numbers, Ranks, torch
 from megatron_rl.section import Float
 
 STEER_FLOOR = 0.02  # the authors' code never normalises by less: tiny changes all keep weights near 1
@@ -27,7 +27,7 @@ class SteerLoss(WeightedLoss):
     weight_min: Float = Field(0.7, gt=0, lt=1)
     """Weight of the token with the largest change."""
 
-    def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> Tensor:
+    def weights(self, mini_batch: MiniBatch, ranks: Ranks) -> Numbers:
         logprobs, entropy = mini_batch.cat_stats("logprobs").double(), mini_batch.cat_stats("entropy").double()
         prob = logprobs.exp().clamp(_TINY, 1 - _TINY)
         old_prob = mini_batch.cat("old_logprobs").double().exp().clamp(_TINY, 1.0)
