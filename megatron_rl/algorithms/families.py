@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
-<<<<<<< HEAD
 from megatron_rl.algorithms.later import (
     Flags,
     LossInputs,
@@ -22,9 +21,6 @@ from megatron_rl.algorithms.later import (
     terms,
     torch,
 )
-=======
-from megatron_rl.algorithms.later import LossInputs, LossOutputs, MiniBatch, Numbers, Ranks, covariance, terms, torch
->>>>>>> tangent
 from megatron_rl.algorithms.policy_loss import ClippedLoss, PolicyLoss, Statistics
 from megatron_rl.section import Fraction
 
