@@ -14,9 +14,9 @@ from megatron_rl.algorithms.later import (
     LossInputs,
     LossOutputs,
     MiniBatch,
+    Number,
     Numbers,
     Ranks,
-    Tensor,
     covariance,
     terms,
     torch,
@@ -72,14 +72,14 @@ class WeightedLoss(ClippedLoss):
         return terms.total(inputs, self, weights * surrogate, metrics, ratio)
 
 
-def moments(values: Numbers, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+def moments(values: Numbers, ranks: Ranks) -> tuple[Number, Number, Number]:
     """Return mean and standard deviation (divisor N) of all ranks' values, and N: scalars. One collective."""
     sums = ranks.sum(torch.stack([torch.full_like(values.sum(), values.numel()), values.sum(), (values**2).sum()]))
     mean, square = sums[1:] / sums[0]
     return mean, (square - mean**2).clamp_min(0).sqrt(), sums[0]
 
 
-def outliers(mini_batch: MiniBatch, values: Numbers, bound: Tensor) -> Flags:
+def outliers(mini_batch: MiniBatch, values: Numbers, bound: Number) -> Flags:
     """Return which response tokens have A < 0 and a value above the bound; none where the bound is about 0."""
     return (mini_batch.cat("advantages") < 0) & (values > bound) & (bound > SMALL_BOUND)
 

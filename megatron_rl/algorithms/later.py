@@ -6,7 +6,18 @@ A method's file has its options beside its formula, and a config is read without
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Flags", "LossInputs", "LossOutputs", "MiniBatch", "Numbers", "Ranks", "Tensor", "TrainBatch", "torch"]
+__all__ = [
+    "Flags",
+    "LossInputs",
+    "LossOutputs",
+    "MiniBatch",
+    "Number",
+    "Numbers",
+    "Ranks",
+    "Tensor",
+    "TrainBatch",
+    "torch",
+]
 __all__ += ["aggregation", "control", "covariance", "entropy", "hashing", "kl", "terms"]
 
 if TYPE_CHECKING:
@@ -16,6 +27,7 @@ if TYPE_CHECKING:
     from megatron_rl.algorithms import aggregation, control, covariance, entropy, hashing, kl, terms
     from megatron_rl.types import Bool, Float64, LossInputs, LossOutputs, MiniBatch, Ranks, TrainBatch
 
+    Number = Float64[Tensor, ""]
     Numbers = Float64[Tensor, "N"]  # of this rank's response tokens in a mini-batch
     Flags = Bool[Tensor, "N"]
 else:
@@ -28,6 +40,8 @@ else:
             return getattr(importlib.import_module(self._module), name)
 
     torch = _Later("torch")
-    _MODULES = [_Later(f"{__package__}.{name}") for name in __all__[9:]]
+    _MODULES = [_Later(f"{__package__}.{name}") for name in __all__[10:]]
     aggregation, control, covariance, entropy, hashing, kl, terms = _MODULES
-    LossInputs = LossOutputs = MiniBatch = TrainBatch = Ranks = Tensor = Numbers = Flags = Any  # in annotations alone
+    LossInputs = LossOutputs = MiniBatch = TrainBatch = Ranks = Tensor = Number = Numbers = Flags = (
+        Any  # in annotations alone
+    )

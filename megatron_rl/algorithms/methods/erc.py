@@ -48,7 +48,7 @@ class ErcLoss(ClippedLoss):
         surrogate = terms.dual_clipped(surrogate, inputs, self.dual_clip, metrics)
         entropy_ratio = (inputs.entropy + _TINY) / (old_entropy + _TINY)
         inside = (entropy_ratio > 1 - self.entropy_low) & (entropy_ratio < 1 + self.entropy_high)
-        metrics["loss/entropy_clip_fraction"] = kl.masked_sum_count(~inside, inputs.loss_mask)
+        metrics["loss/entropy_clip_fraction"] = kl.masked_sum_count(inside.logical_not(), inputs.loss_mask)
         surrogate = torch.where(inside, surrogate, surrogate.detach())
         return terms.total(inputs, self, surrogate, metrics, ratio)
 
