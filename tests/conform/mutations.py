@@ -361,9 +361,7 @@ _MUTATIONS: dict[str, tuple[Any, ...]] = {
     ),
     "random tokens drawn by rank": (
         "dp2",
-        _replaced(
-            "megatron_rl.algorithms.covariance:hash_uniform", lambda real: lambda *fields: real(_rank(), *fields)
-        ),
+        _replaced("megatron_rl.algorithms.hashing:hash_uniform", lambda real: lambda *fields: real(_rank(), *fields)),
         "clip_cov",
     ),
 }
