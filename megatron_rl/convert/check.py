@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.folders import Progress
+from megatron_rl.convert.folders import Progress, load_tokenizer
 from megatron_rl.convert.weights import Weights, open_weights
-from megatron_rl.data.tokenizer import pretrained_tokenizer
 from megatron_rl.errors import ConfigError
 
 _ROWS = 4096
@@ -85,7 +84,7 @@ def compare_logits(a: Path, b: Path, prompt: str) -> tuple[float, bool, int]:
 def _encode(first: Weights, second: Weights, prompt: str) -> Tensor:
     for weights in (first, second):
         if (weights.hf_folder / "tokenizer_config.json").is_file():
-            token_ids = pretrained_tokenizer(weights.hf_folder)(prompt, return_tensors="pt").input_ids
+            token_ids = load_tokenizer(weights.hf_folder)(prompt, return_tensors="pt").input_ids
             if token_ids.shape[1] == 0:
                 raise ConfigError(f"--prompt {prompt!r}: no tokens; give a longer text")
             return token_ids

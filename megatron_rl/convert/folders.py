@@ -5,13 +5,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_rl.convert.disk import remove, replace, unused
 from megatron_rl.convert.safetensors_io import TensorInfo
 from megatron_rl.convert.weights import Weights
-from megatron_rl.data.tokenizer import pretrained_tokenizer
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.files import free_bytes
 from megatron_rl.models.facts import hf_folder
@@ -24,8 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def converted(weights: Weights, dtype: str) -> tuple[dict[str, TensorInfo], int]:
     """Return a model's tensors in another dtype, or as they are ("keep"), and their bytes.
 
-    Raises: ConfigError for an unknown dtype, and when the folder's tokenizer does not belong to the model; DataError
-    for one that cannot be loaded.
+    Raises: ConfigError for an unknown dtype, and when the folder's tokenizer does not belong to the model.
     """
     if dtype != "keep" and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: expected keep, {', '.join(DTYPES)}")
@@ -44,12 +43,22 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return result
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder. Raises: ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+
+
 def _check_tokenizer(weights: Weights) -> None:
     """Check that the model has an embedding for each token that the folder's tokenizer, if any, knows."""
     folder, size = weights.hf_folder, weights.hf.vocab_size
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return
-    largest = max(pretrained_tokenizer(folder).get_vocab().values(), default=-1)
+    largest = max(load_tokenizer(folder).get_vocab().values(), default=-1)
     if largest >= size:
         raise ConfigError(
             f"{folder}: tokenizer mismatch: it has a token {largest}, the model's vocab_size is {size}; give the "

@@ -9,13 +9,12 @@ import torch
 
 from megatron_rl import device
 from megatron_rl.convert.check import transformers_model
-from megatron_rl.convert.folders import DTYPES, SLACK_BYTES, cast, converted, published
+from megatron_rl.convert.folders import DTYPES, SLACK_BYTES, cast, converted, load_tokenizer, published
 from megatron_rl.convert.model_files import converted_files, write_files
 from megatron_rl.convert.safetensors_io import TensorInfo
 from megatron_rl.convert.save_hf import write_shards
 from megatron_rl.convert.to_hf import open_checkpoint, parse_size
 from megatron_rl.convert.weights import Weights
-from megatron_rl.data.tokenizer import pretrained_tokenizer
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.models.facts import is_moe
 
@@ -41,7 +40,7 @@ def fp8_to_hf(source: Path, target: Path, *, calibration: Path, dtype: str = "ke
         stored = next(iter(tensors.values())).dtype if dtype == "keep" else DTYPES[dtype]
         model = transformers_model(weights, stored)
         model.config.architectures = model.config.architectures or [type(model).__name__]  # the export asks for it
-        tokenizer = pretrained_tokenizer(weights.hf_folder)
+        tokenizer = load_tokenizer(weights.hf_folder)
         batches = [tokenizer(text, **_CUT_TEXT).input_ids for text in texts]
 
         def feed(calibrated: Any) -> None:

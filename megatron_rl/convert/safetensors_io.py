@@ -45,11 +45,15 @@ class Stored:
     path: Path
     begin: int
 
-    def read(self) -> Tensor:
-        """The tensor."""
-        tensor = torch.empty(self.info.shape, dtype=self.info.dtype)
+    def read(self, start: int = 0, rows: int | None = None) -> Tensor:
+        """The tensor, or `rows` of its rows from `start` on."""
+        shape, stride = self.info.shape, 0
+        if rows is not None:
+            shape = (min(rows, shape[0] - start), *shape[1:])
+            stride = math.prod(shape[1:]) * self.info.dtype.itemsize
+        tensor = torch.empty(shape, dtype=self.info.dtype)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.begin)
+            file.seek(self.begin + start * stride)
             target, filled = as_bytes(tensor), 0
             while filled < len(target):  # one call reads at most 2 GiB
                 count = file.readinto(target[filled:])

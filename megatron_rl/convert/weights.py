@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_rl.convert.safetensors_io import TensorInfo, stored_tensors
+from megatron_rl.convert.safetensors_io import Stored, TensorInfo, stored_tensors
 from megatron_rl.convert.torch_dist import TorchDistError, TorchDistReader
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.architecture import head_dim, resolve_hf_config
@@ -132,13 +132,18 @@ def _open_hf(folder: Path, hf: PretrainedConfig) -> tuple[dict[str, TensorInfo],
         if info.shape != expected[name]:
             raise ConfigError(_misfit(folder, name, info.shape, expected[name]))
     if hf.tie_word_embeddings and "lm_head.weight" in stored:
-        head, embedding = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
-        if head.info != embedding.info or not torch.equal(head.read(), embedding.read()):
+        if not _are_equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
             raise ConfigError(
                 f"{folder}: config.json ties the embeddings, but lm_head.weight and model.embed_tokens.weight differ; "
                 "set tie_word_embeddings=false, or remove lm_head.weight"
             )
     return tensors, lambda name: stored[name].read()
+
+
+def _are_equal(a: Stored, b: Stored, rows: int = 8192) -> bool:
+    """Whether two matrices are equal, a few rows at a time."""
+    starts = range(0, a.info.shape[0], rows)
+    return a.info == b.info and all(torch.equal(a.read(start, rows), b.read(start, rows)) for start in starts)
 
 
 def _open_megatron(folder: Path, hf: PretrainedConfig) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:

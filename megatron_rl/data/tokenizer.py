@@ -141,7 +141,7 @@ def pretrained_tokenizer(folder: str | Path | None) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
         raise DataError(
-            f"{folder} holds no tokenizer that transformers can load ({type(error).__name__}: {error})"
+            f"data.tokenizer: {folder} holds no tokenizer that transformers can load ({type(error).__name__}: {error})"
         ) from error
 
 

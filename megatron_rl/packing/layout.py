@@ -67,6 +67,23 @@ class Layout:
             count_multiple=config.parallel.micro_batch_multiple,
         )
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError for places and multiples that cannot be."""
+        for name in ("dp", "cp"):
+            rank, size = getattr(self, f"{name}_rank"), getattr(self, f"{name}_size")
+            if not 0 <= rank < size:
+                raise ValueError(f"{name}_rank={rank} is not in [0, {name}_size={size})")
+        if self.pad_multiple < 1 or self.pad_multiple % self.sequence_multiple:
+            raise ValueError(
+                f"pad_multiple={self.pad_multiple} must be a multiple of {self.sequence_multiple} tokens, two chunks "
+                f"for each of {self.cp_size} context-parallel ranks"
+            )
+        if self.capacity == 0:
+            raise ValueError(
+                f"micro_batch_tokens={self.micro_batch_tokens} is below the padding multiple {self.pad_multiple}; "
+                "raise it"
+            )
+
     @property
     def samples_per_minibatch(self) -> int:
         """Return the number of samples of one optimiser update, over all ranks."""

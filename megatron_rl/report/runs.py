@@ -137,7 +137,7 @@ def _load_run(path: Path) -> LoggedRun:
     label = f"{name} ({kind})" if config else name
     samples = _some_samples(path / "samples.jsonl", notes)
     _check_ledger(path / "ledger.jsonl", notes)
-    shadow = _newest_shadow(path / "shadow")
+    shadow = _newest_shadow(path / "shadow", notes)
     evaluations = _evaluations(path, notes)
     texts = (name, kind, label, config_text)
     return LoggedRun(path, *texts, steps, columns, tuple(notes), config, samples, shadow, evaluations)
@@ -232,9 +232,16 @@ def _check_ledger(path: Path, notes: list[str]) -> None:
         notes.append(f"{path.name}: {unfinished} steps with non-finite values are left out of its figures")
 
 
-def _newest_shadow(folder: Path) -> dict[str, Any]:
+def _newest_shadow(folder: Path, notes: list[str]) -> dict[str, Any]:
     files = sorted(folder.glob("step_*.json"))
-    return json.loads(files[-1].read_text(encoding="utf-8")) if files else {}
+    if not files:
+        return {}
+    try:
+        replay: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        notes.append(f"shadow/{files[-1].name} is not JSON and was skipped: {error}")
+        return {}
+    return replay
 
 
 def evaluation_tables(run: Path) -> list[Path]:
@@ -261,8 +268,15 @@ def _load_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
     if not path.is_file():
         notes.append("no config.yaml: the run is named after its folder and its loss is unknown")
         return "", {}
-    text = path.read_text(encoding="utf-8")
-    return text, yaml.safe_load(text)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        notes.append("config.yaml is not a YAML mapping: the run is named after its folder and its loss is unknown")
+        return text, {}
+    return text, config
 
 
 def _mean(values: list[float]) -> float | None:

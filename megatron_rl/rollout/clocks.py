@@ -4,7 +4,6 @@ Ranks wait for each other on gloo groups (`Reducer.gather_objects`, `any`, `barr
 rank is done, so its timeout is longer than all that a rank may do alone between two of them.
 """
 
-import contextlib
 import math
 import os
 from pathlib import Path
@@ -60,6 +59,12 @@ def _evaluated(config: Config) -> dict[str, int]:
         path, options, preset = set_path(config.eval, name), config.eval.options.get(name), PRESETS.get(name)
         samples = (options and options.samples) or (preset.samples if preset else 1)
         if isinstance(path, Path) and path.is_file():
-            with contextlib.suppress(DataError):
-                counts[f"evaluation, {name}"] = samples * sum(1 for _ in read_records(path))
+            counts[f"evaluation, {name}"] = samples * _records(path)
     return counts
+
+
+def _records(path: Path) -> int:
+    try:
+        return sum(1 for _ in read_records(path))
+    except DataError:
+        return 0

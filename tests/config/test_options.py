@@ -229,15 +229,16 @@ def test_values_of_a_config_json_have_their_types(key: str, value: Any, typed: A
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("rms_norm_eps", "tiny", "rms_norm_eps: Value error, could not convert string to float: 'tiny'"),
+        ("rms_norm_eps", "tiny", "rms_norm_eps: Value error, expected a number"),
         ("rms_norm_eps", True, "rms_norm_eps: Value error, expected a number"),
         ("rope_theta", float("nan"), "rope_theta: Value error, expected a finite number"),
-        ("hidden_size", 48.5, "hidden_size: Input should be a valid integer"),
-        ("num_hidden_layers", "four", "num_hidden_layers: Value error, could not convert string to float: 'four'"),
-        ("tie_word_embeddings", "maybe", "tie_word_embeddings: Input should be a valid boolean"),
-        ("hidden_act", False, "hidden_act: Input should be a valid string"),
-        ("layer_types", "full_attention", "layer_types: Input should be a valid list"),
-        ("rope_scaling", {"type": "yarn", "factor": "big"}, "rope_scaling.factor: Value error, could not convert"),
+        ("hidden_size", 48.5, "hidden_size: Value error, expected a whole number"),
+        ("num_hidden_layers", "four", "num_hidden_layers: Value error, expected a number"),
+        ("tie_word_embeddings", "maybe", "tie_word_embeddings: Value error, expected true or false"),
+        ("tie_word_embeddings", 1, "tie_word_embeddings: Value error, expected true or false"),
+        ("hidden_act", False, "hidden_act: Value error, expected a text"),
+        ("layer_types", "full_attention", "layer_types: Value error, expected a list of texts"),
+        ("rope_scaling", {"type": "yarn", "factor": "big"}, "rope_scaling.factor: Value error, expected a number"),
         ("rope_scaling", "yarn", "rope_scaling"),
     ],
 )

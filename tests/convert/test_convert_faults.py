@@ -154,11 +154,8 @@ HF_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"it has .bin files: save the model as safetensors first",
     ),
     "tokenizer of another model": (add_token, "tokenizer mismatch: it has a token 37, the model's vocab_size is 37"),
-    "damaged tokenizer": (lambda f: truncate(f / "tokenizer.json"), "holds no tokenizer that transformers can load"),
-    "tokenizer without a model": (
-        lambda f: (f / "tokenizer.json").write_text("{}"),
-        "holds no tokenizer that transformers can load",
-    ),
+    "damaged tokenizer": (lambda f: truncate(f / "tokenizer.json"), "the tokenizer cannot be loaded"),
+    "tokenizer without a model": (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer cannot be loaded"),
 }
 
 

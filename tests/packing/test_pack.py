@@ -200,6 +200,8 @@ def test_interleaved_pipelines_get_a_multiple_of_micro_batches() -> None:
     options = {"step": 0, "dp_rank": 0, "dp_size": 1, "equal_lengths": True}
     (mini,) = pack(rollouts, torch.zeros(3), config, count_multiple=2, **options).mini_batches
     assert [mb.num_sequences for mb in mini.micro_batches] == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match="pad_multiple=2 must be a multiple of 4 tokens"):
+        pack(rollouts, torch.zeros(3), config, cp_size=2, pad_multiple=2, **options)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
@@ -388,6 +390,8 @@ def test_errors_name_what_is_wrong() -> None:
         attempt(good, torch.tensor([0.0, float("nan")]))
     with pytest.raises(ValueError, match=r"shape \(3,\), expected \[2\]"):
         attempt(good, torch.zeros(3))
+    with pytest.raises(ValueError, match="dp_rank=1"):
+        attempt(good, dp_rank=1)
 
 
 def test_a_rollout_that_does_not_count_is_packed_without_weight() -> None:
