@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.control import mean_entropy
 from megatron_rl.algorithms.families import WeightedLoss
-from megatron_rl.section import Fraction, PositiveFloat
+from megatron_rl.algorithms.section import Fraction, PositiveFloat
 from megatron_rl.types import MiniBatch, Ranks, TrainBatch
 
 

@@ -22,7 +22,7 @@ from megatron_rl.algorithms.later import (
     torch,
 )
 from megatron_rl.algorithms.policy_loss import ClippedLoss, PolicyLoss, Statistics
-from megatron_rl.section import Fraction
+from megatron_rl.algorithms.section import Fraction
 
 PERCENTAGE = 0.02  # a fraction of that size, where it selects many tokens, was probably meant as a percentage
 MANY_TOKENS = 1000

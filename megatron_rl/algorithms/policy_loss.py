@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from megatron_rl.section import Float, NonNegativeFloat, PositiveFloat, PositiveInt, Section, UnitFloat
+from megatron_rl.algorithms.section import Float, NonNegativeFloat, PositiveFloat, PositiveInt, Section, UnitFloat
 
 if TYPE_CHECKING:
     from megatron_rl.types import LossInputs, LossOutputs, MiniBatch, Ranks, TrainBatch

@@ -7,9 +7,10 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from megatron_rl.algorithms.section import Float, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 from megatron_rl.config.benchmarks import HELD_OUT, PRESETS
+from megatron_rl.config.paths import PathText
 from megatron_rl.config.rollout import ServerConfig
-from megatron_rl.section import Float, NonNegativeFloat, NonNegativeInt, PathText, PositiveInt, Section
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 

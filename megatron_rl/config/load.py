@@ -12,12 +12,12 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_rl.algorithms.methods import loss_class
+from megatron_rl.algorithms.section import Section
 from megatron_rl.config.checks import check_consistency
 from megatron_rl.config.environment import UnsetVariable, expand
 from megatron_rl.config.sections import Config
 from megatron_rl.config.yaml_text import DuplicateKey, read_yaml
 from megatron_rl.errors import ConfigError
-from megatron_rl.section import Section
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

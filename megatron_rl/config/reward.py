@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_rl.section import Float, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
+from megatron_rl.algorithms.section import Float, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
 
 
 def _compiles(pattern: str) -> str:

@@ -2,16 +2,16 @@
 
 from typing import Literal
 
-from megatron_rl.section import (
+from megatron_rl.algorithms.section import (
     Fraction,
     Int,
     NonNegativeFloat,
     NonNegativeInt,
-    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
 )
+from megatron_rl.config.paths import PathText
 
 
 class ServerConfig(Section):

@@ -14,20 +14,20 @@ from pydantic import BeforeValidator, Field, GetPydanticSchema, model_validator
 
 from megatron_rl.algorithms.methods import LossConfig
 from megatron_rl.algorithms.methods.ppo_clip import PpoClipLoss
-from megatron_rl.config.evaluation import EvalConfig
-from megatron_rl.config.reward import RewardConfig
-from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.models.keys import ConfigKeys
-from megatron_rl.section import (
+from megatron_rl.algorithms.section import (
     Float,
     Int,
     NonNegativeFloat,
     NonNegativeInt,
-    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
 )
+from megatron_rl.config.evaluation import EvalConfig
+from megatron_rl.config.paths import PathText
+from megatron_rl.config.reward import RewardConfig
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.models.keys import ConfigKeys
 
 # contents of a config.json, the known keys typed
 HfConfig = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(ConfigKeys))]

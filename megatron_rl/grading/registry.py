@@ -5,10 +5,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_rl.algorithms.section import load_named
 from megatron_rl.errors import UserError
 from megatron_rl.grading.math_answer import compared_as_text, math
 from megatron_rl.grading.rules import countdown, exact, format, regex, remote
-from megatron_rl.section import load_named
 
 RewardFn = Callable[[str, str], float]
 

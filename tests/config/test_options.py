@@ -13,9 +13,9 @@ import yaml
 
 from megatron_rl.algorithms.methods import METHODS
 from megatron_rl.algorithms.policy_loss import PolicyLoss
+from megatron_rl.algorithms.section import Section
 from megatron_rl.config import Config, load_config, parse_config
 from megatron_rl.errors import ConfigError
-from megatron_rl.section import Section
 from tests.config.test_config import BASE, raw, refusal, write
 
 JSONL = {"type": "jsonl", "train_path": "train.jsonl", "tokenizer": "tokenizer", "max_prompt_tokens": 32}

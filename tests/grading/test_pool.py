@@ -15,13 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_rl.algorithms.section import Section
 from megatron_rl.config import parse_config
 from megatron_rl.config.reward import RewardConfig, VerifierConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.grading.pool import GradingPool
 from megatron_rl.grading.registry import REWARDS, RewardError
 from megatron_rl.grading.verdict import Verifier
-from megatron_rl.section import Section
 from scripts.malformed_outputs import malformed
 from tests.tiny import rows_of, tiny_raw, train_each
 

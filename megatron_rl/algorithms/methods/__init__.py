@@ -23,7 +23,7 @@ from megatron_rl.algorithms.methods.sapo import SapoLoss
 from megatron_rl.algorithms.methods.steer import SteerLoss
 from megatron_rl.algorithms.methods.vespo import VespoLoss
 from megatron_rl.algorithms.policy_loss import PolicyLoss
-from megatron_rl.section import load_named
+from megatron_rl.algorithms.section import load_named
 
 METHODS: dict[str, type[PolicyLoss]] = {
     "ppo_clip": PpoClipLoss,

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, Tensor, kl, terms, torch
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import Float, NonNegativeFloat
+from megatron_rl.algorithms.section import Float, NonNegativeFloat
 
 
 class CeGppoLoss(ClippedLoss):

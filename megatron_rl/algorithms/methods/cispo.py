@@ -6,7 +6,7 @@ Source: arXiv 2506.13585, eq. 4-5.
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, kl, terms
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import NonNegativeFloat, UnitFloat
+from megatron_rl.algorithms.section import NonNegativeFloat, UnitFloat
 
 
 class CispoLoss(ClippedLoss):

@@ -11,7 +11,7 @@ denominator and of the regularisers too; here they stay in both.
 
 from megatron_rl.algorithms.families import WeightedLoss, moments, outliers
 from megatron_rl.algorithms.later import MiniBatch, Numbers, Ranks
-from megatron_rl.section import PositiveFloat
+from megatron_rl.algorithms.section import PositiveFloat
 
 
 class ClipBLoss(WeightedLoss):

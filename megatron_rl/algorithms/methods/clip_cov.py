@@ -10,7 +10,7 @@ from typing import Any
 from megatron_rl.algorithms.families import CovarianceLoss
 from megatron_rl.algorithms.later import Flags, LossInputs, LossOutputs, MiniBatch, Numbers, hashing, kl, terms, torch
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import Float, Fraction, NonNegativeFloat, UnitFloat
+from megatron_rl.algorithms.section import Float, Fraction, NonNegativeFloat, UnitFloat
 
 
 class ClipCovLoss(CovarianceLoss, ClippedLoss):

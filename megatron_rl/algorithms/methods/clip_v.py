@@ -8,7 +8,7 @@ of it that the forward pass gives anyway.
 
 from megatron_rl.algorithms.families import WeightedLoss, moments, outliers
 from megatron_rl.algorithms.later import MiniBatch, Numbers, Ranks, covariance, entropy, torch
-from megatron_rl.section import Fraction, PositiveFloat
+from megatron_rl.algorithms.section import Fraction, PositiveFloat
 
 
 class ClipVLoss(WeightedLoss):

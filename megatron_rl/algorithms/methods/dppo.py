@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, kl, terms, torch
 from megatron_rl.algorithms.policy_loss import Anchor, PolicyLoss, corrected_twice
-from megatron_rl.section import PositiveFloat
+from megatron_rl.algorithms.section import PositiveFloat
 
 _TINY = 1e-8  # added to both probabilities of the other tokens, the authors' value
 

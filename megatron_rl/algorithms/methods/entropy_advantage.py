@@ -11,7 +11,7 @@ from pydantic import Field
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, kl, terms, torch
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import Float, PositiveFloat
+from megatron_rl.algorithms.section import Float, PositiveFloat
 
 
 class EntropyAdvantageLoss(ClippedLoss):

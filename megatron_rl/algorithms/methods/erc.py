@@ -15,7 +15,7 @@ from pydantic import Field
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, MiniBatch, Ranks, kl, terms, torch
 from megatron_rl.algorithms.methods.ce_gppo import preserving_surrogate
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import Float, Fraction, NonNegativeFloat, PositiveFloat
+from megatron_rl.algorithms.section import Float, Fraction, NonNegativeFloat, PositiveFloat
 
 _TINY = 1e-8  # added to both entropies, the authors' value
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_rl.algorithms.families import WeightedLoss
 from megatron_rl.algorithms.later import MiniBatch, Numbers, Ranks, torch
-from megatron_rl.section import Fraction, NonNegativeFloat
+from megatron_rl.algorithms.section import Fraction, NonNegativeFloat
 
 
 class ForkingLoss(WeightedLoss):

@@ -10,7 +10,7 @@ which agree but for separate bounds, verl's. Both average over all sequences; he
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, aggregation, kl, terms, torch
 from megatron_rl.algorithms.policy_loss import Aggregation, PolicyLoss
-from megatron_rl.section import PositiveFloat
+from megatron_rl.algorithms.section import PositiveFloat
 
 
 class GmpoLoss(PolicyLoss):

@@ -10,7 +10,7 @@ Source: arXiv 2507.18071, eq. 5-7 and 13-14.
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, aggregation, kl, terms
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import NonNegativeFloat, UnitFloat
+from megatron_rl.algorithms.section import NonNegativeFloat, UnitFloat
 
 
 class GspoLoss(ClippedLoss):

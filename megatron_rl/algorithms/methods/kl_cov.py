@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_rl.algorithms.families import CovarianceLoss
 from megatron_rl.algorithms.later import Flags, LossInputs, LossOutputs, MiniBatch, Numbers, kl, terms, torch
-from megatron_rl.section import Fraction, NonNegativeFloat
+from megatron_rl.algorithms.section import Fraction, NonNegativeFloat
 
 
 class KlCovLoss(CovarianceLoss):

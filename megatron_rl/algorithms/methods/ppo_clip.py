@@ -9,7 +9,7 @@ from pydantic import Field
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, terms
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import Float
+from megatron_rl.algorithms.section import Float
 
 
 class PpoClipLoss(ClippedLoss):

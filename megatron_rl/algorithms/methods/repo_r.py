@@ -19,7 +19,7 @@ from pydantic import model_validator
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, Ranks, TrainBatch, control, kl, terms
 from megatron_rl.algorithms.policy_loss import ClippedLoss
-from megatron_rl.section import Float, NonNegativeFloat, PositiveFloat
+from megatron_rl.algorithms.section import Float, NonNegativeFloat, PositiveFloat
 
 
 class RepoRLoss(ClippedLoss):

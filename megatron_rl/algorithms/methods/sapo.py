@@ -7,7 +7,7 @@ Source: arXiv 2511.20347, as in verl's `compute_policy_loss_sapo` and TRL's pape
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, kl, terms, torch
 from megatron_rl.algorithms.policy_loss import Aggregation, PolicyLoss
-from megatron_rl.section import PositiveFloat
+from megatron_rl.algorithms.section import PositiveFloat
 
 
 class SapoLoss(PolicyLoss):

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from megatron_rl.algorithms.families import WeightedLoss
 from megatron_rl.algorithms.later import MiniBatch, Numbers, Ranks, torch
-from megatron_rl.section import Float
+from megatron_rl.algorithms.section import Float
 
 STEER_FLOOR = 0.02  # the authors' code never normalises by less: tiny changes all keep weights near 1
 _TINY = 1e-8  # bounds of a probability in the estimate, the authors' value

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, aggregation, kl, terms, torch
 from megatron_rl.algorithms.policy_loss import Anchor, PolicyLoss, corrected_twice
-from megatron_rl.section import NonNegativeFloat, PositiveFloat
+from megatron_rl.algorithms.section import NonNegativeFloat, PositiveFloat
 
 
 class VespoLoss(PolicyLoss):

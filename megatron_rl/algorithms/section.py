@@ -2,26 +2,16 @@
 
 import difflib
 import importlib
-import os
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _no_flag(value: Any) -> Any:
     if isinstance(value, bool):  # pydantic would take true for 1
         raise ValueError(f"expected a number, got {str(value).lower()}")
     return value
-
-
-def _expand_home(path: str) -> str:
-    if not path:
-        raise ValueError("an empty path; name a file or a folder")
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise ValueError(f"{path}: no user of this machine has this home folder; write the path out")
-    return expanded
 
 
 Int = Annotated[int, BeforeValidator(_no_flag)]
@@ -32,8 +22,6 @@ PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(gt=0, le=1)]
 UnitFloat = Annotated[Float, Field(ge=0, le=1)]
-# a file or a folder; `~` is the home folder, as in a shell
-PathText = Annotated[str, AfterValidator(_expand_home)]
 
 
 class Section(BaseModel):
