@@ -55,8 +55,7 @@ class WeightedLoss(ClippedLoss):
             nothing = [torch.zeros_like(micro_batch.advantages) for micro_batch in mini_batch.micro_batches]
             return mini_batch.replace_each("surrogate_weights", nothing)
         weights = self.weights(mini_batch, ranks)
-        sums = torch.stack([torch.full_like(weights.sum(), weights.numel()), weights.sum(), (weights**2).sum()])
-        count, total, squares = ranks.sum(sums).tolist()
+        count, total, squares = _power_sums(weights, ranks).tolist()
         smallest = -float(ranks.max(torch.cat([-weights, weights.new_tensor([-math.inf])]).max()))
         everywhere = weights.new_zeros(sum(map(len, masks)), dtype=torch.float32)  # 0 outside loss_mask
         everywhere = everywhere.masked_scatter(torch.cat(masks), weights.float())
@@ -74,9 +73,15 @@ class WeightedLoss(ClippedLoss):
 
 def moments(values: Numbers, ranks: Ranks) -> tuple[Number, Number, Number]:
     """Return mean and standard deviation (divisor N) of all ranks' values, and N: scalars. One collective."""
-    sums = ranks.sum(torch.stack([torch.full_like(values.sum(), values.numel()), values.sum(), (values**2).sum()]))
+    sums = _power_sums(values, ranks)
     mean, square = sums[1:] / sums[0]
     return mean, (square - mean**2).clamp_min(0).sqrt(), sums[0]
+
+
+def _power_sums(values: Numbers, ranks: Ranks) -> Numbers:
+    """Return how many values all ranks have, their sum and the sum of their squares. A collective."""
+    total = values.sum()
+    return ranks.sum(torch.stack([torch.full_like(total, values.numel()), total, (values**2).sum()]))
 
 
 def outliers(mini_batch: MiniBatch, values: Numbers, bound: Number) -> Flags:

@@ -258,10 +258,19 @@ class ClippedLoss(PolicyLoss):
     """The ratio's upper bound is 1 + eps_high."""
 
 
-def corrected_twice(loss: PolicyLoss, anchor: Anchor) -> Iterator[str]:
-    """Yield that the weights of `rollout_correction` correct what a ratio to the policy that sampled contains."""
-    if anchor == "rollout" and loss.rollout_correction is not None and loss.rollout_correction.weights != "none":
-        yield (
-            f"loss.anchor=rollout with loss.rollout_correction.weights={loss.rollout_correction.weights}: the ratio to "
-            "the policy that sampled contains these weights already; set weights=none, or anchor=old"
-        )
+class AnchoredLoss(PolicyLoss):
+    """Options of the losses whose ratio may be to the policy that sampled."""
+
+    anchor: Anchor = "old"
+    """The ratio is to: old: the policy at the start of the step, recomputed; rollout: the policy that sampled, by its
+    engine."""
+
+    def faults(self, config: Any) -> Iterator[str]:
+        """Yield that importance weights would correct what this ratio corrects."""
+        correction = self.rollout_correction
+        if self.anchor == "rollout" and correction is not None and correction.weights != "none":
+            yield (
+                f"loss.anchor=rollout with loss.rollout_correction.weights={correction.weights}: the ratio to the "
+                "policy that sampled contains these weights already; set weights=none, or anchor=old"
+            )
+        yield from super().faults(config)

@@ -8,17 +8,16 @@ default, verl from the old policy (`anchor: old`) at 20. The authors' variant ov
 not here.
 """
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, kl, terms, torch
-from megatron_rl.algorithms.policy_loss import Anchor, PolicyLoss, corrected_twice
+from megatron_rl.algorithms.policy_loss import Anchor, AnchoredLoss
 from megatron_rl.algorithms.section import PositiveFloat
 
 _TINY = 1e-8  # added to both probabilities of the other tokens, the authors' value
 
 
-class DppoLoss(PolicyLoss):
+class DppoLoss(AnchoredLoss):
     type: str = "dppo"
     divergence: Literal["tv", "kl"] = "tv"
     """Between the token and all others taken together; tv: |p - p0|; kl: KL(p0 || p) in nats, usual bounds 0.05."""
@@ -50,7 +49,3 @@ class DppoLoss(PolicyLoss):
         }
         surrogate = torch.where(above | below, 0.0, -inputs.advantages * ratio * inputs.logprobs)
         return terms.total(inputs, self, surrogate, metrics, ratio)
-
-    def faults(self, config: Any) -> Iterator[str]:
-        """Yield that importance weights would correct what this ratio corrects."""
-        yield from corrected_twice(self, self.anchor)

@@ -7,15 +7,12 @@ probabilities are inside W, before the kernel; `rollout_correction` is outside, 
 here, untruncated.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 from megatron_rl.algorithms.later import LossInputs, LossOutputs, aggregation, kl, terms, torch
-from megatron_rl.algorithms.policy_loss import Anchor, PolicyLoss, corrected_twice
+from megatron_rl.algorithms.policy_loss import AnchoredLoss
 from megatron_rl.algorithms.section import NonNegativeFloat, PositiveFloat
 
 
-class VespoLoss(PolicyLoss):
+class VespoLoss(AnchoredLoss):
     type: str = "vespo"
     k_positive: NonNegativeFloat = 2.0
     """Power of W for A >= 0: how fast small weights vanish."""
@@ -25,8 +22,6 @@ class VespoLoss(PolicyLoss):
     """Power of W for A < 0."""
     lambda_negative: PositiveFloat = 2.0
     """Decay in W for A < 0."""
-    anchor: Anchor = "old"
-    """W is against: old: the policy at the start of the step; rollout: the policy that sampled, by its engine."""
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         inputs = terms.without_masked(inputs)
@@ -39,7 +34,3 @@ class VespoLoss(PolicyLoss):
         phi = (k * log_w + decay * (1 - w)).exp()
         metrics = {"loss/vespo_weight": kl.masked_sum_count(phi, inputs.loss_mask)}
         return terms.total(inputs, self, -phi * inputs.advantages * inputs.logprobs, metrics, w)
-
-    def faults(self, config: Any) -> Iterator[str]:
-        """Yield that importance weights would correct what this ratio corrects."""
-        yield from corrected_twice(self, self.anchor)
